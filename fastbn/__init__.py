@@ -1,0 +1,41 @@
+"""Batch normalization for CPUs at the speed of memory."""
+
+from fastbn.core import Gradients, Saved, Stats
+from fastbn.dispatch import explain, show_config, use_kernel
+from fastbn.functional import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_backward_elemt,
+    batch_norm_backward_reduce,
+    batch_norm_elemt,
+    batch_norm_forward,
+    batch_norm_stats,
+)
+from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
+from fastbn.threads import get_num_threads, num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "FrozenBatchNorm",
+    "Gradients",
+    "Saved",
+    "Stats",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_elemt",
+    "batch_norm_backward_reduce",
+    "batch_norm_elemt",
+    "batch_norm_forward",
+    "batch_norm_stats",
+    "explain",
+    "get_num_threads",
+    "num_threads",
+    "set_num_threads",
+    "show_config",
+    "use_kernel",
+]

@@ -1,0 +1,419 @@
+"""The algebra of batch normalization: eps, momentum, folding, merging, and the order of the four operations.
+
+Everything here works on vectors of C channels or calls a kernel. The SIMD modules run a whole call (`inference`,
+`forward`, `backward`) as one C function with the same algebra, because a dozen NumPy calls on C elements cost
+more than a small tensor; `Composed` does the same with NumPy for modules that only have the four operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbn import dispatch, threads
+from fastbn.dtypes import DType
+from fastbn.layout import Array, View, view
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of a batch, mergeable with those of other batches.
+
+    Attributes
+    ----------
+    count : int
+        Number of values per channel.
+    mean, var : ndarray of shape (C,)
+        Mean and population variance; float64 for float64 input, else float32.
+    mean_lo : ndarray of shape (C,) or None
+        What `mean` rounds away, so that merging and centering lose no digits; None means zero.
+
+    Examples
+    --------
+    >>> from fastbn import batch_norm_stats
+    >>> x = np.array([[1.0], [3.0], [5.0]])
+    >>> batch_norm_stats(x[:1]).merge(batch_norm_stats(x[1:]))
+    Stats(count=3, mean=array([3.]), var=array([2.66666667]))
+    """
+
+    count: int
+    mean: Array
+    var: Array
+    mean_lo: Array | None = field(default=None, repr=False)
+
+    def merge(self, *others: Stats) -> Stats:
+        """Statistics of all the batches together.
+
+        Parameters
+        ----------
+        *others : Stats
+            Statistics of other batches with the same channels.
+
+        Returns
+        -------
+        Stats
+
+        Raises
+        ------
+        ValueError
+            If the numbers of channels differ.
+
+        Notes
+        -----
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
+        Stanford 1979, generalized from two batches to any number.
+        """
+        batches = [s for s in (self, *others) if s.count > 0]
+        for other in others:
+            if other.mean.shape != self.mean.shape:
+                raise ValueError(f"merge needs statistics of {self.mean.size} channels, got {other.mean.size}")
+        if not batches:
+            return self
+        dtype, base = self.mean.dtype, batches[0].mean.astype(np.float64)
+        count = sum(s.count for s in batches)
+        # Means as offsets from the first one: the difference of two near means is exact.
+        offsets = [(s.mean - base) + (0.0 if s.mean_lo is None else s.mean_lo) for s in batches]
+        offset = sum(s.count * o for s, o in zip(batches, offsets, strict=True)) / count
+        m2 = sum(s.count * (s.var + np.square(o - offset)) for s, o in zip(batches, offsets, strict=True))
+        mean = (base + offset).astype(dtype)
+        return Stats(count, mean, (m2 / count).astype(dtype), ((base - mean) + offset).astype(dtype))
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward keeps for the backward.
+
+    Attributes
+    ----------
+    mean, invstd : ndarray of shape (C,)
+        The statistics the forward used: the mean, and one over the standard deviation.
+    mean_lo : ndarray of shape (C,) or None
+        What `mean` rounds away; None means zero.
+    count : int
+        Number of values per channel in the statistics.
+    training : bool
+        Whether the statistics are the batch's own, so that the gradient flows through them.
+    weight : ndarray of shape (C,) or None
+    layout : str or None
+    mask : ndarray of bool or None
+    """
+
+    mean: Array
+    invstd: Array
+    mean_lo: Array | None
+    count: int
+    training: bool
+    weight: Array | None
+    layout: str | None
+    mask: Array | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of one backward pass; None where not asked for.
+
+    Attributes
+    ----------
+    dx : ndarray, shape and memory order of x
+    dweight, dbias : ndarray of shape (C,)
+    dresidual : ndarray, shape of x
+    """
+
+    dx: Array | None
+    dweight: Array | None
+    dbias: Array | None
+    dresidual: Array | None
+
+
+def split(mean: Array, mean_lo: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Round a mean to `dtype`; the second result, float64, is what that rounds away."""
+    high = mean.astype(dtype)
+    return high, np.where(np.isfinite(high), mean - high, 0.0) + mean_lo
+
+
+def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
+    """Scale and shift of ``y = (x - mean) * scale + shift``, computed in float64."""
+    scale = invstd.astype(np.float64)
+    if weight is not None:
+        scale = scale * weight
+    shift = np.zeros_like(scale) if bias is None else bias.astype(np.float64)
+    if mean_lo is not None:
+        shift = shift - mean_lo * scale
+    return scale.astype(dtype), shift.astype(dtype)
+
+
+def update_running(running: Array, batch: Array, momentum: float) -> None:
+    """Move running statistics towards the batch's: momentum is the weight of the new value."""
+    running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
+
+
+@np.errstate(all="ignore")
+def inverse_deviation(var: Array, eps: float) -> Array:
+    """One over the standard deviation, in the type of `var`."""
+    return (1.0 / np.sqrt(var.astype(np.float64) + eps)).astype(var.dtype)
+
+
+@np.errstate(all="ignore")
+def input_gradient(
+    module: Any, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
+    sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int,
+) -> None:  # fmt: skip
+    """Gradient of x from the two sums."""
+    g1 = invstd.astype(np.float64) ** 2 * sum_dy_xmu / count
+    g0 = sum_dy / count
+    if mean_lo is not None:
+        g0 = g0 - mean_lo * g1
+    scale, _ = fold(None, invstd, weight, None, mean.dtype)
+    module.grad_input(dy, x, dx, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads)
+
+
+class Composed:
+    """Whole calls made of the four operations of a kernel module that has no whole calls of its own."""
+
+    def __init__(self, module: Any):
+        self.stats = module.stats
+        self.normalize = module.normalize
+        self.grad_sums = module.grad_sums
+        self.grad_input = module.grad_input
+
+    @np.errstate(all="ignore")
+    def inference(
+        self, x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
+        eps: float | None, threads: int,
+    ) -> None:  # fmt: skip
+        """Normalize with given statistics; `spread` is the variance, or with eps None one over the deviation."""
+        invstd = spread if eps is None else 1.0 / np.sqrt(spread.astype(np.float64) + eps)
+        self.normalize(x, y, mean, *fold(mean_lo, invstd, weight, bias, mean.dtype), threads)
+
+    @np.errstate(all="ignore")
+    def forward(
+        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None,
+        running_var: Array | None, momentum: float, compute: np.dtype[Any], threads: int,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
+        """Normalize with the batch's statistics; return the mean, what it rounds away, and invstd."""
+        count = x.shape[0] * x.shape[2]
+        mean, mean_lo, m2 = self.stats(x, threads)
+        high, low = split(mean, mean_lo, compute)
+        invstd = 1.0 / np.sqrt(m2 / count + eps)
+        self.normalize(x, y, high, *fold(low, invstd, weight, bias, compute), threads)
+        if running_mean is not None:
+            update_running(running_mean, mean, momentum)
+        if running_var is not None:
+            update_running(running_var, m2 / (count - 1), momentum)
+        return high, low.astype(compute), invstd.astype(compute)
+
+    @np.errstate(all="ignore")
+    def backward(
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
+        threads: int,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        """Sums of dy and of dy (x - mean), and dx where it is asked for."""
+        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads)
+        if mean_lo is not None:
+            sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
+        if dx is not None:
+            count = x.shape[0] * x.shape[2]
+            input_gradient(self, dy, x, dx, mean, mean_lo, invstd, weight, sum_dy, sum_dy_xmu, count, threads)
+        return sum_dy, sum_dy_xmu
+
+
+@cache
+def whole(kernel: dispatch.Kernel) -> Any:
+    """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
+    module = kernel.module()
+    return module if hasattr(module, "forward") else Composed(module)
+
+
+def _dense(a: Array, v: View) -> Array:
+    """`a` as (outer, channels, inner); a copy where its strides follow no pattern."""
+    return v.of(a if v.dense else np.ascontiguousarray(a))
+
+
+def _like(a: Array, x: Array, v: View) -> Array:
+    """`a`, of the shape of `x`, in the memory order that `v` describes."""
+    va = view(a, v.axis)
+    if va.dense and (va.perm, va.dims) == (v.perm, v.dims):
+        return v.of(a)
+    ordered = _empty(x, v)
+    ordered[...] = a
+    return v.of(ordered)
+
+
+def _empty(x: Array, v: View) -> Array:
+    """New array of the shape and dtype of `x`, in the memory order that `v` describes."""
+    return np.empty_like(x, order="K" if v.dense else "C", subok=False)
+
+
+def _target(out: Array | None, x: Array, v: View) -> Array:
+    """The array that the kernel writes: `out` where its memory order is that of `v`, else a new one."""
+    if out is not None:
+        vo = view(out, v.axis)
+        if vo.dense and (vo.perm, vo.dims) == (v.perm, v.dims):
+            return out
+    return _empty(x, v)
+
+
+def _deliver(y: Array, out: Array | None) -> Array:
+    if out is None or out is y:
+        return y
+    out[...] = y
+    return out
+
+
+def _counted(a: Array, axis: int, mask: Array) -> Array:
+    """The positions of `a` where the mask is True, as (rows, channels, 1)."""
+    return np.moveaxis(a, axis, -1)[mask][:, :, None]
+
+
+def inference(
+    x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None,
+    bias: Array | None, eps: float | None, out: Array | None,
+) -> Array:  # fmt: skip
+    """Normalize `x` with given statistics."""
+    v = view(x, axis)
+    y = _target(out, x, v)
+    if x.size:
+        module = whole(dispatch.select(x.dtype.name))
+        n = threads.for_call("normalize", x.nbytes)
+        module.inference(_dense(x, v), v.of(y), mean, mean_lo, spread, weight, bias, eps, n)
+    return _deliver(y, out)
+
+
+class Folded:
+    """Mean, scale and shift of given statistics, folded once for each arithmetic type that is used."""
+
+    def __init__(self, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float):
+        with np.errstate(all="ignore"):
+            self._invstd = 1.0 / np.sqrt(var + eps)
+        self._mean, self._weight, self._bias = mean, weight, bias
+        self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
+
+    def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
+        """Mean, scale and shift for arithmetic in `compute`."""
+        if compute not in self._parameters:
+            with np.errstate(all="ignore"):
+                high, low = split(self._mean, np.zeros_like(self._mean), compute)
+                self._parameters[compute] = (high, *fold(low, self._invstd, self._weight, self._bias, compute))
+        return self._parameters[compute]
+
+
+def apply(folded: Folded, x: Array, axis: int, dtype: DType, out: Array | None) -> Array:
+    """Normalize `x` with folded statistics."""
+    v = view(x, axis)
+    y = _target(out, x, v)
+    if x.size:
+        module = dispatch.select(x.dtype.name).module()
+        module.normalize(_dense(x, v), v.of(y), *folded.parameters(dtype.compute), threads.for_call("normalize", x.nbytes))
+    return _deliver(y, out)
+
+
+def stats(x: Array, axis: int, dtype: DType, mask: Array | None) -> Stats:
+    """Statistics of `x`, of which only the positions in the mask count."""
+    v = view(x, axis)
+    rows = _dense(x, v) if mask is None else _counted(x, axis, mask)
+    channels = x.shape[axis]
+    if rows.size == 0:
+        zero = np.zeros(channels, dtype.compute)
+        return Stats(0, zero, zero.copy(), zero.copy())
+    count = rows.shape[0] * rows.shape[2]
+    mean, mean_lo, m2 = whole(dispatch.select(x.dtype.name)).stats(rows, threads.for_call("stats", rows.nbytes))
+    with np.errstate(all="ignore"):
+        high, low = split(mean, mean_lo, dtype.compute)
+        return Stats(count, high, (m2 / count).astype(dtype.compute), low.astype(dtype.compute))
+
+
+def forward(
+    x: Array, axis: int, dtype: DType, weight: Array | None, bias: Array | None, running_mean: Array | None,
+    running_var: Array | None, momentum: float, eps: float, mask: Array | None, out: Array | None,
+) -> tuple[Array, Array, Array | None, Array, int]:  # fmt: skip
+    """Normalize `x` with its own statistics; return y, mean, mean_lo, invstd and count."""
+    compute = dtype.compute
+    v = view(x, axis)
+    y = _target(out, x, v)
+    if x.size == 0:
+        zero = np.zeros(x.shape[axis], compute)
+        return _deliver(y, out), zero, None, zero.copy(), 0
+    module = whole(dispatch.select(x.dtype.name))
+    n = threads.for_call("forward", x.nbytes)
+    running = [_as_compute(r, compute) for r in (running_mean, running_var)]
+    if mask is None:
+        count = x.size // x.shape[axis]
+        mean, mean_lo, invstd = module.forward(_dense(x, v), v.of(y), weight, bias, eps, *running, momentum, compute, n)
+    else:
+        # One pass over the positions that count, written to a scratch array: its output is not used.
+        rows = _counted(x, axis, mask)
+        count = len(rows)
+        mean, mean_lo, invstd = module.forward(rows, rows, None, None, eps, *running, momentum, compute, n)
+        module.inference(_dense(x, v), v.of(y), mean, mean_lo, invstd, weight, bias, None, n)
+    for given, r in zip((running_mean, running_var), running, strict=True):
+        if given is not None and r is not given:
+            given[...] = r
+    return _deliver(y, out), mean, mean_lo, invstd, count
+
+
+def _as_compute(a: Array | None, compute: np.dtype[Any]) -> Array | None:
+    return None if a is None else np.ascontiguousarray(a, compute)
+
+
+def backward(
+    dy: Array, x: Array, axis: int, saved: Saved, want_x: bool, want_sums: bool, out: Array | None
+) -> tuple[Array | None, Array | None, Array | None]:
+    """Gradients of x, weight and bias; only what is wanted is computed."""
+    v = view(x, axis)
+    channels = x.shape[axis]
+    dx = _target(out, x, v) if want_x else None
+    compute = saved.mean.dtype
+    if x.size == 0:
+        zero = np.zeros(channels, compute)
+        return None if dx is None else _deliver(dx, out), zero if want_sums else None, zero.copy() if want_sums else None
+    module = whole(dispatch.select(x.dtype.name))
+    n = threads.for_call("backward", x.nbytes)
+    through = want_x and saved.training  # the gradient flows through the statistics
+    ordered = _like(dy, x, v)
+    statistics = saved.mean, saved.mean_lo, saved.invstd, saved.weight
+    sums = None
+    if saved.mask is not None and (through or want_sums):
+        dys, xs = _counted(dy, axis, saved.mask), _counted(x, axis, saved.mask)
+        sums = module.backward(dys, xs, None, *statistics, n)
+        if through and dx is not None:
+            left = ~saved.mask
+            direct = np.moveaxis(dy, axis, -1)[left]
+            scale, _ = fold(None, saved.invstd, saved.weight, None, compute)
+            input_gradient(module, ordered, _dense(x, v), v.of(dx), *statistics, *sums, saved.count, n)
+            np.moveaxis(dx, axis, -1)[left] = direct * scale
+    elif through or want_sums:
+        sums = module.backward(ordered, _dense(x, v), v.of(dx) if through and dx is not None else None, *statistics, n)
+    if want_x and not through and dx is not None:
+        zero = np.zeros(channels, compute)
+        module.inference(ordered, v.of(dx), zero, None, saved.invstd, saved.weight, None, None, n)
+    dweight = dbias = None
+    if want_sums and sums is not None:
+        with np.errstate(all="ignore"):
+            dbias, dweight = sums[0].astype(compute), (sums[1] * saved.invstd).astype(compute)
+    return None if dx is None else _deliver(dx, out), dweight, dbias
+
+
+def backward_reduce(dy: Array, x: Array, axis: int, mean: Array, mean_lo: Array | None, invstd: Array) -> tuple[Array, Array]:
+    """Sums over each channel of dy and of dy (x - mean), in the type of `mean`."""
+    v = view(x, axis)
+    if x.size == 0:
+        return np.zeros_like(mean), np.zeros_like(mean)
+    module = whole(dispatch.select(x.dtype.name))
+    sums = module.backward(_like(dy, x, v), _dense(x, v), None, mean, mean_lo, invstd, None, threads.for_call("backward", x.nbytes))
+    return sums[0].astype(mean.dtype), sums[1].astype(mean.dtype)
+
+
+def backward_elemt(
+    dy: Array, x: Array, axis: int, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
+    sum_dy: Array, sum_dy_xmu: Array, count: int, out: Array | None,
+) -> Array:  # fmt: skip
+    """Gradient of x from sums that may come from several processes."""
+    v = view(x, axis)
+    dx = _target(out, x, v)
+    if x.size:
+        module = whole(dispatch.select(x.dtype.name))
+        n = threads.for_call("backward", x.nbytes)
+        input_gradient(module, _like(dy, x, v), _dense(x, v), v.of(dx), mean, mean_lo, invstd, weight, sum_dy, sum_dy_xmu, count, n)
+    return _deliver(dx, out)

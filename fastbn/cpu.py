@@ -1,0 +1,66 @@
+"""What the processor is: its ISA level and the sizes of its caches."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+try:
+    from fastbn.kernels._cpu import features
+except ImportError:  # built without a compiler
+
+    def features() -> frozenset[str]:
+        """No detector was built, so no ISA is known to be safe."""
+        return frozenset()
+
+
+# psABI levels, as far as the kernels use them; NEON is part of every aarch64.
+LEVELS = {
+    "v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "v3": {"avx2", "fma", "f16c", "bmi2"},
+    "v2": {"sse4.2", "popcnt"},
+    "neon": {"neon"},
+}
+
+
+def missing(level: str) -> set[str]:
+    """Features that the kernels of an ISA level need and this processor lacks."""
+    needed = {"v4": LEVELS["v4"] | LEVELS["v3"]}.get(level, LEVELS[level])
+    return needed - features()
+
+
+class Caches(NamedTuple):
+    """Data cache sizes in bytes; L3 is what all cores share."""
+
+    l1: int
+    l2: int
+    l3: int
+
+
+@cache
+def caches() -> Caches:
+    """Sizes of the data caches of the first processor.
+
+    Returns
+    -------
+    Caches
+        From sysfs where it exists, else from sysconf, else 32 KiB, 512 KiB and 8 MiB.
+    """
+    found = {1: 0, 2: 0, 3: 0}
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level, kind, size = (int((index / "level").read_text()), (index / "type").read_text().strip(), (index / "size").read_text())
+        except (OSError, ValueError):
+            continue
+        if kind != "Instruction" and level in found:
+            found[level] = int(size.strip().removesuffix("K")) * 1024
+    names = {1: "SC_LEVEL1_DCACHE_SIZE", 2: "SC_LEVEL2_CACHE_SIZE", 3: "SC_LEVEL3_CACHE_SIZE"}
+    defaults = {1: 32 << 10, 2: 512 << 10, 3: 8 << 20}
+    for level, name in names.items():
+        if found[level] <= 0 and name in getattr(os, "sysconf_names", {}):
+            found[level] = os.sysconf(name)
+        if found[level] <= 0:
+            found[level] = defaults[level]
+    return Caches(found[1], found[2], found[3])

@@ -1,0 +1,258 @@
+"""Which kernel runs: one ordered table, the first that accepts wins, the reference is last."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from fastbn import cpu, threads
+from fastbn.dtypes import DTYPES
+from fastbn.layout import Array, channel_axis, view
+
+ALL = frozenset(DTYPES)
+
+
+class Kernel:
+    """One row of the table: a module that holds the four operations.
+
+    Parameters
+    ----------
+    name : str
+        What `use_kernel` and FASTBN_KERNEL call it.
+    path : str
+        The module.
+    level : str, optional
+        ISA level (a key of `cpu.LEVELS`) it is compiled for.
+    package : str, optional
+        Package it needs at run time.
+    dtypes : frozenset of str
+        Names of the NumPy dtypes it takes.
+    """
+
+    def __init__(self, name: str, path: str, *, level: str | None = None, package: str | None = None, dtypes: frozenset[str] = ALL):
+        self.name = name
+        self.path = path
+        self.level = level
+        self.package = package
+        self.dtypes = dtypes
+
+    @cache  # noqa: B019  the table's rows live as long as the process
+    def unusable(self) -> str | None:
+        """Why this kernel cannot run on this machine, or None where it can."""
+        if self.level is not None:
+            if find_spec(self.path) is None:
+                return "it was not built"
+            if missing := cpu.missing(self.level):
+                return f"this processor lacks {', '.join(sorted(missing))}"
+        if self.package is not None and find_spec(self.package) is None:
+            return f"{self.package} is not installed (pip install 'fastbn[{self.package}]')"
+        try:
+            self.module()
+        except ImportError as error:
+            return f"it cannot be imported: {error}"
+        return None
+
+    def declines(self, dtype: str) -> str | None:
+        """Why this kernel does not take arrays of a dtype, or None where it does."""
+        return None if dtype in self.dtypes else f"it has no {DTYPES[dtype].name}"
+
+    @cache  # noqa: B019
+    def module(self) -> Any:
+        """The module, imported when first used."""
+        module = import_module(self.path)
+        if hasattr(module, "set_caches"):
+            module.set_caches(*cpu.caches())
+        return module
+
+
+TABLE = (
+    Kernel("simd_v4", "fastbn.kernels._simd_v4", level="v4"),
+    Kernel("simd_v3", "fastbn.kernels._simd_v3", level="v3"),
+    Kernel("simd_v2", "fastbn.kernels._simd_v2", level="v2"),
+    Kernel("simd_neon", "fastbn.kernels._simd_neon", level="neon"),
+    Kernel("reference", "fastbn.reference"),
+)
+KERNELS = {kernel.name: kernel for kernel in TABLE}
+
+_pinned: ContextVar[str | None] = ContextVar("fastbn_kernel", default=None)
+
+
+def pinned() -> str | None:
+    """Name of the pinned kernel: by `use_kernel`, else by FASTBN_KERNEL, else None."""
+    return _pinned.get() or os.environ.get("FASTBN_KERNEL") or None
+
+
+def _check(name: str) -> None:
+    if name not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {name!r}")
+    if reason := KERNELS[name].unusable():
+        raise RuntimeError(f"kernel {name!r} cannot run here: {reason}")
+
+
+@contextmanager
+def use_kernel(name: str | None) -> Iterator[None]:
+    """Run one kernel and no other inside the `with` block, in this thread or task.
+
+    Parameters
+    ----------
+    name : str or None
+        Name of a kernel, as `show_config` lists them. None lifts the pin of an outer block.
+
+    Raises
+    ------
+    ValueError
+        If there is no such kernel.
+    RuntimeError
+        If the kernel cannot run on this machine; the message says why.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> with fastbn.use_kernel("reference"):
+    ...     fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean
+    array([2.])
+    """
+    if name is not None:
+        _check(name)
+    token = _pinned.set(name)
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
+
+
+def select(dtype: str) -> Kernel:
+    """The kernel that runs on arrays of a dtype.
+
+    Parameters
+    ----------
+    dtype : str
+        Name of a NumPy dtype.
+
+    Returns
+    -------
+    Kernel
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If the pinned kernel does not exist, cannot run here or does not take the dtype.
+    """
+    name = pinned()
+    return _best(dtype) if name is None else _pin(name, dtype)
+
+
+@cache
+def _pin(name: str, dtype: str) -> Kernel:
+    _check(name)
+    if reason := KERNELS[name].declines(dtype):
+        raise RuntimeError(f"kernel {name!r} is pinned but cannot run: {reason}")
+    return KERNELS[name]
+
+
+@cache
+def _best(dtype: str) -> Kernel:
+    kernel = next(k for k in TABLE if not (k.unusable() or k.declines(dtype)))
+    if kernel.level is None:
+        reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in TABLE if k.level is not None)
+        warnings.warn(f"fastbn runs its slower {kernel.name!r} kernel, because no compiled one can run ({reasons})", RuntimeWarning, stacklevel=2)
+    return kernel
+
+
+def passed_over(dtype: str) -> list[str]:
+    """A line for each kernel that stands before the selected one: its name, and why it does not run."""
+    chosen = select(dtype)
+    if pinned() is not None:
+        return [f"{chosen.name} is pinned"]
+    better = TABLE[: TABLE.index(chosen)]
+    return [f"{k.name}: {k.unusable() or k.declines(dtype)}" for k in better]
+
+
+OPS = ("stats", "normalize", "forward", "backward")
+
+
+def explain(op: str, x: Array, layout: str | None = None) -> str:
+    """Say how a call would run: which kernel, memory pattern, tiles and threads, and why not a better kernel.
+
+    Parameters
+    ----------
+    op : str
+        "stats", "normalize" (inference), "forward" (training) or "backward".
+    x : ndarray
+        The input.
+    layout : str, optional
+        As in `batch_norm_forward`.
+
+    Returns
+    -------
+    str
+        A few lines.
+
+    Raises
+    ------
+    ValueError
+        If there is no such operation.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> with fastbn.use_kernel("reference"):
+    ...     print(fastbn.explain("normalize", np.zeros((2, 3, 4, 4), np.float32)))
+    normalize_ncsp_f32: kernel reference
+      memory: 2 x 3 x 16 (outer x channels x inner)
+      threads: 1
+      reference is pinned
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    dtype = DTYPES[x.dtype.name]
+    v = view(x, channel_axis(layout, x.ndim))
+    kernel = select(x.dtype.name)
+    n = threads.for_call(op, x.nbytes)
+    outer, channels, inner = v.dims
+    lines = [
+        f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
+        f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + ("" if v.dense else ", copied first: the strides follow no pattern"),
+        f"  threads: {n}",
+    ]
+    plan = getattr(kernel.module(), "plan", None)
+    if plan is not None and x.size:
+        lines += [f"  {key}: {value}" for key, value in plan(op, v.dims, x.itemsize, n).items()]
+    return "\n".join(lines + [f"  {line}" for line in passed_over(x.dtype.name)])
+
+
+def show_config() -> dict[str, Any]:
+    """What fastbn found on this machine and what it will use.
+
+    Returns
+    -------
+    dict
+        Version, processor features, caches in bytes, threads, and for each kernel "usable" or the reason why not.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.show_config()["kernels"]["reference"]
+    'usable'
+    """
+    return {
+        "fastbn": version("fastbn"),
+        "numpy": np.__version__,
+        "processor": {"machine": platform.machine(), "features": sorted(cpu.features())},
+        "caches": cpu.caches()._asdict(),
+        "threads": {"used": threads.get_num_threads(), **threads.limits()},
+        "kernels": {k.name: k.unusable() or "usable" for k in TABLE},
+        "selected": {dtype: select(dtype).name for dtype in DTYPES if pinned() is None},
+        "pinned": pinned(),
+    }

@@ -1,0 +1,1 @@
+"""Kernels: loops over elements. They know memory patterns, not batch normalization."""
