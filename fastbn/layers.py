@@ -119,7 +119,8 @@ class _BatchNorm:
         if track and x.size:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked += 1
-        self._context = None if y is x else (x, saved)
+        overwritten = out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
+        self._context = None if overwritten else (x, saved)
         return y
 
     __call__ = forward
@@ -230,14 +231,14 @@ class _BatchNorm:
         KeyError
             If a key is missing or unknown.
         ValueError
-            If a shape does not fit. Nothing is loaded then.
+            If a shape does not fit or a value is no number. Nothing is loaded then.
         """
         own = {key: value for key in self._keys if (value := getattr(self, key)) is not None}
         missing = own.keys() - state.keys() - {"num_batches_tracked"}
         unknown = state.keys() - own.keys()
         if missing or unknown:
             raise KeyError(f"state_dict lacks {sorted(missing)} and has unknown {sorted(unknown)}")
-        loaded = {key: np.asarray(state[key]) for key in own if key in state}
+        loaded = {key: np.asarray(state[key], value.dtype) for key, value in own.items() if key in state}
         for key, value in loaded.items():
             if value.shape != own[key].shape:
                 raise ValueError(f"{key} must have shape {own[key].shape}, got {value.shape}")
@@ -367,15 +368,15 @@ class FrozenBatchNorm:
         mean = np.array(running_mean, np.float64)
         if mean.ndim != 1:
             raise ValueError(f"running_mean must have shape (C,), got {mean.shape}")
-        given = {"running_var": running_var, "weight": weight, "bias": bias}
-        vectors = {name: None if v is None else np.array(v, np.float64) for name, v in given.items()}
-        for name, vector in vectors.items():
+        var = np.array(running_var, np.float64)
+        w, b = (None if v is None else np.array(v, np.float64) for v in (weight, bias))
+        for name, vector in {"running_var": var, "weight": w, "bias": b}.items():
             if vector is not None and vector.shape != mean.shape:
                 raise ValueError(f"running_mean has {mean.size} channels but {name} has shape {vector.shape}")
         self.eps = functional._number("eps", eps)
         self.layout = layout
         self.num_features = mean.size
-        self._folded = core.Folded(mean, vectors["running_var"], vectors["weight"], vectors["bias"], self.eps)
+        self._folded = core.Folded(mean, var, w, b, self.eps)
 
     def __repr__(self) -> str:
         return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, layout={self.layout!r})"

@@ -3,7 +3,8 @@
 Every kernel is tested against this file. It also runs where no compiled kernel can.
 
 The first part is the four operations, on arrays of shape ``(outer, channels, inner)``, with the arguments every
-kernel takes. The second part is batch normalization as a user knows it, for any axis.
+kernel takes; as compiled ones, they are silent about NaN and infinity. The second part is batch normalization as a
+user knows it, for any axis.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def _columns(v: Array) -> Array:
     return _wide(v)[:, None]
 
 
+@np.errstate(all="ignore")
 def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     """Mean and M2, the sum of squared deviations, of each channel.
 
@@ -41,16 +43,19 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     Notes
     -----
     Two passes, as in Chan, Golub and LeVeque, "Algorithms for computing the sample variance", The American
-    Statistician 37 (1983): the mean of the deviations from the first mean is the correction `mean_lo`.
+    Statistician 37 (1983): the mean of the deviations from the first mean is the correction `mean_lo`. Sums are of
+    deviations from the first value, so that a constant channel has exactly no variance.
     """
     x = _wide(x)
-    mean = x.mean((0, 2))
+    first = np.where(np.isfinite(x[0, :, 0]), x[0, :, 0], 0.0)
+    mean = first + (x - first[:, None]).mean((0, 2))
     deviation = x - mean[:, None]
     mean_lo = deviation.mean((0, 2))
     m2 = np.square(deviation - mean_lo[:, None]).sum((0, 2))
     return mean, np.where(np.isfinite(mean_lo), mean_lo, 0.0), m2
 
 
+@np.errstate(all="ignore")
 def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1) -> None:
     """Write ``(x - mean) * scale + shift`` to `y`.
 
@@ -65,6 +70,7 @@ def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threa
     y[...] = ((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift)).astype(y.dtype)
 
 
+@np.errstate(all="ignore")
 def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1) -> tuple[Array, Array]:
     """Sums over each channel of `dy` and of ``dy * (x - mean)``.
 
@@ -83,6 +89,7 @@ def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1) -> tuple[Array
     return dy.sum((0, 2)), (dy * (_wide(x) - _columns(mean))).sum((0, 2))
 
 
+@np.errstate(all="ignore")
 def grad_input(dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1) -> None:
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`.
 

@@ -1,0 +1,263 @@
+"""``python -m fastbn info`` and ``python -m fastbn verify``: what runs on this machine, and whether it is right.
+
+`verify` runs every kernel that can run here over shapes that straddle its vectors, and over some that are big enough
+for threads, through the public functions. The results are held against `reference`, in float64, with the accuracy
+that fastbn promises. It needs NumPy alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastbn
+from fastbn import dispatch, reference
+from fastbn.dtypes import DTYPES
+from fastbn.layout import Array
+
+LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
+SHAPES = (
+    *((3, 5, 1, spatial) for spatial in LANES),
+    *((3, channels, 2, 3) for channels in LANES),
+    # More than 128 KiB in every dtype, so that threads are used.
+    (4, 33, 25, 25),
+    (2, 97, 21, 21),
+    (1, 5, 141, 141),
+)
+# By name: the layout, and whether the channels are last in memory.
+MEMORIES = {"NCHW": ("NCHW", False), "NHWC": ("NHWC", True), "NCHW with channels-last strides": ("NCHW", True)}
+MODES = ("inference", "training")
+EPS = 1e-5
+MOMENTUM = 0.25
+
+
+class Bounds(NamedTuple):
+    """Promised accuracy of one arithmetic type.
+
+    Attributes
+    ----------
+    y : float
+        Error of y, relative to the larger of 1 and abs(y).
+    var : float
+        Relative error of the variance.
+    gradient : float
+        Error of a gradient, relative to the largest of the terms it is made of.
+    """
+
+    y: float
+    var: float
+    gradient: float
+
+
+# The kernels promise 1e-13 in float64. The reference is float64 too, and with means that are a hundred standard
+# deviations from zero it is off by some 5e-13 itself.
+BOUNDS = {"float32": Bounds(5e-6, 1e-6, 1e-5), "float64": Bounds(1e-12, 1e-12, 1e-12)}
+
+
+class Inputs(NamedTuple):
+    """Arguments of one problem; x and dy have the shape (N, C, H, W)."""
+
+    x: Array
+    dy: Array
+    weight: Array
+    bias: Array
+    mean: Array
+    var: Array
+
+
+Results = dict[str, Any]
+
+
+def draw(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Inputs:
+    """Random inputs, with means of up to a hundred standard deviations: what naive formulas get wrong."""
+    rng = np.random.default_rng(shape)
+    compute = DTYPES[dtype.name].compute
+    far = 100 if dtype == compute else 2  # 16 bits hold no more
+    scale = 10 ** rng.uniform(-1, 1, shape[1])
+    offset = rng.uniform(-far, far, shape[1]) * scale
+    weight, bias, shift, spread = rng.standard_normal((4, shape[1]))
+    x = rng.standard_normal(shape) * scale[:, None, None] + offset[:, None, None]
+    vectors = weight, bias, offset + shift * scale, np.square((1 + np.abs(spread)) * scale)
+    return Inputs(x.astype(dtype), rng.standard_normal(shape).astype(dtype), *(v.astype(compute) for v in vectors))
+
+
+def run(given: Inputs, memory: str) -> Results:
+    """Compute all that fastbn can from the inputs, with x and dy in one of `MEMORIES`."""
+    layout, channels_last = MEMORIES[memory]
+
+    def arrange(a: Array) -> Array:
+        if not channels_last:
+            return a
+        last = np.ascontiguousarray(a.transpose(0, 2, 3, 1))
+        return last if layout == "NHWC" else last.transpose(0, 3, 1, 2)
+
+    def restore(a: Any) -> Any:
+        return a.transpose(0, 3, 1, 2) if layout == "NHWC" else a
+
+    def unwritten() -> Array:
+        """Memory for a result, where an element that the kernel forgets is sure to show."""
+        return np.full_like(x, np.nan)
+
+    x, dy = arrange(given.x), arrange(given.dy)
+    mean, var = given.mean.copy(), given.var.copy()
+    stats = fastbn.batch_norm_stats(x, layout=layout)
+    results: Results = {"mean": stats.mean, "var": stats.var, "running_mean": mean, "running_var": var}
+    for mode in MODES:  # training comes last: it updates the running statistics
+        y, saved = fastbn.batch_norm_forward(
+            x, given.weight, given.bias, mean, var, mode == "training", MOMENTUM, EPS, layout=layout, out=unwritten()
+        )  # fmt: skip
+        dx, dweight, dbias, _ = fastbn.batch_norm_backward(dy, x, saved, out=unwritten())
+        results |= {f"y in {mode}": restore(y), f"dx in {mode}": restore(dx), f"dweight in {mode}": dweight, f"dbias in {mode}": dbias}
+    return results
+
+
+def expect(given: Inputs) -> tuple[Results, Results]:
+    """Compute the same with the reference, and how far from that a kernel may be."""
+    bounds = BOUNDS[given.weight.dtype.name]
+    rounding = float(np.finfo(given.weight.dtype).eps)
+    x, dy, weight, bias, mean, var = (a.astype(np.float64) for a in given)
+    count, batch_mean, batch_var = reference.batch_norm_stats(x)
+    want = {
+        "mean": batch_mean,
+        "var": batch_var,
+        "running_mean": (1 - MOMENTUM) * mean + MOMENTUM * batch_mean,
+        "running_var": (1 - MOMENTUM) * var + MOMENTUM * batch_var * count / (count - 1),
+    }
+    may = {name: bounds.var * np.abs(want[name]) for name in ("var", "running_var")}
+    for name in ("mean", "running_mean"):
+        may[name] = bounds.var * np.sqrt(batch_var) + rounding * np.abs(want[name])
+
+    def last_place(a: Array) -> Array | float:
+        """One unit in the last place of what is stored in 16 bits; for wider types the bounds say it all."""
+        return np.spacing(np.abs(a).astype(given.x.dtype)).astype(np.float64) if given.x.itemsize == 2 else 0.0
+
+    for mode, m, v in zip(MODES, (mean, batch_mean), (var, batch_var), strict=True):
+        y = reference.batch_norm(x, m, v, weight, bias, EPS)
+        want[f"y in {mode}"] = y
+        may[f"y in {mode}"] = bounds.y * np.maximum(1, np.abs(y)) + last_place(y)
+        dx, dweight, dbias = reference.batch_norm_backward(dy, x, m, v, weight, EPS, training=mode == "training")
+        want |= {f"dx in {mode}": dx, f"dweight in {mode}": dweight, f"dbias in {mode}": dbias}
+        # With few values per channel the terms of dx all but cancel; its error has the size of the first one. A sum
+        # of terms of either sign may cancel too: its natural size is the root of the sum of their squares.
+        invstd = 1 / np.sqrt(v + EPS)
+        direct = np.abs(dy).max((0, 2, 3)) * invstd * np.abs(weight)
+        x_hat = (x - m[:, None, None]) * invstd[:, None, None]
+        may[f"dx in {mode}"] = bounds.gradient * direct[:, None, None] + last_place(dx)
+        may[f"dbias in {mode}"] = bounds.gradient * np.sqrt(np.square(dy).sum((0, 2, 3)))
+        may[f"dweight in {mode}"] = bounds.gradient * np.sqrt(np.square(dy * x_hat).sum((0, 2, 3)))
+    return want, may
+
+
+def worst(got: Results, want: Results, may: Results) -> tuple[float, str]:
+    """Largest error as a fraction of what is allowed, and the name of the result that has it."""
+    tiny = np.finfo(np.float64).tiny
+    errors = {name: np.abs(got[name].astype(np.float64) - want[name]) / (may[name] + tiny) for name in want}
+    return max((float(np.where(np.isnan(error), np.inf, error).max()), name) for name, error in errors.items())
+
+
+def dtypes() -> Iterator[np.dtype[Any]]:
+    """Yield the dtypes of the table, bfloat16 only where ml_dtypes is installed."""
+    for name in DTYPES:
+        if name != "bfloat16":
+            yield np.dtype(name)
+        else:
+            try:
+                yield np.dtype(import_module("ml_dtypes").bfloat16)
+            except ImportError:
+                print("bfloat16 is left out: ml_dtypes is not installed (pip install 'fastbn[bf16]')")
+
+
+def show_progress(done: int, total: int) -> None:
+    """Draw a bar, on a terminal only."""
+    if sys.stderr.isatty():
+        bar = "#" * (40 * done // total)
+        print(f"\r[{bar:<40}] {done}/{total}", end="\r\033[K" if done == total else "", file=sys.stderr, flush=True)
+
+
+class Tally(NamedTuple):
+    """How a kernel did with a dtype: the cases it ran, the worst error, and where that was."""
+
+    cases: int = 0
+    error: float = 0.0
+    where: str = ""
+
+
+def verify(names: Sequence[str]) -> int:
+    """Run the kernels against the reference and print a table; 1 if any differs or none can run, else 0."""
+    unusable = {name: reason for name in names if (reason := dispatch.KERNELS[name].unusable())}
+    usable = [name for name in names if name not in unusable]
+    tested = list(dtypes())
+    tallies = {(kernel, d.name): Tally() for kernel, d in product(usable, tested) if not dispatch.KERNELS[kernel].declines(d.name)}
+    threads = sorted({1, fastbn.get_num_threads()})
+    problems = list(product(tested, SHAPES))
+    for done, (dtype, shape) in enumerate(problems, 1):
+        given = draw(shape, dtype)
+        want, may = expect(given)
+        for kernel, memory, n in product(usable, MEMORIES, threads):
+            if (kernel, dtype.name) not in tallies:
+                continue
+            with fastbn.use_kernel(kernel), fastbn.num_threads(n):
+                error, name = worst(run(given, memory), want, may)
+            where = f"{name}, {'x'.join(map(str, shape))}, {memory}, {n} thread{'s' if n > 1 else ''}"
+            before = tallies[kernel, dtype.name]
+            tallies[kernel, dtype.name] = Tally(before.cases + 1, *max((error, where), before[1:]))
+        show_progress(done, len(problems))
+
+    print(f"{'kernel':<11}{'dtype':<10}{'cases':>5}  {'worst':>6}  {'':<8}where")
+    for (kernel, dtype_name), t in tallies.items():
+        verdict = "ok" if t.error <= 1 else "DIFFERS"
+        print(f"{kernel:<11}{dtype_name:<10}{t.cases:>5}  {t.error:6.2g}  {verdict:<8}{t.where}")
+    for kernel, reason in unusable.items():
+        print(f"{kernel:<11}cannot run: {reason}")
+    print("\nworst: the largest error, as a fraction of what fastbn promises.")
+    return 1 if not tallies or any(t.error > 1 for t in tallies.values()) else 0
+
+
+def info() -> int:
+    """Print what `fastbn.show_config` says."""
+
+    def text(value: object) -> str:
+        if value in (None, []):
+            return "none"
+        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+    for key, value in fastbn.show_config().items():
+        entries = value if isinstance(value, dict) else {"": value}
+        for i, (name, entry) in enumerate(entries.items()):
+            shown = f"{entry >> 10} KiB" if key == "caches" else text(entry)
+            print(f"{'' if i else key:<11}{f'{name}: ' if name else ''}{shown}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the result is the exit status.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments; None means those of the process.
+
+    Returns
+    -------
+    int
+        1 if a kernel differs from the reference, or none could be tested; else 0.
+    """
+    parser = argparse.ArgumentParser(prog="python -m fastbn", description="What fastbn runs on this machine, and whether it is right.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="processor, caches, threads and kernels")
+    verifier = commands.add_parser("verify", help="compare the kernels with the reference; exit status 1 if any differs")
+    verifier.add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
+    args = parser.parse_args(argv)
+    if args.command == "info":
+        return info()
+    return verify([args.kernel] if args.kernel else list(dispatch.KERNELS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,436 @@
+// Vector primitives for every ISA: load, store, stream, convert, fma, partial blocks. No loops over data.
+//
+// The unit of all kernels is the Block: 128 bytes of arithmetic, 32 lanes of float or 16 of double, held in as many
+// native registers as the ISA needs (2 on AVX-512, 4 on AVX2, 8 on SSE and NEON). So a sum is split over the same
+// lanes, and gives the same bits, on every ISA with a fused multiply-add; and a block of accumulators hides the
+// latency of the additions. GCC compiles vector types of the native width well and wider ones badly, hence the array
+// of registers.
+//
+// The storage type T is float, double, bf16 or f16; arithmetic on the 16-bit types is float. Vectors of per-channel
+// parameters are untyped here (void*), because Block<T> knows their type: that of the arithmetic.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+// Everything is internal to the module: code compiled for a wide ISA must not be merged with another module's.
+namespace {
+
+using std::ptrdiff_t;
+
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+constexpr int LINE = 64;  // bytes of a cache line
+constexpr int BLOCK = 128;
+
+template <class T> struct Arithmetic { using type = float; };
+template <> struct Arithmetic<double> { using type = double; };
+template <class T> using arithmetic = typename Arithmetic<T>::type;
+
+typedef float f32r __attribute__((vector_size(REGISTER)));
+typedef double f64r __attribute__((vector_size(REGISTER)));
+typedef int32_t i32r __attribute__((vector_size(REGISTER)));
+typedef uint32_t u32r __attribute__((vector_size(REGISTER)));
+typedef int64_t i64r __attribute__((vector_size(REGISTER)));
+template <class C> struct Register { using type = f32r; };
+template <> struct Register<double> { using type = f64r; };
+
+// ---- One register ----
+
+inline f32r multiply_add(f32r a, f32r b, f32r c) {
+#if defined(__AVX512F__)
+    return (f32r)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+    return (f32r)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (f32r)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+inline f64r multiply_add(f64r a, f64r b, f64r c) {
+#if defined(__AVX512F__)
+    return (f64r)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__AVX2__)
+    return (f64r)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__aarch64__)
+    return (f64r)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+// A comparison is all ones where it holds; choose takes `a` there and `b` elsewhere.
+template <class R, class M> inline R choose(M mask, R a, R b) { return (R)((mask & (M)a) | (~mask & (M)b)); }
+inline f32r smaller(f32r a, f32r b) { return choose(a < b, a, b); }
+inline f32r larger(f32r a, f32r b) { return choose(a > b, a, b); }
+inline f64r smaller(f64r a, f64r b) { return choose(a < b, a, b); }
+inline f64r larger(f64r a, f64r b) { return choose(a > b, a, b); }
+
+template <class R> struct Unaligned { typedef R type __attribute__((aligned(1), may_alias)); };
+
+template <class R> inline R read(const void* p) { return *static_cast<const typename Unaligned<R>::type*>(p); }
+template <class R> inline void write(void* p, R r) { *static_cast<typename Unaligned<R>::type*>(p) = r; }
+
+// Copy fewer than 16 elements in pieces of constant size.
+template <class T> inline void copy_few(void* to, const void* from, ptrdiff_t n) {
+    char* t = static_cast<char*>(to);
+    const char* f = static_cast<const char*>(from);
+    if (n & 8) std::memcpy(t, f, 8 * sizeof(T)), t += 8 * sizeof(T), f += 8 * sizeof(T);
+    if (n & 4) std::memcpy(t, f, 4 * sizeof(T)), t += 4 * sizeof(T), f += 4 * sizeof(T);
+    if (n & 2) std::memcpy(t, f, 2 * sizeof(T)), t += 2 * sizeof(T), f += 2 * sizeof(T);
+    if (n & 1) std::memcpy(t, f, sizeof(T));
+}
+
+// -- float and double are stored as they are computed with
+
+inline f32r widen(const float* p) { return read<f32r>(p); }
+inline f64r widen(const double* p) { return read<f64r>(p); }
+inline void narrow(float* p, f32r r) { write(p, r); }
+inline void narrow(double* p, f64r r) { write(p, r); }
+
+inline void narrow_stream(float* p, f32r r) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)r);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)r);
+#elif defined(__x86_64__)
+    _mm_stream_ps(p, (__m128)r);
+#else
+    write(p, r);
+#endif
+}
+
+inline void narrow_stream(double* p, f64r r) { narrow_stream(reinterpret_cast<float*>(p), (f32r)r); }
+
+// -- bf16: the upper half of a float, rounded to nearest even; a NaN keeps its sign and stays a NaN
+
+#if defined(__AVX512F__)
+typedef __m256i half_register;
+#elif defined(__AVX2__) || defined(__x86_64__)
+typedef __m128i half_register;  // SSE uses its lower 64 bits
+#elif defined(__aarch64__)
+typedef uint16x4_t half_register;
+#endif
+
+inline half_register read_half(const void* p) {
+#if defined(__x86_64__) && !defined(__AVX2__)
+    return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+#else
+    return read<half_register>(p);
+#endif
+}
+
+inline void write_half(void* p, half_register h) {
+#if defined(__x86_64__) && !defined(__AVX2__)
+    _mm_storel_epi64(static_cast<__m128i*>(p), h);
+#else
+    write(p, h);
+#endif
+}
+
+inline u32r zero_extend(half_register h) {
+#if defined(__AVX512F__)
+    return (u32r)_mm512_cvtepu16_epi32(h);
+#elif defined(__AVX2__)
+    return (u32r)_mm256_cvtepu16_epi32(h);
+#elif defined(__x86_64__)
+    return (u32r)_mm_cvtepu16_epi32(h);
+#else
+    return (u32r)vmovl_u16(h);
+#endif
+}
+
+// Lanes below 2^16.
+inline half_register truncate(u32r r) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_epi16((__m512i)r);
+#elif defined(__AVX2__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)r, (__m256i)r);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#elif defined(__x86_64__)
+    return _mm_packus_epi32((__m128i)r, (__m128i)r);
+#else
+    return vmovn_u32((uint32x4_t)r);
+#endif
+}
+
+inline f32r widen_half(half_register h, bf16) { return (f32r)(zero_extend(h) << 16); }
+
+inline half_register narrow_half(f32r r, bf16) {
+    const u32r bits = (u32r)r;
+    const u32r rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const u32r quiet = (bits >> 16) | 0x40;
+    return truncate(choose((u32r)(r != r), quiet, rounded));
+}
+
+// -- f16: by the processor, except for SSE
+
+#if defined(__AVX512F__)
+inline f32r widen_half(half_register h, f16) { return (f32r)_mm512_cvtph_ps(h); }
+inline half_register narrow_half(f32r r, f16) { return _mm512_cvtps_ph((__m512)r, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__AVX2__)
+inline f32r widen_half(half_register h, f16) { return (f32r)_mm256_cvtph_ps(h); }
+inline half_register narrow_half(f32r r, f16) { return _mm256_cvtps_ph((__m256)r, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__aarch64__)
+inline f32r widen_half(half_register h, f16) { return (f32r)vcvt_f32_f16(vreinterpret_f16_u16(h)); }
+inline half_register narrow_half(f32r r, f16) { return vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)r)); }
+#else
+inline f32r constant(float value) { return f32r{} + value; }
+
+inline f32r widen_half(half_register h, f16) {
+    const u32r bits = zero_extend(h);
+    const u32r magnitude = bits & 0x7fff;
+    // The exponent moves from a bias of 15 to 127 by a multiplication, which also normalizes subnormals.
+    const f32r finite = (f32r)(magnitude << 13) * constant(0x1p112f);
+    const u32r special = (magnitude << 13) | 0x7f800000;
+    const u32r wide = choose((u32r)(magnitude >= 0x7c00), special, (u32r)finite);
+    return (f32r)(wide | ((bits & 0x8000) << 16));
+}
+
+inline half_register narrow_half(f32r r, f16) {
+    const u32r bits = (u32r)r;
+    const u32r sign = (bits >> 16) & 0x8000;
+    const u32r magnitude = bits & 0x7fffffff;
+    // Subnormal halves: adding 0.5 leaves the value, rounded to nearest even, in the lowest bits.
+    const u32r subnormal = (u32r)((f32r)magnitude + constant(0.5f)) - 0x3f000000;
+    const u32r normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    u32r half = choose((u32r)(magnitude < 0x38800000), subnormal, normal);
+    half = choose((u32r)(magnitude >= 0x47800000), (u32r{} + 0x7c00), half);
+    half = choose((u32r)(magnitude > 0x7f800000), ((magnitude >> 13) & 0x7fff) | 0x7e00, half);
+    return truncate(half | sign);
+}
+#endif
+
+inline f32r widen(const bf16* p) { return widen_half(read_half(p), bf16()); }
+inline f32r widen(const f16* p) { return widen_half(read_half(p), f16()); }
+inline void narrow(bf16* p, f32r r) { write_half(p, narrow_half(r, bf16())); }
+inline void narrow(f16* p, f32r r) { write_half(p, narrow_half(r, f16())); }
+
+template <class T> inline void narrow_stream_half(T* p, f32r r) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_half(r, T()));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_half(r, T()));
+#elif defined(__x86_64__)
+    _mm_stream_si64(reinterpret_cast<long long*>(p), _mm_cvtsi128_si64(narrow_half(r, T())));
+#else
+    narrow(p, r);
+#endif
+}
+inline void narrow_stream(bf16* p, f32r r) { narrow_stream_half(p, r); }
+inline void narrow_stream(f16* p, f32r r) { narrow_stream_half(p, r); }
+
+// The first n lanes of a, then those of b.
+alignas(64) constexpr int32_t ALL_THEN_NONE[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+inline f32r join(f32r a, f32r b, ptrdiff_t n) { return choose(read<i32r>(ALL_THEN_NONE + 16 - n), a, b); }
+inline f64r join(f64r a, f64r b, ptrdiff_t n) { return choose(read<i64r>(ALL_THEN_NONE + 16 - 2 * n), a, b); }
+
+// -- the first n lanes of a register, 0 < n < lanes; the others are read as zero and not written
+
+template <class T> inline auto widen_part(const T* p, ptrdiff_t n) {
+    constexpr ptrdiff_t lanes = REGISTER / sizeof(arithmetic<T>);
+    T buffer[lanes] = {};
+    copy_few<T>(buffer, p, n);
+    return widen(buffer);
+}
+
+template <class T, class R> inline void narrow_part(T* p, R r, ptrdiff_t n) {
+    T buffer[REGISTER / sizeof(arithmetic<T>)];
+    narrow(buffer, r);
+    copy_few<T>(p, buffer, n);
+}
+
+#if defined(__AVX512F__)
+template <> inline auto widen_part<float>(const float* p, ptrdiff_t n) {
+    return (f32r)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+}
+template <> inline auto widen_part<double>(const double* p, ptrdiff_t n) {
+    return (f64r)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+}
+template <> inline void narrow_part<float, f32r>(float* p, f32r r, ptrdiff_t n) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)r);
+}
+template <> inline void narrow_part<double, f64r>(double* p, f64r r, ptrdiff_t n) {
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)r);
+}
+template <> inline auto widen_part<bf16>(const bf16* p, ptrdiff_t n) {
+    return widen_half(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p), bf16());
+}
+template <> inline auto widen_part<f16>(const f16* p, ptrdiff_t n) {
+    return widen_half(_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p), f16());
+}
+template <> inline void narrow_part<bf16, f32r>(bf16* p, f32r r, ptrdiff_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), narrow_half(r, bf16()));
+}
+template <> inline void narrow_part<f16, f32r>(f16* p, f32r r, ptrdiff_t n) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), narrow_half(r, f16()));
+}
+#elif defined(__AVX2__)
+// Masked loads are fast everywhere; masked stores are not on AMD, so those go in pieces.
+template <> inline auto widen_part<float>(const float* p, ptrdiff_t n) {
+    return (f32r)_mm256_maskload_ps(p, read<__m256i>(ALL_THEN_NONE + 16 - n));
+}
+template <> inline auto widen_part<double>(const double* p, ptrdiff_t n) {
+    return (f64r)_mm256_maskload_pd(p, read<__m256i>(ALL_THEN_NONE + 16 - 2 * n));
+}
+#endif
+
+// ---- Blocks ----
+
+#define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)
+
+template <class T> struct Block {
+    using C = arithmetic<T>;
+    using R = typename Register<C>::type;
+    static constexpr int registers = BLOCK / REGISTER;
+    static constexpr ptrdiff_t lanes = REGISTER / sizeof(C);  // of one register
+
+    R r[registers];
+
+    static constexpr ptrdiff_t width() { return BLOCK / sizeof(C); }
+
+    Block operator+(Block b) const {
+        FOR_REGISTERS b.r[i] = r[i] + b.r[i];
+        return b;
+    }
+
+    Block operator-(Block b) const {
+        FOR_REGISTERS b.r[i] = r[i] - b.r[i];
+        return b;
+    }
+
+    Block operator*(Block b) const {
+        FOR_REGISTERS b.r[i] = r[i] * b.r[i];
+        return b;
+    }
+
+    // a * b + c, with one rounding where the ISA can
+    static Block fma(Block a, Block b, Block c) {
+        FOR_REGISTERS c.r[i] = multiply_add(a.r[i], b.r[i], c.r[i]);
+        return c;
+    }
+
+    static Block median(Block a, Block b, Block c) {
+        FOR_REGISTERS a.r[i] = larger(smaller(a.r[i], b.r[i]), smaller(larger(a.r[i], b.r[i]), c.r[i]));
+        return a;
+    }
+
+    // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
+    double total() const {
+        constexpr ptrdiff_t half = width() / 2;
+        C lane[2 * half];
+        std::memcpy(lane, r, sizeof lane);
+        double t[half];
+        for (ptrdiff_t i = 0; i < half; ++i) t[i] = (double)lane[i] + (double)lane[i + half];
+        for (ptrdiff_t h = half / 2; h > 0; h /= 2)
+            for (ptrdiff_t i = 0; i < h; ++i) t[i] += t[i + h];
+        return t[0];
+    }
+
+    static Block constant(double value) {
+        Block a;
+        FOR_REGISTERS a.r[i] = R{} + (C)value;
+        return a;
+    }
+
+    // -- Data, in storage type
+
+    static Block load(const T* p) {
+        Block a;
+        FOR_REGISTERS a.r[i] = widen(p + i * lanes);
+        return a;
+    }
+
+    void store(T* p) const { FOR_REGISTERS narrow(p + i * lanes, r[i]); }
+
+    // `p` starts a cache line.
+    void stream(T* p) const { FOR_REGISTERS narrow_stream(p + i * lanes, r[i]); }
+
+    // The first n < width lanes from memory, the others from `fill`.
+    static Block load_part(const T* p, ptrdiff_t n, Block fill) {
+        FOR_REGISTERS {
+            const ptrdiff_t left = n - i * lanes;
+            if (left >= lanes) fill.r[i] = widen(p + i * lanes);
+            else if (left > 0) fill.r[i] = join(widen_part<T>(p + i * lanes, left), fill.r[i], left);
+        }
+        return fill;
+    }
+
+    void store_part(T* p, ptrdiff_t n) const {
+        FOR_REGISTERS {
+            const ptrdiff_t left = n - i * lanes;
+            if (left >= lanes) narrow(p + i * lanes, r[i]);
+            else if (left > 0) narrow_part<T>(p + i * lanes, r[i], left);
+        }
+    }
+
+    // One element, in double.
+    static double element(const T* p) {
+        T lane[lanes] = {*p};
+        return widen(lane)[0];
+    }
+
+    // Whether a sum of squares kept its digits: it is finite, and far from where it would underflow, or exactly zero.
+    static bool in_range(double sum, double square) {
+        constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
+        return std::isfinite(square) && (square >= tiny || (square == 0 && sum == 0));
+    }
+
+    // Elements up to the next cache line, at most n.
+    static ptrdiff_t to_line(const T* p, ptrdiff_t n) {
+        const ptrdiff_t bytes = (ptrdiff_t)(-reinterpret_cast<uintptr_t>(p) & (LINE - 1));
+        const ptrdiff_t elements = bytes / (ptrdiff_t)sizeof(T);
+        return elements < n ? elements : n;
+    }
+
+    // -- Vectors of parameters, in the type of the arithmetic
+
+    static Block splat(const void* p, ptrdiff_t j) { return constant(value(p, j)); }
+
+    static Block get(const void* p, ptrdiff_t j) {
+        const C* q = static_cast<const C*>(p) + j;
+        Block a;
+        FOR_REGISTERS a.r[i] = widen(q + i * lanes);
+        return a;
+    }
+
+    void put(void* p, ptrdiff_t j) const {
+        C* q = static_cast<C*>(p) + j;
+        FOR_REGISTERS narrow(q + i * lanes, r[i]);
+    }
+
+    static double value(const void* p, ptrdiff_t j) { return static_cast<const C*>(p)[j]; }
+    static void set_value(void* p, ptrdiff_t j, double v) { static_cast<C*>(p)[j] = (C)v; }
+};
+
+// Order streaming stores before whatever tells other threads that the data is there.
+inline void fence() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+}  // namespace
