@@ -298,6 +298,25 @@ template <> inline auto widen_part<double>(const double* p, ptrdiff_t n) {
 }
 #endif
 
+// -- the lanes of a block's registers as doubles; the result is the number of registers of double
+
+typedef float f32h __attribute__((vector_size(REGISTER / 2)));
+
+inline int widen_lanes(const f32r (&r)[BLOCK / REGISTER], f64r* t) {
+    for (int i = 0; i < BLOCK / REGISTER; ++i) {
+        f32h half[2];
+        std::memcpy(half, &r[i], sizeof half);
+        t[2 * i] = __builtin_convertvector(half[0], f64r);
+        t[2 * i + 1] = __builtin_convertvector(half[1], f64r);
+    }
+    return 2 * BLOCK / REGISTER;
+}
+
+inline int widen_lanes(const f64r (&r)[BLOCK / REGISTER], f64r* t) {
+    std::memcpy(t, r, sizeof r);
+    return BLOCK / REGISTER;
+}
+
 // ---- Blocks ----
 
 #define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)
@@ -340,14 +359,17 @@ template <class T> struct Block {
 
     // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
     double total() const {
-        constexpr ptrdiff_t half = width() / 2;
-        C lane[2 * half];
-        std::memcpy(lane, r, sizeof lane);
-        double t[half];
-        for (ptrdiff_t i = 0; i < half; ++i) t[i] = (double)lane[i] + (double)lane[i + half];
-        for (ptrdiff_t h = half / 2; h > 0; h /= 2)
-            for (ptrdiff_t i = 0; i < h; ++i) t[i] += t[i + h];
-        return t[0];
+        f64r t[2 * registers];
+        int parts = widen_lanes(r, t);
+        while (parts > 1) {
+            parts /= 2;
+            for (int i = 0; i < parts; ++i) t[i] = t[i] + t[i + parts];
+        }
+        double lane[REGISTER / sizeof(double)];
+        std::memcpy(lane, t, sizeof lane);
+        for (int h = REGISTER / sizeof(double) / 2; h > 0; h /= 2)
+            for (int i = 0; i < h; ++i) lane[i] += lane[i + h];
+        return lane[0];
     }
 
     static Block constant(double value) {
@@ -408,7 +430,12 @@ template <class T> struct Block {
 
     // -- Vectors of parameters, in the type of the arithmetic
 
-    static Block splat(const void* p, ptrdiff_t j) { return constant(value(p, j)); }
+    static Block splat(const void* p, ptrdiff_t j) {
+        const C c = static_cast<const C*>(p)[j];
+        Block a;
+        FOR_REGISTERS a.r[i] = R{} + c;
+        return a;
+    }
 
     static Block get(const void* p, ptrdiff_t j) {
         const C* q = static_cast<const C*>(p) + j;

@@ -120,6 +120,13 @@ cdef extern from * nogil:
         char bytes[4096 + 128];  // one row of accumulators, and a block more
     };
 
+    // The sums of a few channels while their planes are read.
+    constexpr int PLANES = 32;
+    template <class T> struct Accumulators {
+        Block<T> sum[PLANES], square[PLANES];
+        double k[PLANES];
+    };
+
     // The same call, as seen by the kernels of one operation and one storage type.
     template <class Op, class T> struct Job : Call {
         const T* input() const { return static_cast<const T*>(x); }
@@ -172,6 +179,13 @@ cdef extern from * nogil:
 
     cdef cppclass Columns:
         pass
+
+    const Py_ssize_t PLANES
+
+    cdef cppclass Accumulators[T]:
+        Block[T] *sum
+        Block[T] *square
+        double *k
 
     cdef cppclass Job[Op, T](Call):
         const T* input()
@@ -287,44 +301,55 @@ cdef inline double middle(double a, double b, double c) noexcept nogil:
     return max(min(a, b), min(max(a, b), c))
 
 
-cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t channel, Py_ssize_t tile) noexcept nogil:
-    """The sums of one tile of one channel."""
-    cdef Py_ssize_t W = Block[T].width()
-    cdef Py_ssize_t stride = job.channels * job.inner
+cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
+    """The sums of one tile of channels first ... last, at most PLANES."""
+    cdef Py_ssize_t W = Block[T].width(), stride = job.channels * job.inner
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, images = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
-    cdef Py_ssize_t offset = n0 * stride + channel * job.inner + start, at = tile * job.channels + channel
+    cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, at = tile * job.channels + first
     cdef const T* x = job.input() + offset
     cdef const T* dy = x if Sum is Stats else job.gradient() + offset
-    cdef Py_ssize_t i, n, e = images * length
-    cdef Block[T] k, sum = Block[T].constant(0), square = Block[T].constant(0)
+    cdef Py_ssize_t i, n, c, e = images * length, channels = last - first
+    cdef Py_ssize_t a = e // 6 // length * stride + e // 6 % length, b = e // 2 // length * stride + e // 2 % length
+    cdef Py_ssize_t z = e * 5 // 6 // length * stride + e * 5 // 6 % length
+    cdef const T* plane
+    cdef Accumulators[T] acc
+    cdef Block[T] k, sum, square
     cdef double total, total_square, mean
-    if Sum is Stats:
-        job.shifts[at] = middle(
-            Block[T].element(x + e // 6 // length * stride + e // 6 % length),
-            Block[T].element(x + e // 2 // length * stride + e // 2 % length),
-            Block[T].element(x + e * 5 // 6 // length * stride + e * 5 // 6 % length),
-        )
-        mean = job.shifts[at]
-    else:
-        mean = Block[T].value(job.at_mean, channel)
-    k = Block[T].constant(mean)
+    for c in range(channels):
+        if Sum is Stats:
+            plane = x + c * job.inner
+            mean = middle(Block[T].element(plane + a), Block[T].element(plane + b), Block[T].element(plane + z))
+            job.shifts[at + c] = mean
+        else:
+            mean = Block[T].value(job.at_mean, first + c)
+        acc.k[c] = mean
+        acc.sum[c] = acc.square[c] = Block[T].constant(0)
+    # Image by image, so that memory is read in long runs; for small planes that is what counts.
     for n in range(images):
-        i = 0
-        while i + W <= length:
-            accumulate(job, x + i, dy + i, W, k, &sum, &square)
-            i += W
-        if i < length:
-            accumulate(job, x + i, dy + i, length - i, k, &sum, &square)
-        x += stride
-        dy += stride
-    total = sum.total()
-    total_square = square.total()
-    if Block[T].in_range(total, total_square):
-        job.sums[at] = total
-        job.squares[at] = total_square
-    else:
-        sum_exactly(job, at, offset, images, stride, length, mean)
+        for c in range(channels):
+            k = Block[T].constant(acc.k[c])
+            sum = acc.sum[c]
+            square = acc.square[c]
+            i = 0
+            while i + W <= length:
+                accumulate(job, x + i, dy + i, W, k, &sum, &square)
+                i += W
+            if i < length:
+                accumulate(job, x + i, dy + i, length - i, k, &sum, &square)
+            acc.sum[c] = sum
+            acc.square[c] = square
+            x += job.inner
+            dy += job.inner
+        x += stride - channels * job.inner
+        dy += stride - channels * job.inner
+    for c in range(channels):
+        total = acc.sum[c].total()
+        total_square = acc.square[c].total()
+        job.sums[at + c] = total
+        job.squares[at + c] = total_square
+        if not Block[T].in_range(total, total_square):
+            sum_exactly(job, at + c, offset + c * job.inner, images, stride, length, acc.k[c])
 
 
 cdef void map_planes(
@@ -583,12 +608,11 @@ cdef void fold_gradient(Job[InputGradient, T]* job, Py_ssize_t first, Py_ssize_t
 
 cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
     """One tile of a group of channels or columns."""
-    cdef Py_ssize_t tile = unit % job.tiles, c, first = unit // job.tiles * job.group
+    cdef Py_ssize_t tile = unit % job.tiles, first = unit // job.tiles * job.group
     if job.inner == 1:
         sum_columns(job, tile, first, min(first + job.group, job.columns))
     else:
-        for c in range(first, min(first + job.group, job.channels)):
-            sum_planes(job, c, tile)
+        sum_planes(job, first, min(first + job.group, job.channels), tile)
 
 
 cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
@@ -615,12 +639,19 @@ cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
         fence()
 
 
+cdef void sum_channels(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """All tiles of channels first ... last."""
+    cdef Py_ssize_t tile
+    while first < last:
+        for tile in range(job.tiles):
+            sum_planes(job, first, min(first + PLANES, last), tile)
+        first += PLANES
+
+
 cdef void forward_unit(Job[Normalize, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
-    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), c, tile, n
-    for c in range(first, last):
-        for tile in range(job.tiles):
-            sum_planes(<Job[Stats, T]*> job, c, tile)
+    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), n
+    sum_channels(<Job[Stats, T]*> job, first, last)
     merge_stats(job, first, last)
     fold_batch(job, first, last)
     for n in range(job.outer - 1, -1, -1):
@@ -631,10 +662,8 @@ cdef void forward_unit(Job[Normalize, T]* job, Py_ssize_t unit) noexcept nogil:
 
 cdef void backward_unit(Job[InputGradient, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: sums, then, while they are in the cache, the map."""
-    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), c, tile, n
-    for c in range(first, last):
-        for tile in range(job.tiles):
-            sum_planes(<Job[GradSums, T]*> job, c, tile)
+    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), n
+    sum_channels(<Job[GradSums, T]*> job, first, last)
     merge_sums(job, first, last)
     fold_gradient(job, first, last)
     for n in range(job.outer - 1, -1, -1):
@@ -688,7 +717,7 @@ cdef Py_ssize_t sum_units(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nog
     if job.inner == 1:
         job.group = min(COLUMNS // BLOCK * W, up(up(job.columns, enough), W) * W)
         return job.tiles * up(job.columns, job.group)
-    job.group = max(<Py_ssize_t> 1, min(job.channels // enough, (L2 // 4) // (job.images * job.piece * item)))
+    job.group = max(<Py_ssize_t> 1, min(PLANES, min(job.channels // enough, L2 // 4 // (job.images * job.piece * item))))
     return job.tiles * up(job.channels, job.group)
 
 
