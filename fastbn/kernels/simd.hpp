@@ -243,12 +243,23 @@ template <class T> inline void narrow_stream_half(T* p, f32r r) {
 inline void narrow_stream(bf16* p, f32r r) { narrow_stream_half(p, r); }
 inline void narrow_stream(f16* p, f32r r) { narrow_stream_half(p, r); }
 
-// The first n lanes of a, then those of b.
-alignas(64) constexpr int32_t ALL_THEN_NONE[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
-inline f32r join(f32r a, f32r b, ptrdiff_t n) { return choose(read<i32r>(ALL_THEN_NONE + 16 - n), a, b); }
-inline f64r join(f64r a, f64r b, ptrdiff_t n) { return choose(read<i64r>(ALL_THEN_NONE + 16 - 2 * n), a, b); }
+// -- the first n lanes of a, then those of b
 
-// -- the first n lanes of a register, 0 < n < lanes; the others are read as zero and not written
+alignas(64) constexpr int32_t ALL_THEN_NONE[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+
+inline f32r join(f32r a, f32r b, ptrdiff_t n) {
+#if defined(__AVX512F__)
+    return (f32r)_mm512_mask_blend_ps((__mmask16)((1u << n) - 1), (__m512)b, (__m512)a);
+#elif defined(__AVX2__)
+    return (f32r)_mm256_blendv_ps((__m256)b, (__m256)a, read<__m256>(ALL_THEN_NONE + 16 - n));
+#else
+    return choose(read<i32r>(ALL_THEN_NONE + 16 - n), a, b);
+#endif
+}
+
+inline f64r join(f64r a, f64r b, ptrdiff_t n) { return (f64r)join((f32r)a, (f32r)b, 2 * n); }
+
+// -- the first n lanes of a register, 0 < n < lanes; the others are read as anything and not written
 
 template <class T> inline auto widen_part(const T* p, ptrdiff_t n) {
     constexpr ptrdiff_t lanes = REGISTER / sizeof(arithmetic<T>);
@@ -397,6 +408,15 @@ template <class T> struct Block {
             const ptrdiff_t left = n - i * lanes;
             if (left >= lanes) fill.r[i] = widen(p + i * lanes);
             else if (left > 0) fill.r[i] = join(widen_part<T>(p + i * lanes, left), fill.r[i], left);
+        }
+        return fill;
+    }
+
+    // The n < width lanes that end at `end` from memory, though all before them can be read; the others from `fill`.
+    static Block load_end(const T* end, ptrdiff_t n, Block fill) {
+        FOR_REGISTERS {
+            const ptrdiff_t others = width() - n - i * lanes;
+            fill.r[i] = join(fill.r[i], widen(end - width() + i * lanes), others < 0 ? 0 : others < lanes ? others : lanes);
         }
         return fill;
     }

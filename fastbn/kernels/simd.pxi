@@ -64,6 +64,8 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
+        Block[T] load_end(const T*, Py_ssize_t, Block[T])
+        @staticmethod
         double element(const T*)
         @staticmethod
         bint in_range(double, double)
@@ -238,27 +240,24 @@ cdef inline void give(T* p, Block[T] a, Py_ssize_t n, bint streams) noexcept nog
 
 
 cdef inline void accumulate(
-    Job[Sum, T]* job, const T* x, const T* dy, Py_ssize_t n, Block[T] k, Block[T]* sum, Block[T]* square
+    Job[Sum, T]* job, Block[T] x, Block[T] dy, Block[T] k, Block[T]* sum, Block[T]* square
 ) noexcept nogil:
-    cdef Block[T] d = take(x, n, k) - k
-    cdef Block[T] g
+    cdef Block[T] d = x - k
     if Sum is Stats:
         sum[0] = sum[0] + d
         square[0] = Block[T].fma(d, d, square[0])
     else:
-        g = take(dy, n, Block[T].constant(0))
-        sum[0] = sum[0] + g
-        square[0] = Block[T].fma(g, d, square[0])
+        sum[0] = sum[0] + dy
+        square[0] = Block[T].fma(dy, d, square[0])
 
 
 cdef inline Block[T] mapped(
-    Job[Map, T]* job, const T* x, const T* dy, Py_ssize_t n, Block[T] mean, Block[T] scale, Block[T] shift, Block[T] slope
+    Job[Map, T]* job, Block[T] x, Block[T] dy, Block[T] mean, Block[T] scale, Block[T] shift, Block[T] slope
 ) noexcept nogil:
-    cdef Block[T] d = take(x, n, mean) - mean
     if Map is Normalize:
-        return Block[T].fma(d, scale, shift)
+        return Block[T].fma(x - mean, scale, shift)
     else:
-        return scale * Block[T].fma(d, slope, take(dy, n, shift) - shift)
+        return scale * Block[T].fma(x - mean, slope, dy - shift)
 
 
 # ---- Sums that left the range of the arithmetic ----
@@ -314,7 +313,7 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Py_ssize_t z = e * 5 // 6 // length * stride + e * 5 // 6 % length
     cdef const T* plane
     cdef Accumulators[T] acc
-    cdef Block[T] k, sum, square
+    cdef Block[T] k, sum, square, tail, zero = Block[T].constant(0)
     cdef double total, total_square, mean
     for c in range(channels):
         if Sum is Stats:
@@ -324,7 +323,7 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
         else:
             mean = Block[T].value(job.at_mean, first + c)
         acc.k[c] = mean
-        acc.sum[c] = acc.square[c] = Block[T].constant(0)
+        acc.sum[c] = acc.square[c] = zero
     # Image by image, so that memory is read in long runs; for small planes that is what counts.
     for n in range(images):
         for c in range(channels):
@@ -333,10 +332,13 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             square = acc.square[c]
             i = 0
             while i + W <= length:
-                accumulate(job, x + i, dy + i, W, k, &sum, &square)
+                accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, &sum, &square)
                 i += W
-            if i < length:
-                accumulate(job, x + i, dy + i, length - i, k, &sum, &square)
+            if i < length and length >= W:
+                tail = Block[T].load_end(x + length, length - i, k)
+                accumulate(job, tail, Block[T].load_end(dy + length, length - i, zero), k, &sum, &square)
+            elif i < length:
+                accumulate(job, take(x, length, k), take(dy, length, zero), k, &sum, &square)
             acc.sum[c] = sum
             acc.square[c] = square
             x += job.inner
@@ -360,25 +362,35 @@ cdef void map_planes(
     cdef const T* x = job.input() + plane * job.inner + start
     cdef const T* dy = x if Map is Normalize else job.gradient() + plane * job.inner + start
     cdef T* y = job.output() + plane * job.inner + start
-    cdef Block[T] mean, scale, shift, slope
+    cdef Block[T] mean, scale, shift, slope, head, tail
     for p in range(planes):
         mean = Block[T].splat(job.at_mean, channel)
         scale = Block[T].splat(job.at_scale, channel)
         shift = Block[T].splat(job.at_shift, channel)
         slope = Block[T].splat(job.at_slope, channel) if Map is InputGradient else mean
-        i = Block[T].to_line(y, length) if length >= 16 * W else 0
-        if i > 0:
-            give(y, mapped(job, x, dy, i, mean, scale, shift, slope), i, False)
-        if job.streams:
-            while i + W <= length:
-                give(y + i, mapped(job, x + i, dy + i, W, mean, scale, shift, slope), W, True)
-                i += W
+        if length < W:
+            tail = mapped(job, take(x, length, mean), take(dy, length, mean), mean, scale, shift, slope)
+            tail.store_part(y, length)
         else:
-            while i + W <= length:
-                give(y + i, mapped(job, x + i, dy + i, W, mean, scale, shift, slope), W, False)
-                i += W
-        if i < length:
-            give(y + i, mapped(job, x + i, dy + i, length - i, mean, scale, shift, slope), length - i, False)
+            # The tail overlaps what is before it. It is computed first, because the output may be the input.
+            tail = mapped(job, Block[T].load(x + length - W), Block[T].load(dy + length - W), mean, scale, shift, slope)
+            i = Block[T].to_line(y, length) if length >= 16 * W else 0
+            if i > 0:
+                head = mapped(job, Block[T].load(x), Block[T].load(dy), mean, scale, shift, slope)
+                head.store_part(y, i)
+            if job.streams:
+                while i + W <= length:
+                    mapped(job, Block[T].load(x + i), Block[T].load(dy + i), mean, scale, shift, slope).stream(y + i)
+                    i += W
+                if i < length:  # never write a streamed line again
+                    tail = mapped(job, take(x + i, length - i, mean), take(dy + i, length - i, mean), mean, scale, shift, slope)
+                    tail.store_part(y + i, length - i)
+            else:
+                while i + W <= length:
+                    mapped(job, Block[T].load(x + i), Block[T].load(dy + i), mean, scale, shift, slope).store(y + i)
+                    i += W
+                if i < length:
+                    tail.store(y + length - W)
         x += job.inner
         dy += job.inner
         y += job.inner
@@ -406,10 +418,13 @@ cdef inline void sum_rows(
     void* k, void* sums, void* squares, Py_ssize_t j
 ) noexcept nogil:
     """Add a few rows of n columns, at most a block, to the accumulators from index j on."""
-    cdef Block[T] center = Block[T].get(k, j), sum = Block[T].constant(0), square = Block[T].constant(0)
+    cdef Block[T] zero = Block[T].constant(0)
+    cdef Block[T] center = Block[T].get(k, j), sum = zero, square = zero
     cdef Py_ssize_t r
     for r in range(rows):
-        accumulate(job, x + r * job.columns, dy + r * job.columns, n, center, &sum, &square)
+        accumulate(job, take(x, n, center), take(dy, n, zero), center, &sum, &square)
+        x += job.columns
+        dy += job.columns
     (Block[T].get(sums, j) + sum).put(sums, j)
     (Block[T].get(squares, j) + square).put(squares, j)
 
@@ -468,7 +483,7 @@ cdef inline void map_rows(
     cdef Block[T] slope = Block[T].get(job.at_slope, j) if Map is InputGradient else mean
     cdef Py_ssize_t r
     for r in range(rows):
-        give(y, mapped(job, x, dy, n, mean, scale, shift, slope), n, streams)
+        give(y, mapped(job, take(x, n, mean), take(dy, n, mean), mean, scale, shift, slope), n, streams)
         x += job.columns
         dy += job.columns
         y += job.columns
