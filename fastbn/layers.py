@@ -110,7 +110,7 @@ class _BatchNorm:
             if x.shape[axis] != self.num_features:
                 raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has num_features={self.num_features}")
         batch = self.running_mean is None or (self.training and not self.frozen)
-        track = batch and self.running_mean is not None and self.training
+        track = batch and self.running_mean is not None
         statistics = (self.running_mean, self.running_var) if track or not batch else (None, None)
         y, saved = functional.batch_norm_forward(
             x, self.weight, self.bias, *statistics, training=batch, momentum=self._weight_of_new(), eps=self.eps,

@@ -135,6 +135,8 @@ def batch_norm_stats(x: Array, axis: int = 1, mask: Array | None = None) -> tupl
     rows = np.moveaxis(_wide(x), axis, -1)
     rows = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[np.broadcast_to(mask, rows.shape[:-1])]
     mean = rows.mean(0)
+    lost = (rows - mean).mean(0)  # by adding many values in sequence
+    mean = mean + np.where(np.isfinite(lost), lost, 0.0)
     return len(rows), mean, np.square(rows - mean).mean(0)
 
 

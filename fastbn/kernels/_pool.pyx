@@ -1,13 +1,61 @@
 """The thread pool, compiled once and shared by the kernels of all ISA levels."""
 
+cimport numpy as cnp
+from libc.string cimport memcpy
+
+cnp.import_array()
+
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
-    void c_parallel "fastbn::parallel"(unit_fn unit, void* job, Py_ssize_t units, int threads) noexcept
-    void* c_scratch "fastbn::scratch"(size_t nbytes) noexcept
+    void run_units "fastbn::parallel"(unit_fn unit, void* job, Py_ssize_t units, int threads) noexcept
+    void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
+    int count_workers "fastbn::workers"() noexcept
 
 
 cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads) noexcept nogil:
-    c_parallel(unit, job, units, threads)
+    run_units(unit, job, units, threads)
 
 
 cdef void* scratch(size_t nbytes) noexcept nogil:
-    return c_scratch(nbytes)
+    return own_memory(nbytes)
+
+
+def workers():
+    """Number of threads that the pool of this process has started.
+
+    Returns
+    -------
+    int
+    """
+    return count_workers()
+
+
+cdef struct Copy:
+    char* to
+    const char* source
+    Py_ssize_t size
+    Py_ssize_t piece
+
+
+cdef void copy_piece(void* job, Py_ssize_t unit) noexcept nogil:
+    cdef Copy* c = <Copy*> job
+    cdef Py_ssize_t start = unit * c.piece
+    memcpy(c.to + start, c.source + start, min(c.piece, c.size - start))
+
+
+def copy(cnp.ndarray source, cnp.ndarray to, int threads):
+    """Copy an array: the floor that benchmarks compare with.
+
+    Parameters
+    ----------
+    source, to : ndarray
+        C-contiguous, of the same size in bytes.
+    threads : int
+        Each copies one piece by memcpy.
+    """
+    if not (cnp.PyArray_IS_C_CONTIGUOUS(source) and cnp.PyArray_IS_C_CONTIGUOUS(to)) or cnp.PyArray_NBYTES(source) != cnp.PyArray_NBYTES(to):
+        raise ValueError("source and to must be C-contiguous and of the same size in bytes")
+    cdef Copy job = Copy(<char*> cnp.PyArray_DATA(to), <char*> cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source), 0)
+    job.piece = (job.size // threads + 63) // 64 * 64 if threads > 1 else job.size
+    if job.size > 0:
+        with nogil:
+            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads)

@@ -1,13 +1,273 @@
+// The thread pool.
+//
+// What it must do, and how:
+//
+// - Never wait for a thread that has nothing of ours. Units are claimed one by one from a counter, and the calling
+//   thread claims too. The call returns when the counter is used up and every thread that entered the job has left it;
+//   a worker that wakes late finds the job closed. So a worker costs time only if it loses its processor while it holds
+//   a unit, and then the caller sleeps instead of spinning: the idle processor takes over the worker.
+//
+// - Wake fast, cost nothing when idle. A worker that ran out of work spins for SPIN, so that calls that follow each
+//   other find it awake, and then sleeps on a condition variable. To wake a sleeping worker costs the caller a system
+//   call; nobody waits for it to arrive.
+//
+// - Step back on a busy machine. With another process on the processors, spinning and claiming lead to waits of a
+//   scheduler's time slice, milliseconds for a call of 100 microseconds. Signs of it are a worker that was descheduled
+//   while it spun, and a caller that waited long for the last units. After such a sign calls stay on their own thread
+//   for a while, which doubles with each sign that follows soon and starts again after a quiet time.
+//
+// - Survive fork. The child has the memory of the pool but none of its threads, so it forgets the pool and makes a new
+//   one when it needs one. No lock is shared between the two pools.
+//
+// - Serve many callers. The pool works on one job at a time. Whoever finds it taken runs all units itself: correct, no
+//   deadlock, and no more threads than processors.
+//
+// - Leave quietly. Workers are detached, block all signals, touch nothing of Python, and use only the pool, which is
+//   never destroyed: neither interpreter exit nor Ctrl-C has to wait for them.
+
 #include "pool.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
 #include <cstdlib>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
 namespace fastbn {
-void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int) {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Time = Clock::duration;
+using std::chrono::microseconds;
+using std::chrono::milliseconds;
+
+constexpr Time SPIN = microseconds(100);        // how long a worker without work stays awake
+constexpr Time DESCHEDULED = microseconds(50);  // a gap in spinning that means another process had the processor
+constexpr Time LONG_WAIT = microseconds(200);   // a wait for the last units, beyond the length of two
+constexpr Time FIRST_REST = milliseconds(4);    // how long to stay on one thread after the first sign
+constexpr Time LAST_REST = milliseconds(256);   // ... and after the last doubling
+constexpr int MOST_WORKERS = 1023;
+
+inline void pause() noexcept {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Pool {
+public:
+    void run(unit_fn unit, void* job, std::ptrdiff_t units, int threads) noexcept {
+        if (threads < 2 || units < 2 || resting() || taken_.exchange(true, std::memory_order_acquire)) {
+            for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, i);
+            return;
+        }
+        if (threads - 1 > units - 1) threads = static_cast<int>(units);
+        const int helpers = grow(threads - 1);
+        unit_ = unit;
+        job_ = job;
+        units_ = units;
+        next_.store(0, std::memory_order_relaxed);
+        state_.store(OPEN | static_cast<std::uint64_t>(helpers) << LIMIT, std::memory_order_release);
+        wake(helpers);
+
+        const auto start = Clock::now();
+        const std::ptrdiff_t mine = claim();
+        const auto done = Clock::now();
+        state_.fetch_and(~OPEN, std::memory_order_acq_rel);
+        wait_until_left();
+        const auto waited = Clock::now() - done;
+        if (waited > LONG_WAIT + (mine > 0 ? 2 * (done - start) / mine : done - start)) rest();
+        taken_.store(false, std::memory_order_release);
+    }
+
+    int workers() const noexcept { return workers_.load(std::memory_order_relaxed); }
+
+private:
+    // state_: whether the job is open, how many workers may enter it, and how many are in it.
+    static constexpr std::uint64_t OPEN = std::uint64_t{1} << 63;
+    static constexpr int LIMIT = 32;
+    static constexpr std::uint64_t INSIDE = 0xffffffff;
+
+    alignas(64) std::atomic<std::uint64_t> state_{0};
+    alignas(64) std::atomic<std::ptrdiff_t> next_{0};
+    alignas(64) std::atomic<std::uint32_t> calls_{0};
+    std::atomic<bool> taken_{false};
+    std::atomic<int> workers_{0};
+    std::atomic<std::int64_t> rest_until_{0};
+    std::atomic<std::int64_t> rest_length_{0};
+
+    unit_fn unit_ = nullptr;  // of the open job, as are the next two
+    void* job_ = nullptr;
+    std::ptrdiff_t units_ = 0;
+
+    std::mutex mutex_;
+    std::condition_variable call_;  // calls_ went up
+    std::condition_variable left_;  // the last worker left a closed job
+    std::atomic<int> sleepers_{0};
+    bool waiting_ = false;
+
+    std::ptrdiff_t claim() noexcept {
+        std::ptrdiff_t done = 0;
+        for (std::ptrdiff_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_; ++done) unit_(job_, i);
+        return done;
+    }
+
+    bool enter() noexcept {
+        std::uint64_t state = state_.load(std::memory_order_relaxed);
+        do {
+            if (!(state & OPEN) || (state & INSIDE) >= (state & ~OPEN) >> LIMIT) return false;
+        } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_relaxed));
+        return true;
+    }
+
+    void leave() noexcept {
+        const std::uint64_t before = state_.fetch_sub(1, std::memory_order_acq_rel);
+        if ((before & OPEN) || (before & INSIDE) != 1) return;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (waiting_) left_.notify_one();
+    }
+
+    bool empty() const noexcept { return (state_.load(std::memory_order_acquire) & INSIDE) == 0; }
+
+    void wait_until_left() noexcept {
+        for (const auto start = Clock::now(); Clock::now() - start < SPIN / 4; pause())
+            if (empty()) return;
+        std::unique_lock<std::mutex> lock(mutex_);
+        waiting_ = true;
+        left_.wait(lock, [this] { return empty(); });
+        waiting_ = false;
+    }
+
+    void wake(int helpers) noexcept {
+        calls_.fetch_add(1, std::memory_order_seq_cst);
+        const int asleep = sleepers_.load(std::memory_order_seq_cst);
+        if (asleep == 0) return;
+        const int awake = workers() - asleep;
+        { const std::lock_guard<std::mutex> lock(mutex_); }  // whoever saw the old count of calls sleeps by now
+        for (int i = awake; i < helpers; ++i) call_.notify_one();
+    }
+
+    // Start workers until there are `wanted`; return how many there are, at most `wanted`.
+    int grow(int wanted) noexcept {
+        if (wanted > MOST_WORKERS) wanted = MOST_WORKERS;
+        int count = workers();
+        if (count >= wanted) return wanted;
+        sigset_t all, old;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+        try {
+            for (; count < wanted; ++count) std::thread(&Pool::work, this).detach();
+        } catch (const std::system_error&) {  // no more threads to be had: fewer will do
+        }
+        pthread_sigmask(SIG_SETMASK, &old, nullptr);
+        workers_.store(count, std::memory_order_relaxed);
+        return count;
+    }
+
+    void work() noexcept {
+        std::uint32_t seen = calls_.load(std::memory_order_acquire) - 1;
+        for (;;) {
+            await_call(seen);
+            seen = calls_.load(std::memory_order_acquire);
+            if (enter()) {
+                claim();
+                leave();
+            }
+        }
+    }
+
+    // Return when there was a call after the one that was seen.
+    void await_call(std::uint32_t seen) noexcept {
+        const auto start = Clock::now();
+        for (auto last = start; last - start < SPIN;) {
+            for (int i = 0; i < 16; ++i) {
+                if (calls_.load(std::memory_order_acquire) != seen) return;
+                pause();
+            }
+            const auto now = Clock::now();
+            if (now - last > DESCHEDULED) {
+                rest();
+                break;
+            }
+            last = now;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        call_.wait(lock, [&] { return calls_.load(std::memory_order_seq_cst) != seen; });
+        sleepers_.fetch_sub(1, std::memory_order_seq_cst);
+    }
+
+    static std::int64_t ticks() noexcept { return Clock::now().time_since_epoch().count(); }
+
+    bool resting() const noexcept {
+        const std::int64_t until = rest_until_.load(std::memory_order_relaxed);
+        return until != 0 && ticks() < until;
+    }
+
+    void rest() noexcept {
+        const std::int64_t now = ticks(), until = rest_until_.load(std::memory_order_relaxed);
+        std::int64_t length = rest_length_.load(std::memory_order_relaxed);
+        if (now < until) return;
+        length = until == 0 || now - until > 4 * length ? Time(FIRST_REST).count() : 2 * length;
+        if (length > Time(LAST_REST).count()) length = Time(LAST_REST).count();
+        rest_length_.store(length, std::memory_order_relaxed);
+        rest_until_.store(now + length, std::memory_order_relaxed);
+    }
+};
+
+std::atomic<Pool*> the_pool{nullptr};
+
+// In the child of a fork; the old pool's memory is left alone, because its locks may be held by threads that are gone.
+void forget() { the_pool.store(nullptr, std::memory_order_relaxed); }
+const int registered = pthread_atfork(nullptr, nullptr, forget);
+
+Pool* pool() noexcept {
+    Pool* found = the_pool.load(std::memory_order_acquire);
+    if (found != nullptr) return found;
+    Pool* made = new (std::nothrow) Pool;
+    if (made == nullptr || the_pool.compare_exchange_strong(found, made, std::memory_order_acq_rel)) return made;
+    delete made;
+    return found;
+}
+
+struct Scratch {
+    void* memory = nullptr;
+    std::size_t size = 0;
+    ~Scratch() { std::free(memory); }
+};
+
+}  // namespace
+
+void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads) noexcept {
+    Pool* p = threads > 1 && units > 1 ? pool() : nullptr;
+    if (p != nullptr) return p->run(unit, job, units, threads);
     for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, i);
 }
-struct Scratch { void* p = nullptr; std::size_t n = 0; ~Scratch() { std::free(p); } };
-void* scratch(std::size_t bytes) {
-    static thread_local Scratch s;
-    if (bytes > s.n) { std::free(s.p); s.n = (bytes + 65535) / 65536 * 65536; s.p = std::aligned_alloc(64, s.n); }
-    return s.p;
+
+void* scratch(std::size_t bytes) noexcept {
+    constexpr std::size_t step = 64 << 10;
+    static thread_local Scratch mine;
+    if (bytes > mine.size) {
+        std::free(mine.memory);
+        mine.size = (bytes + step - 1) / step * step;
+        mine.memory = std::aligned_alloc(64, mine.size);
+        if (mine.memory == nullptr) mine.size = 0;
+    }
+    return mine.memory;
 }
+
+int workers() noexcept {
+    Pool* p = the_pool.load(std::memory_order_acquire);
+    return p == nullptr ? 0 : p->workers();
 }
+
+}  // namespace fastbn

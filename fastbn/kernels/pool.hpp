@@ -1,4 +1,6 @@
+// A thread pool for loops over units of work: see pool.cpp.
 #pragma once
+
 #include <cstddef>
 
 namespace fastbn {
@@ -6,9 +8,13 @@ namespace fastbn {
 using unit_fn = void (*)(void* job, std::ptrdiff_t unit);
 
 // Run unit(job, 0) ... unit(job, units - 1), each once, on at most `threads` threads; return when all are done.
-void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads);
+// Any number of threads may call this at once. A unit must not throw, and must not call this.
+void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads) noexcept;
 
-// At least `bytes` of memory, aligned to a cache line, that is this thread's until its next call.
-void* scratch(std::size_t bytes);
+// At least `bytes` of memory, aligned to a cache line, that is this thread's until its next call; null if there is none.
+void* scratch(std::size_t bytes) noexcept;
+
+// Threads of the pool, for tests and for the curious.
+int workers() noexcept;
 
 }  // namespace fastbn

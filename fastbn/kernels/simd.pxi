@@ -212,6 +212,7 @@ ctypedef fused Map:
 # Numeric tiles: fixed by the shape, never by the machine.
 cdef enum:
     TILE = 16384         # elements of a tile of planes
+    CHAIN = 64           # additions to one accumulator, before it is added to another: long chains lose digits
     TILE_ROWS = 256      # rows of a tile of columns
     BATCH = 8            # rows summed before they are added to the accumulators
     LONG_ROW = 2048      # gather rows up to this many columns
@@ -308,7 +309,7 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, at = tile * job.channels + first
     cdef const T* x = job.input() + offset
     cdef const T* dy = x if Sum is Stats else job.gradient() + offset
-    cdef Py_ssize_t i, n, c, e = images * length, channels = last - first
+    cdef Py_ssize_t i, stop, n, c, e = images * length, channels = last - first
     cdef Py_ssize_t a = e // 6 // length * stride + e // 6 % length, b = e // 2 // length * stride + e // 2 % length
     cdef Py_ssize_t z = e * 5 // 6 // length * stride + e * 5 // 6 % length
     cdef const T* plane
@@ -328,9 +329,17 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     for n in range(images):
         for c in range(channels):
             k = Block[T].constant(acc.k[c])
-            sum = acc.sum[c]
-            square = acc.square[c]
+            sum = square = zero
             i = 0
+            stop = CHAIN * W
+            while stop < length:
+                while i < stop:
+                    accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, &sum, &square)
+                    i += W
+                acc.sum[c] = acc.sum[c] + sum
+                acc.square[c] = acc.square[c] + square
+                sum = square = zero
+                stop += CHAIN * W
             while i + W <= length:
                 accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, &sum, &square)
                 i += W
@@ -339,8 +348,8 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
                 accumulate(job, tail, Block[T].load_end(dy + length, length - i, zero), k, &sum, &square)
             elif i < length:
                 accumulate(job, take(x, length, k), take(dy, length, zero), k, &sum, &square)
-            acc.sum[c] = sum
-            acc.square[c] = square
+            acc.sum[c] = acc.sum[c] + sum
+            acc.square[c] = acc.square[c] + square
             x += job.inner
             dy += job.inner
         x += stride - channels * job.inner
@@ -714,7 +723,7 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
             job.pieces = up(job.inner, job.piece)
             job.tiles = job.outer * job.pieces
         else:
-            job.images = max(<Py_ssize_t> 1, TILE // job.inner)
+            job.images = max(<Py_ssize_t> 1, min(<Py_ssize_t> CHAIN, TILE // job.inner))
             job.tiles = up(job.outer, job.images)
         return
     job.repeats = W // common_divisor(C, W)

@@ -1,0 +1,186 @@
+"""The report: the machine, a summary of each network, the worst layers and a table of all, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from math import isnan, log
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import fastbn
+from bench.cases import NETWORKS
+from bench.measure import Row
+from fastbn import dispatch
+
+# Tensors that any implementation must read or write once, whatever the layout: for GB/s.
+TENSORS = {"inference": 2, "forward": 2, "backward": 3}
+
+_NOTES = """\
+Times are medians; the contenders took turns in one process. *copy* is a copy of x into an array already there, with as
+many threads, and *x copy* is the time in units of it. *over NumPy* and *over PyTorch* are speed-ups. All of these write into
+an array already there; *fresh* makes a new output on each call, and is compared with PyTorch doing the same. PyTorch's
+backward always makes new outputs. GB/s counts each tensor once: x and y, or x, dy and dx. The error is the largest
+|fastbn - reference| / max(1, |reference|), with the reference in float64; tensors of more than 2^20 elements are compared on
+eight channels, the first and the last among them."""
+
+
+class Summary(NamedTuple):
+    """One operation on all layers of a network: sums in milliseconds, geometric means of ratios, largest error."""
+
+    network: str
+    layout: str
+    op: str
+    layers: int
+    fastbn_ms: float
+    torch_ms: float
+    to_copy: float
+    over_numpy: float
+    over_torch: float
+    fresh_over_torch: float
+    error: float
+
+
+def machine(dtype: str) -> dict[str, Any]:
+    """Describe the machine, the versions, the moment, and what fastbn will run on a dtype."""
+    model, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model = next((line.split(": ", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "threads": fastbn.get_num_threads(),
+        "dtype": dtype,
+        "kernel": dispatch.select(dtype).name,
+        "versions": {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": _version("torch")},
+        "config": fastbn.show_config(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _mean(rows: Sequence[Row], over: str, under: str) -> float:
+    """Geometric mean of a ratio of times over the layers of a network."""
+    return float(np.exp(np.average([log(row.ratio(over, under)) for row in rows], weights=[row.repeats for row in rows])))
+
+
+def _total(rows: Sequence[Row], name: str) -> float:
+    return sum(row.repeats * row.median(name) for row in rows) * 1e3
+
+
+def summarize(rows: Iterable[Row]) -> list[Summary]:
+    """Summarize each network, layout and operation; a shape counts as often as the network has it."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.network, row.layout, row.op), []).append(row)
+    return [
+        Summary(
+            *group,
+            sum(row.repeats for row in layers),
+            _total(layers, "fastbn"),
+            _total(layers, "torch"),
+            _mean(layers, "fastbn", "copy"),
+            _mean(layers, "numpy", "fastbn"),
+            _mean(layers, "torch", "fastbn"),
+            _mean(layers, "torch fresh", "fastbn fresh"),
+            max(row.error for row in layers),
+        )
+        for group, layers in groups.items()
+    ]
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """Write a Markdown table: numbers to the right, rounded; a dash for NaN."""
+    rule = ["---:" if all(isinstance(value, (int, float)) for value in column) else "---" for column in zip(*lines, strict=True)]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in (header, rule, *lines))
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if isnan(value):
+        return "-"
+    if 0 < abs(value) < 0.005:
+        return f"{value:.0e}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _layer(row: Row) -> list[object]:
+    """One line of the table of layers."""
+    us, fast = 1e6, row.times["fastbn"]
+    return [
+        row.layer, row.size, row.repeats, row.layout, row.op, row.median("copy") * us, fast.median * us, fast.p99 * us,
+        TENSORS[row.op] * row.nbytes / fast.median / 1e9, row.ratio("fastbn", "copy"), row.ratio("numpy", "fastbn"),
+        row.ratio("torch", "fastbn"), row.median("fastbn fresh") * us, row.ratio("torch fresh", "fastbn fresh"), row.error,
+    ]  # fmt: skip
+
+
+_LAYER = (
+    "layer", "NCHW shape", "layers", "layout", "operation", "copy µs", "fastbn µs", "p99 µs", "GB/s", "x copy", "over NumPy",
+    "over PyTorch", "fresh µs", "fresh over PyTorch", "error",
+)  # fmt: skip
+_SUMMARY = (
+    "network", "layout", "operation", "layers", "fastbn ms", "PyTorch ms", "x copy", "over NumPy", "over PyTorch", "fresh over PyTorch",
+    "error",
+)  # fmt: skip
+
+
+def summary(about: dict[str, Any], rows: Sequence[Row], skipped: int, worst: int = 10) -> str:
+    """Write the first part of the report: the machine, the summary and the worst layers."""
+    versions = {"fastbn": about["config"]["fastbn"], **about["versions"]}
+    facts = [
+        f"{about['processor']}, {about['cores']} cores",
+        ", ".join(f"{level.upper()} {size >> 10} KiB" for level, size in about["config"]["caches"].items()),
+        f"{about['system']}, {about['date']}, load before {about['load']}",
+        ", ".join(f"{name} {number or 'not installed'}" for name, number in versions.items()),
+        f"{about['threads']} threads, {about['dtype']}, kernel {about['kernel']}",
+        "Parameters: " + ", ".join(dict.fromkeys(row.parameters for row in rows)),
+    ]
+    if skipped:
+        facts.append(f"{skipped} measurements left out, because the time was over")
+    slow = sorted(rows, key=lambda row: row.ratio("fastbn", "copy"), reverse=True)[:worst]
+    behind = sorted((row for row in rows if row.ratio("torch", "fastbn") < 1), key=lambda row: row.ratio("torch", "fastbn"))[:worst]
+    parts = [
+        "# fastbn on the layers of real networks",
+        "\n".join(f"- {fact}" for fact in facts),
+        _NOTES,
+        "## Networks",
+        "Sums over all layers of a network that were measured, a shape as often as the network has it; geometric means of the ratios.",
+        table(_SUMMARY, summarize(rows)),
+        "## Farthest from the copy",
+        table(("network", *_LAYER), [[row.network, *_layer(row)] for row in slow]),
+    ]
+    if behind:
+        parts += ["## Slower than PyTorch", table(("network", *_LAYER), [[row.network, *_layer(row)] for row in behind])]
+    return "\n\n".join(parts) + "\n"
+
+
+def layers(rows: Sequence[Row]) -> str:
+    """Write the second part of the report: every layer of every network."""
+    parts = []
+    for name in dict.fromkeys(row.network for row in rows):
+        network = NETWORKS[name]
+        about = f"{network.reason[0].upper()}{network.reason[1:]}. Source: {network.source}."
+        parts += [f"## {network.title}", about, table(_LAYER, [_layer(row) for row in rows if row.network == name])]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(about: dict[str, Any], rows: Sequence[Row], skipped: int) -> str:
+    """Write everything that was measured, with the machine and the summary, as JSON; null for NaN."""
+    results = [row._asdict() | {"times": {name: times._asdict() for name, times in row.times.items()}} for row in rows]
+    summaries = [{key: None if value != value else value for key, value in s._asdict().items()} for s in summarize(rows)]
+    return json.dumps({"machine": about, "skipped": skipped, "summary": summaries, "rows": results}, indent=1) + "\n"

@@ -1,0 +1,210 @@
+"""The benchmark's tables against published numbers, its statistics against NumPy, and a run of a second."""
+
+import json
+from importlib.util import find_spec
+from math import prod
+
+import numpy as np
+import pytest
+
+import fastbn
+from bench import data, report, roofline
+from bench.cases import NETWORKS, Case, cases, quick
+from bench.measure import Row, measure
+from bench.peers import CONTENDERS, OPS, fastbn_peer
+from bench.peers.copy_peer import copy_into
+from bench.timing import Budget, Times, race, summarize
+
+# Layers, and channels of all layers: half of the "non-trainable parameters" that Keras prints for ResNet50 (53,120),
+# MobileNetV2 (34,112) and DenseNet121 (83,648); what fusing takes away from YOLOv5s (7,235,389 to 7,225,885
+# parameters); and the tensors in the two wheels.
+PUBLISHED = {
+    "resnet50": (53, 26_560),
+    "resnet50-b1": (53, 26_560),
+    "mobilenet_v2": (52, 17_056),
+    "efficientnet_lite0": (49, 21_008),
+    "densenet121": (121, 41_824),
+    "yolov5s": (57, 9_504),
+    "ppocr_cls": (35, 2_136),
+}
+CASE = Case("resnet50-b1", "layer4.0.bn1", (2, 5, 3, 4), 3)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks_have_the_published_layers(name):
+    layers = NETWORKS[name].layers
+    assert (len(layers), sum(layer.shape[1] for layer in layers)) == PUBLISHED[name]
+    assert len({layer.name for layer in layers}) == len(layers)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_cases_are_the_networks_different_shapes(name):
+    found = cases(name)
+    assert len({case.shape for case in found}) == len(found)
+    assert sum(case.repeats for case in found) == len(NETWORKS[name].layers)
+    assert set(quick(name)) <= set(found)
+    assert 2 <= len(quick(name)) <= 3
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "shape"),
+    [
+        ("resnet50", "layer2.0.bn1", (32, 128, 56, 56)),
+        ("resnet50", "layer2.0.bn2", (32, 128, 28, 28)),
+        ("mobilenet_v2", "features.2.conv.1.1", (32, 96, 56, 56)),
+        ("densenet121", "features.norm5", (32, 1024, 7, 7)),
+        ("densenet121", "features.transition1.norm", (32, 256, 56, 56)),
+        ("yolov5s", "model.17.cv3.bn", (1, 128, 80, 80)),
+        ("yolov5s", "model.23.cv3.bn", (1, 512, 20, 20)),
+        ("ppocr_cls", "conv_last_bn", (6, 200, 2, 96)),
+    ],
+)
+def test_layers_have_their_size(network, layer, shape):
+    assert dict(NETWORKS[network].layers)[layer] == shape
+
+
+@pytest.mark.parametrize("network", ["efficientnet_lite0", "ppocr_cls"])
+def test_trained_parameters_fit_the_tables(network):
+    read, package = data._TRAINED[network]
+    if not read():
+        pytest.skip(f"{package}, or the package that reads it, is not installed")
+    for layer in NETWORKS[network].layers:
+        given = data.parameters(Case(network, layer.name, layer.shape, 1))
+        assert {v.shape for v in given[:4]} == {(layer.shape[1],)}
+        assert given.origin == f"trained ({package})"
+
+
+def test_inputs_are_the_same_values_in_both_layouts():
+    first, last = (data.inputs(CASE, layout, "float32") for layout in ("NCHW", "NHWC"))
+    for a, b in zip(first[:2], last[:2], strict=True):
+        assert a.shape == CASE.shape
+        assert np.array_equal(a, b.transpose(0, 3, 1, 2))
+        assert b.flags.c_contiguous
+
+
+def test_photographs_are_the_first_layers_input():
+    pytest.importorskip("sklearn")
+    image, convolved = (case._replace(shape=(2, *case.shape[1:])) for case in cases("photographs"))
+    pixels = data.inputs(image, "NHWC", "float32").x
+    assert pixels.shape == (2, 224, 224, 3)
+    assert pixels.min() >= 0
+    assert 0.9 < pixels.max() <= 1
+    x = data.inputs(convolved, "NCHW", "float32").x
+    assert x.shape == convolved.shape
+    assert np.all(x.var((0, 2, 3)) > 0)
+
+
+def test_sample_has_the_first_and_the_last_channel():
+    large = np.broadcast_to(np.float32(0), (32, 100, 112, 112))
+    chosen = data.sample(large, "NCHW")
+    assert (chosen[0], chosen[-1], len(chosen)) == (0, 99, 8)
+    assert np.array_equal(data.sample(large[:1, :7], "NCHW"), np.arange(7))
+
+
+@pytest.mark.parametrize("contender", CONTENDERS, ids=lambda contender: contender.name)
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+@pytest.mark.parametrize("op", OPS)
+def test_contenders_compute_batch_norm(contender, layout, op):
+    pytest.importorskip(contender.package)
+    inputs = data.inputs(CASE, layout, "float32")
+    out = None if contender.fresh else np.empty_like(inputs.x)
+    with fastbn.use_kernel("reference"):
+        expected = getattr(fastbn_peer, op)(inputs, None)()
+        result = getattr(contender.load(), op)(inputs, out)()
+    if contender.name == "copy":
+        assert np.array_equal(out, inputs.x)
+        return
+    found = np.asarray(result)
+    found = found if found.shape == expected.shape else np.moveaxis(found, 1, -1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    if out is not None and not (contender.package == "torch" and op == "backward"):
+        assert np.array_equal(out, found)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_copy_into_copies_all(threads):
+    src = np.arange(1_100_003, dtype=np.float32).reshape(1, -1)
+    dst = np.zeros_like(src)
+    copy_into(dst, src, threads)
+    assert np.array_equal(dst, src)
+
+
+def test_summary_of_durations():
+    durations = [float(i) for i in range(200, 0, -1)]
+    assert summarize(durations) == Times(np.median(durations), 198.0, 200)
+    assert summarize([3.0]) == Times(3.0, 3.0, 1)
+
+
+def test_race_calls_everyone_in_turns():
+    order = []
+    times = race({name: lambda name=name: order.append(name) for name in "ab"}, 0.0)
+    assert order[:2] == ["a", "b"]
+    assert all(times[name].calls >= 5 for name in "ab")
+
+
+def test_budget_is_divided_over_the_work_left():
+    budget = Budget(100.0, 4)
+    assert 24 < budget.share() <= 25
+    assert 33 < budget.share() <= 34
+    assert Budget(0.0, 4).share() == 0
+
+
+def _row(network, shape, count, op, layout, **medians):
+    times = {name: Times(median, median, 1) for name, median in medians.items()}
+    return Row(network, "x", shape, count, layout, "float32", op, 4 * prod(shape), "made up", 0.0, shape[1], times)
+
+
+def test_summary_counts_a_shape_as_often_as_the_network_has_it():
+    rows = [
+        _row("resnet50", (1, 2, 3, 4), 3, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0),
+        _row("resnet50", (1, 2, 5, 4), 1, "forward", "NCHW", copy=1.0, fastbn=32.0, numpy=32.0),
+    ]
+    (summary,) = report.summarize(rows)
+    assert summary.layers == 4
+    assert summary.fastbn_ms == 38_000
+    assert summary.to_copy == pytest.approx(4.0)
+    assert summary.over_numpy == pytest.approx(4**0.75)
+    assert np.isnan(summary.over_torch)
+
+
+def test_floor_is_a_copy_of_the_bytes_moved():
+    row = _row("resnet50", (1, 2, 3, 4), 1, "backward", "NHWC", copy=1.0, fastbn=5.0)
+    assert roofline.moved(row) == 5 * 96
+    assert roofline.to_floor(row) == pytest.approx(2.0)
+
+
+def test_measure_reports_the_error():
+    with fastbn.use_kernel("reference"):
+        rows = measure(CASE, "NHWC", "float32", Budget(0.3, 3))
+    assert [row.op for row in rows] == list(OPS)
+    assert all(0 < row.error < 1e-6 for row in rows)
+    assert all({"copy", "fastbn", "numpy"} <= row.times.keys() for row in rows)
+    assert ("torch" in rows[0].times) == (find_spec("torch") is not None)
+
+
+def test_main_writes_the_reports(tmp_path, capsys):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    from bench.__main__ import main
+
+    paths = tmp_path / "a" / "bench.json", tmp_path / "bench.md"
+    few = ["--quick", "--networks", "ppocr_cls", "--layouts", "NCHW", "--budget", "0.1", "--threads", "1"]
+    with fastbn.use_kernel("reference"):
+        assert main([*few, "--json", str(paths[0]), "--markdown", str(paths[1]), "--roofline", str(tmp_path / "figures")]) == 0
+    found = json.loads(paths[0].read_text())
+    assert found["machine"]["threads"] == 1
+    assert found["machine"]["kernel"] == "reference"
+    assert len(found["rows"]) + found["skipped"] == 9
+    assert paths[1].read_text().startswith(capsys.readouterr().out.rstrip())
+    for name in ("roofline.png", "roofline.svg", "roofline.md"):
+        assert (tmp_path / "figures" / name).stat().st_size > 0
+
+
+def test_main_says_that_there_was_no_time(capsys, tmp_path):
+    pytest.importorskip("rich")
+    from bench.__main__ import main
+
+    with fastbn.use_kernel("reference"):
+        assert main(["--networks", "photographs", "--budget", "-1", "--json", str(tmp_path / "bench.json")]) == 1
+    assert "--budget" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

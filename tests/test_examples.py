@@ -1,0 +1,23 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_train_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plot.png"
+    # NumPy's warnings come from the example itself, and it should spill none when a run diverges
+    command = [sys.executable, "-W", "error::RuntimeWarning:__main__", EXAMPLES / "train_digits.py", "--epochs", "1", "--output", plot]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603  our own file
+    rows = re.findall(r"learning rate (\S+) +(with batch norm|without) +(\d+\.\d|diverged)", printed)
+    results = {(float(rate), how): result for rate, how, result in rows}
+    assert len(results) == 8
+    # what the example is there to show, with room for other rounding
+    assert float(results[0.1, "with batch norm"]) > 70 > 60 > float(results[0.1, "without"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
