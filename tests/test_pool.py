@@ -1,0 +1,281 @@
+"""The thread pool under ThreadSanitizer, fork, concurrent callers, signals and interpreter exit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastbn
+
+pool = pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
+ROOT = Path(__file__).parent.parent
+
+
+def run(script: str, timeout: float = 120, **environment: str) -> str:
+    """Run a script in a process of its own, which must end well and in time; return what it prints."""
+    prelude = """
+        import os, sys, threading, numpy as np, fastbn
+        x = np.random.default_rng(0).normal(5, 2, (8, 64, 40, 40)).astype(np.float32)
+        w, b = np.linspace(1, 2, 64, dtype=np.float32), np.linspace(-1, 1, 64, dtype=np.float32)
+
+        def step(x=x):
+            y, saved = fastbn.batch_norm_forward(x, w, b)
+            gradients = fastbn.batch_norm_backward(y, x, saved)
+            return b"".join(a.tobytes() for a in (y, gradients.dx, gradients.dweight, saved.invstd))
+
+        def child(work):
+            "Fork; return what is 0 if the work in the child returned True."
+            pid = os.fork()
+            if pid == 0:
+                ok = False
+                try:
+                    ok = work()
+                finally:
+                    os._exit(not ok)
+            return os.waitpid(pid, 0)[1]
+
+        fastbn.set_num_threads(3)
+        expected = step()
+    """
+    code = textwrap.dedent(prelude) + textwrap.dedent(script)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code],
+        capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_fork_many() -> None:
+    """200 children of a process whose pool runs each start a pool of their own."""
+    run("""
+        from fastbn.kernels._pool import workers
+        assert workers() == 2
+        def work():
+            return workers() == 0 and step() == expected and workers() == 2
+        assert not any(child(work) for _ in range(200))
+        assert step() == expected
+    """)
+
+
+def test_fork_nested() -> None:
+    run("""
+        def work(depth):
+            return step() == expected and (depth == 0 or child(lambda: work(depth - 1)) == 0) and step() == expected
+        assert child(lambda: work(4)) == 0
+    """)
+
+
+def test_fork_while_another_thread_computes() -> None:
+    run("""
+        stop = threading.Event()
+        wrong = []
+        def compute():
+            while not stop.is_set():
+                wrong.append(step() != expected)
+        other = threading.Thread(target=compute)
+        other.start()
+        failed = [child(lambda: step() == expected) for _ in range(100)]
+        stop.set()
+        other.join()
+        assert not any(failed) and not any(wrong) and len(wrong) > 1
+    """)
+
+
+def test_multiprocessing_fork() -> None:
+    run("""
+        import multiprocessing
+        with multiprocessing.get_context("fork").Pool(4) as processes:
+            results = processes.starmap(step, [()] * 40)
+        assert all(r == expected for r in results)
+    """)
+
+
+def test_preloaded_server() -> None:
+    """Warm up, fork workers, and let every worker serve requests in threads, as gunicorn --preload does."""
+    run("""
+        import socket
+        from concurrent.futures import ThreadPoolExecutor
+        listener = socket.create_server(("127.0.0.1", 0))
+        bn = fastbn.FrozenBatchNorm(w, w, w, b)
+        answer = bn(x).tobytes()[:64]
+        def serve():
+            def handle(connection):
+                with connection:
+                    connection.recv(16)
+                    connection.sendall(bn(x).tobytes()[:64])
+            with ThreadPoolExecutor(4) as threads:
+                for _ in range(25):
+                    threads.submit(handle, listener.accept()[0])
+            return True
+        pids = []
+        for _ in range(3):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    serve()
+                finally:
+                    os._exit(0)
+            pids.append(pid)
+        def request(_):
+            with socket.create_connection(listener.getsockname()) as connection:
+                connection.sendall(b"x")
+                got = b""
+                while len(got) < 64:
+                    got += connection.recv(64)
+                return got
+        with ThreadPoolExecutor(8) as clients:
+            assert all(got == answer for got in clients.map(request, range(75)))
+        assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
+    """)
+
+
+@pytest.mark.slow
+def test_concurrent_callers() -> None:
+    """Eight threads, all operations, different shapes, for 30 seconds: every result is that of a quiet call."""
+    shapes = [(8, 64, 28, 28), (1, 3, 200, 200), (16, 100, 7, 7), (4, 17, 33, 31), (1, 256, 28, 28), (64, 300, 1, 1), (2, 2, 5, 5), (3, 48, 40, 40)]
+    until = time.monotonic() + 30
+    wrong: list[str] = []
+    rounds = [0] * len(shapes)
+
+    def step(x: np.ndarray, layout: str) -> list[np.ndarray]:
+        y, saved = fastbn.batch_norm_forward(x, layout=layout)
+        gradients = fastbn.batch_norm_backward(y, x, saved)
+        stats = fastbn.batch_norm_stats(x, layout=layout)
+        frozen = fastbn.batch_norm(x, stats.mean, stats.var, layout=layout)
+        return [a for a in (y, frozen, stats.var, *gradients) if a is not None]
+
+    def work(index: int) -> None:
+        layout = "NHWC" if index % 2 else "NCHW"
+        x = np.random.default_rng(index).normal(index, 1, shapes[index]).astype(np.float64 if index == 4 else np.float32)
+        with fastbn.num_threads(1):
+            expected = step(x, layout)
+        with fastbn.num_threads(1 + index % 4):
+            while time.monotonic() < until:
+                rounds[index] += 1
+                if not all(np.array_equal(a, e) for a, e in zip(step(x, layout), expected, strict=True)):
+                    wrong.append(f"{shapes[index]} {layout}")
+
+    callers = [threading.Thread(target=work, args=(i,)) for i in range(len(shapes))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+    assert min(rounds) > 2
+
+
+def test_exit_while_computing() -> None:
+    """The interpreter ends although a daemon thread is inside a call."""
+    run("""
+        threading.Thread(target=lambda: [step() for _ in range(10_000)], daemon=True).start()
+    """, timeout=60)
+
+
+def test_interrupt_leaves_things_usable() -> None:
+    script = """
+        import signal, time
+        def interrupt():
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=interrupt).start()
+        try:
+            while True:
+                step()
+        except KeyboardInterrupt:
+            pass
+        assert step() == expected
+        print("usable")
+    """
+    assert "usable" in run(script)
+
+
+def test_workers_block_signals() -> None:
+    """A signal reaches the thread that Python handles it in, never a worker."""
+    with fastbn.num_threads(3):
+        fastbn.batch_norm_stats(np.ones((8, 64, 40, 40), np.float32))
+    masks = [
+        int(line.split()[1], 16)
+        for status in Path("/proc/self/task").glob("*/status")
+        for line in status.read_text().splitlines()
+        if line.startswith("SigBlk") and int(status.parent.name) != os.getpid()
+    ]
+    blocked = [mask for mask in masks if mask >> (signal.SIGINT - 1) & 1]
+    assert len(blocked) >= pool.workers() >= 2
+
+
+def test_idle_workers_cost_nothing() -> None:
+    """10 ms after a call, no thread of the pool uses the processor."""
+    script = """
+        import time
+        from pathlib import Path
+        def used():
+            return {t.name: (t / "schedstat").read_text().split()[0] for t in Path("/proc/self/task").iterdir() if int(t.name) != os.getpid()}
+        for _ in range(20):
+            step()
+        time.sleep(0.01)
+        before = used()
+        time.sleep(0.5)
+        assert len(before) >= 2 and used() == before, (before, used())
+    """
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this kernel has no schedstat")
+    run(script, OPENBLAS_NUM_THREADS="1")
+
+
+def test_more_threads_than_can_start() -> None:
+    """Where threads cannot be started, the call runs on those there are."""
+    run("""
+        import resource
+        count = len(os.listdir("/proc/self/task"))
+        resource.setrlimit(resource.RLIMIT_NPROC, (count, count))
+        os.setuid(65534) if os.getuid() == 0 else None
+        fastbn.set_num_threads(64)
+        assert step() == expected
+    """)
+
+
+def test_second_interpreter() -> None:
+    """A sub-interpreter either works or refuses to import; it does not crash."""
+    pytest.importorskip("_xxsubinterpreters")
+    run("""
+        import _xxsubinterpreters as interpreters
+        i = interpreters.create()
+        try:
+            interpreters.run_string(i, "import fastbn.kernels._pool")
+        except interpreters.RunFailedError:
+            pass
+        interpreters.destroy(i)
+        assert step() == expected
+    """)
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def test_thread_sanitizer(tmp_path: Path) -> None:
+    kernels = ROOT / "fastbn" / "kernels"
+    program = tmp_path / "pool_test"
+    subprocess.run(
+        [compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{kernels}", ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
+         "-pthread", "-o", program],
+        check=True,
+    )  # fmt: skip
+    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
+    assert "wrong: 0" in result.stdout
+    assert result.returncode == 0, result.stderr
+    assert "WARNING: ThreadSanitizer" not in result.stderr

@@ -1,0 +1,194 @@
+"""How many threads there are, and that their number never changes a bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import threads
+from fastbn.dispatch import TABLE, Kernel
+
+# Awkward sizes: one channel, one image, few channels, planes of several tiles, rows that are gathered, short last rows.
+SHAPES = [
+    (2, 3, 1, 1), (1, 1, 211, 307), (1, 3, 181, 211), (3, 2, 129, 131), (5, 17, 7, 7), (33, 65, 3, 3),
+    (300, 24, 2, 2), (4, 100, 13, 11), (1, 67, 31, 33), (700, 129, 1, 1), (6, 1000, 2, 3),
+]  # fmt: skip
+MODULES = [k for k in TABLE if k.level is not None and not k.unusable()]
+
+
+def arrays(shape: tuple[int, ...], layout: str, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(sum(shape))
+    kind: Any = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    x, dy = (rng.normal(3, 2, shape).astype(kind) for _ in range(2))
+    if layout == "NHWC":
+        x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+    return x, dy
+
+
+def as_pattern(a: np.ndarray, layout: str) -> np.ndarray:
+    return a.reshape(a.shape[0], a.shape[1], -1) if layout == "NCHW" else a.reshape(-1, a.shape[-1], 1)
+
+
+def everything(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str, n: int, in_place: bool = False) -> list[bytes]:
+    """All operations of a kernel on n threads, whatever the size; outputs start as NaN."""
+    x, dy = (as_pattern(a, layout) for a in arrays(shape, layout, dtype))
+    module = kernel.module()
+    compute = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    channels = shape[1]
+    weight, bias, mean = (np.linspace(low, low + 2, channels, dtype=compute) for low in (0.5, -1, 2))
+
+    def output(source: np.ndarray) -> np.ndarray:
+        return source.copy() if in_place else np.full_like(x, np.nan)
+
+    normal, forward, input_gradient, whole_gradient = output(x), output(x), output(dy), output(dy)
+    stats = module.stats(x, n)
+    module.normalize(normal if in_place else x, normal, mean, weight, bias, n)
+    saved = module.forward(forward if in_place else x, forward, weight, bias, 1e-5, None, None, 0.1, compute, n)
+    sums = module.grad_sums(dy, x, mean, n)
+    module.grad_input(input_gradient if in_place else dy, x, input_gradient, mean, weight, bias, weight, n)
+    totals = module.backward(whole_gradient if in_place else dy, x, whole_gradient, saved[0], saved[1], saved[2], weight, n)
+    return [a.tobytes() for a in (*stats, normal, *saved, forward, *sums, input_gradient, *totals, whole_gradient)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_same_bits(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str) -> None:
+    """1, 2, 3, 5, 7 and 16 threads, in place or not."""
+    expected = everything(kernel, shape, layout, dtype, 1)
+    for n in (2, 3, 5, 7, 16):
+        assert everything(kernel, shape, layout, dtype, n) == expected, n
+    assert everything(kernel, shape, layout, dtype, 3, in_place=True) == expected
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_same_bits_for_other_caches(layout: str) -> None:
+    """Caches change the units of work, not the result: tiny ones, which also turn on streaming stores, and huge ones."""
+    kernel = MODULES[0] if MODULES else pytest.skip("built without a compiler")
+    shape = (3, 48, 40, 44)
+    expected = everything(kernel, shape, layout, "float32", 1)
+    try:
+        for caches in ((1 << 10, 4 << 10, 16 << 10), (1 << 20, 1 << 26, 1 << 30)):
+            kernel.module().set_caches(*caches)
+            assert everything(kernel, shape, layout, "float32", 3) == expected
+    finally:
+        kernel.module().set_caches(*fastbn.cpu.caches())
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_same_bits_on_every_isa(shape: tuple[int, ...], layout: str, dtype: str) -> None:
+    """All ISAs with a fused multiply-add give the same bits."""
+    fused = [k for k in MODULES if k.name != "simd_v2"]
+    if len(fused) < 2:
+        pytest.skip("fewer than two ISA levels with a fused multiply-add can run here")
+    expected = everything(fused[0], shape, layout, dtype, 2)
+    for kernel in fused[1:]:
+        assert everything(kernel, shape, layout, dtype, 2) == expected, kernel.name
+
+
+def test_public_functions_same_bits() -> None:
+    x = np.random.default_rng(0).normal(1, 2, (4, 40, 33, 35)).astype(np.float32)
+    results = set()
+    for n in (1, 2, 5):
+        with fastbn.num_threads(n):
+            y, saved = fastbn.batch_norm_forward(x)
+            results.add(y.tobytes() + fastbn.batch_norm_backward(x, x, saved).dx.tobytes())  # type: ignore[union-attr]
+    assert len(results) == 1
+
+
+def test_num_threads_is_scoped() -> None:
+    before = fastbn.get_num_threads()
+    with fastbn.num_threads(5):
+        assert fastbn.get_num_threads() == 5
+        with fastbn.num_threads(2):
+            assert fastbn.get_num_threads() == 2
+        assert fastbn.get_num_threads() == 5
+    assert fastbn.get_num_threads() == before
+
+
+@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)])
+def test_wrong_number_of_threads(n: Any, error: type[Exception]) -> None:
+    before = fastbn.get_num_threads()
+    with pytest.raises(error, match="n must be"):
+        fastbn.set_num_threads(n)
+    with pytest.raises(error, match="n must be"), fastbn.num_threads(n):
+        pass
+    assert fastbn.get_num_threads() == before
+
+
+def default(code: str = "", **environment: str) -> int:
+    """Default number of threads of a new process, after `code`."""
+    script = f"import os\n{code}\nimport fastbn\nprint(fastbn.get_num_threads())"
+    clean = {key: value for key, value in os.environ.items() if key != "FASTBN_NUM_THREADS"}
+    return int(subprocess.run([sys.executable, "-c", script], env=clean | environment, check=True, capture_output=True, text=True).stdout)
+
+
+def test_default_follows_affinity() -> None:
+    assert default("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})") == 1
+
+
+def test_default_follows_the_environment() -> None:
+    assert default(FASTBN_NUM_THREADS="1") == 1
+    assert default(FASTBN_NUM_THREADS="1000") == default()
+
+
+def test_wrong_environment() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        default(FASTBN_NUM_THREADS="two")
+    assert "FASTBN_NUM_THREADS must be a positive integer, got 'two'" in error.value.stderr
+
+
+def test_default_is_read_again_after_fork() -> None:
+    code = """
+import os, fastbn
+before = fastbn.get_num_threads()
+pid = os.fork()
+if pid == 0:
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os._exit(fastbn.get_num_threads() != 1)
+assert os.waitpid(pid, 0)[1] == 0 and fastbn.get_num_threads() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_quota_v2(tmp_path: Path) -> None:
+    """The smallest limit on the way to the root counts."""
+    write(tmp_path / "fs" / "a" / "b", cpu__max="max 100000\n")
+    write(tmp_path / "fs" / "a", cpu__max="150000 100000\n")
+    write(tmp_path, cgroup="0::/a/b\n")
+    assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == 1.5
+
+
+def test_quota_v1(tmp_path: Path) -> None:
+    write(tmp_path / "fs" / "cpu,cpuacct" / "docker", cpu__cfs_quota_us="250000\n", cpu__cfs_period_us="100000\n")
+    write(tmp_path, cgroup="3:cpu,cpuacct:/docker\n2:memory:/docker\n")
+    assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == 2.5
+
+
+def test_quota_of_a_container(tmp_path: Path) -> None:
+    """Inside a container the group's own files are at the mount's root, whatever the path says."""
+    write(tmp_path / "fs", cpu__max="50000 100000\n")
+    write(tmp_path, cgroup="0::/kubepods/pod1\n")
+    assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == 0.5
+
+
+@pytest.mark.parametrize("text", ["max 100000", "-1"])
+def test_no_quota(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "fs", cpu__max=text)
+    assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "nothing")) is None
