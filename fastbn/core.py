@@ -76,8 +76,8 @@ class Stats:
         count = sum(s.count for s in batches)
         # Means as offsets from the first one: the difference of two near means is exact.
         offsets = [(s.mean - base) + (0.0 if s.mean_lo is None else s.mean_lo) for s in batches]
-        offset = sum(s.count * o for s, o in zip(batches, offsets, strict=True)) / count
-        m2 = sum(s.count * (s.var + np.square(o - offset)) for s, o in zip(batches, offsets, strict=True))
+        offset = np.sum([s.count * o for s, o in zip(batches, offsets, strict=True)], 0) / count
+        m2 = np.sum([s.count * (s.var + np.square(o - offset)) for s, o in zip(batches, offsets, strict=True)], 0)
         mean = (base + offset).astype(dtype)
         return Stats(count, mean, (m2 / count).astype(dtype), ((base - mean) + offset).astype(dtype))
 
@@ -381,7 +381,7 @@ def backward(
             left = ~saved.mask
             direct = np.moveaxis(dy, axis, -1)[left]
             scale, _ = fold(None, saved.invstd, saved.weight, None, compute)
-            input_gradient(module, ordered, _dense(x, v), v.of(dx), *statistics, *sums, saved.count, n)
+            input_gradient(module, ordered, _dense(x, v), v.of(dx), *statistics, sums[0], sums[1], saved.count, n)
             np.moveaxis(dx, axis, -1)[left] = direct * scale
     elif through or want_sums:
         sums = module.backward(ordered, _dense(x, v), v.of(dx) if through and dx is not None else None, *statistics, n)

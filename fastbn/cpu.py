@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 try:
-    from fastbn.kernels._cpu import features
+    import fastbn.kernels._cpu as _cpu
 except ImportError:  # built without a compiler
-
-    def features() -> frozenset[str]:
-        """No detector was built, so no ISA is known to be safe."""
-        return frozenset()
+    _cpu = None
 
 
 # psABI levels, as far as the kernels use them; NEON is part of every aarch64.
@@ -25,10 +22,15 @@ LEVELS = {
 }
 
 
-def missing(level: str) -> set[str]:
+def features() -> frozenset[str]:
+    """Features of the processor that kernels may need; none are known to be safe where no detector was built."""
+    return frozenset() if _cpu is None else frozenset(_cpu.features())
+
+
+def missing(level: str) -> frozenset[str]:
     """Features that the kernels of an ISA level need and this processor lacks."""
     needed = {"v4": LEVELS["v4"] | LEVELS["v3"]}.get(level, LEVELS[level])
-    return needed - features()
+    return frozenset(needed) - features()
 
 
 class Caches(NamedTuple):

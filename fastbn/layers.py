@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from fastbn import core, functional
+from fastbn.core import Gradients, Saved
 from fastbn.dtypes import DTYPES, lookup
-from fastbn.functional import Gradients, Saved
 from fastbn.layout import Array, channel_axis
 
 if TYPE_CHECKING:

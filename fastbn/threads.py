@@ -154,5 +154,5 @@ _WORTH_THREADS = {"normalize": 128 << 10, "stats": 128 << 10, "forward": 96 << 1
 
 
 def for_call(op: str, nbytes: int) -> int:
-    """Number of threads for one call of an operation on an array of `nbytes`."""
+    """Choose the number of threads for one call of an operation on an array of `nbytes`."""
     return 1 if nbytes < _WORTH_THREADS[op] else get_num_threads()

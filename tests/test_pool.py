@@ -143,7 +143,10 @@ def test_preloaded_server() -> None:
 @pytest.mark.slow
 def test_concurrent_callers() -> None:
     """Eight threads, all operations, different shapes, for 30 seconds: every result is that of a quiet call."""
-    shapes = [(8, 64, 28, 28), (1, 3, 200, 200), (16, 100, 7, 7), (4, 17, 33, 31), (1, 256, 28, 28), (64, 300, 1, 1), (2, 2, 5, 5), (3, 48, 40, 40)]
+    shapes = [
+        (8, 64, 28, 28), (1, 3, 200, 200), (16, 100, 7, 7), (4, 17, 33, 31),
+        (1, 256, 28, 28), (64, 300, 1, 1), (2, 2, 5, 5), (3, 48, 40, 40),
+    ]  # fmt: skip
     until = time.monotonic() + 30
     wrong: list[str] = []
     rounds = [0] * len(shapes)
@@ -220,7 +223,8 @@ def test_idle_workers_cost_nothing() -> None:
         import time
         from pathlib import Path
         def used():
-            return {t.name: (t / "schedstat").read_text().split()[0] for t in Path("/proc/self/task").iterdir() if int(t.name) != os.getpid()}
+            tasks = [t for t in Path("/proc/self/task").iterdir() if int(t.name) != os.getpid()]
+            return {t.name: (t / "schedstat").read_text().split()[0] for t in tasks}
         for _ in range(20):
             step()
         time.sleep(0.01)

@@ -52,7 +52,8 @@ def copy(cnp.ndarray source, cnp.ndarray to, int threads):
     threads : int
         Each copies one piece by memcpy.
     """
-    if not (cnp.PyArray_IS_C_CONTIGUOUS(source) and cnp.PyArray_IS_C_CONTIGUOUS(to)) or cnp.PyArray_NBYTES(source) != cnp.PyArray_NBYTES(to):
+    cdef bint contiguous = cnp.PyArray_IS_C_CONTIGUOUS(source) and cnp.PyArray_IS_C_CONTIGUOUS(to)
+    if not contiguous or cnp.PyArray_NBYTES(source) != cnp.PyArray_NBYTES(to):
         raise ValueError("source and to must be C-contiguous and of the same size in bytes")
     cdef Copy job = Copy(<char*> cnp.PyArray_DATA(to), <char*> cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source), 0)
     job.piece = (job.size // threads + 63) // 64 * 64 if threads > 1 else job.size

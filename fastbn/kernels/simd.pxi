@@ -983,7 +983,7 @@ cdef int dtype_index(cnp.ndarray a) except -1:
 cdef int bind(Call* call, cnp.ndarray x, int threads) except -1:
     """Enter the input; return the index of its dtype."""
     if cnp.PyArray_NDIM(x) != 3 or not cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_SIZE(x) == 0:
-        raise ValueError(f"a kernel needs a C-contiguous array (outer, channels, inner) that is not empty, got shape {(<object> x).shape}")
+        raise ValueError(f"a kernel needs a C-contiguous (outer, channels, inner) array, not empty, got shape {(<object> x).shape}")
     memset(call, 0, sizeof(Call))
     call.x = cnp.PyArray_DATA(x)
     call.outer, call.channels, call.inner = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
@@ -1008,8 +1008,13 @@ cdef void* vector(Call* call, int dtype, object v) except? NULL:
         return NULL
     cdef cnp.ndarray a = v
     cdef int number = cnp.NPY_DOUBLE if dtype == 1 else cnp.NPY_FLOAT
-    if cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != call.channels or not cnp.PyArray_IS_C_CONTIGUOUS(a) or cnp.PyArray_TYPE(a) != number:
-        raise ValueError(f"a vector of {call.channels} channels is needed, in the type of the arithmetic, got {a.dtype} {(<object> a).shape}")
+    if (
+        cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != call.channels
+        or not cnp.PyArray_IS_C_CONTIGUOUS(a) or cnp.PyArray_TYPE(a) != number
+    ):
+        raise ValueError(
+            f"a vector of {call.channels} channels is needed, in the type of the arithmetic, got {a.dtype} {(<object> a).shape}"
+        )
     return cnp.PyArray_DATA(a)
 
 
@@ -1031,6 +1036,45 @@ def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
     """Set the sizes of the caches, in bytes, that the units of work are cut for."""
     global L1, L2, L3
     L1, L2, L3 = l1, l2, l3
+
+
+def plan(str op, dims, Py_ssize_t itemsize, int threads):
+    """How a call would be cut: tiles, units of work, streaming, and its traffic; for `dispatch.explain`."""
+    cdef Call call
+    cdef Py_ssize_t W = BLOCK // max(itemsize, <Py_ssize_t> 4), size, units
+    cdef bint resident = False
+    memset(&call, 0, sizeof(Call))
+    call.outer, call.channels, call.inner = dims
+    call.threads = threads
+    call.out = &call  # an output of its own
+    size = call.outer * call.channels * call.inner * itemsize
+    cut(&call, W)
+    if call.inner == 1:
+        cutting = f"{call.tiles} tiles of {min(call.rows, <Py_ssize_t> TILE_ROWS)} rows of {call.columns} columns"
+    elif call.pieces > 1:
+        cutting = f"{call.tiles} tiles of {call.piece} elements for each channel"
+    else:
+        cutting = f"{call.tiles} tiles of {min(call.images, call.outer)} images for each channel"
+    arrays = 2 if op == "backward" else 1
+    if op != "normalize":
+        units = sum_units(&call, W, itemsize)
+        resident = op != "stats" and grouped(&call, itemsize, arrays)
+    if resident:
+        fits = arrays * call.group * call.outer * call.inner * itemsize <= L2
+        work = f"{call.units} of {call.group} channels, sums and map on resident data"
+        reads, writes = arrays * (1 if fits else 2), 1
+    elif op == "stats":
+        work, reads, writes = f"{units}", 1, 0
+    else:
+        map_units(&call, W, itemsize, arrays + 1)
+        work = f"{call.units}" if op == "normalize" else f"{units}, then backwards {call.units}"
+        reads, writes = arrays * (1 if op == "normalize" else 2), 1
+    return {
+        "tiles": cutting,
+        "units": work,
+        "streaming": "yes" if call.streams else "no",
+        "traffic": f"at most {reads} reads and {writes} writes of x, {(reads + writes) * size} bytes",
+    }
 
 
 def stats(cnp.ndarray x, int threads=1):

@@ -1,0 +1,204 @@
+"""The table of kernels: who is chosen, who is pinned, and what is said about it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import dispatch
+from fastbn.dispatch import KERNELS, TABLE, Kernel
+from fastbn.dtypes import DTYPES
+
+X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No pin from outside, and no memory of earlier choices."""
+    monkeypatch.delenv("FASTBN_KERNEL", raising=False)
+    dispatch._best.cache_clear()
+    yield
+    dispatch._best.cache_clear()
+
+
+@pytest.fixture
+def _none_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tuple(Kernel(k.name, "fastbn.kernels._missing" if k.level else k.path, level=k.level, package=k.package) for k in TABLE)
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    monkeypatch.setattr(dispatch, "KERNELS", {kernel.name: kernel for kernel in table})
+
+
+def _chosen(dtype: str) -> Kernel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where nothing is compiled
+        return dispatch.select(dtype)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_runs_here(row: Kernel) -> None:
+    if reason := row.unusable():
+        pytest.skip(reason)
+    with fastbn.use_kernel(row.name):
+        assert dispatch.select("float32") is row
+        np.testing.assert_array_equal(fastbn.batch_norm_stats(X).mean, X.mean((0, 2)))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_every_module_has_the_four_operations(row: Kernel) -> None:
+    if reason := row.unusable():
+        pytest.skip(reason)
+    for operation in ("stats", "normalize", "grad_sums", "grad_input"):
+        assert callable(getattr(row.module(), operation))
+
+
+def test_the_reference_is_last_and_takes_everything() -> None:
+    assert TABLE[-1].name == "reference"
+    assert TABLE[-1].unusable() is None
+    assert not any(TABLE[-1].declines(dtype) for dtype in DTYPES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_that_accepts_wins(dtype: str) -> None:
+    chosen = _chosen(dtype)
+    assert not chosen.unusable()
+    for better in TABLE[: TABLE.index(chosen)]:
+        assert better.unusable() or better.declines(dtype)
+
+
+def test_unusable_kernels_say_why_when_pinned() -> None:
+    for name, row in KERNELS.items():
+        if reason := row.unusable():
+            with pytest.raises(RuntimeError) as caught:
+                fastbn.use_kernel(name).__enter__()
+            assert str(caught.value) == f"kernel {name!r} cannot run here: {reason}"
+
+
+@pytest.mark.usefixtures("_none_compiled")
+def test_reasons() -> None:
+    with pytest.raises(RuntimeError, match="kernel 'simd_v3' cannot run here: it was not built"):
+        fastbn.use_kernel("simd_v3").__enter__()
+    assert Kernel("far", "fastbn.reference", package="no_such_package").unusable() == (
+        "no_such_package is not installed (pip install 'fastbn[no_such_package]')"
+    )
+    assert Kernel("narrow", "fastbn.reference", dtypes=frozenset({"float32"})).declines("float16") == "it has no f16"
+
+
+@pytest.mark.usefixtures("_none_compiled")
+def test_the_slow_kernel_is_announced_once() -> None:
+    with pytest.warns(RuntimeWarning, match="runs its slower 'reference' kernel, because no compiled one can run .*it was not built"):
+        fastbn.batch_norm_stats(X)
+    fastbn.batch_norm_stats(X)  # warnings are errors here
+
+
+def test_a_pinned_reference_is_not_announced() -> None:
+    with fastbn.use_kernel("reference"):
+        fastbn.batch_norm_stats(X)
+
+
+def test_pins_nest() -> None:
+    free = _chosen("float32")
+    with fastbn.use_kernel("reference"):
+        assert dispatch.select("float32").name == "reference"
+        with fastbn.use_kernel(None):
+            assert _chosen("float32") is free
+        assert dispatch.select("float32").name == "reference"
+    assert dispatch.pinned() is None
+
+
+def test_a_pin_ends_with_an_error() -> None:
+    with pytest.raises(KeyError), fastbn.use_kernel("reference"):
+        raise KeyError
+    assert dispatch.pinned() is None
+
+
+def test_pins_are_per_thread() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def pin() -> None:
+        with fastbn.use_kernel("reference"):
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    assert inside.wait(10)
+    here = dispatch.pinned()
+    done.set()
+    thread.join()
+    assert here is None
+
+
+def test_pins_are_per_task() -> None:
+    async def pinned() -> str | None:
+        with fastbn.use_kernel("reference"):
+            await asyncio.sleep(0)
+            return dispatch.pinned()
+
+    async def free() -> str | None:
+        await asyncio.sleep(0)
+        return dispatch.pinned()
+
+    async def both() -> list[str | None]:
+        return list(await asyncio.gather(pinned(), free()))
+
+    assert asyncio.run(both()) == ["reference", None]
+
+
+def test_the_environment_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTBN_KERNEL", "reference")
+    assert dispatch.select("float32").name == "reference"
+    assert dispatch.pinned() == "reference"
+    monkeypatch.setenv("FASTBN_KERNEL", "")
+    assert dispatch.pinned() is None
+    monkeypatch.setenv("FASTBN_KERNEL", "fastest")
+    with pytest.raises(ValueError, match=r"kernel must be one of .*, got 'fastest'"):
+        fastbn.batch_norm_stats(X)
+    with fastbn.use_kernel("reference"):  # the block is nearer than the environment
+        fastbn.batch_norm_stats(X)
+
+
+def test_a_pinned_kernel_must_take_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Kernel("narrow", "fastbn.reference", dtypes=frozenset({"float32"}))
+    monkeypatch.setitem(KERNELS, "narrow", narrow)
+    with fastbn.use_kernel("narrow"):
+        fastbn.batch_norm_stats(X)
+        with pytest.raises(RuntimeError, match="kernel 'narrow' is pinned but cannot run: it has no f64"):
+            fastbn.batch_norm_stats(X.astype(np.float64))
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_explain(op: str) -> None:
+    with fastbn.use_kernel("reference"):
+        assert fastbn.explain(op, X).splitlines()[:2] == [
+            f"{op}_ncsp_f32: kernel reference",
+            "  memory: 2 x 3 x 4 (outer x channels x inner)",
+        ]
+        assert fastbn.explain(op, X, "NLC").startswith(f"{op}_nspc_f32")
+        assert fastbn.explain(op, X.astype(np.float64)).startswith(f"{op}_ncsp_f64")
+        assert "copied first: the strides follow no pattern" in fastbn.explain(op, X[..., ::2])
+
+
+def test_explain_says_why_better_kernels_were_passed_over() -> None:
+    chosen = _chosen("float32")
+    text = fastbn.explain("stats", X)
+    for better in TABLE[: TABLE.index(chosen)]:
+        assert f"{better.name}: {better.unusable()}" in text
+
+
+@pytest.mark.filterwarnings("ignore:fastbn runs its slower:RuntimeWarning")
+def test_show_config() -> None:
+    config = fastbn.show_config()
+    assert set(config["kernels"]) == set(KERNELS)
+    assert config["kernels"]["reference"] == "usable"
+    assert config["selected"] == {dtype: _chosen(dtype).name for dtype in DTYPES}
+    assert all(size > 0 for size in config["caches"].values())
+    assert config["threads"]["used"] >= 1
+    assert config["pinned"] is None
+    with fastbn.use_kernel("reference"):
+        assert fastbn.show_config()["pinned"] == "reference"

@@ -1,0 +1,281 @@
+"""The layers, step by step beside PyTorch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from truth import forward, near, near_gradient, problem, rng, same_bits
+
+import fastbn
+from fastbn import reference
+from fastbn.layout import Array
+
+pytestmark = pytest.mark.usefixtures("kernel")
+
+LAYERS = {
+    "1d-nc": (fastbn.BatchNorm1d, (12, 7)),
+    "1d-ncl": (fastbn.BatchNorm1d, (4, 7, 9)),
+    "2d": (fastbn.BatchNorm2d, (3, 7, 5, 6)),
+    "3d": (fastbn.BatchNorm3d, (2, 7, 3, 4, 5)),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "momentum": {"momentum": 0.3, "eps": 1e-3},
+    "cumulative": {"momentum": None},
+    "untracked": {"track_running_stats": False},
+    "plain": {"affine": False},
+    "plain-untracked": {"affine": False, "track_running_stats": False},
+}
+each_layer = pytest.mark.parametrize(("kind", "shape"), LAYERS.values(), ids=LAYERS)
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture
+def torch() -> Any:
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)  # small tensors, and the other tests want the processors too
+    return torch
+
+
+def pair(kind: Any, torch: Any, options: dict[str, Any], channels: int = 7) -> tuple[Any, Any]:
+    """A layer and PyTorch's of the same name, with the same parameters."""
+    ours, theirs = kind(channels, **options), getattr(torch.nn, kind.__name__)(channels, **options)
+    if ours.affine:
+        r = rng(1)
+        state = {"weight": r.uniform(0.5, 2.0, channels), "bias": r.standard_normal(channels)}
+        ours.load_state_dict(ours.state_dict() | state)
+        theirs.load_state_dict(theirs.state_dict() | {k: torch.tensor(v) for k, v in state.items()})
+    return ours, theirs
+
+
+def alike(ours: Array | None, theirs: Any) -> None:
+    assert ours is not None
+    theirs = theirs.detach().numpy()
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=5e-6)
+
+
+def step(ours: Any, theirs: Any, torch: Any, shape: tuple[int, ...], seed: int) -> None:
+    """One forward and backward of both, compared."""
+    p = problem(shape, seed=seed)
+    x = torch.tensor(p.x, requires_grad=True)
+    y = theirs(x)
+    alike(ours(p.x), y)
+    theirs.zero_grad()
+    y.backward(torch.tensor(p.dy))
+    gradients = ours.backward(p.dy)
+    alike(gradients.dx, x.grad)
+    if ours.affine:
+        alike(gradients.dweight, theirs.weight.grad)
+        alike(gradients.dbias, theirs.bias.grad)
+    else:
+        assert gradients.dweight is gradients.dbias is None
+
+
+def same_state(ours: Any, theirs: Any) -> None:
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert list(ours) == list(theirs)
+    for key in ours:
+        assert ours[key].shape == tuple(theirs[key].shape)
+        alike(ours[key], theirs[key])
+
+
+@each_option
+@each_layer
+def test_as_torch(kind: Any, shape: tuple[int, ...], options: dict[str, Any], torch: Any) -> None:
+    ours, theirs = pair(kind, torch, options)
+    same_state(ours, theirs)
+    for seed in range(4):
+        step(ours, theirs, torch, shape, seed)
+        same_state(ours, theirs)
+    assert ours.eval() is ours
+    theirs.eval()
+    for seed in (4, 5):
+        step(ours, theirs, torch, shape, seed)
+        same_state(ours, theirs)
+    assert ours.train() is ours
+    theirs.train()
+    step(ours, theirs, torch, shape, 6)
+    same_state(ours, theirs)
+
+
+def test_several_steps_of_descent_as_torch(torch: Any) -> None:
+    ours, theirs = pair(fastbn.BatchNorm2d, torch, {})
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.05)
+    for seed in range(5):
+        x = problem((3, 7, 5, 6), seed=seed).x
+        y = theirs(torch.tensor(x))
+        optimizer.zero_grad()
+        (y**3).mean().backward()
+        optimizer.step()
+        y = ours(x)
+        gradients = ours.backward(3 * y**2 / y.size)
+        ours.weight -= np.float32(0.05) * gradients.dweight
+        ours.bias -= np.float32(0.05) * gradients.dbias
+        same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [OPTIONS["default"], OPTIONS["plain"], OPTIONS["cumulative"]], ids=["default", "plain", "cumulative"])
+def test_state_goes_to_torch_and_back(options: dict[str, Any], torch: Any) -> None:
+    ours, theirs = pair(fastbn.BatchNorm2d, torch, options)
+    for seed in range(3):
+        ours(problem((3, 7, 5, 6), seed=seed).x)
+    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in ours.state_dict().items()})
+    same_state(ours, theirs)
+    theirs(torch.tensor(problem((3, 7, 5, 6), seed=3).x))
+    fresh = fastbn.BatchNorm2d(7, **options)
+    fresh.load_state_dict(theirs.state_dict())
+    for key, value in fresh.state_dict().items():
+        np.testing.assert_array_equal(value, theirs.state_dict()[key].numpy())
+    assert fresh.num_batches_tracked == 4
+
+
+def test_state_is_a_copy() -> None:
+    bn = fastbn.BatchNorm1d(3)
+    state = bn.state_dict()
+    for value in state.values():
+        value += 1
+    assert bn.num_batches_tracked == 0
+    assert not bn.bias.any()
+    bn.load_state_dict(state)
+    state["bias"][:] = 7
+    np.testing.assert_array_equal(bn.bias, [1, 1, 1])
+
+
+def test_old_states_do_not_count_batches() -> None:
+    bn = fastbn.BatchNorm1d(3)
+    bn(problem((4, 3)).x)
+    state = bn.state_dict()
+    del state["num_batches_tracked"]
+    bn.load_state_dict(state)
+    assert bn.num_batches_tracked == 1
+
+
+def test_cumulative_average_is_the_mean_of_the_batches() -> None:
+    bn = fastbn.BatchNorm1d(3, momentum=None, dtype=np.float64)
+    xs = [problem((8, 3), np.float64, mean=i, seed=i).x for i in range(5)]
+    for x in xs:
+        bn(x)
+    np.testing.assert_allclose(bn.running_mean, np.mean([x.mean(0) for x in xs], axis=0), rtol=1e-13)
+    np.testing.assert_allclose(bn.running_var, np.mean([x.var(0, ddof=1) for x in xs], axis=0), rtol=1e-13)
+    assert bn.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("NLC", (4, 9, 7)), ("NHWC", (3, 5, 6, 7)), ("NDHWC", (2, 3, 4, 5, 7))])
+def test_channels_last(layout: str, shape: tuple[int, ...]) -> None:
+    kind = {3: fastbn.BatchNorm1d, 4: fastbn.BatchNorm2d, 5: fastbn.BatchNorm3d}[len(shape)]
+    p = problem(shape, axis=-1)
+    for name in (layout, "channels_last"):
+        last, first = kind(7, layout=name), kind(7)
+        near(last(p.x), forward(p.x, axis=-1))
+        first(np.ascontiguousarray(np.moveaxis(p.x, -1, 1)))
+        np.testing.assert_allclose(last.running_var, first.running_var, rtol=1e-6)
+
+
+def test_dtypes(dtype: np.dtype[Any]) -> None:
+    p = problem((3, 7, 5, 6), dtype)
+    bn = fastbn.BatchNorm2d(7, dtype=dtype)
+    y = bn(p.x)
+    near(y, forward(p.x))
+    assert y.dtype == dtype
+    compute = np.float64 if dtype == np.float64 else np.float32
+    for key in ("weight", "bias", "running_mean", "running_var"):
+        assert bn.state_dict()[key].dtype == compute
+    assert bn.backward(p.dy).dx.dtype == dtype
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_frozen_in_training(training: bool) -> None:
+    p = problem((3, 7, 5, 6))
+    bn = fastbn.BatchNorm2d(7)
+    bn.load_state_dict({"weight": p.weight, "bias": p.bias, "running_mean": p.mean, "running_var": p.var})
+    assert bn.freeze() is bn
+    bn.train(training)
+    before = bn.state_dict()
+    near(bn(p.x), reference.batch_norm(p.x, p.mean, p.var, p.weight, p.bias))
+    for key, value in bn.state_dict().items():
+        same_bits(value, before[key])
+    gradients = bn.backward(p.dy)
+    near_gradient(gradients.dx, reference.batch_norm_backward(p.dy, p.x, p.mean, p.var, p.weight, training=False)[0])
+    assert gradients.dweight is gradients.dbias is None
+    assert bn.backward(p.dy, wrt=("weight", "bias")).dx is None
+    assert bn.freeze(False) is bn
+    bn.train()
+    near(bn(p.x), forward(p.x, p.weight, p.bias))
+    assert bn.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("with_weight", [True, False], ids=["weight", "no-weight"])
+@pytest.mark.parametrize("layout", [None, "NHWC"])
+def test_frozen_layer_is_inference(layout: str | None, with_weight: bool, with_bias: bool, dtype: np.dtype[Any]) -> None:
+    p = problem((3, 7, 5, 6) if layout is None else (3, 5, 6, 7), dtype, 1 if layout is None else -1)
+    weight, bias = p.weight if with_weight else None, p.bias if with_bias else None
+    frozen = fastbn.FrozenBatchNorm(p.mean, p.var, weight, bias, eps=1e-3, layout=layout)
+    y = fastbn.batch_norm(p.x, p.mean, p.var, weight, bias, eps=1e-3, layout=layout)
+    near(frozen(p.x), reference.batch_norm(p.x, p.mean, p.var, weight, bias, 1e-3, p.axis))
+    same_bits(frozen(p.x), y)
+    x = p.x.copy()
+    assert frozen(x, out=x) is x
+    same_bits(x, y)
+    assert frozen(p.x[:0]).shape == p.x[:0].shape
+
+
+def test_frozen_layer_is_the_layer_in_eval() -> None:
+    bn = fastbn.BatchNorm2d(7)
+    for seed in range(3):
+        bn(problem((3, 7, 5, 6), seed=seed).x)
+    state = bn.state_dict()
+    frozen = fastbn.FrozenBatchNorm(state["running_mean"], state["running_var"], state["weight"], state["bias"])
+    x = problem((3, 7, 5, 6), seed=3).x
+    same_bits(frozen(x), bn.eval()(x))
+
+
+def test_frozen_layer_keeps_its_statistics() -> None:
+    p = problem((3, 7, 5))
+    mean = p.mean.copy()
+    frozen = fastbn.FrozenBatchNorm(mean, p.var)
+    y = frozen(p.x)
+    mean += 1
+    same_bits(frozen(p.x), y)
+
+
+@pytest.mark.parametrize("alias", [lambda x: x, lambda x: x[:], lambda x: x.view()], ids=["itself", "slice", "view"])
+def test_in_place_leaves_nothing_for_backward(alias: Any) -> None:
+    p = problem((3, 7, 5, 6))
+    bn, other = fastbn.BatchNorm2d(7), fastbn.BatchNorm2d(7)
+    x = p.x.copy()
+    bn(x, out=alias(x))
+    same_bits(x, other(p.x))
+    same_bits(bn.running_var, other.running_var)
+    with pytest.raises(RuntimeError, match="backward needs a forward before it, with an out that is not x"):
+        bn.backward(p.dy)
+    out = np.empty_like(p.x)
+    assert bn(p.x, out=out) is out
+    dy = p.dy.copy()
+    assert bn.backward(dy, out=dy).dx is dy
+
+
+def test_masks() -> None:
+    p = problem((3, 7, 5, 6))
+    mask = rng(4).random((3, 5, 6)) < 0.5
+    bn = fastbn.BatchNorm2d(7)
+    near(bn(p.x, mask=mask), forward(p.x, mask=mask))
+    np.testing.assert_allclose(bn.running_mean, 0.1 * reference.batch_norm_stats(p.x, 1, mask)[1], rtol=1e-5, atol=1e-7)
+
+
+def test_an_empty_batch_is_not_counted() -> None:
+    bn = fastbn.BatchNorm2d(7)
+    before = bn.state_dict()
+    assert bn(np.empty((0, 7, 5, 6), np.float32)).shape == (0, 7, 5, 6)
+    for key, value in bn.state_dict().items():
+        same_bits(value, before[key])
+
+
+def test_repr_names_the_arguments() -> None:
+    bn = fastbn.BatchNorm2d(7, eps=0.5, momentum=None, affine=False, layout="NHWC")
+    assert repr(bn) == "BatchNorm2d(7, eps=0.5, momentum=None, affine=False, track_running_stats=True, layout='NHWC')"
+    assert eval(repr(bn).replace("BatchNorm2d", "fastbn.BatchNorm2d")).layout == "NHWC"  # noqa: S307
+    assert repr(fastbn.FrozenBatchNorm([0.0], [1.0])) == "FrozenBatchNorm(1 channels, eps=1e-05, layout=None)"
