@@ -70,8 +70,8 @@ class Stats:
         for other in others:
             if other.mean.shape != self.mean.shape:
                 raise ValueError(f"merge needs statistics of {self.mean.size} channels, got {other.mean.size}")
-        if not batches:
-            return self
+        if len(batches) < 2:
+            return batches[0] if batches else self
         dtype, base = self.mean.dtype, batches[0].mean.astype(np.float64)
         count = sum(s.count for s in batches)
         # Means as offsets from the first one: the difference of two near means is exact.
@@ -140,7 +140,7 @@ def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array
         scale = scale * weight
     shift = np.zeros_like(scale) if bias is None else bias.astype(np.float64)
     if mean_lo is not None:
-        shift = shift - mean_lo * scale
+        shift = shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)  # the scale may be infinite
     return scale.astype(dtype), shift.astype(dtype)
 
 
@@ -275,7 +275,7 @@ def inference(
     v = view(x, axis)
     y = _target(out, x, v)
     if x.size:
-        module = whole(dispatch.select(x.dtype.name))
+        module = whole(dispatch.select(dtype.storage))
         n = threads.for_call("normalize", x.nbytes)
         module.inference(_dense(x, v), v.of(y), mean, mean_lo, spread, weight, bias, eps, n)
     return _deliver(y, out)
@@ -304,7 +304,7 @@ def apply(folded: Folded, x: Array, axis: int, dtype: DType, out: Array | None) 
     v = view(x, axis)
     y = _target(out, x, v)
     if x.size:
-        module = dispatch.select(x.dtype.name).module()
+        module = dispatch.select(dtype.storage).module()
         module.normalize(_dense(x, v), v.of(y), *folded.parameters(dtype.compute), threads.for_call("normalize", x.nbytes))
     return _deliver(y, out)
 
@@ -318,7 +318,7 @@ def stats(x: Array, axis: int, dtype: DType, mask: Array | None) -> Stats:
         zero = np.zeros(channels, dtype.compute)
         return Stats(0, zero, zero.copy(), zero.copy())
     count = rows.shape[0] * rows.shape[2]
-    mean, mean_lo, m2 = whole(dispatch.select(x.dtype.name)).stats(rows, threads.for_call("stats", rows.nbytes))
+    mean, mean_lo, m2 = whole(dispatch.select(dtype.storage)).stats(rows, threads.for_call("stats", rows.nbytes))
     with np.errstate(all="ignore"):
         high, low = split(mean, mean_lo, dtype.compute)
         return Stats(count, high, (m2 / count).astype(dtype.compute), low.astype(dtype.compute))
@@ -335,7 +335,7 @@ def forward(
     if x.size == 0:
         zero = np.zeros(x.shape[axis], compute)
         return _deliver(y, out), zero, None, zero.copy(), 0
-    module = whole(dispatch.select(x.dtype.name))
+    module = whole(dispatch.select(dtype.storage))
     n = threads.for_call("forward", x.nbytes)
     running = [_as_compute(r, compute) for r in (running_mean, running_var)]
     if mask is None:
@@ -358,7 +358,7 @@ def _as_compute(a: Array | None, compute: np.dtype[Any]) -> Array | None:
 
 
 def backward(
-    dy: Array, x: Array, axis: int, saved: Saved, want_x: bool, want_sums: bool, out: Array | None
+    dy: Array, x: Array, axis: int, dtype: DType, saved: Saved, want_x: bool, want_sums: bool, out: Array | None
 ) -> tuple[Array | None, Array | None, Array | None]:
     """Gradients of x, weight and bias; only what is wanted is computed."""
     v = view(x, axis)
@@ -368,7 +368,7 @@ def backward(
     if x.size == 0:
         zero = np.zeros(channels, compute)
         return None if dx is None else _deliver(dx, out), zero if want_sums else None, zero.copy() if want_sums else None
-    module = whole(dispatch.select(x.dtype.name))
+    module = whole(dispatch.select(dtype.storage))
     n = threads.for_call("backward", x.nbytes)
     through = want_x and saved.training  # the gradient flows through the statistics
     ordered = _like(dy, x, v)
@@ -395,25 +395,25 @@ def backward(
     return None if dx is None else _deliver(dx, out), dweight, dbias
 
 
-def backward_reduce(dy: Array, x: Array, axis: int, mean: Array, mean_lo: Array | None, invstd: Array) -> tuple[Array, Array]:
+def backward_reduce(dy: Array, x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, invstd: Array) -> tuple[Array, Array]:
     """Sums over each channel of dy and of dy (x - mean), in the type of `mean`."""
     v = view(x, axis)
     if x.size == 0:
         return np.zeros_like(mean), np.zeros_like(mean)
-    module = whole(dispatch.select(x.dtype.name))
+    module = whole(dispatch.select(dtype.storage))
     sums = module.backward(_like(dy, x, v), _dense(x, v), None, mean, mean_lo, invstd, None, threads.for_call("backward", x.nbytes))
     return sums[0].astype(mean.dtype), sums[1].astype(mean.dtype)
 
 
 def backward_elemt(
-    dy: Array, x: Array, axis: int, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
+    dy: Array, x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
     sum_dy: Array, sum_dy_xmu: Array, count: int, out: Array | None,
 ) -> Array:  # fmt: skip
     """Gradient of x from sums that may come from several processes."""
     v = view(x, axis)
     dx = _target(out, x, v)
     if x.size:
-        module = whole(dispatch.select(x.dtype.name))
+        module = whole(dispatch.select(dtype.storage))
         n = threads.for_call("backward", x.nbytes)
         input_gradient(module, _like(dy, x, v), _dense(x, v), v.of(dx), mean, mean_lo, invstd, weight, sum_dy, sum_dy_xmu, count, n)
     return _deliver(dx, out)

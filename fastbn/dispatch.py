@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastbn import cpu, threads
-from fastbn.dtypes import DTYPES
+from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, channel_axis, view
 
 ALL = frozenset(DTYPES)
@@ -88,9 +88,12 @@ KERNELS = {kernel.name: kernel for kernel in TABLE}
 _pinned: ContextVar[str | None] = ContextVar("fastbn_kernel", default=None)
 
 
+_from_environment = os.environ.get("FASTBN_KERNEL") or None
+
+
 def pinned() -> str | None:
-    """Name of the pinned kernel: by `use_kernel`, else by FASTBN_KERNEL, else None."""
-    return _pinned.get() or os.environ.get("FASTBN_KERNEL") or None
+    """Name of the pinned kernel: by `use_kernel`, else by FASTBN_KERNEL when fastbn was imported, else None."""
+    return _pinned.get() or _from_environment
 
 
 def _check(name: str) -> None:
@@ -216,9 +219,11 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    dtype = DTYPES[x.dtype.name]
+    dtype = lookup(x.dtype)
+    if dtype is None:
+        raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
     v = view(x, channel_axis(layout, x.ndim))
-    kernel = select(x.dtype.name)
+    kernel = select(dtype.storage)
     n = threads.for_call(op, x.nbytes)
     outer, channels, inner = v.dims
     lines = [
@@ -229,7 +234,7 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
     plan = getattr(kernel.module(), "plan", None)
     if plan is not None and x.size:
         lines += [f"  {key}: {value}" for key, value in plan(op, v.dims, x.itemsize, n).items()]
-    return "\n".join(lines + [f"  {line}" for line in passed_over(x.dtype.name)])
+    return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
 
 
 def show_config() -> dict[str, Any]:

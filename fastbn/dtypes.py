@@ -12,25 +12,37 @@ class DType(NamedTuple):
 
     Attributes
     ----------
+    storage : str
+        Name of the NumPy dtype.
     name : str
         Short name, the last part of a kernel's name (``normalize_ncsp_f32``).
     compute : numpy.dtype
         Type of the arithmetic, of the parameters and of the statistics.
     """
 
+    storage: str
     name: str
     compute: np.dtype[Any]
 
 
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = {
-    "float32": DType("f32", np.dtype(np.float32)),
-    "float64": DType("f64", np.dtype(np.float64)),
-    "float16": DType("f16", np.dtype(np.float32)),
-    # ml_dtypes' type is found by its name, so that nothing has to import ml_dtypes.
-    "bfloat16": DType("bf16", np.dtype(np.float32)),
+    row.storage: row
+    for row in (
+        DType("float32", "f32", _F32),
+        DType("float64", "f64", _F64),
+        DType("float16", "f16", _F32),
+        # ml_dtypes' type is found by its name, so that nothing has to import ml_dtypes.
+        DType("bfloat16", "bf16", _F32),
+    )
 }
+
+_rows: dict[np.dtype[Any], DType | None] = {}  # a dtype's name takes longer to find than a small call
 
 
 def lookup(dtype: np.dtype[Any]) -> DType | None:
     """Row of the table for a NumPy dtype, or None where fastbn does not compute with it."""
-    return DTYPES.get(dtype.name) if dtype.isnative else None
+    try:
+        return _rows[dtype]
+    except KeyError:
+        return _rows.setdefault(dtype, DTYPES.get(dtype.name) if dtype.isnative else None)

@@ -65,26 +65,24 @@ def _running(name: str, a: object, x: Array, axis: int) -> Array | None:
     return a
 
 
-def _output(out: object, x: Array, inputs: dict[str, Array | None]) -> Array | None:
+def _output(out: object, x: Array, inputs: dict[str, Array]) -> Array | None:
     """Check `out`: like x, writable, and either exactly one of the inputs or apart from all of them."""
     if out is None:
         return None
     out = _same("out", out, x)
     if not out.flags.writeable:
         raise ValueError("out is read-only")
-    if out.size and 0 in out.strides and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
+    if 0 in out.strides and out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError(f"out has several elements in one place of memory: shape {out.shape}, strides {out.strides}")
     for name, a in inputs.items():
-        if a is None or a is out or (a.ctypes.data, a.strides, a.shape, a.dtype) == (out.ctypes.data, out.strides, out.shape, out.dtype):
+        if a is out or not np.may_share_memory(out, a):
             continue
-        if _overlap(out, a):
+        if (a.ctypes.data, a.strides, a.shape, a.dtype) != (out.ctypes.data, out.strides, out.shape, out.dtype) and _overlap(out, a):
             raise ValueError(f"out overlaps {name} in part; give {name} itself or memory of its own")
     return out
 
 
 def _overlap(a: Array, b: Array) -> bool:
-    if not np.may_share_memory(a, b):
-        return False
     try:
         return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]  # any int, says NumPy's documentation
     except np.exceptions.TooHardError:
@@ -360,7 +358,7 @@ def batch_norm_backward(
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     out = _output(out, x, {"dy": dy, "x": x})
-    dx, dweight, dbias = core.backward(dy, x, axis, saved, "x" in wanted, "weight" in wanted or "bias" in wanted, out)
+    dx, dweight, dbias = core.backward(dy, x, axis, dtype, saved, "x" in wanted, "weight" in wanted or "bias" in wanted, out)
     return Gradients(dx, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, None)
 
 
@@ -486,7 +484,7 @@ def batch_norm_backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array, 
     """
     x, axis, dtype = _input(x, layout)
     dy = _same("dy", dy, x)
-    return core.backward_reduce(dy, x, axis, *_centered(mean, invstd, x, axis, dtype))
+    return core.backward_reduce(dy, x, axis, dtype, *_centered(mean, invstd, x, axis, dtype))
 
 
 def batch_norm_backward_elemt(
@@ -547,4 +545,4 @@ def batch_norm_backward_elemt(
     if count < 1 and x.size:
         raise ValueError(f"count must be at least 1, got {count}")
     out = _output(out, x, {"dy": dy, "x": x})
-    return core.backward_elemt(dy, x, axis, *statistics, w, *sums, int(count), out)
+    return core.backward_elemt(dy, x, axis, dtype, *statistics, w, *sums, int(count), out)

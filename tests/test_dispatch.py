@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,7 +24,7 @@ X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No pin from outside, and no memory of earlier choices."""
-    monkeypatch.delenv("FASTBN_KERNEL", raising=False)
+    monkeypatch.setattr(dispatch, "_from_environment", None)
     dispatch._best.cache_clear()
     yield
     dispatch._best.cache_clear()
@@ -150,16 +153,21 @@ def test_pins_are_per_task() -> None:
     assert asyncio.run(both()) == ["reference", None]
 
 
-def test_the_environment_pins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTBN_KERNEL", "reference")
-    assert dispatch.select("float32").name == "reference"
-    assert dispatch.pinned() == "reference"
-    monkeypatch.setenv("FASTBN_KERNEL", "")
-    assert dispatch.pinned() is None
-    monkeypatch.setenv("FASTBN_KERNEL", "fastest")
+@pytest.mark.parametrize(("value", "said"), [("reference", "2.0 reference"), ("", "None"), ("fastest", "got 'fastest'")])
+def test_the_environment_pins(value: str, said: str) -> None:
+    code = "import fastbn, numpy as np; print(fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean[0], fastbn.dispatch.pinned())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"FASTBN_KERNEL": value}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) == (value != "fastest")
+    assert said in (done.stdout or done.stderr)
+
+
+def test_a_block_is_nearer_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_from_environment", "fastest")
     with pytest.raises(ValueError, match=r"kernel must be one of .*, got 'fastest'"):
         fastbn.batch_norm_stats(X)
-    with fastbn.use_kernel("reference"):  # the block is nearer than the environment
+    with fastbn.use_kernel("reference"):
         fastbn.batch_norm_stats(X)
 
 

@@ -10,6 +10,7 @@ import pytest
 from truth import same_bits
 
 import fastbn
+from fastbn import dispatch
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -379,7 +380,7 @@ def test_a_failed_load_loads_nothing(key: str, wrong: Any) -> None:
 
 
 def test_the_kernel_is_checked_before_anything_is_modified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTBN_KERNEL", "simd_v9")
+    monkeypatch.setattr(dispatch, "_from_environment", "simd_v9")
     mean, x = ZEROS.copy(), X.copy()
     with fastbn.use_kernel(None), pytest.raises(ValueError, match=r"kernel must be one of .*, got 'simd_v9'"):
         fastbn.batch_norm(x, mean, None, training=True, out=x)

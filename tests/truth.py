@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import reference
+from fastbn import Gradients, reference
 from fastbn.layout import Array
 
 # One below, at and above the vector lengths and their multiples; 49 and 100 are real spatial and class counts.
@@ -102,18 +102,27 @@ def near(y: Array, truth: Array) -> None:
     within(y, truth, bound)
 
 
-def near_gradient(gradient: Array | None, truth: Array, scale: float | None = None) -> None:
-    """The contract of gradients: 1e-5 in float32, 1e-13 in float64, of the largest; one last place more in 16 bits.
-
-    `scale` replaces the largest where the gradient is a small difference of large terms.
-    """
+def near_gradient(gradient: Array | None, truth: Array, scale: float = 0.0) -> None:
+    """The contract of gradients: 1e-5 in float32, 1e-13 in float64, of the largest or of `scale`; one last place more in 16 bits."""
     assert gradient is not None
     assert gradient.shape == truth.shape
-    largest = np.max(np.abs(truth), initial=0.0) if scale is None else scale
+    largest = np.max(np.abs(truth), initial=scale)
     bound = (1e-13 if gradient.dtype == np.float64 else 1e-5) * largest
     if gradient.dtype.itemsize == 2:
         bound = bound + ulp(truth, gradient.dtype)
     within(gradient, truth, bound)
+
+
+def near_gradients(gradients: Gradients, truth: tuple[Array, Array, Array]) -> None:
+    """The same of dx, dweight and dbias.
+
+    The last two are sums of M terms of about 1, and so about sqrt(M); where one happens to be nearly zero, the
+    rounding of its terms is not.
+    """
+    dx, dweight, dbias = truth
+    near_gradient(gradients.dx, dx)
+    near_gradient(gradients.dweight, dweight, np.sqrt(dx.size / dbias.size))
+    near_gradient(gradients.dbias, dbias, np.sqrt(dx.size / dbias.size))
 
 
 def within(actual: Array, truth: Array, bound: Any) -> None:

@@ -435,10 +435,10 @@ template <class T> struct Block {
         return widen(lane)[0];
     }
 
-    // Whether a sum of squares kept its digits: it is finite, and far from where it would underflow, or exactly zero.
+    // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or all are zero.
     static bool in_range(double sum, double square) {
         constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
-        return std::isfinite(square) && (square >= tiny || (square == 0 && sum == 0));
+        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && sum == 0));
     }
 
     // Elements up to the next cache line, at most n.

@@ -383,7 +383,7 @@ cdef void map_planes(
         else:
             # The tail overlaps what is before it. It is computed first, because the output may be the input.
             tail = mapped(job, Block[T].load(x + length - W), Block[T].load(dy + length - W), mean, scale, shift, slope)
-            i = Block[T].to_line(y, length) if length >= 16 * W else 0
+            i = Block[T].to_line(y, length) if job.streams or length >= 16 * W else 0
             if i > 0:
                 head = mapped(job, Block[T].load(x), Block[T].load(dy), mean, scale, shift, slope)
                 head.store_part(y, i)
@@ -508,7 +508,7 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
     if K * <Py_ssize_t> sizeof(T) % LINE == 0:
         head = Block[T].to_line(y + first, last - first)
     while rows > 0:
-        batch = min(<Py_ssize_t> MAP_ROWS, rows)
+        batch = 1 if job.streams else min(<Py_ssize_t> MAP_ROWS, rows)  # far from the cache, one long run is best
         j = first
         if head > 0:
             map_rows(job, x + j, dy + j, y + j, batch, j, head, False)
@@ -596,7 +596,7 @@ cdef inline void fold_channel(Job[Normalize, T]* job, Py_ssize_t c, double low, 
     cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
     cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)
     Block[T].set_value(job.scale, c, scale)
-    Block[T].set_value(job.shift, c, shift - low * scale)
+    Block[T].set_value(job.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
 
 
 cdef void fold_batch(Job[Normalize, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
