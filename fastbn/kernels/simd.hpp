@@ -402,6 +402,11 @@ template <class T> struct Block {
     // `p` starts a cache line.
     void stream(T* p) const { FOR_REGISTERS narrow_stream(p + i * lanes, r[i]); }
 
+    // Ask for the lines of n elements that will be loaded soon, into the second-level cache.
+    static void prefetch(const T* p, ptrdiff_t n) {
+        for (ptrdiff_t i = 0; i < n; i += LINE / (ptrdiff_t)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+    }
+
     // The first n < width lanes from memory, the others from `fill`.
     static Block load_part(const T* p, ptrdiff_t n, Block fill) {
         FOR_REGISTERS {
@@ -461,6 +466,16 @@ template <class T> struct Block {
         const C* q = static_cast<const C*>(p) + j;
         Block a;
         FOR_REGISTERS a.r[i] = widen(q + i * lanes);
+        return a;
+    }
+
+    // The first n <= width lanes, and zeros.
+    static Block get_first(const void* p, ptrdiff_t j, ptrdiff_t n) {
+        Block a = get(p, j);
+        FOR_REGISTERS {
+            const ptrdiff_t left = n - i * lanes;
+            a.r[i] = join(a.r[i], R{}, left < 0 ? 0 : left < lanes ? left : lanes);
+        }
         return a;
     }
 

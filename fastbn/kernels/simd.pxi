@@ -62,6 +62,8 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         Block[T] load(const T*)
         @staticmethod
+        void prefetch(const T*, Py_ssize_t)
+        @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
         Block[T] load_end(const T*, Py_ssize_t, Block[T])
@@ -75,6 +77,8 @@ cdef extern from "simd.hpp" nogil:
         Block[T] splat(const void*, Py_ssize_t)
         @staticmethod
         Block[T] get(const void*, Py_ssize_t)
+        @staticmethod
+        Block[T] get_first(const void*, Py_ssize_t, Py_ssize_t)
         @staticmethod
         double value(const void*, Py_ssize_t)
         @staticmethod
@@ -105,10 +109,12 @@ cdef extern from * nogil:
         void *scale, *shift, *slope;
         double eps;
 
-        ptrdiff_t tiles;                                 // numeric tiles of each channel or column
-        ptrdiff_t images, pieces, piece;                 // planes: a tile is several images, or a piece of one
-        ptrdiff_t columns, repeats, rows, rest;          // columns: rows of `columns`, and one of `rest`
-        double *shifts, *sums, *squares;                 // of each tile and channel or column
+        bool by_columns;                         // not by planes
+        ptrdiff_t tiles, width;                  // numeric tiles; partial sums in each
+        ptrdiff_t images, pieces, piece;         // planes: a tile is several images, or a piece of one
+        ptrdiff_t columns, rows, rest;           // columns: rows of `columns`, and one of `rest`
+        ptrdiff_t repeats, run;                  // in a row: channels repeat, and each has a run of columns
+        double *shifts, *sums, *squares;         // the partial sums, of each tile
         double *first, *second, *low;                    // of each channel: the merged sums
 
         double *spread;  // room for a vector for each column
@@ -167,7 +173,8 @@ cdef extern from * nogil:
         void *shift
         void *slope
         double eps
-        Py_ssize_t tiles, images, pieces, piece, columns, repeats, rows, rest
+        bint by_columns
+        Py_ssize_t tiles, width, images, pieces, piece, columns, rows, rest, repeats, run
         double *shifts
         double *sums
         double *squares
@@ -208,12 +215,22 @@ ctypedef fused Map:
     Normalize
     InputGradient
 
+ctypedef fused Op:
+    Stats
+    GradSums
+    Normalize
+    InputGradient
+
 
 # Numeric tiles: fixed by the shape, never by the machine.
 cdef enum:
     TILE = 16384         # elements of a tile of planes
     CHAIN = 64           # additions to one accumulator, before it is added to another: long chains lose digits
     TILE_ROWS = 256      # rows of a tile of columns
+    SHORT_RUN = 64       # planes up to this size are summed and mapped as columns
+    MANY_ROWS = 16       # ... where there are so many images
+    SMALL_PLANE = 16     # blocks of a plane below which several images are summed together
+    TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
     LONG_ROW = 2048      # gather rows up to this many columns
     COLUMNS = 4096       # bytes of the accumulators of one unit's columns, as in the struct Columns
@@ -301,20 +318,36 @@ cdef inline double middle(double a, double b, double c) noexcept nogil:
     return max(min(a, b), min(max(a, b), c))
 
 
+cdef inline void sum_run(
+    Job[Sum, T]* job, const T* x, const T* dy, Py_ssize_t n, Block[T] k, Block[T] zero, Block[T]* sum, Block[T]* square
+) noexcept nogil:
+    """Add n elements that lie one behind the other."""
+    cdef Py_ssize_t W = Block[T].width(), i = 0
+    while i + W <= n:
+        accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, sum, square)
+        i += W
+    if i == n:
+        return
+    if n >= W:
+        accumulate(job, Block[T].load_end(x + n, n - i, k), Block[T].load_end(dy + n, n - i, zero), k, sum, square)
+    else:
+        accumulate(job, take(x, n, k), take(dy, n, zero), k, sum, square)
+
+
 cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
     """The sums of one tile of channels first ... last, at most PLANES."""
     cdef Py_ssize_t W = Block[T].width(), stride = job.channels * job.inner
-    cdef Py_ssize_t n0 = tile // job.pieces * job.images, images = min(job.images, job.outer - n0)
+    cdef Py_ssize_t n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
     cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, at = tile * job.channels + first
     cdef const T* x = job.input() + offset
     cdef const T* dy = x if Sum is Stats else job.gradient() + offset
-    cdef Py_ssize_t i, stop, n, c, e = images * length, channels = last - first
+    cdef Py_ssize_t i, n, c, together, images = runs, e = runs * length, channels = last - first
     cdef Py_ssize_t a = e // 6 // length * stride + e // 6 % length, b = e // 2 // length * stride + e // 2 % length
     cdef Py_ssize_t z = e * 5 // 6 // length * stride + e * 5 // 6 % length
     cdef const T* plane
     cdef Accumulators[T] acc
-    cdef Block[T] k, sum, square, tail, zero = Block[T].constant(0)
+    cdef Block[T] k, sum, square, zero = Block[T].constant(0)
     cdef double total, total_square, mean
     for c in range(channels):
         if Sum is Stats:
@@ -325,42 +358,38 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             mean = Block[T].value(job.at_mean, first + c)
         acc.k[c] = mean
         acc.sum[c] = acc.square[c] = zero
-    # Image by image, so that memory is read in long runs; for small planes that is what counts.
-    for n in range(images):
+    # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
+    # accumulators are loaded and stored less often.
+    while images > 0:
+        together = min(images, <Py_ssize_t> TOGETHER) if length < SMALL_PLANE * W else 1
         for c in range(channels):
+            # The same channel of the next image is too far away for the processor to foresee.
+            if together < images:
+                for n in range(together):
+                    Block[T].prefetch(x + (n + together) * stride, length)
+                    if Sum is GradSums:
+                        Block[T].prefetch(dy + (n + together) * stride, length)
             k = Block[T].constant(acc.k[c])
-            sum = square = zero
             i = 0
-            stop = CHAIN * W
-            while stop < length:
-                while i < stop:
-                    accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, &sum, &square)
-                    i += W
+            while i < length:
+                sum = square = zero
+                for n in range(together):
+                    sum_run(job, x + n * stride + i, dy + n * stride + i, min(CHAIN * W, length - i), k, zero, &sum, &square)
                 acc.sum[c] = acc.sum[c] + sum
                 acc.square[c] = acc.square[c] + square
-                sum = square = zero
-                stop += CHAIN * W
-            while i + W <= length:
-                accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, &sum, &square)
-                i += W
-            if i < length and length >= W:
-                tail = Block[T].load_end(x + length, length - i, k)
-                accumulate(job, tail, Block[T].load_end(dy + length, length - i, zero), k, &sum, &square)
-            elif i < length:
-                accumulate(job, take(x, length, k), take(dy, length, zero), k, &sum, &square)
-            acc.sum[c] = acc.sum[c] + sum
-            acc.square[c] = acc.square[c] + square
+                i += CHAIN * W
             x += job.inner
             dy += job.inner
-        x += stride - channels * job.inner
-        dy += stride - channels * job.inner
+        x += together * stride - channels * job.inner
+        dy += together * stride - channels * job.inner
+        images -= together
     for c in range(channels):
         total = acc.sum[c].total()
         total_square = acc.square[c].total()
         job.sums[at + c] = total
         job.squares[at + c] = total_square
         if not Block[T].in_range(total, total_square):
-            sum_exactly(job, at + c, offset + c * job.inner, images, stride, length, acc.k[c])
+            sum_exactly(job, at + c, offset + c * job.inner, runs, stride, length, acc.k[c])
 
 
 cdef void map_planes(
@@ -438,30 +467,57 @@ cdef inline void sum_rows(
     (Block[T].get(squares, j) + square).put(squares, j)
 
 
+cdef inline void put_run(void* vector, Py_ssize_t first, Py_ssize_t run, Block[T] same) noexcept nogil:
+    """Fill a run of columns, and what the next run overwrites."""
+    cdef Py_ssize_t i = 0
+    while i < run:
+        same.put(vector, first + i)
+        i += Block[T].width()
+
+
+cdef inline double run_total(Job[Sum, T]* job, void* sums, Py_ssize_t first) noexcept nogil:
+    """The sum of the columns of one channel."""
+    cdef Py_ssize_t W = Block[T].width(), i = 0
+    cdef Block[T] total = Block[T].constant(0)
+    while i < job.run:
+        total = total + Block[T].get_first(sums, first + i, min(W, job.run - i))
+        i += W
+    return total.total()
+
+
 cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """The sums of columns first ... last of one tile."""
     cdef Py_ssize_t W = Block[T].width(), K = job.columns
-    cdef Py_ssize_t rows = tile_rows(job, tile), offset = tile_offset(job, tile) + first, at = tile * K + first
+    cdef Py_ssize_t rows = tile_rows(job, tile), offset = tile_offset(job, tile) + first, at = tile * job.width + first // job.run
     cdef Py_ssize_t columns = min(last, tile_columns(job, tile)) - first
     cdef const T* x = job.input() + offset
     cdef const T* dy = x if Sum is Stats else job.gradient() + offset
     cdef Columns k, sums, squares
     cdef Block[T] center, zero = Block[T].constant(0)
-    cdef Py_ssize_t r, j, n
-    cdef double total, total_square, mean
+    cdef Py_ssize_t r, j, n, run = job.run
+    cdef double total, total_square, mean = 0
     j = 0
     while j < columns:
         n = min(W, columns - j)
-        if Sum is Stats:
+        if Sum is Stats and run == 1:
             center = Block[T].median(
                 take(x + rows // 6 * K + j, n, zero), take(x + rows // 2 * K + j, n, zero), take(x + rows * 5 // 6 * K + j, n, zero)
             )
-        else:
-            center = Block[T].get(job.at_mean, first + j)
-        center.put(&k, j)
+            center.put(&k, j)
+        elif Sum is GradSums:
+            Block[T].get(job.at_mean, first + j).put(&k, j)
         zero.put(&sums, j)
         zero.put(&squares, j)
         j += W
+    if Sum is Stats and run > 1:
+        j = 0
+        while j < columns:
+            mean = middle(
+                Block[T].element(x + rows // 6 * K + j), Block[T].element(x + rows // 2 * K + j + run // 2),
+                Block[T].element(x + rows * 5 // 6 * K + j + run - 1),
+            )
+            put_run[T](&k, j, run, Block[T].constant(mean))
+            j += run
     r = 0
     while r < rows:
         n = min(<Py_ssize_t> BATCH, rows - r)
@@ -474,14 +530,18 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
             sum_rows(job, x + r * K + j, dy + r * K + j, n, min(W, columns - j), &k, &sums, &squares, j)
             j += W
         r += BATCH
-    for j in range(columns):
-        total, total_square, mean = Block[T].value(&sums, j), Block[T].value(&squares, j), Block[T].value(&k, j)
+    for j in range(columns // run):
+        if run == 1:
+            total, total_square = Block[T].value(&sums, j), Block[T].value(&squares, j)
+        else:
+            total, total_square = run_total(job, &sums, j * run), run_total(job, &squares, j * run)
+        mean = Block[T].value(&k, j * run)
         job.sums[at + j] = total
         job.squares[at + j] = total_square
         if Sum is Stats:
             job.shifts[at + j] = mean
         if not Block[T].in_range(total, total_square):
-            sum_exactly(job, at + j, offset + j, rows, K, 1, mean)
+            sum_exactly(job, at + j, offset + j * run, rows, K, run, mean)
 
 
 cdef inline void map_rows(
@@ -533,15 +593,15 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
 
 cdef inline double tile_count(Call* job, Py_ssize_t tile) noexcept nogil:
     """Values of one channel or column in a tile."""
-    if job.inner == 1:
-        return tile_rows(job, tile)
+    if job.by_columns:
+        return tile_rows(job, tile) * job.run
     cdef Py_ssize_t images = min(job.images, job.outer - tile // job.pieces * job.images)
     return images * min(job.piece, job.inner - tile % job.pieces * job.piece)
 
 
 cdef inline Py_ssize_t tile_last(Call* job, Py_ssize_t tile, Py_ssize_t repeat, Py_ssize_t last) noexcept nogil:
     """Channels before `last` that a tile has in one of the repeats of a gathered row."""
-    return last if job.inner > 1 else min(last, tile_columns(job, tile) - repeat * job.channels)
+    return min(last, tile_columns(job, tile) - repeat * job.channels) if job.repeats > 1 else last
 
 
 cdef void merge_stats(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -557,7 +617,7 @@ cdef void merge_stats(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nog
     for tile in range(job.tiles):
         n = tile_count(job, tile)
         for repeat in range(job.repeats):
-            at = tile * job.columns + repeat * job.channels
+            at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
                 offset[c] += job.sums[at + c] + n * (job.shifts[at + c] - job.shifts[c])
     for c in range(first, last):
@@ -565,7 +625,7 @@ cdef void merge_stats(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nog
     for tile in range(job.tiles):
         n = tile_count(job, tile)
         for repeat in range(job.repeats):
-            at = tile * job.columns + repeat * job.channels
+            at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
                 e = offset[c] - (job.shifts[at + c] - job.shifts[c])
                 m2[c] += job.squares[at + c] + e * (n * e - 2 * job.sums[at + c])
@@ -585,7 +645,7 @@ cdef void merge_sums(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
         job.second[c] = 0
     for tile in range(job.tiles):
         for repeat in range(job.repeats):
-            at = tile * job.columns + repeat * job.channels
+            at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
                 job.first[c] += job.sums[at + c]
                 job.second[c] += job.squares[at + c]
@@ -633,7 +693,7 @@ cdef void fold_gradient(Job[InputGradient, T]* job, Py_ssize_t first, Py_ssize_t
 cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
     """One tile of a group of channels or columns."""
     cdef Py_ssize_t tile = unit % job.tiles, first = unit // job.tiles * job.group
-    if job.inner == 1:
+    if job.by_columns:
         sum_columns(job, tile, first, min(first + job.group, job.columns))
     else:
         sum_planes(job, first, min(first + job.group, job.channels), tile)
@@ -644,7 +704,7 @@ cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
     cdef Py_ssize_t pieces, first, groups, all_rows
     if job.backwards:
         unit = job.units - 1 - unit
-    if job.inner == 1:
+    if job.by_columns:
         groups = (job.columns + job.group - 1) // job.group
         first = unit % groups * job.group
         unit = unit // groups * job.unit
@@ -713,11 +773,13 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
     """Fix the numeric tiles, from the shape and the lanes of a block."""
     cdef Py_ssize_t C = job.channels, R = job.outer
     job.count = <double> job.outer * job.inner
-    job.images = job.pieces = job.repeats = 1
+    job.images = job.pieces = job.repeats = job.run = 1
     job.piece = job.inner
-    job.columns = C
+    job.columns = job.width = C
     job.rows = job.rest = 0
-    if job.inner > 1:
+    # Small planes of many images are rows of short runs: no tails, no plane too short for a block.
+    job.by_columns = job.inner == 1 or (job.inner <= SHORT_RUN and job.outer >= MANY_ROWS)
+    if not job.by_columns:
         if job.inner > TILE:
             job.piece = up(up(job.inner, up(job.inner, TILE)), W) * W
             job.pieces = up(job.inner, job.piece)
@@ -726,10 +788,12 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
             job.images = max(<Py_ssize_t> 1, min(<Py_ssize_t> CHAIN, TILE // job.inner))
             job.tiles = up(job.outer, job.images)
         return
+    job.run = job.inner
     job.repeats = W // common_divisor(C, W)
-    if job.repeats * C > LONG_ROW or R < 4 * job.repeats:
+    if job.run > 1 or job.repeats * C > LONG_ROW or R < 4 * job.repeats:
         job.repeats = 1
-    job.columns = job.repeats * C
+    job.width = job.repeats * C
+    job.columns = job.width * job.run
     job.rows = R // job.repeats
     job.rest = R % job.repeats * C
     job.tiles = up(job.rows, TILE_ROWS) + (job.rest > 0)
@@ -737,9 +801,13 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
 
 cdef Py_ssize_t sum_units(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nogil:
     """Cut the sums into units of work; return their number."""
-    cdef Py_ssize_t enough = up(4 * job.threads, job.tiles)  # groups that keep every thread busy
-    if job.inner == 1:
-        job.group = min(COLUMNS // BLOCK * W, up(up(job.columns, enough), W) * W)
+    cdef Py_ssize_t room, enough = up(4 * job.threads, job.tiles)  # groups that keep every thread busy
+    if job.by_columns:
+        room = COLUMNS // BLOCK * W
+        if job.run > 1:
+            job.group = min(room // job.run, up(job.channels, enough)) * job.run
+        else:
+            job.group = min(room, up(up(job.columns, enough), W) * W)
         return job.tiles * up(job.columns, job.group)
     job.group = max(<Py_ssize_t> 1, min(PLANES, min(job.channels // enough, L2 // 4 // (job.images * job.piece * item))))
     return job.tiles * up(job.channels, job.group)
@@ -750,7 +818,7 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
     cdef Py_ssize_t elements = max(W, min(L2 // 2 // (arrays * item), up(size, 4 * job.threads)))
     job.streams = is_streamed(job, item, arrays)
-    if job.inner == 1:
+    if job.by_columns:
         job.group = min(job.columns, COLUMNS // BLOCK * W)
         job.unit = max(<Py_ssize_t> 1, elements // job.group)
         job.unit = up(job.unit, MAP_ROWS) * MAP_ROWS
@@ -766,17 +834,17 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
 
 cdef bint is_streamed(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
     """Whether the output is written past the caches: when it is far too large for them, in long aligned runs."""
-    cdef Py_ssize_t run = job.columns if job.inner == 1 else job.inner
+    cdef Py_ssize_t run = job.columns if job.by_columns else job.inner
     if job.out == job.x or job.out == job.dy:
         return False
     if job.outer * job.channels * job.inner * item * arrays <= L3:
         return False
-    return run * item % LINE == 0 if job.inner == 1 else run * item >= 16 * LINE
+    return run * item % LINE == 0 if job.by_columns else run * item >= 16 * LINE
 
 
 cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
     """Give a call its scratch memory; False where there is none."""
-    cdef Py_ssize_t C = job.channels, size = tiles * job.columns
+    cdef Py_ssize_t C = job.channels, size = tiles * job.width
     cdef double* p = <double*> scratch((3 * size + 6 * C + 4 * (job.columns + 2 * W)) * sizeof(double))
     if p == NULL:
         return False
@@ -788,22 +856,26 @@ cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
     return True
 
 
-cdef const void* spread(Call* job, const void* vector, Py_ssize_t W, Py_ssize_t index) noexcept nogil:
+cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) noexcept nogil:
     """A vector of channels as one of columns, with a block of room behind it; planes take it as it is."""
-    if job.inner > 1:
+    if not job.by_columns:
         return vector
-    cdef Py_ssize_t size = BLOCK // W, repeat
+    cdef Py_ssize_t W = Block[T].width(), size = BLOCK // W, repeat, c
     cdef char* p = <char*> (job.spread + index * (job.columns + 2 * W))
-    for repeat in range(job.repeats):
-        memcpy(p + repeat * job.channels * size, vector, job.channels * size)
     memset(p + job.columns * size, 0, BLOCK)
+    if job.run == 1:
+        for repeat in range(job.repeats):
+            memcpy(p + repeat * job.channels * size, vector, job.channels * size)
+        return p
+    for c in range(job.channels):
+        put_run[T](p, c * job.run, job.run, Block[T].splat(vector, c))
     return p
 
 
 cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
     cdef Py_ssize_t units = sum_units(job, Block[T].width(), sizeof(T))
     if Sum is GradSums:
-        job.at_mean = spread(job, job.mean, Block[T].width(), 0)
+        job.at_mean = spread(job, job.mean, 0)
     parallel(<unit_fn> sum_unit[Sum, T], job, units, job.threads)
     if Sum is Stats:
         merge_stats(job, 0, job.channels)
@@ -813,18 +885,18 @@ cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
 
 cdef void run_map(Job[Map, T]* job) noexcept nogil:
     cdef Py_ssize_t W = Block[T].width()
-    job.at_mean = spread(job, job.mean, W, 0)
-    job.at_scale = spread(job, job.scale, W, 1)
-    job.at_shift = spread(job, job.shift, W, 2)
+    job.at_mean = spread(job, job.mean, 0)
+    job.at_scale = spread(job, job.scale, 1)
+    job.at_shift = spread(job, job.shift, 2)
     if Map is InputGradient:
-        job.at_slope = spread(job, job.slope, W, 3)
+        job.at_slope = spread(job, job.slope, 3)
     map_units(job, W, sizeof(T), 2 if Map is Normalize else 3)
     parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads)
 
 
 cdef bint grouped(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
-    if job.inner == 1 or (job.threads > 1 and job.channels < 4 * job.threads):
+    if job.by_columns or (job.threads > 1 and job.channels < 4 * job.threads):
         return False
     cdef Py_ssize_t fit = L2 // 2 // (arrays * job.outer * job.inner * item)
     job.group = max(<Py_ssize_t> 1, min(fit, job.channels // (4 * job.threads)))
@@ -1049,7 +1121,7 @@ def plan(str op, dims, Py_ssize_t itemsize, int threads):
     call.out = &call  # an output of its own
     size = call.outer * call.channels * call.inner * itemsize
     cut(&call, W)
-    if call.inner == 1:
+    if call.by_columns:
         cutting = f"{call.tiles} tiles of {min(call.rows, <Py_ssize_t> TILE_ROWS)} rows of {call.columns} columns"
     elif call.pieces > 1:
         cutting = f"{call.tiles} tiles of {call.piece} elements for each channel"
