@@ -24,7 +24,7 @@ void unit(void* data, std::ptrdiff_t i) {
 int call(std::ptrdiff_t units, int threads) {
     Job job;
     job.seen.assign(static_cast<std::size_t>(units), 0);
-    fastbn::parallel(unit, &job, units, threads);
+    fastbn::parallel(unit, &job, units, threads, units % 2 == 0);
     for (int seen : job.seen)
         if (seen != 1) return 1;
     return job.total != units * (units - 1) / 2;

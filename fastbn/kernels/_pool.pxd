@@ -2,5 +2,5 @@
 
 ctypedef void (*unit_fn)(void* job, Py_ssize_t unit) noexcept nogil
 
-cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads) noexcept nogil
+cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept nogil
 cdef void* scratch(size_t nbytes) noexcept nogil

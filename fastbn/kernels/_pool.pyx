@@ -6,13 +6,13 @@ from libc.string cimport memcpy
 cnp.import_array()
 
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
-    void run_units "fastbn::parallel"(unit_fn unit, void* job, Py_ssize_t units, int threads) noexcept
+    void run_units "fastbn::parallel"(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept
     void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
     int count_workers "fastbn::workers"() noexcept
 
 
-cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads) noexcept nogil:
-    run_units(unit, job, units, threads)
+cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept nogil:
+    run_units(unit, job, units, threads, backwards)
 
 
 cdef void* scratch(size_t nbytes) noexcept nogil:
@@ -59,4 +59,4 @@ def copy(cnp.ndarray source, cnp.ndarray to, int threads):
     job.piece = (job.size // threads + 63) // 64 * 64 if threads > 1 else job.size
     if job.size > 0:
         with nogil:
-            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads)
+            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads, False)

@@ -2,10 +2,13 @@
 //
 // What it must do, and how:
 //
-// - Never wait for a thread that has nothing of ours. Units are claimed one by one from a counter, and the calling
-//   thread claims too. The call returns when the counter is used up and every thread that entered the job has left it;
-//   a worker that wakes late finds the job closed. So a worker costs time only if it loses its processor while it holds
-//   a unit, and then the caller sleeps instead of spinning: the idle processor takes over the worker.
+// - Never wait for a thread that has nothing of ours. Units are claimed one by one, and the calling thread claims too.
+//   The call returns when all are claimed and every thread that entered the job has left it; a worker that wakes late
+//   finds the job closed. So a worker costs time only if it loses its processor while it holds a unit, and then the
+//   caller sleeps instead of spinning: the idle processor takes over the worker.
+//
+// - Keep data where they are. Each thread has a range of neighboring units and claims from the others' only when its own
+//   is used up. So calls that follow each other on the same arrays find them in the cache of the same core.
 //
 // - Wake fast, cost nothing when idle. A worker that ran out of work spins for SPIN, so that calls that follow each
 //   other find it awake, and then sleeps on a condition variable. To wake a sleeping worker costs the caller a system
@@ -53,7 +56,7 @@ constexpr Time DESCHEDULED = microseconds(50);  // a gap in spinning that means 
 constexpr Time LONG_WAIT = microseconds(200);   // a wait for the last units, beyond the length of two
 constexpr Time FIRST_REST = milliseconds(4);    // how long to stay on one thread after the first sign
 constexpr Time LAST_REST = milliseconds(256);   // ... and after the last doubling
-constexpr int MOST_WORKERS = 1023;
+constexpr int MOST_WORKERS = 255;
 
 inline void pause() noexcept {
 #if defined(__x86_64__)
@@ -65,28 +68,36 @@ inline void pause() noexcept {
 
 class Pool {
 public:
-    void run(unit_fn unit, void* job, std::ptrdiff_t units, int threads) noexcept {
-        if (threads < 2 || units < 2 || resting() || taken_.exchange(true, std::memory_order_acquire)) {
-            for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, i);
-            return;
-        }
-        if (threads - 1 > units - 1) threads = static_cast<int>(units);
+    // False where the pool is taken, or better left alone.
+    bool run(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool backwards) noexcept {
+        if (resting() || taken_.exchange(true, std::memory_order_acquire)) return false;
+        if (threads > units) threads = static_cast<int>(units);
         const int helpers = grow(threads - 1);
+        if (helpers == 0) {  // no thread could be started
+            taken_.store(false, std::memory_order_release);
+            return false;
+        }
         unit_ = unit;
         job_ = job;
-        units_ = units;
-        next_.store(0, std::memory_order_relaxed);
+        backwards_ = backwards;
+        ranges_ = helpers + 1;
+        for (int r = 0; r < ranges_; ++r) {
+            range_[r].first = units * r / ranges_;
+            range_[r].size = units * (r + 1) / ranges_ - range_[r].first;
+            range_[r].claimed.store(0, std::memory_order_relaxed);
+        }
         state_.store(OPEN | static_cast<std::uint64_t>(helpers) << LIMIT, std::memory_order_release);
         wake(helpers);
 
         const auto start = Clock::now();
-        const std::ptrdiff_t mine = claim();
+        const std::ptrdiff_t mine = claim(0);
         const auto done = Clock::now();
         state_.fetch_and(~OPEN, std::memory_order_acq_rel);
         wait_until_left();
         const auto waited = Clock::now() - done;
         if (waited > LONG_WAIT + (mine > 0 ? 2 * (done - start) / mine : done - start)) rest();
         taken_.store(false, std::memory_order_release);
+        return true;
     }
 
     int workers() const noexcept { return workers_.load(std::memory_order_relaxed); }
@@ -98,16 +109,22 @@ private:
     static constexpr std::uint64_t INSIDE = 0xffffffff;
 
     alignas(64) std::atomic<std::uint64_t> state_{0};
-    alignas(64) std::atomic<std::ptrdiff_t> next_{0};
     alignas(64) std::atomic<std::uint32_t> calls_{0};
     std::atomic<bool> taken_{false};
     std::atomic<int> workers_{0};
     std::atomic<std::int64_t> rest_until_{0};
     std::atomic<std::int64_t> rest_length_{0};
 
-    unit_fn unit_ = nullptr;  // of the open job, as are the next two
+    struct alignas(64) Range {
+        std::ptrdiff_t first, size;
+        std::atomic<std::ptrdiff_t> claimed;
+    };
+
+    unit_fn unit_ = nullptr;  // of the open job, as is what follows
     void* job_ = nullptr;
-    std::ptrdiff_t units_ = 0;
+    bool backwards_ = false;
+    int ranges_ = 0;
+    Range range_[MOST_WORKERS + 1];
 
     std::mutex mutex_;
     std::condition_variable call_;  // calls_ went up
@@ -115,9 +132,14 @@ private:
     std::atomic<int> sleepers_{0};
     bool waiting_ = false;
 
-    std::ptrdiff_t claim() noexcept {
+    // Claim units and run them, from one's own range first, until none are left; return how many they were.
+    std::ptrdiff_t claim(int own) noexcept {
         std::ptrdiff_t done = 0;
-        for (std::ptrdiff_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < units_; ++done) unit_(job_, i);
+        for (int r = 0; r < ranges_; ++r) {
+            Range& range = range_[(own + r) % ranges_];
+            for (std::ptrdiff_t i; (i = range.claimed.fetch_add(1, std::memory_order_relaxed)) < range.size; ++done)
+                unit_(job_, range.first + (backwards_ ? range.size - 1 - i : i));
+        }
         return done;
     }
 
@@ -165,7 +187,7 @@ private:
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &old);
         try {
-            for (; count < wanted; ++count) std::thread(&Pool::work, this).detach();
+            for (; count < wanted; ++count) std::thread(&Pool::work, this, count).detach();
         } catch (const std::system_error&) {  // no more threads to be had: fewer will do
         }
         pthread_sigmask(SIG_SETMASK, &old, nullptr);
@@ -173,13 +195,13 @@ private:
         return count;
     }
 
-    void work() noexcept {
+    void work(int index) noexcept {
         std::uint32_t seen = calls_.load(std::memory_order_acquire) - 1;
         for (;;) {
             await_call(seen);
             seen = calls_.load(std::memory_order_acquire);
             if (enter()) {
-                claim();
+                claim(1 + index % (ranges_ - 1));
                 leave();
             }
         }
@@ -247,10 +269,10 @@ struct Scratch {
 
 }  // namespace
 
-void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads) noexcept {
+void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool backwards) noexcept {
     Pool* p = threads > 1 && units > 1 ? pool() : nullptr;
-    if (p != nullptr) return p->run(unit, job, units, threads);
-    for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, i);
+    if (p != nullptr && p->run(unit, job, units, threads, backwards)) return;
+    for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, backwards ? units - 1 - i : i);
 }
 
 void* scratch(std::size_t bytes) noexcept {

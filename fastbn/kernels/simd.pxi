@@ -227,8 +227,7 @@ cdef enum:
     TILE = 16384         # elements of a tile of planes
     CHAIN = 64           # additions to one accumulator, before it is added to another: long chains lose digits
     TILE_ROWS = 256      # rows of a tile of columns
-    SHORT_RUN = 64       # planes up to this size are summed and mapped as columns
-    MANY_ROWS = 16       # ... where there are so many images
+    MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
     SMALL_PLANE = 16     # blocks of a plane below which several images are summed together
     TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
@@ -702,8 +701,6 @@ cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
 cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows, several planes, or a piece of one plane."""
     cdef Py_ssize_t pieces, first, groups, all_rows
-    if job.backwards:
-        unit = job.units - 1 - unit
     if job.by_columns:
         groups = (job.columns + job.group - 1) // job.group
         first = unit % groups * job.group
@@ -777,8 +774,8 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
     job.piece = job.inner
     job.columns = job.width = C
     job.rows = job.rest = 0
-    # Small planes of many images are rows of short runs: no tails, no plane too short for a block.
-    job.by_columns = job.inner == 1 or (job.inner <= SHORT_RUN and job.outer >= MANY_ROWS)
+    # Planes of less than two blocks, of many images, are rows of short runs: without tails, and without tiny loops.
+    job.by_columns = job.inner == 1 or (job.inner < 2 * W and job.inner % W != 0 and job.outer >= MANY_ROWS)
     if not job.by_columns:
         if job.inner > TILE:
             job.piece = up(up(job.inner, up(job.inner, TILE)), W) * W
@@ -876,7 +873,7 @@ cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
     cdef Py_ssize_t units = sum_units(job, Block[T].width(), sizeof(T))
     if Sum is GradSums:
         job.at_mean = spread(job, job.mean, 0)
-    parallel(<unit_fn> sum_unit[Sum, T], job, units, job.threads)
+    parallel(<unit_fn> sum_unit[Sum, T], job, units, job.threads, False)
     if Sum is Stats:
         merge_stats(job, 0, job.channels)
     else:
@@ -891,7 +888,7 @@ cdef void run_map(Job[Map, T]* job) noexcept nogil:
     if Map is InputGradient:
         job.at_slope = spread(job, job.slope, 3)
     map_units(job, W, sizeof(T), 2 if Map is Normalize else 3)
-    parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads)
+    parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads, job.backwards)
 
 
 cdef bint grouped(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
@@ -966,7 +963,7 @@ cdef bint forward_call(Job[Normalize, T]* job) noexcept nogil:
     if not allocate(job, Block[T].width(), job.tiles):
         return False
     if grouped(job, sizeof(T), 1):
-        parallel(<unit_fn> forward_unit[T], job, job.units, job.threads)
+        parallel(<unit_fn> forward_unit[T], job, job.units, job.threads, False)
     else:
         run_sums(<Job[Stats, T]*> job)
         fold_batch(job, 0, job.channels)
@@ -983,7 +980,7 @@ cdef bint backward_call(Job[InputGradient, T]* job) noexcept nogil:
         return False
     job.first, job.second = first, second
     if grouped(job, sizeof(T), 2):
-        parallel(<unit_fn> backward_unit[T], job, job.units, job.threads)
+        parallel(<unit_fn> backward_unit[T], job, job.units, job.threads, False)
     else:
         run_sums(<Job[GradSums, T]*> job)
         fold_gradient(job, 0, job.channels)
