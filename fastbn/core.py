@@ -249,6 +249,8 @@ def _empty(x: Array, v: View) -> Array:
 def _target(out: Array | None, x: Array, v: View) -> Array:
     """The array that the kernel writes: `out` where its memory order is that of `v`, else a new one."""
     if out is not None:
+        if v.dense and out.strides == x.strides and out.flags.aligned:
+            return out
         vo = view(out, v.axis)
         if vo.dense and (vo.perm, vo.dims) == (v.perm, v.dims):
             return out
@@ -289,6 +291,11 @@ class Folded:
             self._invstd = 1.0 / np.sqrt(var + eps)
         self._mean, self._weight, self._bias = mean, weight, bias
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
+        self._small: Any = None
+
+    def small(self, x: Any, out: Any) -> Array | None:
+        """Normalize by one call of a kernel an array like the last one of `apply`; None where it is not like that."""
+        return None if self._small is None or dispatch.pinned() is not None else self._small(x, out)
 
     def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Mean, scale and shift for arithmetic in `compute`."""
@@ -305,7 +312,10 @@ def apply(folded: Folded, x: Array, axis: int, dtype: DType, out: Array | None) 
     y = _target(out, x, v)
     if x.size:
         module = dispatch.select(dtype.storage).module()
-        module.normalize(_dense(x, v), v.of(y), *folded.parameters(dtype.compute), threads.for_call("normalize", x.nbytes))
+        parameters = folded.parameters(dtype.compute)
+        module.normalize(_dense(x, v), v.of(y), *parameters, threads.for_call("normalize", x.nbytes))
+        if hasattr(module, "Small") and dispatch.pinned() is None:
+            folded._small = module.Small(*parameters, x, axis, threads.WORTH_THREADS["normalize"])
     return _deliver(y, out)
 
 
@@ -337,19 +347,20 @@ def forward(
         return _deliver(y, out), zero, None, zero.copy(), 0
     module = whole(dispatch.select(dtype.storage))
     n = threads.for_call("forward", x.nbytes)
-    running = [_as_compute(r, compute) for r in (running_mean, running_var)]
+    new_mean, new_var = _as_compute(running_mean, compute), _as_compute(running_var, compute)
     if mask is None:
         count = x.size // x.shape[axis]
-        mean, mean_lo, invstd = module.forward(_dense(x, v), v.of(y), weight, bias, eps, *running, momentum, compute, n)
+        mean, mean_lo, invstd = module.forward(_dense(x, v), v.of(y), weight, bias, eps, new_mean, new_var, momentum, compute, n)
     else:
         # One pass over the positions that count, written to a scratch array: its output is not used.
         rows = _counted(x, axis, mask)
         count = len(rows)
-        mean, mean_lo, invstd = module.forward(rows, rows, None, None, eps, *running, momentum, compute, n)
+        mean, mean_lo, invstd = module.forward(rows, rows, None, None, eps, new_mean, new_var, momentum, compute, n)
         module.inference(_dense(x, v), v.of(y), mean, mean_lo, invstd, weight, bias, None, n)
-    for given, r in zip((running_mean, running_var), running, strict=True):
-        if given is not None and r is not given:
-            given[...] = r
+    if running_mean is not None and new_mean is not running_mean:
+        running_mean[...] = new_mean
+    if running_var is not None and new_var is not running_var:
+        running_var[...] = new_var
     return _deliver(y, out), mean, mean_lo, invstd, count
 
 

@@ -40,6 +40,8 @@ def _same(name: str, a: object, x: Array) -> Array:
 
 def _vector(name: str, a: object, x: Array, axis: int, dtype: np.dtype[Any] | None = None) -> Array:
     """Check a vector of channels; return it contiguous and, where given, in `dtype`."""
+    if type(a) is np.ndarray and a.dtype is dtype and a.ndim == 1 and len(a) == x.shape[axis] and a.flags.c_contiguous:
+        return a  # as it nearly always is; the rest takes longer than a small call
     v = np.asarray(a)
     if v.shape != (x.shape[axis],):
         raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but {name} has shape {v.shape}")
@@ -57,7 +59,7 @@ def _running(name: str, a: object, x: Array, axis: int) -> Array | None:
     if a is None:
         return None
     a = _array(name, a)
-    _vector(name, a, x, axis)
+    _vector(name, a, x, axis, a.dtype)
     if lookup(a.dtype) is None:
         raise TypeError(f"{name} is updated in place and must have a floating dtype, got {a.dtype}")
     if not a.flags.writeable:
@@ -104,6 +106,8 @@ def _mask(mask: object, x: Array, axis: int) -> Array | None:
 
 
 def _number(name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return float(value)
@@ -123,6 +127,16 @@ def _more_than_one(x: Array, axis: int, mask: Array | None) -> None:
     if count < 2:
         what = f"x of shape {x.shape}" if mask is None else f"x of shape {x.shape} with {count} True positions in mask"
         raise ValueError(f"Expected more than 1 value per channel when training, got {what}")
+
+
+def _train(
+    x: Array, axis: int, dtype: DType, weight: Array | None, bias: Array | None, running_mean: Array | None,
+    running_var: Array | None, momentum: float, eps: float, mask: Array | None, out: Array | None,
+) -> tuple[Array, Array, Array | None, Array, int]:  # fmt: skip
+    """Make the checks of training, then train."""
+    mean, var = _running("running_mean", running_mean, x, axis), _running("running_var", running_var, x, axis)
+    _more_than_one(x, axis, mask)
+    return core.forward(x, axis, dtype, weight, bias, mean, var, momentum, eps, mask, out)
 
 
 def batch_norm_forward(
@@ -207,9 +221,7 @@ def batch_norm_forward(
     m = _mask(mask, x, axis)
     out = _output(out, x, {"x": x})
     if training:
-        mean, var = _running("running_mean", running_mean, x, axis), _running("running_var", running_var, x, axis)
-        _more_than_one(x, axis, m)
-        y, mean, mean_lo, invstd, count = core.forward(x, axis, dtype, w, b, mean, var, momentum, eps, m, out)
+        y, mean, mean_lo, invstd, count = _train(x, axis, dtype, w, b, running_mean, running_var, momentum, eps, m, out)
         return y, Saved(mean, invstd, mean_lo, count, True, w, layout, m)
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
@@ -272,23 +284,21 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    if training:
-        return batch_norm_forward(
-            x, weight, bias, running_mean, running_var, True, momentum, eps,
-            layout=layout, activation=activation, residual=residual, mask=mask, out=out,
-        )[0]  # fmt: skip
     x, axis, dtype = _input(x, layout)
-    _not_yet(activation=activation, residual=residual)
+    if activation is not None or residual is not None:
+        _not_yet(activation=activation, residual=residual)
     compute = dtype.compute
+    w = _optional("weight", weight, x, axis, compute)
+    b = _optional("bias", bias, x, axis, compute)
+    momentum, eps = _number("momentum", momentum), _number("eps", eps)
+    m = _mask(mask, x, axis)
+    out = _output(out, x, {"x": x})
+    if training:
+        return _train(x, axis, dtype, w, b, running_mean, running_var, momentum, eps, m, out)[0]
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     mean, var = _vector("running_mean", running_mean, x, axis, compute), _vector("running_var", running_var, x, axis, compute)
-    w = _optional("weight", weight, x, axis, compute)
-    b = _optional("bias", bias, x, axis, compute)
-    _number("momentum", momentum)
-    eps = _number("eps", eps)
-    _mask(mask, x, axis)
-    return core.inference(x, axis, dtype, mean, None, var, w, b, eps, _output(out, x, {"x": x}))
+    return core.inference(x, axis, dtype, mean, None, var, w, b, eps, out)
 
 
 def batch_norm_backward(

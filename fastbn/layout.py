@@ -11,7 +11,7 @@ array of shape (N, C, H, W) with channels-last strides is ``nspc`` without a cop
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ _CHANNELS_LAST = {"NLC": 3, "NHWC": 4, "NDHWC": 5}
 LAYOUTS = (*_CHANNELS_FIRST, *_CHANNELS_LAST, "channels_first", "channels_last")
 
 
+@cache
 def channel_axis(layout: str | None, ndim: int) -> int:
     """Axis of the channels in an array of `ndim` axes.
 

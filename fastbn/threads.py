@@ -150,9 +150,9 @@ def num_threads(n: int) -> Iterator[None]:
 
 
 # Bytes of x from which two threads beat one, by operation.
-_WORTH_THREADS = {"normalize": 128 << 10, "stats": 128 << 10, "forward": 96 << 10, "backward": 96 << 10}
+WORTH_THREADS = {"normalize": 128 << 10, "stats": 128 << 10, "forward": 96 << 10, "backward": 96 << 10}
 
 
 def for_call(op: str, nbytes: int) -> int:
     """Choose the number of threads for one call of an operation on an array of `nbytes`."""
-    return 1 if nbytes < _WORTH_THREADS[op] else get_num_threads()
+    return 1 if nbytes < WORTH_THREADS[op] else get_num_threads()

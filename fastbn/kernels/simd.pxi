@@ -1230,3 +1230,81 @@ def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, weight, i
     call.first, call.second = <double*> cnp.PyArray_DATA(sum_dy), <double*> cnp.PyArray_DATA(sum_dy_xmu)
     run(REDUCE[dtype] if dx is None else BACKWARD[dtype], &call)
     return sum_dy, sum_dy_xmu
+
+
+cdef class Small:
+    """Normalize with fixed parameters as one call: for C-contiguous arrays so small that every check counts.
+
+    Parameters
+    ----------
+    mean, scale, shift : ndarray of shape (C,)
+        Contiguous, in the type of the arithmetic.
+    sample : ndarray
+        Of the dtype and number of axes of the arrays to come.
+    axis : int
+        Axis of the channels: 1 or the last.
+    limit : int
+        Arrays of this many bytes and more are left to others.
+    """
+
+    cdef object vectors
+    cdef void *mean
+    cdef void *scale
+    cdef void *shift
+    cdef Py_ssize_t channels, limit
+    cdef int dtype, number, ndim, axis
+
+    def __init__(self, cnp.ndarray mean, cnp.ndarray scale, cnp.ndarray shift, cnp.ndarray sample, int axis, Py_ssize_t limit):
+        cdef Call call
+        self.dtype, self.number = dtype_index(sample), cnp.PyArray_TYPE(sample)
+        self.vectors = mean, scale, shift
+        self.channels = call.channels = cnp.PyArray_SIZE(mean)
+        self.mean, self.scale = vector(&call, self.dtype, mean), vector(&call, self.dtype, scale)
+        self.shift = vector(&call, self.dtype, shift)
+        self.ndim, self.axis, self.limit = cnp.PyArray_NDIM(sample), axis, limit
+
+    cdef bint fits(self, cnp.ndarray a) noexcept:
+        """Whether an array is plain: an aligned C-contiguous one of the right type, in native order."""
+        return (
+            cnp.PyArray_CheckExact(a) and cnp.PyArray_NDIM(a) == self.ndim and cnp.PyArray_TYPE(a) == self.number
+            and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_IS_C_CONTIGUOUS(a)
+        )
+
+    def __call__(self, x, out):
+        """Return the output, or None where the arrays are not plain and small."""
+        cdef Call call
+        cdef cnp.ndarray a, y
+        cdef char* source
+        cdef char* target
+        if not isinstance(x, cnp.ndarray) or not self.fits(x):
+            return None
+        a = x
+        if cnp.PyArray_DIM(a, self.axis) != self.channels or not 0 < cnp.PyArray_NBYTES(a) < self.limit:
+            return None
+        source = cnp.PyArray_BYTES(a)
+        if out is None:
+            y = cnp.PyArray_EMPTY(self.ndim, cnp.PyArray_DIMS(a), self.number, 0)
+        elif out is x:
+            y = a
+        elif isinstance(out, cnp.ndarray) and self.fits(out) and cnp.PyArray_SAMESHAPE(a, out):
+            y = out
+            target = cnp.PyArray_BYTES(y)
+            if target != source and target < source + cnp.PyArray_NBYTES(a) and source < target + cnp.PyArray_NBYTES(a):
+                return None
+        else:
+            return None
+        if not cnp.PyArray_ISWRITEABLE(y):
+            return None
+        memset(&call, 0, sizeof(Call))
+        call.x, call.out = source, cnp.PyArray_DATA(y)
+        call.channels, call.threads = self.channels, 1
+        if self.channels == 1:
+            call.outer, call.inner = 1, cnp.PyArray_SIZE(a)
+        elif self.axis == self.ndim - 1:
+            call.outer, call.inner = cnp.PyArray_SIZE(a) // self.channels, 1
+        else:
+            call.outer = cnp.PyArray_DIM(a, 0)
+            call.inner = cnp.PyArray_SIZE(a) // (call.outer * self.channels)
+        call.mean, call.scale, call.shift = self.mean, self.scale, self.shift
+        run(NORMALIZE[self.dtype], &call)
+        return y
