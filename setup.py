@@ -32,7 +32,11 @@ def extension(name: str, flags: list[str], sources: tuple[str, ...] = ()) -> Ext
         [f"{KERNELS}/{name}.pyx", *(f"{KERNELS}/{source}" for source in sources)],
         depends=shared,
         include_dirs=[KERNELS, numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION")],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_1_25_API_VERSION"),
+            # What a loop calls for each block must be part of the loop, or the block goes through memory.
+            ("CYTHON_INLINE", "inline __attribute__((always_inline))"),
+        ],
         extra_compile_args=COMMON + flags + os.environ.get("FASTBN_CXXFLAGS", "").split(),
         extra_link_args=["-pthread", *os.environ.get("FASTBN_LDFLAGS", "").split()],
         language="c++",

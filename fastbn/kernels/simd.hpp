@@ -385,7 +385,7 @@ template <class T> struct Block {
 
     static Block constant(double value) {
         Block a;
-        FOR_REGISTERS a.r[i] = R{} + (C)value;
+        FOR_REGISTERS a.r[i] = (C)value - R{};  // in all lanes
         return a;
     }
 
@@ -440,10 +440,10 @@ template <class T> struct Block {
         return widen(lane)[0];
     }
 
-    // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or all are zero.
-    static bool in_range(double sum, double square) {
+    // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or exactly zero.
+    static bool in_range(double square) {
         constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
-        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && sum == 0));
+        return std::isfinite(square) && (std::fabs(square) >= tiny || square == 0);
     }
 
     // Elements up to the next cache line, at most n.
@@ -458,7 +458,7 @@ template <class T> struct Block {
     static Block splat(const void* p, ptrdiff_t j) {
         const C c = static_cast<const C*>(p)[j];
         Block a;
-        FOR_REGISTERS a.r[i] = R{} + c;
+        FOR_REGISTERS a.r[i] = c - R{};  // in all lanes
         return a;
     }
 

@@ -70,7 +70,7 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         double element(const T*)
         @staticmethod
-        bint in_range(double, double)
+        bint in_range(double)
         @staticmethod
         Py_ssize_t to_line(const T*, Py_ssize_t)
         @staticmethod
@@ -387,7 +387,7 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
         total_square = acc.square[c].total()
         job.sums[at + c] = total
         job.squares[at + c] = total_square
-        if not Block[T].in_range(total, total_square):
+        if not Block[T].in_range(total_square) or (Sum is Stats and total_square == 0 and total != 0):
             sum_exactly(job, at + c, offset + c * job.inner, runs, stride, length, acc.k[c])
 
 
@@ -539,7 +539,7 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
         job.squares[at + j] = total_square
         if Sum is Stats:
             job.shifts[at + j] = mean
-        if not Block[T].in_range(total, total_square):
+        if not Block[T].in_range(total_square) or (Sum is Stats and total_square == 0 and total != 0):
             sum_exactly(job, at + j, offset + j * run, rows, K, run, mean)
 
 
