@@ -12,6 +12,7 @@ from fastbn.functional import (
     batch_norm_stats,
 )
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
+from fastbn.memory import release as release_memory
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ __all__ = [
     "explain",
     "get_num_threads",
     "num_threads",
+    "release_memory",
     "set_num_threads",
     "show_config",
     "use_kernel",

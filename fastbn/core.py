@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import dispatch, threads
+from fastbn import dispatch, memory, threads
 from fastbn.dtypes import DType
 from fastbn.layout import Array, View, view
 
@@ -243,7 +243,7 @@ def _like(a: Array, x: Array, v: View) -> Array:
 
 def _empty(x: Array, v: View) -> Array:
     """New array of the shape and dtype of `x`, in the memory order that `v` describes."""
-    return np.empty_like(x, order="K" if v.dense else "C", subok=False)
+    return memory.empty_like(x, "K" if v.dense else "C")
 
 
 def _target(out: Array | None, x: Array, v: View) -> Array:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import cpu, threads
+from fastbn import cpu, memory, threads
 from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, channel_axis, view
 
@@ -243,7 +243,8 @@ def show_config() -> dict[str, Any]:
     Returns
     -------
     dict
-        Version, processor features, caches in bytes, threads, and for each kernel "usable" or the reason why not.
+        Version, processor features, caches in bytes, threads, recycled memory, and for each kernel "usable" or the
+        reason why not.
 
     Examples
     --------
@@ -257,6 +258,7 @@ def show_config() -> dict[str, Any]:
         "processor": {"machine": platform.machine(), "features": sorted(cpu.features())},
         "caches": cpu.caches()._asdict(),
         "threads": {"used": threads.get_num_threads(), **threads.limits()},
+        "memory": memory.statistics(),
         "kernels": {k.name: k.unusable() or "usable" for k in TABLE},
         "selected": {dtype: select(dtype).name for dtype in DTYPES if pinned() is None},
         "pinned": pinned(),

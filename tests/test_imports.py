@@ -20,8 +20,8 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
     {"kernels"},
-    {"reference", "dtypes", "cpu", "memory", "layout"},
-    {"threads"},
+    {"reference", "dtypes", "cpu", "cgroup", "layout"},
+    {"memory", "threads"},
     {"dispatch"},
     {"core"},
     {"functional"},

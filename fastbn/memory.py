@@ -1,0 +1,276 @@
+"""Recycled memory for large outputs.
+
+A new large array costs several times the work that fills it: the system hands out its pages one fault at a time,
+zeroes them, and takes them back when the array dies. Here a buffer outlives its array and serves the next one of
+about the same size.
+
+a) A buffer is lent to one plain array at a time. The array's base is the loan, which every view and every exported
+   buffer of the array keeps alive; when the loan dies, nothing can reach the memory any more, and it becomes idle.
+b) Idle buffers take `FASTBN_POOL_BYTES` at most, by default an eighth of the memory; those idle for longest go
+   first. Memory in use is the caller's affair: it counts towards nothing, as with any other array.
+c) There is no lock. A loan may die anywhere, in a garbage collection or a signal handler in the middle of this
+   module too, where a lock of any kind could wait for itself. Instead a buffer changes hands in one operation on a
+   list, which is atomic with and without the interpreter lock, and nothing else has to agree with it.
+d) Sizes are rounded up to an eighth of a power of two, so that batches which differ a little share buffers. At most
+   an eighth of a buffer is never touched, and so takes address space but no memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from itertools import count
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastbn import cgroup
+
+Array = np.ndarray[Any, Any]
+
+# Below this the memory allocator recycles by itself, and page faults are few.
+SMALLEST = 1 << 20
+
+# Private, so that a child process does not write into its parent's arrays.
+_PRIVATE: dict[str, Any] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+
+_limit: int | None = None  # once it was looked up
+_idle: dict[int, list[tuple[int, mmap.mmap]]] = {}  # by size: when each came back, oldest first
+_lent: dict[int, int] = {}  # size by identity
+_clock = count()
+_hits = 0
+_misses = 0
+
+
+class _Loan(Array):
+    """All bytes of a buffer, which is idle again when this object dies."""
+
+    __slots__ = ("mapping",)
+    mapping: mmap.mmap
+
+    # At exit the module's names may be gone, and the memory goes with the process.
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        mapping = getattr(self, "mapping", None)  # an array that was made from a loan has none
+        if mapping is not None and not finalizing():
+            _take_back(mapping)
+
+
+def empty_like(x: Array, order: Literal["K", "C"] = "K") -> Array:
+    """Make an array of the shape and dtype of another; a large one in recycled memory.
+
+    Parameters
+    ----------
+    x : ndarray
+        Of a dtype without Python objects.
+    order : "K" or "C"
+        Memory order: that of `x`, or C.
+
+    Returns
+    -------
+    ndarray
+        As ``numpy.empty_like(x, order=order, subok=False)``. From 1 MiB to the pool's limit its memory is recycled:
+        it starts on a page, and is reused once no array and no view needs it.
+
+    Raises
+    ------
+    ValueError
+        If FASTBN_POOL_BYTES is not a number of bytes.
+    MemoryError
+        If there is no memory.
+
+    Examples
+    --------
+    >>> from fastbn import memory
+    >>> x = np.zeros((2, 512, 1024), np.float32)
+    >>> y = memory.empty_like(x)
+    >>> y.shape, y.dtype, y.ctypes.data % 64
+    ((2, 512, 1024), dtype('float32'), 0)
+    """
+    nbytes = x.nbytes
+    if nbytes < SMALLEST:
+        return np.empty_like(x, order=order, subok=False)
+    size = _rounded(nbytes)
+    if size > limit():
+        return np.empty_like(x, order=order, subok=False)
+    mapping = _mapping(size)
+    loan = _Loan(size, np.uint8, mapping)
+    loan.mapping = mapping
+    _lent[id(mapping)] = size
+    strides = None if order == "C" else _strides(x.shape, x.strides, x.itemsize)
+    return np.ndarray(x.shape, x.dtype, loan, 0, strides)
+
+
+def _rounded(nbytes: int) -> int:
+    step = 1 << (nbytes.bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+@lru_cache(maxsize=256)
+def _strides(shape: tuple[int, ...], like: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides of a dense array whose axes lie in memory in the order that other strides say: NumPy's order "K"."""
+    strides, step = [0] * len(shape), itemsize
+    for axis in sorted(range(len(shape)), key=lambda axis: (abs(like[axis]), -axis)):
+        strides[axis] = step
+        step *= shape[axis]
+    return tuple(strides)
+
+
+def _mapping(size: int) -> mmap.mmap:
+    """Take an idle buffer, the one used last because caches may still hold it, or else a new one."""
+    global _hits, _misses
+    try:
+        _, mapping = _idle[size].pop()
+    except (KeyError, IndexError):
+        _misses += 1
+        return _new(size)
+    _hits += 1
+    return mapping
+
+
+def _new(size: int) -> mmap.mmap:
+    try:
+        mapping = mmap.mmap(-1, size, **_PRIVATE)
+    except OSError:
+        release()
+        try:
+            mapping = mmap.mmap(-1, size, **_PRIVATE)
+        except OSError as error:
+            raise MemoryError(f"no memory for an output of {size} bytes") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+def _take_back(mapping: mmap.mmap) -> None:
+    size = len(mapping)
+    _lent.pop(id(mapping), None)
+    _idle.setdefault(size, []).append((next(_clock), mapping))
+    _trim(limit())
+
+
+def _trim(most: int) -> int:
+    """Let go of the buffers that were idle for longest until at most so many bytes are idle."""
+    freed = 0
+    while _idle_bytes() > most:
+        heads = [(when, stack) for stack in _idle.copy().values() for when, _ in stack[:1]]
+        _, stack = min(heads, key=itemgetter(0), default=(0, []))
+        with suppress(IndexError):  # another thread was faster
+            freed += len(stack.pop(0)[1])
+    return freed
+
+
+def _idle_bytes() -> int:
+    return sum(size * len(stack) for size, stack in _idle.copy().items())
+
+
+def release() -> int:
+    """Give all idle memory back to the system.
+
+    Returns
+    -------
+    int
+        How many bytes that was.
+
+    Examples
+    --------
+    >>> from fastbn import memory
+    >>> freed = memory.release()
+    >>> memory.statistics()["idle"]
+    0
+    """
+    return _trim(0)
+
+
+def statistics() -> dict[str, int]:
+    """Count what the pool holds and what it has done.
+
+    Returns
+    -------
+    dict
+        Bytes "in_use" by arrays, bytes "idle", and the "limit" of the latter; "hits" and "misses", how many large
+        outputs had recycled and new memory. Without the interpreter lock, threads may lose a hit or a miss.
+
+    Raises
+    ------
+    ValueError
+        If FASTBN_POOL_BYTES is not a number of bytes.
+
+    Examples
+    --------
+    >>> from fastbn import memory
+    >>> sorted(memory.statistics())
+    ['hits', 'idle', 'in_use', 'limit', 'misses']
+    """
+    in_use = sum(_lent.copy().values())
+    return {"in_use": in_use, "idle": _idle_bytes(), "limit": limit(), "hits": _hits, "misses": _misses}
+
+
+def limit() -> int:
+    """How many bytes may be idle.
+
+    Returns
+    -------
+    int
+        FASTBN_POOL_BYTES, or an eighth of the memory that the machine or the cgroup has. Read once in a process.
+
+    Raises
+    ------
+    ValueError
+        If FASTBN_POOL_BYTES is not a number of bytes.
+    """
+    global _limit
+    if _limit is None:
+        wanted = os.environ.get("FASTBN_POOL_BYTES") or None
+        if wanted is not None and not (wanted.isascii() and wanted.isdecimal()):
+            raise ValueError(f"FASTBN_POOL_BYTES must be a number of bytes, 0 for no recycling, got {wanted!r}")
+        _limit = _available() // 8 if wanted is None else int(wanted)
+    return _limit
+
+
+def _available() -> int:
+    """Bytes of memory this process may use, as far as one can find out."""
+    try:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        machine = 8 << 30
+    group = group_limit()
+    return machine if group is None else min(machine, group)
+
+
+def group_limit(root: str = cgroup.ROOT, membership: str = cgroup.MEMBERSHIP) -> int | None:
+    """Bytes of memory the cgroup may use, or None where there is no limit.
+
+    Parameters
+    ----------
+    root : str
+        Where the cgroup file systems are mounted.
+    membership : str
+        The file that names this process's groups.
+
+    Returns
+    -------
+    int or None
+        The smallest limit on the way from this process's group to the root, for cgroup v1 and v2.
+    """
+    found = cgroup.folders("memory", root, membership)
+    limits = [_bytes(folder / name) for folder in found for name in ("memory.max", "memory.limit_in_bytes")]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _bytes(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+# Copies of the parent's pages would cost a child more than new ones.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=release)
