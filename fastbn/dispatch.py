@@ -169,7 +169,8 @@ def _best(dtype: str) -> Kernel:
     kernel = next(k for k in TABLE if not (k.unusable() or k.declines(dtype)))
     if kernel.level is None:
         reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in TABLE if k.level is not None)
-        warnings.warn(f"fastbn runs its slower {kernel.name!r} kernel, because no compiled one can run ({reasons})", RuntimeWarning, stacklevel=2)
+        message = f"fastbn runs its slower {kernel.name!r} kernel, because no compiled one can run ({reasons})"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     return kernel
 
 
@@ -226,9 +227,10 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
     kernel = select(dtype.storage)
     n = threads.for_call(op, x.nbytes)
     outer, channels, inner = v.dims
+    copied = "" if v.dense else ", copied first: the strides follow no pattern"
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
-        f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + ("" if v.dense else ", copied first: the strides follow no pattern"),
+        f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
         f"  threads: {n}",
     ]
     plan = getattr(kernel.module(), "plan", None)

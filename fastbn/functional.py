@@ -24,7 +24,8 @@ def _input(x: object, layout: str | None) -> tuple[Array, int, DType]:
     x = _array("x", x)
     dtype = lookup(x.dtype)
     if dtype is None:
-        raise TypeError(f"x must have dtype {', '.join(DTYPES)} in native byte order, got {x.dtype.str if x.dtype.kind == 'f' else x.dtype}")
+        came = x.dtype.str if x.dtype.kind == "f" else x.dtype
+        raise TypeError(f"x must have dtype {', '.join(DTYPES)} in native byte order, got {came}")
     return x, channel_axis(layout, x.ndim), dtype
 
 
@@ -285,8 +286,7 @@ def batch_norm(
            [ 1.,  1.]], dtype=float32)
     """
     x, axis, dtype = _input(x, layout)
-    if activation is not None or residual is not None:
-        _not_yet(activation=activation, residual=residual)
+    _not_yet(activation=activation, residual=residual)
     compute = dtype.compute
     w = _optional("weight", weight, x, axis, compute)
     b = _optional("bias", bias, x, axis, compute)

@@ -103,7 +103,8 @@ class _BatchNorm:
         """
         if isinstance(x, np.ndarray):
             if x.ndim not in self._ranks:
-                raise ValueError(f"{type(self).__name__} takes arrays with {' or '.join(map(str, self._ranks))} axes, but x has shape {x.shape}")
+                ranks = " or ".join(map(str, self._ranks))
+                raise ValueError(f"{type(self).__name__} takes arrays with {ranks} axes, but x has shape {x.shape}")
             if x.dtype != self.dtype:
                 raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {x.dtype}")
             axis = channel_axis(self.layout, x.ndim)
@@ -116,8 +117,7 @@ class _BatchNorm:
             x, self.weight, self.bias, *statistics, training=batch, momentum=self._weight_of_new(), eps=self.eps,
             layout=self.layout, mask=mask, out=out,
         )  # fmt: skip
-        if track and x.size:
-            assert self.num_batches_tracked is not None
+        if track and x.size and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
         overwritten = out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
         self._context = None if overwritten else (x, saved)

@@ -14,7 +14,7 @@ def test_train_digits(tmp_path):
     plot = tmp_path / "plot.png"
     # NumPy's warnings come from the example itself, and it should spill none when a run diverges
     command = [sys.executable, "-W", "error::RuntimeWarning:__main__", EXAMPLES / "train_digits.py", "--epochs", "1", "--output", plot]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603  our own file
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # our own file
     rows = re.findall(r"learning rate (\S+) +(with batch norm|without) +(\d+\.\d|diverged)", printed)
     results = {(float(rate), how): result for rate, how, result in rows}
     assert len(results) == 8

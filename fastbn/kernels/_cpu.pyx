@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 """What the processor and the operating system support, by code compiled for the baseline."""
 
 cdef extern from *:

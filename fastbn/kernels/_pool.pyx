@@ -1,3 +1,4 @@
+# cython: freethreading_compatible=True
 """The thread pool, compiled once and shared by the kernels of all ISA levels."""
 
 cimport numpy as cnp
