@@ -192,3 +192,23 @@ def test_quota_of_a_container(tmp_path: Path) -> None:
 def test_no_quota(tmp_path: Path, text: str) -> None:
     write(tmp_path / "fs", cpu__max=text)
     assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "nothing")) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("shape", [(40, 48, 1), (600, 3, 1), (33, 20, 9), (3, 5, 200), (3, 96, 700)], ids=str)
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_same_bits_wherever_the_output_starts(kernel: Kernel, shape: tuple[int, int, int], dtype: str) -> None:
+    """Stores are aligned to cache lines, so the cuts move with the address; values do not."""
+    module, compute = kernel.module(), np.dtype(np.float64 if dtype == "float64" else np.float32)
+    x = np.random.default_rng(0).normal(1, 2, shape).astype(dtype)
+    w = np.linspace(0.5, 2, shape[1], dtype=compute)
+    size = x.size
+    results = set()
+    for start in range(0, 36, 5):
+        memory = np.full(size + 64, np.nan, dtype)
+        y = memory[start : start + size].reshape(shape)
+        module.normalize(x, y, w, w, w, 2)
+        assert np.isnan(memory[:start]).all()
+        assert np.isnan(memory[start + size :]).all()
+        results.add(y.tobytes())
+    assert len(results) == 1

@@ -120,6 +120,7 @@ cdef extern from * nogil:
         double *spread;  // room for a vector for each column
 
         ptrdiff_t unit, group;  // what one unit of work takes
+        ptrdiff_t skip;         // elements before the first line of the output: rows are mapped from there
         bool inverted, backwards, streams;
         ptrdiff_t units;
     };
@@ -183,6 +184,7 @@ cdef extern from * nogil:
         double *low
         double *spread
         Py_ssize_t unit, group
+        Py_ssize_t skip
         bint inverted, backwards, streams
         Py_ssize_t units
 
@@ -559,19 +561,14 @@ cdef inline void map_rows(
 
 cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Map columns first ... last of several rows."""
-    cdef Py_ssize_t W = Block[T].width(), K = job.columns, offset = row * K
+    cdef Py_ssize_t W = Block[T].width(), K = job.columns, offset = job.skip + row * K
     cdef const T* x = job.input() + offset
     cdef const T* dy = x if Map is Normalize else job.gradient() + offset
     cdef T* y = job.output() + offset
-    cdef Py_ssize_t batch, j, head = 0
-    if K * <Py_ssize_t> sizeof(T) % LINE == 0:
-        head = Block[T].to_line(y + first, last - first)
+    cdef Py_ssize_t batch, j
     while rows > 0:
         batch = 1 if job.streams else min(<Py_ssize_t> MAP_ROWS, rows)  # far from the cache, one long run is best
         j = first
-        if head > 0:
-            map_rows(job, x + j, dy + j, y + j, batch, j, head, False)
-            j += head
         if batch < MAP_ROWS:
             while j + W <= last:
                 map_rows(job, x + j, dy + j, y + j, batch, j, W, job.streams)
@@ -700,10 +697,13 @@ cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
 
 cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows, several planes, or a piece of one plane."""
-    cdef Py_ssize_t pieces, first, groups, all_rows
+    cdef Py_ssize_t pieces, first, groups
+    cdef const T* dy = job.input() if Map is Normalize else job.gradient()
     if job.by_columns:
         groups = (job.columns + job.group - 1) // job.group
         first = unit % groups * job.group
+        if unit == 0 and job.skip > 0:
+            map_rows(job, job.input(), dy, job.output(), 1, -job.skip, job.skip, False)
         unit = unit // groups * job.unit
         if unit < job.rows:
             map_columns(job, unit, min(job.unit, job.rows - unit), first, min(first + job.group, job.columns))
@@ -854,19 +854,20 @@ cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
 
 
 cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) noexcept nogil:
-    """A vector of channels as one of columns, with a block of room behind it; planes take it as it is."""
+    """A vector of channels as one of columns, from `skip` on, with room behind it; planes take it as it is."""
     if not job.by_columns:
         return vector
     cdef Py_ssize_t W = Block[T].width(), size = BLOCK // W, repeat, c
     cdef char* p = <char*> (job.spread + index * (job.columns + 2 * W))
-    memset(p + job.columns * size, 0, BLOCK)
     if job.run == 1:
         for repeat in range(job.repeats):
             memcpy(p + repeat * job.channels * size, vector, job.channels * size)
-        return p
-    for c in range(job.channels):
-        put_run[T](p, c * job.run, job.run, Block[T].splat(vector, c))
-    return p
+    else:
+        for c in range(job.channels):
+            put_run[T](p, c * job.run, job.run, Block[T].splat(vector, c))
+    memcpy(p + job.columns * size, p, job.skip * size)
+    memset(p + (job.columns + job.skip) * size, 0, BLOCK)
+    return p + job.skip * size
 
 
 cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
@@ -881,7 +882,12 @@ cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
 
 
 cdef void run_map(Job[Map, T]* job) noexcept nogil:
-    cdef Py_ssize_t W = Block[T].width()
+    cdef Py_ssize_t W = Block[T].width(), size = job.outer * job.channels * job.inner
+    if job.by_columns and job.columns * <Py_ssize_t> sizeof(T) % LINE == 0:
+        # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
+        job.skip = Block[T].to_line(job.output(), size)
+        job.rows = (size - job.skip) // job.columns
+        job.rest = (size - job.skip) % job.columns
     job.at_mean = spread(job, job.mean, 0)
     job.at_scale = spread(job, job.scale, 1)
     job.at_shift = spread(job, job.shift, 2)
