@@ -1,7 +1,7 @@
 """Batch normalization for CPUs at the speed of memory."""
 
 from fastbn.core import Gradients, Saved, Stats
-from fastbn.dispatch import explain, show_config, use_kernel
+from fastbn.dispatch import explain, show_config, use_kernel, warmup
 from fastbn.functional import (
     batch_norm,
     batch_norm_backward,
@@ -40,4 +40,5 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "use_kernel",
+    "warmup",
 ]

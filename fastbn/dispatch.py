@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -18,7 +18,7 @@ import numpy as np
 
 from fastbn import cpu, memory, threads
 from fastbn.dtypes import DTYPES, lookup
-from fastbn.layout import Array, channel_axis, view
+from fastbn.layout import Array, channel_axis, pattern, view
 
 ALL = frozenset(DTYPES)
 
@@ -81,6 +81,7 @@ TABLE = (
     Kernel("simd_v3", "fastbn.kernels._simd_v3", level="v3"),
     Kernel("simd_v2", "fastbn.kernels._simd_v2", level="v2"),
     Kernel("simd_neon", "fastbn.kernels._simd_neon", level="neon"),
+    Kernel("numba", "fastbn.kernels.numba", package="numba", dtypes=frozenset({"float32", "float64"})),
     Kernel("reference", "fastbn.reference"),
 )
 KERNELS = {kernel.name: kernel for kernel in TABLE}
@@ -181,6 +182,35 @@ def passed_over(dtype: str) -> list[str]:
         return [f"{chosen.name} is pinned"]
     better = TABLE[: TABLE.index(chosen)]
     return [f"{k.name}: {k.unusable() or k.declines(dtype)}" for k in better]
+
+
+def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW", "NHWC")) -> None:
+    """Compile now what the first calls would otherwise wait for; only the Numba kernels have anything to compile.
+
+    Parameters
+    ----------
+    dtypes : iterable of str
+        Names of the dtypes that will be used.
+    layouts : iterable of str
+        Names of the layouts that will be used.
+
+    Raises
+    ------
+    ValueError
+        If a layout or a dtype is unknown.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.warmup(["float32"], ["NCHW"])
+    """
+    patterns = {pattern(layout) for layout in layouts}
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
+        module = select(dtype).module()
+        if hasattr(module, "warmup"):
+            module.warmup(np.dtype(dtype), patterns)
 
 
 OPS = ("stats", "normalize", "forward", "backward")

@@ -55,6 +55,13 @@ def channel_axis(layout: str | None, ndim: int) -> int:
     return ndim - 1 if layout in _CHANNELS_LAST or layout == "channels_last" else 1
 
 
+def pattern(layout: str) -> str:
+    """Name of the pattern of a contiguous array in a layout; ValueError if the layout is unknown."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    return "nspc" if layout in _CHANNELS_LAST or layout in ("NC", "channels_last") else "ncsp"
+
+
 class View(NamedTuple):
     """How an array's memory maps to a pattern.
 

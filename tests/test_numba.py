@@ -1,0 +1,360 @@
+"""The Numba kernels: same bits for any threads, and no abort, no hang, whatever Numba's own threads do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import core, dispatch
+
+if reason := dispatch.KERNELS["numba"].unusable():
+    pytest.skip(reason, allow_module_level=True)
+
+from fastbn.kernels import numba as kernel
+
+LAYERS = ("workqueue", "omp", "tbb")
+# Planes: of several tiles, small ones of few and of many images. Columns: few, gathered with a rest, more than a group.
+SHAPES = [(1, 2, 40000), (3, 5, 17000), (2, 3, 7), (40, 3, 100), (50, 7, 20), (17, 3, 49), (1000, 1, 1), (5000, 3, 1), (300, 2500, 1)]
+X = np.random.default_rng(0).normal(3, 2, (16, 32, 30, 30)).astype(np.float32)  # enough for threads
+
+
+def everything(x: np.ndarray, dy: np.ndarray, n: int, in_place: bool = False) -> list[bytes]:
+    """All operations, on n threads; outputs start as NaN."""
+    v, w, b, u = (np.linspace(low, low + 2, x.shape[1], dtype=x.dtype) for low in (0.5, -1, 2, 0.1))
+    y, dx = (x.copy(), dy.copy()) if in_place else (np.full_like(x, np.nan), np.full_like(x, np.nan))
+    sums = *kernel.stats(x, n), *kernel.grad_sums(dy, x, v, n)
+    kernel.normalize(y if in_place else x, y, v, w, b, n)
+    kernel.grad_input(dx if in_place else dy, x, dx, v, w, b, u, n)
+    return [a.tobytes() for a in (*sums, y, dx)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_same_bits(shape: tuple[int, int, int], dtype: str) -> None:
+    """1, 2, 3 and 7 threads, in place or not, writable or not."""
+    rng = np.random.default_rng(sum(shape))
+    x, dy = (rng.normal(3, 2, shape).astype(dtype) for _ in range(2))
+    expected = everything(x, dy, 1)
+    for n in (2, 3, 7):
+        assert everything(x, dy, n) == expected, n
+    assert everything(x, dy, 3, in_place=True) == expected
+    x.flags.writeable = dy.flags.writeable = False
+    compiled = [len(loop.overloads) for loop, *_ in kernel._ready]
+    assert everything(x, dy, 3) == expected
+    assert [len(loop.overloads) for loop, *_ in kernel._ready] == compiled
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_exact(shape: tuple[int, int, int]) -> None:
+    """Sums of these are exact in any order, so that a wrong cut shows as a wrong bit; so is a constant far from zero."""
+    pairs = np.random.default_rng(0).integers(-8, 8, shape)
+    x = (1000 + pairs).astype(np.float32)
+    mean, low, m2 = kernel.stats(x, 3)
+    exact = pairs.sum((0, 2)) / (shape[0] * shape[2])
+    np.testing.assert_allclose(mean + low, 1000 + exact, rtol=1e-15)
+    np.testing.assert_allclose(m2, np.square(pairs - exact[:, None]).sum((0, 2)), rtol=1e-12)
+    sum_dy, sum_dy_xmu = kernel.grad_sums(pairs.astype(np.float32), x, np.full(shape[1], 1000, np.float32), 3)
+    np.testing.assert_array_equal(sum_dy, pairs.sum((0, 2)))
+    np.testing.assert_array_equal(sum_dy_xmu, np.square(pairs).sum((0, 2)))
+    mean, low, m2 = kernel.stats(np.full(shape, 123456.7, np.float64), 2)
+    assert set(mean) == {123456.7}
+    assert not low.any()
+    assert not m2.any()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_are_declined(dtype: str) -> None:
+    row = dispatch.KERNELS["numba"]
+    assert row.declines(dtype) == f"it has no {dispatch.DTYPES[dtype].name}"
+    with fastbn.use_kernel("numba"), pytest.raises(RuntimeError, match="kernel 'numba' is pinned but cannot run: it has no"):
+        dispatch.select(dtype)
+
+
+# ---- Threads ----
+
+
+def test_a_busy_pool_is_not_waited_for() -> None:
+    expected = kernel.stats(X.reshape(16, 32, -1), 1)[0]
+    with kernel._busy:
+        np.testing.assert_array_equal(kernel.stats(X.reshape(16, 32, -1), 4)[0], expected)
+
+
+def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    monkeypatch.setattr(kernel, "_workers", 0)
+    np.testing.assert_allclose(kernel.stats(X.reshape(16, 32, -1), 4)[0], X.mean((0, 2, 3)), rtol=1e-4)
+
+
+def test_threads_keep_no_array() -> None:
+    x = X.reshape(16, 32, -1).copy()
+    kernel.stats(x, 4)
+    gone = weakref.ref(x)
+    del x
+    for _ in range(100):  # a thread that woke up late drops what it was given at once
+        if gone() is None:
+            break
+        threading.Event().wait(0.01)
+    assert gone() is None
+
+
+def python(code: str, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
+    """Run a script with Numba pinned; what it prints. A hang ends as a failure."""
+    prelude = "import os, sys, threading, time, numpy as np, fastbn\n"
+    done = subprocess.run(
+        [sys.executable, "-c", prelude + code, *arguments],
+        env=os.environ | {"FASTBN_KERNEL": "numba"} | environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+# Right results are those of one thread; `user` is a parallel function of the user's own, on Numba's threads.
+COMMON = """
+import numba
+
+@numba.njit(parallel=True)
+def double(a):
+    for i in numba.prange(len(a)):
+        a[i] *= 2
+
+def user():
+    a = np.ones(100000)
+    double(a)
+    return a.sum() == 200000
+
+try:
+    user()
+except ValueError as error:
+    print(error)
+    sys.exit(77)
+assert numba.threading_layer() == os.environ["NUMBA_THREADING_LAYER"]
+
+x = np.random.default_rng(0).normal(3, 2, (16, 32, 30, 30)).astype(np.float32)
+
+def results():
+    y, saved = fastbn.batch_norm_forward(x)
+    z, _ = fastbn.batch_norm_forward(x, layout="NHWC")
+    return [a.tobytes() for a in (y, z, *fastbn.batch_norm_backward(x, x, saved)[:3])]
+
+with fastbn.num_threads(1):
+    expected = results()
+fastbn.set_num_threads(4)
+wrong = []
+
+def check(times):
+    for _ in range(times):
+        if results() != expected:
+            wrong.append(1)
+"""
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_many_threads(layer: str) -> None:
+    """Eight Python threads, and parallel code of the user's own at the same time."""
+    code = """
+threads = [threading.Thread(target=check, args=(8,)) for _ in range(8)]
+for thread in threads:
+    thread.start()
+while any(thread.is_alive() for thread in threads):
+    assert user()
+assert not wrong
+"""
+    python(COMMON + code, NUMBA_THREADING_LAYER=layer)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_many_forks(layer: str) -> None:
+    """Fifty children, forked while other threads use fastbn, after Numba's own threads were started; each has threads."""
+    code = """
+stop = threading.Event()
+
+def busy():
+    while not stop.is_set():
+        check(1)
+
+threads = [threading.Thread(target=busy) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(50):
+    pid = os.fork()
+    if pid == 0:
+        check(1)
+        os._exit(bool(wrong) or threading.active_count() == 1)
+    assert os.waitpid(pid, 0)[1] == 0
+stop.set()
+for thread in threads:
+    thread.join()
+check(2)
+assert not wrong and user()
+"""
+    python(COMMON + code, NUMBA_THREADING_LAYER=layer)
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_fork_while_another_thread_compiles(tmp_path: Path) -> None:
+    """The child compiles too: it does not wait for a thread that it does not have."""
+    code = """
+from numba.core.compiler_lock import global_compiler_lock
+fastbn.warmup(["float32"])
+held = threading.Event()
+
+def compile():
+    with global_compiler_lock:
+        held.set()
+        time.sleep(0.5)
+
+threading.Thread(target=compile).start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    fastbn.batch_norm_stats(np.ones((2, 3)))
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+fastbn.batch_norm_stats(np.ones((2, 3)))
+"""
+    python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+def test_numba_starts_no_threads() -> None:
+    code = """
+import numba
+fastbn.set_num_threads(4)
+fastbn.batch_norm_forward(np.ones((16, 32, 30, 30), np.float32))
+try:
+    print(numba.threading_layer())
+except ValueError:
+    print("none")
+"""
+    assert python(code) == "none\n"
+
+
+def test_calls_at_exit() -> None:
+    code = """
+import atexit
+fastbn.set_num_threads(4)
+x = np.ones((16, 32, 30, 30), np.float32)
+atexit.register(lambda: print(fastbn.batch_norm_stats(x).mean[0]))
+"""
+    assert python(code) == "1.0\n"
+
+
+# ---- Compiling ----
+
+
+def test_warmup_compiles_everything() -> None:
+    code = """
+fastbn.warmup(["float32", "float64"], ["NCHW", "NHWC"])
+from fastbn.kernels import numba as kernel
+print(len(kernel._ready), sum(len(loop.overloads) for loop in {loop for loop, *_ in kernel._ready}))
+for dtype in ("f", "d"):
+    for layout in ("NCHW", "NHWC"):
+        x = np.ones((2, 50, 8, 8), dtype)
+        fastbn.batch_norm_backward(x, x, fastbn.batch_norm_forward(x, layout=layout)[1])
+print(len(kernel._ready), sum(len(loop.overloads) for loop in {loop for loop, *_ in kernel._ready}))
+"""
+    assert python(code) == "16 16\n16 16\n"
+
+
+@pytest.mark.parametrize(("dtypes", "layouts"), [(["float8"], ["NCHW"]), (["float32"], ["NWHC"])])
+def test_wrong_warmup(dtypes: list[str], layouts: list[str]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        fastbn.warmup(dtypes, layouts)
+
+
+def test_warmup_without_numba() -> None:
+    with fastbn.use_kernel("reference"):
+        fastbn.warmup()
+
+
+USE = "print(fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean[0])"
+
+
+def test_no_directory_to_write(tmp_path: Path) -> None:
+    """As in a container with read-only files and no home: nothing is kept, everything works."""
+    package = tmp_path / "fastbn"
+    shutil.copytree(Path(fastbn.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (package, package / "kernels"):
+        (folder / "__pycache__").write_text("a file in the place of the directory")
+    code = "from fastbn.kernels import numba as kernel; print(kernel.__file__)\n" + USE
+    nowhere = str(package / "__pycache__" / "home")
+    environment = {"HOME": nowhere, "XDG_CACHE_HOME": nowhere, "NUMBA_CACHE_DIR": nowhere, "PYTHONPATH": str(tmp_path)}
+    assert python(code, cwd=tmp_path, **environment) == f"{package / 'kernels' / 'numba.py'}\n2.0\n"
+
+
+@pytest.mark.parametrize("suffix", ["nbi", "nbc"])
+def test_a_damaged_cache_is_left_alone(tmp_path: Path, suffix: str) -> None:
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    assert python(USE, **environment) == "2.0\n"
+    files = list(tmp_path.rglob(f"*.{suffix}"))
+    assert files
+    for file in files:
+        file.write_bytes(b"")
+    assert python(USE, **environment) == "2.0\n"
+
+
+def test_the_cache_is_used(tmp_path: Path) -> None:
+    code = """
+from fastbn.kernels import numba as kernel
+fastbn.batch_norm_stats(np.ones((2, 3)))
+print(sum(kernel._sum_columns.stats.cache_hits.values()))
+"""
+    assert [python(code, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2)] == ["0\n", "1\n"]
+
+
+TERMINAL = """
+import io
+class Screen(io.StringIO):
+    def isatty(self): return sys.argv[1] == "terminal"
+sys.stderr = Screen()
+from fastbn.kernels import numba as kernel
+kernel.PATIENCE = float(sys.argv[2])
+fastbn.batch_norm_stats(np.ones((2, 3)))
+print(sys.stderr.getvalue(), end="")
+"""
+
+
+@pytest.mark.parametrize(
+    ("stream", "patience", "said"),
+    [("terminal", "0.001", "fastbn: compiling Numba kernels, once ...\n"), ("terminal", "1000", ""), ("file", "0.001", "")],
+)
+def test_slow_compiling_is_announced(tmp_path: Path, stream: str, patience: str, said: str) -> None:
+    assert python(TERMINAL, stream, patience, NUMBA_CACHE_DIR=str(tmp_path)) == said
+
+
+def test_disabled_compiler() -> None:
+    code = "print(fastbn.dispatch.KERNELS['numba'].unusable())"
+    assert python(code, NUMBA_DISABLE_JIT="1") == "it cannot be imported: NUMBA_DISABLE_JIT is set\n"
+
+
+def test_whole_calls() -> None:
+    """What `core.Composed` makes of the operations equals the reference."""
+    dy: Any = X[::-1]
+    with fastbn.use_kernel("numba"):
+        assert isinstance(core.whole(dispatch.select("float32")), core.Composed)
+        y, saved = fastbn.batch_norm_forward(X)
+        dx = fastbn.batch_norm_backward(dy, X, saved).dx
+    with fastbn.use_kernel("reference"):
+        want_y, saved = fastbn.batch_norm_forward(X)
+        want_dx = fastbn.batch_norm_backward(dy, X, saved).dx
+    np.testing.assert_allclose(y, want_y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, want_dx, rtol=1e-5, atol=1e-6)
