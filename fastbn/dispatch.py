@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -284,6 +283,8 @@ def show_config() -> dict[str, Any]:
     >>> fastbn.show_config()["kernels"]["reference"]
     'usable'
     """
+    from importlib.metadata import version  # takes longer to import than the rest of fastbn
+
     return {
         "fastbn": version("fastbn"),
         "numpy": np.__version__,

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from fastbn import core, functional
 from fastbn.core import Gradients, Saved
@@ -14,6 +13,7 @@ from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, channel_axis
 
 if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
     from typing_extensions import Self
 
 
