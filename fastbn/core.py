@@ -314,8 +314,9 @@ def apply(folded: Folded, x: Array, axis: int, dtype: DType, out: Array | None) 
         module = dispatch.select(dtype.storage).module()
         parameters = folded.parameters(dtype.compute)
         module.normalize(_dense(x, v), v.of(y), *parameters, threads.for_call("normalize", x.nbytes))
-        if hasattr(module, "Small") and dispatch.pinned() is None:
-            folded._small = module.Small(*parameters, x, axis, threads.WORTH_THREADS["normalize"])
+        limit = threads.WORTH_THREADS["normalize"]
+        if x.nbytes < limit and dispatch.pinned() is None and hasattr(module, "Small"):
+            folded._small = module.Small(*parameters, x, axis, limit)
     return _deliver(y, out)
 
 
