@@ -1,5 +1,6 @@
 """Batch normalization for CPUs at the speed of memory."""
 
+from fastbn.activations import Activation
 from fastbn.core import Gradients, Saved, Stats
 from fastbn.dispatch import explain, show_config, use_kernel, warmup
 from fastbn.functional import (
@@ -18,6 +19,7 @@ from fastbn.threads import get_num_threads, num_threads, set_num_threads
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",

@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn import dispatch, memory, threads
+from fastbn.activations import Activation, Builtin, Epilogue
 from fastbn.dtypes import DType
 from fastbn.layout import Array, View, view
+
+Function = Builtin | Activation | None  # an activation
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,13 @@ class Saved:
         Number of values per channel in the statistics.
     training : bool
         Whether the statistics are the batch's own, so that the gradient flows through them.
-    weight : ndarray of shape (C,) or None
+    scale, shift : ndarray of shape (C,)
+        Of the normalization: ``(x - mean) * scale + shift``.
     layout : str or None
     mask : ndarray of bool or None
+    activation : Builtin, Activation or None
+    residual : ndarray of the shape of x, or None
+        The array itself: it must not be changed before the backward, unless there is no activation.
     """
 
     mean: Array
@@ -106,9 +113,17 @@ class Saved:
     mean_lo: Array | None
     count: int
     training: bool
-    weight: Array | None
+    scale: Array
+    shift: Array
     layout: str | None
     mask: Array | None
+    activation: Function
+    residual: Array | None
+
+    @property
+    def invertible(self) -> bool:
+        """Whether the input of the forward can be had from its output."""
+        return self.residual is None and (self.activation is None or self.activation.invertible)
 
 
 class Gradients(NamedTuple):
@@ -119,6 +134,7 @@ class Gradients(NamedTuple):
     dx : ndarray, shape and memory order of x
     dweight, dbias : ndarray of shape (C,)
     dresidual : ndarray, shape of x
+        dy itself where there is no activation.
     """
 
     dx: Array | None
@@ -150,23 +166,23 @@ def update_running(running: Array, batch: Array, momentum: float) -> None:
 
 
 @np.errstate(all="ignore")
-def inverse_deviation(var: Array, eps: float) -> Array:
-    """One over the standard deviation, in the type of `var`."""
-    return (1.0 / np.sqrt(var.astype(np.float64) + eps)).astype(var.dtype)
+def fixed(var: Array, eps: float, weight: Array | None, bias: Array | None) -> tuple[Array, Array, Array]:
+    """One over the standard deviation, scale and shift of given statistics, in the type of `var`."""
+    invstd = 1.0 / np.sqrt(var.astype(np.float64) + eps)
+    return invstd.astype(var.dtype), *fold(None, invstd, weight, bias, var.dtype)
 
 
 @np.errstate(all="ignore")
 def input_gradient(
-    module: Any, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
-    sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int,
+    module: Any, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array,
+    sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
     """Gradient of x from the two sums."""
     g1 = invstd.astype(np.float64) ** 2 * sum_dy_xmu / count
     g0 = sum_dy / count
     if mean_lo is not None:
         g0 = g0 - mean_lo * g1
-    scale, _ = fold(None, invstd, weight, None, mean.dtype)
-    module.grad_input(dy, x, dx, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads)
+    module.grad_input(dy, x, dx, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads, epilogue)
 
 
 class Composed:
@@ -181,41 +197,42 @@ class Composed:
     @np.errstate(all="ignore")
     def inference(
         self, x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
-        eps: float | None, threads: int,
+        eps: float | None, threads: int, epilogue: Epilogue | None = None,
     ) -> None:  # fmt: skip
         """Normalize with given statistics; `spread` is the variance, or with eps None one over the deviation."""
         invstd = spread if eps is None else 1.0 / np.sqrt(spread.astype(np.float64) + eps)
-        self.normalize(x, y, mean, *fold(mean_lo, invstd, weight, bias, mean.dtype), threads)
+        self.normalize(x, y, mean, *fold(mean_lo, invstd, weight, bias, mean.dtype), threads, epilogue)
 
     @np.errstate(all="ignore")
     def forward(
         self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None,
-        running_var: Array | None, momentum: float, compute: np.dtype[Any], threads: int,
-    ) -> tuple[Array, Array, Array]:  # fmt: skip
-        """Normalize with the batch's statistics; return the mean, what it rounds away, and invstd."""
+        running_var: Array | None, momentum: float, compute: np.dtype[Any], threads: int, epilogue: Epilogue | None = None,
+    ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+        """Normalize with the batch's statistics; return the mean, what it rounds away, invstd, scale and shift."""
         count = x.shape[0] * x.shape[2]
         mean, mean_lo, m2 = self.stats(x, threads)
         high, low = split(mean, mean_lo, compute)
         invstd = 1.0 / np.sqrt(m2 / count + eps)
-        self.normalize(x, y, high, *fold(low, invstd, weight, bias, compute), threads)
+        scale, shift = fold(low, invstd, weight, bias, compute)
+        self.normalize(x, y, high, scale, shift, threads, epilogue)
         if running_mean is not None:
             update_running(running_mean, mean, momentum)
         if running_var is not None:
             update_running(running_var, m2 / (count - 1), momentum)
-        return high, low.astype(compute), invstd.astype(compute)
+        return high, low.astype(compute), invstd.astype(compute), scale, shift
 
     @np.errstate(all="ignore")
     def backward(
-        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
-        threads: int,
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array, threads: int,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
-        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads)
+        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
             sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
         if dx is not None:
             count = x.shape[0] * x.shape[2]
-            input_gradient(self, dy, x, dx, mean, mean_lo, invstd, weight, sum_dy, sum_dy_xmu, count, threads)
+            input_gradient(self, dy, x, dx, mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, count, threads, epilogue)
         return sum_dy, sum_dy_xmu
 
 
@@ -224,6 +241,11 @@ def whole(kernel: dispatch.Kernel) -> Any:
     """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
     module = kernel.module()
     return module if hasattr(module, "forward") else Composed(module)
+
+
+def _module(dtype: DType, activation: Function = None) -> Any:
+    """What runs the whole calls on arrays of a dtype."""
+    return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
 
 
 def _dense(a: Array, v: View) -> Array:
@@ -269,17 +291,25 @@ def _counted(a: Array, axis: int, mask: Array) -> Array:
     return np.moveaxis(a, axis, -1)[mask][:, :, None]
 
 
+def _epilogue(activation: Function, residual: Array | None, x: Array, v: View) -> Epilogue | None:
+    """What follows the normalization, the residual in the memory order of `x`."""
+    if activation is None and residual is None:
+        return None
+    return Epilogue(activation, None if residual is None else _like(residual, x, v))
+
+
 def inference(
     x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None,
-    bias: Array | None, eps: float | None, out: Array | None,
+    bias: Array | None, eps: float | None, activation: Function, residual: Array | None, out: Array | None,
 ) -> Array:  # fmt: skip
     """Normalize `x` with given statistics."""
     v = view(x, axis)
     y = _target(out, x, v)
     if x.size:
-        module = whole(dispatch.select(dtype.storage))
+        module = _module(dtype, activation)
         n = threads.for_call("normalize", x.nbytes)
-        module.inference(_dense(x, v), v.of(y), mean, mean_lo, spread, weight, bias, eps, n)
+        epilogue = _epilogue(activation, residual, x, v)
+        module.inference(_dense(x, v), v.of(y), mean, mean_lo, spread, weight, bias, eps, n, epilogue)
     return _deliver(y, out)
 
 
@@ -293,9 +323,9 @@ class Folded:
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
         self._small: Any = None
 
-    def small(self, x: Any, out: Any) -> Array | None:
+    def small(self, x: Any, residual: Any, out: Any) -> Array | None:
         """Normalize by one call of a kernel an array like the last one of `apply`; None where it is not like that."""
-        return None if self._small is None or dispatch.pinned() is not None else self._small(x, out)
+        return None if self._small is None or dispatch.pinned() is not None else self._small(x, residual, out)
 
     def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Mean, scale and shift for arithmetic in `compute`."""
@@ -306,17 +336,20 @@ class Folded:
         return self._parameters[compute]
 
 
-def apply(folded: Folded, x: Array, axis: int, dtype: DType, out: Array | None) -> Array:
+def apply(
+    folded: Folded, x: Array, axis: int, dtype: DType, activation: Function, residual: Array | None, out: Array | None
+) -> Array:  # fmt: skip
     """Normalize `x` with folded statistics."""
     v = view(x, axis)
     y = _target(out, x, v)
     if x.size:
-        module = dispatch.select(dtype.storage).module()
+        module = _module(dtype, activation)
         parameters = folded.parameters(dtype.compute)
-        module.normalize(_dense(x, v), v.of(y), *parameters, threads.for_call("normalize", x.nbytes))
+        n = threads.for_call("normalize", x.nbytes)
+        module.normalize(_dense(x, v), v.of(y), *parameters, n, _epilogue(activation, residual, x, v))
         limit = threads.WORTH_THREADS["normalize"]
         if x.nbytes < limit and dispatch.pinned() is None and hasattr(module, "Small"):
-            folded._small = module.Small(*parameters, x, axis, limit)
+            folded._small = module.Small(*parameters, activation, x, axis, limit)
     return _deliver(y, out)
 
 
@@ -329,7 +362,7 @@ def stats(x: Array, axis: int, dtype: DType, mask: Array | None) -> Stats:
         zero = np.zeros(channels, dtype.compute)
         return Stats(0, zero, zero.copy(), zero.copy())
     count = rows.shape[0] * rows.shape[2]
-    mean, mean_lo, m2 = whole(dispatch.select(dtype.storage)).stats(rows, threads.for_call("stats", rows.nbytes))
+    mean, mean_lo, m2 = _module(dtype).stats(rows, threads.for_call("stats", rows.nbytes))
     with np.errstate(all="ignore"):
         high, low = split(mean, mean_lo, dtype.compute)
         return Stats(count, high, (m2 / count).astype(dtype.compute), low.astype(dtype.compute))
@@ -337,32 +370,36 @@ def stats(x: Array, axis: int, dtype: DType, mask: Array | None) -> Stats:
 
 def forward(
     x: Array, axis: int, dtype: DType, weight: Array | None, bias: Array | None, running_mean: Array | None,
-    running_var: Array | None, momentum: float, eps: float, mask: Array | None, out: Array | None,
-) -> tuple[Array, Array, Array | None, Array, int]:  # fmt: skip
-    """Normalize `x` with its own statistics; return y, mean, mean_lo, invstd and count."""
+    running_var: Array | None, momentum: float, eps: float, activation: Function, residual: Array | None,
+    mask: Array | None, out: Array | None,
+) -> tuple[Array, Array, Array | None, Array, Array, Array, int]:  # fmt: skip
+    """Normalize `x` with its own statistics; return y, mean, mean_lo, invstd, scale, shift and count."""
     compute = dtype.compute
     v = view(x, axis)
     y = _target(out, x, v)
     if x.size == 0:
         zero = np.zeros(x.shape[axis], compute)
-        return _deliver(y, out), zero, None, zero.copy(), 0
-    module = whole(dispatch.select(dtype.storage))
+        return _deliver(y, out), zero, None, zero.copy(), zero.copy(), zero.copy(), 0
+    module = _module(dtype, activation)
     n = threads.for_call("forward", x.nbytes)
-    new_mean, new_var = _as_compute(running_mean, compute), _as_compute(running_var, compute)
+    epilogue = _epilogue(activation, residual, x, v)
+    new = _as_compute(running_mean, compute), _as_compute(running_var, compute)
     if mask is None:
         count = x.size // x.shape[axis]
-        mean, mean_lo, invstd = module.forward(_dense(x, v), v.of(y), weight, bias, eps, new_mean, new_var, momentum, compute, n)
+        vectors = module.forward(_dense(x, v), v.of(y), weight, bias, eps, *new, momentum, compute, n, epilogue)
     else:
         # One pass over the positions that count, written to a scratch array: its output is not used.
         rows = _counted(x, axis, mask)
         count = len(rows)
-        mean, mean_lo, invstd = module.forward(rows, rows, None, None, eps, new_mean, new_var, momentum, compute, n)
-        module.inference(_dense(x, v), v.of(y), mean, mean_lo, invstd, weight, bias, None, n)
-    if running_mean is not None and new_mean is not running_mean:
-        running_mean[...] = new_mean
-    if running_var is not None and new_var is not running_var:
-        running_var[...] = new_var
-    return _deliver(y, out), mean, mean_lo, invstd, count
+        mean, low, invstd, _, _ = module.forward(rows, rows, None, None, eps, *new, momentum, compute, n, None)
+        with np.errstate(all="ignore"):
+            vectors = mean, low, invstd, *fold(low, invstd, weight, bias, compute)
+        module.normalize(_dense(x, v), v.of(y), mean, *vectors[3:], n, epilogue)
+    if running_mean is not None and new[0] is not running_mean:
+        running_mean[...] = new[0]
+    if running_var is not None and new[1] is not running_var:
+        running_var[...] = new[1]
+    return _deliver(y, out), *vectors, count
 
 
 def _as_compute(a: Array | None, compute: np.dtype[Any]) -> Array | None:
@@ -370,41 +407,62 @@ def _as_compute(a: Array | None, compute: np.dtype[Any]) -> Array | None:
 
 
 def backward(
-    dy: Array, x: Array, axis: int, dtype: DType, saved: Saved, want_x: bool, want_sums: bool, out: Array | None
-) -> tuple[Array | None, Array | None, Array | None]:
-    """Gradients of x, weight and bias; only what is wanted is computed."""
+    dy: Array, x: Array, axis: int, dtype: DType, saved: Saved, from_output: bool, want_x: bool, want_sums: bool,
+    want_residual: bool, out: Array | None,
+) -> Gradients:  # fmt: skip
+    """Gradients of x, weight, bias and residual; only what is wanted is computed."""
     v = view(x, axis)
-    channels = x.shape[axis]
-    dx = _target(out, x, v) if want_x else None
     compute = saved.mean.dtype
+    active = saved.activation is not None
+    dx = _target(out, x, v) if want_x or (want_residual and active) else None
+    dresidual = None if not want_residual else _empty(x, v) if active else dy
     if x.size == 0:
-        zero = np.zeros(channels, compute)
-        return None if dx is None else _deliver(dx, out), zero if want_sums else None, zero.copy() if want_sums else None
-    module = whole(dispatch.select(dtype.storage))
+        nothing = np.zeros((2, x.shape[axis]), compute) if want_sums else (None, None)
+        return Gradients(None if dx is None else _deliver(dx, out), nothing[0], nothing[1], dresidual)
+    module = _module(dtype, saved.activation)
     n = threads.for_call("backward", x.nbytes)
-    through = want_x and saved.training  # the gradient flows through the statistics
-    ordered = _like(dy, x, v)
-    statistics = saved.mean, saved.mean_lo, saved.invstd, saved.weight
-    sums = None
-    if saved.mask is not None and (through or want_sums):
-        dys, xs = _counted(dy, axis, saved.mask), _counted(x, axis, saved.mask)
-        sums = module.backward(dys, xs, None, *statistics, n)
-        if through and dx is not None:
-            left = ~saved.mask
-            direct = np.moveaxis(dy, axis, -1)[left]
-            scale, _ = fold(None, saved.invstd, saved.weight, None, compute)
-            input_gradient(module, ordered, _dense(x, v), v.of(dx), *statistics, sums[0], sums[1], saved.count, n)
-            np.moveaxis(dx, axis, -1)[left] = direct * scale
-    elif through or want_sums:
-        sums = module.backward(ordered, _dense(x, v), v.of(dx) if through and dx is not None else None, *statistics, n)
-    if want_x and not through and dx is not None:
-        zero = np.zeros(channels, compute)
-        module.inference(ordered, v.of(dx), zero, None, saved.invstd, saved.weight, None, None, n)
-    dweight = dbias = None
-    if want_sums and sums is not None:
+    arrays = _like(dy, x, v), _dense(x, v)
+    mean, mean_lo, invstd, scale = saved.mean, saved.mean_lo, saved.invstd, saved.scale
+    if from_output:
+        # Before the activation, the output is z = (x - mean) scale + shift: statistics of z in place of those of x.
+        mean = saved.shift
         with np.errstate(all="ignore"):
-            dbias, dweight = sums[0].astype(compute), (sums[1] * saved.invstd).astype(compute)
-    return None if dx is None else _deliver(dx, out), dweight, dbias
+            invstd = (saved.invstd / saved.scale.astype(np.float64)).astype(compute)
+            mean_lo = None if mean_lo is None else (mean_lo * saved.scale).astype(compute)
+    epilogue = None
+    if active:
+        residual = None if saved.residual is None else _like(saved.residual, x, v)
+        target = None if dresidual is None else v.of(dresidual)
+        epilogue = Epilogue(saved.activation, residual, saved.scale, saved.shift, target, from_output)
+
+    totals = None
+    if saved.training and dx is not None and saved.mask is None:
+        totals = module.backward(*arrays, v.of(dx), mean, mean_lo, invstd, scale, n, epilogue)
+    elif want_sums or (saved.training and dx is not None):
+        counted, after = arrays, epilogue and epilogue._replace(dresidual=None)
+        if saved.mask is not None:
+            counted = _counted(dy, axis, saved.mask), _counted(x, axis, saved.mask)
+            if after is not None and saved.residual is not None:
+                after = after._replace(residual=_counted(saved.residual, axis, saved.mask))
+        totals = module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
+    if dx is not None and (saved.mask is not None or not saved.training):
+        # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,
+        # because dx may be x or dy.
+        direct = dx if not saved.training else _empty(x, v)
+        zero = np.zeros(x.shape[axis], compute)
+        if epilogue is None:
+            module.normalize(arrays[0], v.of(direct), zero, scale, zero, n)
+        else:
+            module.grad_input(*arrays, v.of(direct), mean, scale, zero, zero, n, epilogue)
+        if saved.mask is not None and totals is not None:
+            sum_dy, sum_dy_xmu = totals
+            input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
+            np.copyto(np.moveaxis(dx, axis, -1), np.moveaxis(direct, axis, -1), where=~saved.mask[..., None])
+    dweight = dbias = None
+    if want_sums and totals is not None:
+        with np.errstate(all="ignore"):
+            dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)
+    return Gradients(_deliver(dx, out) if want_x and dx is not None else None, dweight, dbias, dresidual)
 
 
 def backward_reduce(dy: Array, x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, invstd: Array) -> tuple[Array, Array]:
@@ -412,8 +470,9 @@ def backward_reduce(dy: Array, x: Array, axis: int, dtype: DType, mean: Array, m
     v = view(x, axis)
     if x.size == 0:
         return np.zeros_like(mean), np.zeros_like(mean)
-    module = whole(dispatch.select(dtype.storage))
-    sums = module.backward(_like(dy, x, v), _dense(x, v), None, mean, mean_lo, invstd, None, threads.for_call("backward", x.nbytes))
+    module = _module(dtype)
+    n = threads.for_call("backward", x.nbytes)
+    sums = module.backward(_like(dy, x, v), _dense(x, v), None, mean, mean_lo, invstd, None, n, None)
     return sums[0].astype(mean.dtype), sums[1].astype(mean.dtype)
 
 
@@ -425,7 +484,10 @@ def backward_elemt(
     v = view(x, axis)
     dx = _target(out, x, v)
     if x.size:
-        module = whole(dispatch.select(dtype.storage))
+        module = _module(dtype)
         n = threads.for_call("backward", x.nbytes)
-        input_gradient(module, _like(dy, x, v), _dense(x, v), v.of(dx), mean, mean_lo, invstd, weight, sum_dy, sum_dy_xmu, count, n)
+        with np.errstate(all="ignore"):
+            scale, _ = fold(None, invstd, weight, None, mean.dtype)
+        arrays = _like(dy, x, v), _dense(x, v), v.of(dx)
+        input_gradient(module, *arrays, mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, count, n, None)
     return _deliver(dx, out)

@@ -37,14 +37,20 @@ class Kernel:
         Package it needs at run time.
     dtypes : frozenset of str
         Names of the NumPy dtypes it takes.
+    custom : bool
+        Whether it takes activations that are functions of the user's.
     """
 
-    def __init__(self, name: str, path: str, *, level: str | None = None, package: str | None = None, dtypes: frozenset[str] = ALL):
+    def __init__(
+        self, name: str, path: str, *, level: str | None = None, package: str | None = None, dtypes: frozenset[str] = ALL,
+        custom: bool = False,
+    ):  # fmt: skip
         self.name = name
         self.path = path
         self.level = level
         self.package = package
         self.dtypes = dtypes
+        self.custom = custom
 
     @cache  # noqa: B019  the table's rows live as long as the process
     def unusable(self) -> str | None:
@@ -62,8 +68,10 @@ class Kernel:
             return f"it cannot be imported: {error}"
         return None
 
-    def declines(self, dtype: str) -> str | None:
-        """Why this kernel does not take arrays of a dtype, or None where it does."""
+    def declines(self, dtype: str, custom: bool = False) -> str | None:
+        """Why this kernel does not take arrays of a dtype, or functions of the user's; None where it does."""
+        if custom and not self.custom:
+            return "it takes no functions of the user's"
         return None if dtype in self.dtypes else f"it has no {DTYPES[dtype].name}"
 
     @cache  # noqa: B019
@@ -80,7 +88,7 @@ TABLE = (
     Kernel("simd_v3", "fastbn.kernels._simd_v3", level="v3"),
     Kernel("simd_v2", "fastbn.kernels._simd_v2", level="v2"),
     Kernel("simd_neon", "fastbn.kernels._simd_neon", level="neon"),
-    Kernel("numba", "fastbn.kernels.numba", package="numba", dtypes=frozenset({"float32", "float64"})),
+    Kernel("numba", "fastbn.kernels.numba", package="numba", dtypes=frozenset({"float32", "float64"}), custom=True),
     Kernel("reference", "fastbn.reference"),
 )
 KERNELS = {kernel.name: kernel for kernel in TABLE}
@@ -135,13 +143,15 @@ def use_kernel(name: str | None) -> Iterator[None]:
         _pinned.reset(token)
 
 
-def select(dtype: str) -> Kernel:
+def select(dtype: str, custom: bool = False) -> Kernel:
     """The kernel that runs on arrays of a dtype.
 
     Parameters
     ----------
     dtype : str
         Name of a NumPy dtype.
+    custom : bool
+        Whether the activation is a function of the user's.
 
     Returns
     -------
@@ -150,24 +160,29 @@ def select(dtype: str) -> Kernel:
     Raises
     ------
     ValueError, RuntimeError
-        If the pinned kernel does not exist, cannot run here or does not take the dtype.
+        If the pinned kernel does not exist, cannot run here or does not take the dtype or the function.
+    TypeError
+        If no kernel takes functions of the user's for the dtype.
     """
     name = pinned()
-    return _best(dtype) if name is None else _pin(name, dtype)
+    return _best(dtype, custom) if name is None else _pin(name, dtype, custom)
 
 
 @cache
-def _pin(name: str, dtype: str) -> Kernel:
+def _pin(name: str, dtype: str, custom: bool) -> Kernel:
     _check(name)
-    if reason := KERNELS[name].declines(dtype):
+    if reason := KERNELS[name].declines(dtype, custom):
         raise RuntimeError(f"kernel {name!r} is pinned but cannot run: {reason}")
     return KERNELS[name]
 
 
 @cache
-def _best(dtype: str) -> Kernel:
-    kernel = next(k for k in TABLE if not (k.unusable() or k.declines(dtype)))
-    if kernel.level is None:
+def _best(dtype: str, custom: bool) -> Kernel:
+    kernel = next((k for k in TABLE if not (k.unusable() or k.declines(dtype, custom))), None)
+    if kernel is None:
+        reasons = "; ".join(f"{k.name}: {k.unusable() or k.declines(dtype, custom)}" for k in TABLE if k.custom)
+        raise TypeError(f"no kernel can run a function as activation on {dtype} ({reasons})")
+    if kernel.level is None and not custom:
         reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in TABLE if k.level is not None)
         message = f"fastbn runs its slower {kernel.name!r} kernel, because no compiled one can run ({reasons})"
         warnings.warn(message, RuntimeWarning, stacklevel=2)

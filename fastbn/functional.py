@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from fastbn import core
-from fastbn.core import Gradients, Saved, Stats
+from fastbn import activations, core
+from fastbn.activations import Activation
+from fastbn.core import Function, Gradients, Saved, Stats
 from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.layout import Array, channel_axis
+
+ActivationLike = str | tuple[str, float | str] | Activation | Callable[[float], float] | None
 
 
 def _array(name: str, a: object) -> Array:
@@ -68,7 +71,7 @@ def _running(name: str, a: object, x: Array, axis: int) -> Array | None:
     return a
 
 
-def _output(out: object, x: Array, inputs: dict[str, Array]) -> Array | None:
+def _output(out: object, x: Array, /, **inputs: Array | None) -> Array | None:
     """Check `out`: like x, writable, and either exactly one of the inputs or apart from all of them."""
     if out is None:
         return None
@@ -78,7 +81,7 @@ def _output(out: object, x: Array, inputs: dict[str, Array]) -> Array | None:
     if 0 in out.strides and out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
         raise ValueError(f"out has several elements in one place of memory: shape {out.shape}, strides {out.strides}")
     for name, a in inputs.items():
-        if a is out or not np.may_share_memory(out, a):
+        if a is None or a is out or not np.may_share_memory(out, a):
             continue
         if (a.ctypes.data, a.strides, a.shape, a.dtype) != (out.ctypes.data, out.strides, out.shape, out.dtype) and _overlap(out, a):
             raise ValueError(f"out overlaps {name} in part; give {name} itself or memory of its own")
@@ -114,10 +117,12 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _not_yet(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise NotImplementedError(f"{name} is not supported yet, got {value!r}")
+def _activation(activation: object) -> Function:
+    return None if activation is None else activations.lookup(activation)
+
+
+def _residual(residual: object, x: Array) -> Array | None:
+    return None if residual is None else _same("residual", residual, x)
 
 
 def _more_than_one(x: Array, axis: int, mask: Array | None) -> None:
@@ -132,12 +137,13 @@ def _more_than_one(x: Array, axis: int, mask: Array | None) -> None:
 
 def _train(
     x: Array, axis: int, dtype: DType, weight: Array | None, bias: Array | None, running_mean: Array | None,
-    running_var: Array | None, momentum: float, eps: float, mask: Array | None, out: Array | None,
-) -> tuple[Array, Array, Array | None, Array, int]:  # fmt: skip
+    running_var: Array | None, momentum: float, eps: float, activation: Function, residual: Array | None,
+    mask: Array | None, out: Array | None,
+) -> tuple[Array, Array, Array | None, Array, Array, Array, int]:  # fmt: skip
     """Make the checks of training, then train."""
     mean, var = _running("running_mean", running_mean, x, axis), _running("running_var", running_var, x, axis)
     _more_than_one(x, axis, mask)
-    return core.forward(x, axis, dtype, weight, bias, mean, var, momentum, eps, mask, out)
+    return core.forward(x, axis, dtype, weight, bias, mean, var, momentum, eps, activation, residual, mask, out)
 
 
 def batch_norm_forward(
@@ -151,8 +157,8 @@ def batch_norm_forward(
     eps: float = 1e-5,
     *,
     layout: str | None = None,
-    activation: None = None,
-    residual: None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
     mask: Array | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
@@ -176,8 +182,13 @@ def batch_norm_forward(
     layout : str, optional
         "NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC", "channels_first" or "channels_last"; None means
         channels first.
-    activation, residual : None
-        Not supported yet.
+    activation : str, tuple, function or Activation, optional
+        Function that is applied to the result: "relu", "relu6", "leaky_relu" (a slope of 0.01, or
+        ``("leaky_relu", slope)``), "hardswish", "sigmoid", "silu", "tanh", "gelu" or "gelu_tanh" (also
+        ``("gelu", "tanh")``). Or a function of a float, compiled by ``numba.njit``, or an `Activation`, which knows
+        the derivative too: these become part of the Numba kernels.
+    residual : ndarray of the shape and dtype of x, optional
+        Added before the activation; its strides may differ from those of x.
     mask : ndarray of bool, optional
         Broadcastable to the shape of x without the channel axis. False positions are left out of the statistics
         and of the sums in the gradient; they are normalized all the same. Only used when training.
@@ -200,7 +211,9 @@ def batch_norm_forward(
 
     Notes
     -----
-    ``y = (x - mean) / sqrt(var + eps) * weight + bias``: Ioffe and Szegedy, "Batch Normalization", ICML 2015.
+    ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: Ioffe and Szegedy, "Batch
+    Normalization", ICML 2015; the activations are those of ``torch.nn.functional``. The backward computes the
+    activation's derivative anew from x: no mask and no copy is kept.
 
     Examples
     --------
@@ -214,22 +227,25 @@ def batch_norm_forward(
     array([0., 0.])
     """
     x, axis, dtype = _input(x, layout)
-    _not_yet(activation=activation, residual=residual)
     compute = dtype.compute
     w = _optional("weight", weight, x, axis, compute)
     b = _optional("bias", bias, x, axis, compute)
     momentum, eps = _number("momentum", momentum), _number("eps", eps)
+    f, r = _activation(activation), _residual(residual, x)
     m = _mask(mask, x, axis)
-    out = _output(out, x, {"x": x})
+    out = _output(out, x, x=x, residual=r)
     if training:
-        y, mean, mean_lo, invstd, count = _train(x, axis, dtype, w, b, running_mean, running_var, momentum, eps, m, out)
-        return y, Saved(mean, invstd, mean_lo, count, True, w, layout, m)
+        y, mean, mean_lo, invstd, scale, shift, count = _train(
+            x, axis, dtype, w, b, running_mean, running_var, momentum, eps, f, r, m, out
+        )
+        return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, m, f, r)
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     mean, var = _vector("running_mean", running_mean, x, axis, compute), _vector("running_var", running_var, x, axis, compute)
-    y = core.inference(x, axis, dtype, mean, None, var, w, b, eps, out)
+    y = core.inference(x, axis, dtype, mean, None, var, w, b, eps, f, r, out)
+    invstd, scale, shift = core.fixed(var, eps, w, b)
     count = x.size // max(x.shape[axis], 1)
-    return y, Saved(mean.copy(), core.inverse_deviation(var, eps), None, count, False, w, layout, None)
+    return y, Saved(mean.copy(), invstd, None, count, False, scale, shift, layout, None, f, r)
 
 
 def batch_norm(
@@ -243,8 +259,8 @@ def batch_norm(
     eps: float = 1e-5,
     *,
     layout: str | None = None,
-    activation: None = None,
-    residual: None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
     mask: Array | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -286,19 +302,19 @@ def batch_norm(
            [ 1.,  1.]], dtype=float32)
     """
     x, axis, dtype = _input(x, layout)
-    _not_yet(activation=activation, residual=residual)
     compute = dtype.compute
     w = _optional("weight", weight, x, axis, compute)
     b = _optional("bias", bias, x, axis, compute)
     momentum, eps = _number("momentum", momentum), _number("eps", eps)
+    f, r = _activation(activation), _residual(residual, x)
     m = _mask(mask, x, axis)
-    out = _output(out, x, {"x": x})
+    out = _output(out, x, x=x, residual=r)
     if training:
-        return _train(x, axis, dtype, w, b, running_mean, running_var, momentum, eps, m, out)[0]
+        return _train(x, axis, dtype, w, b, running_mean, running_var, momentum, eps, f, r, m, out)[0]
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     mean, var = _vector("running_mean", running_mean, x, axis, compute), _vector("running_var", running_var, x, axis, compute)
-    return core.inference(x, axis, dtype, mean, None, var, w, b, eps, out)
+    return core.inference(x, axis, dtype, mean, None, var, w, b, eps, f, r, out)
 
 
 def batch_norm_backward(
@@ -307,6 +323,7 @@ def batch_norm_backward(
     saved: Saved,
     *,
     wrt: Sequence[str] = ("x", "weight", "bias"),
+    from_output: bool = False,
     out: Array | None = None,
 ) -> Gradients:
     """Gradients of `batch_norm_forward`.
@@ -321,29 +338,37 @@ def batch_norm_backward(
         What `batch_norm_forward` returned. After ``training=False`` the statistics are constants, and so the
         gradient is the cheaper frozen one.
     wrt : sequence of str
-        Which gradients to compute: "x", "weight", "bias".
+        Which gradients to compute: "x", "weight", "bias", "residual".
+    from_output : bool
+        Whether `x` is what the forward returned. So the forward may write its output over its input
+        (``out=x``), and training keeps one array for each layer where it would keep two. Only for no activation
+        or a leaky_relu with a slope above 0, without a residual. The weights must not be 0, and x is known no
+        better than the dtype of the output tells.
     out : ndarray of the shape and dtype of x, optional
         Where to write dx; may be dy or x.
 
     Returns
     -------
     Gradients
-        dx in the dtype and memory order of x; dweight and dbias in that of the statistics; None where not in
-        `wrt`. Without a weight or bias they are the gradients of an implied 1 and 0.
+        dx and dresidual in the dtype and memory order of x; dweight and dbias in the dtype of the statistics; None
+        where not in `wrt`. Without a weight or bias they are the gradients of an implied 1 and 0. Where there is
+        no activation, dresidual is dy itself.
 
     Raises
     ------
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, `wrt` has an unknown name, or `out` is read-only or overlaps an input in part.
+        If a shape does not fit, `wrt` has an unknown name or "residual" without there being one, the forward's input
+        cannot be had from its output, or `out` is read-only or overlaps an input in part.
 
     Notes
     -----
     With a mask, dy at False positions reaches dx only directly, not through the statistics. That is the exact
     gradient where a masked loss makes those dy zero.
 
-    Ioffe and Szegedy 2015, section 3.
+    Ioffe and Szegedy 2015, section 3. Gradients from the output: Rota Bulò, Porzi and Kontschieder, "In-Place
+    Activated BatchNorm for Memory-Optimized Training of DNNs", CVPR 2018.
 
     Examples
     --------
@@ -362,14 +387,26 @@ def batch_norm_backward(
         raise TypeError(f"saved is for x with statistics in {saved.mean.dtype}, but x has dtype {x.dtype}")
     wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in wanted:
-        if name not in ("x", "weight", "bias"):
-            raise ValueError(f"wrt may name 'x', 'weight' and 'bias', got {name!r}")
+        if name not in ("x", "weight", "bias", "residual"):
+            raise ValueError(f"wrt may name 'x', 'weight', 'bias' and 'residual', got {name!r}")
+    if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
+        raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
+    if saved.residual is not None:
+        _same("saved.residual", saved.residual, x)
+    elif "residual" in wanted:
+        raise ValueError("wrt names 'residual', but the forward had none")
+    if from_output and not saved.invertible:
+        raise ValueError(
+            "from_output needs a forward without a residual, and without an activation or with a leaky_relu whose slope is "
+            f"above 0, got {saved.activation} {'with' if saved.residual is not None else 'without'} a residual"
+        )
     _mask(saved.mask, x, axis)
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
-    out = _output(out, x, {"dy": dy, "x": x})
-    dx, dweight, dbias = core.backward(dy, x, axis, dtype, saved, "x" in wanted, "weight" in wanted or "bias" in wanted, out)
-    return Gradients(dx, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, None)
+    out = _output(out, x, dy=dy, x=x, residual=saved.residual)
+    sums = "weight" in wanted or "bias" in wanted
+    found = core.backward(dy, x, axis, dtype, saved, from_output, "x" in wanted, sums, "residual" in wanted, out)
+    return Gradients(found.dx, found.dweight if "weight" in wanted else None, found.dbias if "bias" in wanted else None, found.dresidual)
 
 
 def batch_norm_stats(x: Array, *, layout: str | None = None, mask: Array | None = None) -> Stats:
@@ -425,8 +462,8 @@ def batch_norm_elemt(
     bias: Array | None = None,
     *,
     layout: str | None = None,
-    activation: None = None,
-    residual: None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize with given statistics: ``(x - mean) * invstd * weight + bias``.
@@ -456,11 +493,11 @@ def batch_norm_elemt(
            [ 0.5]])
     """
     x, axis, dtype = _input(x, layout)
-    _not_yet(activation=activation, residual=residual)
+    f, r = _activation(activation), _residual(residual, x)
     high, low, scale = _centered(mean, invstd, x, axis, dtype)
     w = _optional("weight", weight, x, axis, dtype.compute)
     b = _optional("bias", bias, x, axis, dtype.compute)
-    return core.inference(x, axis, dtype, high, low, scale, w, b, None, _output(out, x, {"x": x}))
+    return core.inference(x, axis, dtype, high, low, scale, w, b, None, f, r, _output(out, x, x=x, residual=r))
 
 
 def batch_norm_backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array, *, layout: str | None = None) -> tuple[Array, Array]:
@@ -554,5 +591,5 @@ def batch_norm_backward_elemt(
         raise TypeError(f"count must be an int, got {count!r}")
     if count < 1 and x.size:
         raise ValueError(f"count must be at least 1, got {count}")
-    out = _output(out, x, {"dy": dy, "x": x})
+    out = _output(out, x, dy=dy, x=x)
     return core.backward_elemt(dy, x, axis, dtype, *statistics, w, *sums, int(count), out)

@@ -31,7 +31,7 @@ class _BatchNorm:
         track_running_stats: bool = True,
         *,
         layout: str | None = None,
-        activation: None = None,
+        activation: functional.ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
         if isinstance(num_features, bool) or not isinstance(num_features, (int, np.integer)):
@@ -41,7 +41,7 @@ class _BatchNorm:
         row = lookup(np.dtype(dtype))
         if row is None:
             raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {np.dtype(dtype)}")
-        functional._not_yet(activation=activation)
+        functional._activation(activation)
         self._check_layout(layout)
         compute = row.compute
         self.num_features = int(num_features)
@@ -63,12 +63,12 @@ class _BatchNorm:
             self.running_mean = np.zeros(num_features, compute)
             self.running_var = np.ones(num_features, compute)
             self.num_batches_tracked = np.array(0, np.int64)
-        self._context: tuple[Array, Saved] | None = None
+        self._context: tuple[Array, Saved, bool] | None = None
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, layout={self.layout!r})"
+            f"track_running_stats={self.track_running_stats}, layout={self.layout!r}, activation={self.activation!r})"
         )
 
     def _check_layout(self, layout: str | None) -> None:
@@ -80,17 +80,20 @@ class _BatchNorm:
             return
         channel_axis(layout, self._ranks[-1])  # raises the reason
 
-    def forward(self, x: Array, *, mask: Array | None = None, out: Array | None = None) -> Array:
+    def forward(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x, and remember it for `backward`.
 
         Parameters
         ----------
         x : ndarray
             In the dtype and layout of the layer.
+        residual : ndarray of the shape and dtype of x, optional
+            Added before the activation.
         mask : ndarray of bool, optional
             Positions that count in the statistics, broadcastable to the shape of x without the channel axis.
         out : ndarray of the shape and dtype of x, optional
-            Where to write the result. If it is x, `backward` cannot follow, for it needs x.
+            Where to write the result. If it is x, `backward` works from the output instead, which must not be changed
+            until then; see `from_output` in `batch_norm_backward` for which layers can.
 
         Returns
         -------
@@ -115,12 +118,12 @@ class _BatchNorm:
         statistics = (self.running_mean, self.running_var) if track or not batch else (None, None)
         y, saved = functional.batch_norm_forward(
             x, self.weight, self.bias, *statistics, training=batch, momentum=self._weight_of_new(), eps=self.eps,
-            layout=self.layout, mask=mask, out=out,
+            layout=self.layout, activation=self.activation, residual=residual, mask=mask, out=out,
         )  # fmt: skip
         if track and x.size and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
         overwritten = out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
-        self._context = None if overwritten else (x, saved)
+        self._context = None if overwritten and not saved.invertible else (x, saved, overwritten)
         return y
 
     __call__ = forward
@@ -139,8 +142,8 @@ class _BatchNorm:
         ----------
         dy : ndarray of the shape and dtype of x
         wrt : sequence of str, optional
-            Which gradients: "x", "weight", "bias". None means x alone for a frozen layer or one without weight
-            and bias, else all three.
+            Which gradients: "x", "weight", "bias", "residual". None means all that there are; those of weight and
+            bias not for a frozen layer.
         out : ndarray of the shape and dtype of x, optional
             Where to write dx; may be dy.
 
@@ -151,15 +154,17 @@ class _BatchNorm:
         Raises
         ------
         RuntimeError
-            If `forward` was not called before, or overwrote its input.
+            If `forward` was not called before, or overwrote an input that cannot be had from its output.
         TypeError, ValueError
             As `batch_norm_backward`.
         """
         if self._context is None:
-            raise RuntimeError("backward needs a forward before it, with an out that is not x")
+            raise RuntimeError("backward needs a forward before it, whose input was not overwritten or can be had from its output")
+        x, saved, from_output = self._context
         if wrt is None:
-            wrt = ("x", "weight", "bias") if self.affine and not self.frozen else ("x",)
-        return functional.batch_norm_backward(dy, *self._context, wrt=wrt, out=out)
+            parameters = ("weight", "bias") if self.affine and not self.frozen else ()
+            wrt = ("x", *parameters, *(("residual",) if saved.residual is not None else ()))
+        return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
 
     def train(self, mode: bool = True) -> Self:
         """Use the batch's statistics from now on, and update the running ones; a frozen layer stays frozen.
@@ -263,8 +268,8 @@ class BatchNorm1d(_BatchNorm):
         Whether there are running statistics; without them, the batch's own are always used.
     layout : str, optional
         "NC", "NCL" or "channels_first" (as None), "NLC" or "channels_last".
-    activation : None
-        Not supported yet.
+    activation : str, tuple, function or Activation, optional
+        As in `batch_norm_forward`.
     dtype : dtype
         Of the input; parameters and statistics are float64 for float64, else float32.
 
@@ -336,8 +341,8 @@ class FrozenBatchNorm:
         Added to the variance.
     layout : str, optional
         As in `batch_norm_forward`.
-    activation : None
-        Not supported yet.
+    activation : str, tuple, function or Activation, optional
+        As in `batch_norm_forward`.
 
     Raises
     ------
@@ -362,9 +367,10 @@ class FrozenBatchNorm:
         eps: float = 1e-5,
         *,
         layout: str | None = None,
-        activation: None = None,
+        activation: functional.ActivationLike = None,
     ):
-        functional._not_yet(activation=activation)
+        self.activation = activation
+        self._activation = functional._activation(activation)
         mean = np.array(running_mean, np.float64)
         if mean.ndim != 1:
             raise ValueError(f"running_mean must have shape (C,), got {mean.shape}")
@@ -379,17 +385,17 @@ class FrozenBatchNorm:
         self._folded = core.Folded(mean, var, w, b, self.eps)
 
     def __repr__(self) -> str:
-        return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, layout={self.layout!r})"
+        return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, layout={self.layout!r}, activation={self.activation!r})"
 
-    def __call__(self, x: Array, residual: None = None, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x.
 
         Parameters
         ----------
         x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
             float32, float64, float16 or bfloat16.
-        residual : None
-            Not supported yet.
+        residual : ndarray of the shape and dtype of x, optional
+            Added before the activation.
         out : ndarray of the shape and dtype of x, optional
             Where to write the result; may be x.
 
@@ -402,10 +408,10 @@ class FrozenBatchNorm:
         TypeError, ValueError
             As `batch_norm`.
         """
-        if residual is None and (y := self._folded.small(x, out)) is not None:
+        if (y := self._folded.small(x, residual, out)) is not None:
             return y
         x, axis, dtype = functional._input(x, self.layout)
-        functional._not_yet(residual=residual)
         if x.shape[axis] != self.num_features:
             raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has {self.num_features}")
-        return core.apply(self._folded, x, axis, dtype, functional._output(out, x, {"x": x}))
+        r = functional._residual(residual, x)
+        return core.apply(self._folded, x, axis, dtype, self._activation, r, functional._output(out, x, x=x, residual=r))

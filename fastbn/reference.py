@@ -9,6 +9,8 @@ user knows it, for any axis.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import erfc
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,87 @@ def _wide(a: Array) -> Array:
 
 def _columns(v: Array) -> Array:
     return _wide(v)[:, None]
+
+
+def _sigmoid(z: Array) -> Array:
+    return np.asarray(np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z))))
+
+
+def _normal(z: Array) -> Array:
+    """The standard normal distribution function."""
+    return np.asarray(np.frompyfunc(lambda v: erfc(-v / 2**0.5) / 2, 1, 1)(z), np.float64)
+
+
+def _cubic(z: Array) -> Array:
+    return np.asarray(2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+
+
+# The functions that may follow a normalization, of z and of a parameter, and their derivatives: as PyTorch defines them,
+# where they have a kink too.
+ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, float], Array]]] = {
+    "relu": (
+        lambda z, _: np.where(z < 0, 0, z),
+        lambda z, _: np.where(z <= 0, 0.0, 1.0),
+    ),
+    "relu6": (
+        lambda z, _: np.clip(z, 0, 6),
+        lambda z, _: np.where((z <= 0) | (z >= 6), 0.0, 1.0),
+    ),
+    "leaky_relu": (
+        lambda z, slope: np.where(z > 0, z, slope * z),
+        lambda z, slope: np.where(z > 0, 1.0, slope),
+    ),
+    "hardswish": (
+        lambda z, _: z * (np.clip(z + 3, 0, 6) / 6),
+        lambda z, _: np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, z / 3 + 0.5)),
+    ),
+    "sigmoid": (
+        lambda z, _: _sigmoid(z),
+        lambda z, _: _sigmoid(z) * _sigmoid(-z),
+    ),
+    "silu": (
+        lambda z, _: z * _sigmoid(z),
+        lambda z, _: _sigmoid(z) * (1 + z * _sigmoid(-z)),
+    ),
+    "tanh": (
+        lambda z, _: np.tanh(z),
+        lambda z, _: 4 * _sigmoid(2 * z) * _sigmoid(-2 * z),
+    ),
+    "gelu": (
+        lambda z, _: z * _normal(z),
+        lambda z, _: _normal(z) + z * np.exp(-z * z / 2) / np.sqrt(2 * np.pi),
+    ),
+    "gelu_tanh": (
+        lambda z, _: z * _sigmoid(_cubic(z)),
+        lambda z, _: _sigmoid(_cubic(z)) * (1 + z * _sigmoid(-_cubic(z)) * 2 * np.sqrt(2 / np.pi) * (1 + 0.134145 * z * z)),
+    ),
+}
+
+
+def _finish(z: Array, epilogue: Any) -> Array:
+    """Add the residual and apply the activation."""
+    if epilogue is None:
+        return z
+    if epilogue.residual is not None:
+        z = z + _wide(epilogue.residual)
+    if epilogue.activation is None:
+        return z
+    return ACTIVATIONS[epilogue.activation.name][0](z, epilogue.activation.parameter)
+
+
+def _begin(dy: Array, x: Array, mean: Array, epilogue: Any) -> tuple[Array, Array]:
+    """Take dy back through the activation; the second result is x, restored where it is the forward's output."""
+    dy, x = _wide(dy), _wide(x)
+    activation = None if epilogue is None else epilogue.activation
+    if activation is None:
+        return dy, x
+    if epilogue.from_output:
+        z = x = np.where(x > 0, x, x / activation.parameter)
+    else:
+        z = (x - _columns(mean)) * _columns(epilogue.scale) + _columns(epilogue.shift)
+        z = z if epilogue.residual is None else z + _wide(epilogue.residual)
+    slope = ACTIVATIONS[activation.name][1](z, activation.parameter)
+    return np.where(slope == 0, 0, dy * slope), x
 
 
 @np.errstate(all="ignore")
@@ -56,8 +139,8 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
 
 
 @np.errstate(all="ignore")
-def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1) -> None:
-    """Write ``(x - mean) * scale + shift`` to `y`.
+def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1, epilogue: Any = None) -> None:
+    """Write ``activation((x - mean) * scale + shift + residual)`` to `y`.
 
     Parameters
     ----------
@@ -66,13 +149,15 @@ def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threa
     mean, scale, shift : ndarray of shape (channels,)
     threads : int
         Ignored.
+    epilogue : Epilogue, optional
+        The activation and the residual.
     """
-    y[...] = ((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift)).astype(y.dtype)
+    y[...] = _finish((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift), epilogue).astype(y.dtype)
 
 
 @np.errstate(all="ignore")
-def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1) -> tuple[Array, Array]:
-    """Sums over each channel of `dy` and of ``dy * (x - mean)``.
+def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any = None) -> tuple[Array, Array]:
+    """Sums over each channel of `dy`, taken back through the activation, and of that times ``x - mean``.
 
     Parameters
     ----------
@@ -80,18 +165,22 @@ def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1) -> tuple[Array
     mean : ndarray of shape (channels,)
     threads : int
         Ignored.
+    epilogue : Epilogue, optional
+        The activation, the residual, and the parameters of the forward.
 
     Returns
     -------
     sum_dy, sum_dy_xmu : ndarray of shape (channels,), float64
     """
-    dy = _wide(dy)
-    return dy.sum((0, 2)), (dy * (_wide(x) - _columns(mean))).sum((0, 2))
+    dz, x = _begin(dy, x, mean, epilogue)
+    return dz.sum((0, 2)), (dz * (x - _columns(mean))).sum((0, 2))
 
 
 @np.errstate(all="ignore")
-def grad_input(dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1) -> None:
-    """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`.
+def grad_input(
+    dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1, epilogue: Any = None
+) -> None:  # fmt: skip
+    """Write ``scale * (dz - g0 - (x - mean) * g1)`` to `dx`, where dz is dy, taken back through the activation.
 
     Parameters
     ----------
@@ -100,9 +189,13 @@ def grad_input(dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Ar
     mean, scale, g0, g1 : ndarray of shape (channels,)
     threads : int
         Ignored.
+    epilogue : Epilogue, optional
+        The activation, the residual, the parameters of the forward, and where to write dz.
     """
-    centered = (_wide(x) - _columns(mean)) * _columns(g1)
-    dx[...] = (_columns(scale) * (_wide(dy) - _columns(g0) - centered)).astype(dx.dtype)
+    dz, x = _begin(dy, x, mean, epilogue)
+    dx[...] = (_columns(scale) * (dz - _columns(g0) - (x - _columns(mean)) * _columns(g1))).astype(dx.dtype)
+    if epilogue is not None and epilogue.dresidual is not None:
+        epilogue.dresidual[...] = dz.astype(dx.dtype)
 
 
 def _along(axis: int, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -20,7 +20,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
     {"kernels"},
-    {"reference", "dtypes", "cpu", "cgroup", "layout"},
+    {"reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
     {"memory", "threads"},
     {"dispatch"},
     {"core"},
@@ -32,7 +32,14 @@ ORDER = (
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Where a framework may be imported at all; never by `import fastbn`.
-OPTIONAL = {"torch": {"torch"}, "onnx": {"onnx"}, "keras": {"keras", "tensorflow"}, "kernels.numba": {"numba"}, "__main__": {"rich"}}
+OPTIONAL = {
+    "torch": {"torch"},
+    "onnx": {"onnx"},
+    "keras": {"keras", "tensorflow"},
+    "kernels.numba": {"numba"},
+    "kernels.numba_math": {"numba", "llvmlite"},
+    "__main__": {"rich"},
+}
 
 
 def _name(path: Path) -> str:

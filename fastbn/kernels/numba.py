@@ -1,8 +1,9 @@
 """The Numba kernels: textbook loops, for machines where the compiled ones cannot run.
 
 a) Four loops over elements: the sums and the map, of planes and of columns. Without `dy` the sums are those of
-   `stats` and the map is `normalize`; with it they are `grad_sums` and `grad_input`. Numba drops the branch that is
-   not taken when it compiles.
+   `stats` and the map is `normalize`; with it they are `grad_sums` and `grad_input`. An argument that is None, and
+   the branch that needs it, are dropped when Numba compiles. So an activation costs nothing where there is none,
+   and any function of the user's becomes part of the loop.
 
 b) Sums are float64 for both dtypes: nothing overflows and no chain is too long. Statistics are sums of x - k and
    (x - k)^2, where k is an element of the channel, the median of three. So constant channels give exactly zero, and
@@ -43,6 +44,8 @@ from numba.extending import intrinsic
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
+
+from fastbn.kernels.numba_math import FUNCTIONS, _like
 
 Array = np.ndarray[Any, Any]
 
@@ -97,14 +100,81 @@ def _normalized(x: float, mean: float, scale: float, shift: float) -> Any:
 
 
 @_compiled("contract", keep=False)
-def _input_gradient(dy: float, x: float, mean: float, scale: float, g0: float, g1: float) -> Any:
-    return scale * (dy - g0 - (x - mean) * g1)
+def _input_gradient(dz: float, x: float, mean: float, scale: float, g0: float, g1: float) -> Any:
+    return scale * (dz - g0 - (x - mean) * g1)
 
 
-@_compiled("reassoc", "contract")
+# Below, `dys` and `rs` are the arrays, or None: where there is none, the element of x stands for theirs.
+
+
+@_compiled(keep=False)
+def _through(
+    dy: float, x: float, r: float, rs: Array | None, f: Any, parameter: float, undo: float | None, mean: float, scale: float, shift: float
+) -> Any:  # fmt: skip
+    """Take dy back through the activation, whose derivative is f."""
+    z = x if undo is not None else _normalized(x, mean, scale, shift)
+    slope = f(z if rs is None else z + r, parameter)
+    return _like(z, 0) if slope == 0 else dy * slope
+
+
+@_compiled(keep=False)
+def _restored(x: float, undo: float | None) -> Any:
+    """The element or, where it is the output of leaky_relu, whose slope is `undo`, its input."""
+    if undo is None:
+        return x
+    return x if x > 0 else x / _like(x, undo)
+
+
+@_compiled("reassoc", "contract", keep=False)
+def _summed(
+    x: float, dy: float, r: float, dys: Array | None, rs: Array | None, f: Any, parameter: float, undo: float | None,
+    k: float, scale: float, shift: float,
+) -> tuple[float, float]:  # fmt: skip
+    """What one element adds to both sums."""
+    v = _restored(x, undo)
+    d = _deviation(v, k)
+    if dys is None:
+        return d, d * d
+    if f is not None:
+        dy = _through(dy, v, r, rs, f, parameter, undo, _like(v, k), scale, shift)
+    return np.float64(dy), dy * d
+
+
+@_compiled(keep=False)
+def _mapped(
+    x: float, dy: float, r: float, dys: Array | None, rs: Array | None, f: Any, parameter: float, undo: float | None,
+    mean: float, scale: float, shift: float, slope: float, bias: float,
+) -> tuple[float, float]:  # fmt: skip
+    """What becomes of one element, and the gradient of its residual."""
+    if dys is None:
+        z = _normalized(x, mean, scale, shift)
+        z = z if rs is None else z + r
+        if f is not None:
+            z = f(z, parameter)
+        return z, z
+    v = _restored(x, undo)
+    if f is not None:
+        dy = _through(dy, v, r, rs, f, parameter, undo, mean, scale, bias)
+    return _input_gradient(dy, v, mean, scale, shift, slope), dy
+
+
+class _Loop:
+    """A loop over elements: as it is kept on disk, and for activations, which cannot be."""
+
+    def __init__(self, function: Callable[..., Any], *flags: str):
+        self.plain = _compiled(*flags)(function)
+        self.active = _compiled(*flags, keep=False)(function)
+
+
+def _loop(*flags: str) -> Callable[[Callable[..., Any]], _Loop]:
+    return lambda function: _Loop(function, *flags)
+
+
+@_loop("reassoc", "contract")
 def _sum_planes(
-    x: Array, dy: Array | None, k: Array, sums: Array, squares: Array, images: int, piece: int, group: int, units: int, counter: Array
-) -> None:
+    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, k: Array, scale: Array, shift: Array,
+    sums: Array, squares: Array, images: int, piece: int, group: int, units: int, counter: Array,
+) -> None:  # fmt: skip
     """Add up tiles of `images` planes, or of a piece of one; a unit is one tile of a group of channels."""
     outer, channels, inner = x.shape
     groups, pieces = (channels + group - 1) // group, (inner + piece - 1) // piece
@@ -112,24 +182,26 @@ def _sum_planes(
     while unit < units:
         tile, first = unit // groups, unit % groups * group
         start = tile % pieces * piece
+        stop = min(start + piece, inner)
         for n in range(tile // pieces * images, min((tile // pieces + 1) * images, outer)):
             for c in range(first, min(first + group, channels)):
-                plane = x[n, c, start : min(start + piece, inner)]
-                gradient = plane if dy is None else dy[n, c, start : min(start + piece, inner)]
+                plane = x[n, c, start:stop]
+                gradient = plane if dy is None else dy[n, c, start:stop]
+                extra = plane if r is None else r[n, c, start:stop]
                 total = square = 0.0
                 for i in range(len(plane)):
-                    d = _deviation(plane[i], k[c])
-                    g = d if dy is None else np.float64(gradient[i])
+                    g, s = _summed(plane[i], gradient[i], extra[i], dy, r, f, parameter, undo, k[c], scale[c], shift[c])
                     total += g
-                    square += g * d
+                    square += s
                 sums[tile, c] += total
                 squares[tile, c] += square
         unit = _claim(counter)
 
 
-@_compiled("reassoc", "contract")
+@_loop("reassoc", "contract")
 def _sum_columns(
-    x: Array, dy: Array | None, k: Array, sums: Array, squares: Array, tile_rows: int, units: int, counter: Array
+    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, k: Array, scale: Array, shift: Array,
+    sums: Array, squares: Array, tile_rows: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Add up tiles of `tile_rows` rows; a unit is a group of the columns of one."""
     rows, columns = x.shape
@@ -140,29 +212,31 @@ def _sum_columns(
         group = range(np.uintp(first), np.uintp(min(first + COLUMNS, columns)))  # what may be negative is not vectorized
         row, end = tile * tile_rows, min((tile + 1) * tile_rows, rows)
         whole = end - (end - row) % BATCH
-        for r in range(row, whole, BATCH):
+        for top in range(row, whole, BATCH):
             for j in group:
                 total = square = 0.0
                 for b in range(BATCH):
-                    d = _deviation(x[r + b, j], k[j])
-                    g = d if dy is None else np.float64(dy[r + b, j])
+                    v = x[top + b, j]
+                    dy_j, r_j = v if dy is None else dy[top + b, j], v if r is None else r[top + b, j]
+                    g, s = _summed(v, dy_j, r_j, dy, r, f, parameter, undo, k[j], scale[j], shift[j])
                     total += g
-                    square += g * d
+                    square += s
                 sums[tile, j] += total
                 squares[tile, j] += square
-        for r in range(whole, end):
+        for low in range(whole, end):
             for j in group:
-                d = _deviation(x[r, j], k[j])
-                g = d if dy is None else np.float64(dy[r, j])
+                v = x[low, j]
+                dy_j, r_j = v if dy is None else dy[low, j], v if r is None else r[low, j]
+                g, s = _summed(v, dy_j, r_j, dy, r, f, parameter, undo, k[j], scale[j], shift[j])
                 sums[tile, j] += g
-                squares[tile, j] += g * d
+                squares[tile, j] += s
         unit = _claim(counter)
 
 
-@_compiled()
+@_loop()
 def _map_planes(
-    x: Array, dy: Array | None, y: Array, mean: Array, scale: Array, shift: Array, slope: Array,
-    group: int, piece: int, units: int, counter: Array,
+    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, y: Array, dr: Array | None,
+    mean: Array, scale: Array, shift: Array, slope: Array, bias: Array, group: int, piece: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Map planes, the last ones first; a unit is a group of them, or a piece of one."""
     planes, inner = x.shape
@@ -175,29 +249,33 @@ def _map_planes(
             c = p % channels
             source, target = x[p, start:stop], y[p, start:stop]
             gradient = source if dy is None else dy[p, start:stop]
+            extra = source if r is None else r[p, start:stop]
+            through = target if dr is None else dr[p, start:stop]
             for i in range(len(source)):
-                if dy is None:
-                    target[i] = _normalized(source[i], mean[c], scale[c], shift[c])
-                else:
-                    target[i] = _input_gradient(gradient[i], source[i], mean[c], scale[c], shift[c], slope[c])
+                target[i], dz = _mapped(
+                    source[i], gradient[i], extra[i], dy, r, f, parameter, undo, mean[c], scale[c], shift[c], slope[c], bias[c]
+                )
+                if dr is not None:
+                    through[i] = dz
         unit = units - 1 - _claim(counter)
 
 
-@_compiled()
+@_loop()
 def _map_columns(
-    x: Array, dy: Array | None, y: Array, mean: Array, scale: Array, shift: Array, slope: Array,
-    batch: int, units: int, counter: Array,
+    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, y: Array, dr: Array | None,
+    mean: Array, scale: Array, shift: Array, slope: Array, bias: Array, batch: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Map rows, the last ones first; a unit is `batch` of them."""
     rows, columns = x.shape
     unit = units - 1 - _claim(counter)
     while unit >= 0:
-        for r in range(unit * batch, min((unit + 1) * batch, rows)):
+        for row in range(unit * batch, min((unit + 1) * batch, rows)):
             for j in range(columns):
-                if dy is None:
-                    y[r, j] = _normalized(x[r, j], mean[j], scale[j], shift[j])
-                else:
-                    y[r, j] = _input_gradient(dy[r, j], x[r, j], mean[j], scale[j], shift[j], slope[j])
+                v = x[row, j]
+                dy_j, r_j = v if dy is None else dy[row, j], v if r is None else r[row, j]
+                y[row, j], dz = _mapped(v, dy_j, r_j, dy, r, f, parameter, undo, mean[j], scale[j], shift[j], slope[j], bias[j])
+                if dr is not None:
+                    dr[row, j] = dz
         unit = units - 1 - _claim(counter)
 
 
@@ -259,7 +337,7 @@ if hasattr(os, "register_at_fork"):
 # ---- Launching ----
 
 PATIENCE = 1.0  # seconds of compiling before the user is told
-_ready: set[tuple[Any, np.dtype[Any], bool]] = set()
+_ready: set[tuple[Any, ...]] = set()
 
 
 @cache
@@ -293,21 +371,47 @@ def _prepare(loop: Any, arguments: tuple[Any, ...]) -> None:
             run()
 
 
-def _sealed(a: Array) -> Array:
+def _sealed(a: Array | None) -> Array | None:
     """Take a view that cannot be written, so that Numba sees one type, whether `a` can be written or not."""
+    if a is None:
+        return None
     view = a.view()
     view.flags.writeable = False
     return view
 
 
-def _launch(loop: Any, x: Array, dy: Array | None, arguments: Iterable[Any], units: int, threads: int) -> None:
+@cache
+def _functions(activation: Any) -> tuple[Any, Any]:
+    """An activation and its derivative, of the normalized value and a parameter."""
+    if not activation.custom:
+        return FUNCTIONS[activation.name]
+
+    def with_parameter(function: Any) -> Any:
+        return None if function is None else _compiled(keep=False)(lambda z, _: _like(z, function(z)))
+
+    return with_parameter(activation.forward), with_parameter(activation.derivative)
+
+
+def _given(epilogue: Any, backward: bool) -> tuple[Any, ...]:
+    """The arguments of the loops that an epilogue stands for: function, parameter, and what undoes the activation."""
+    if epilogue is None or epilogue.activation is None:
+        return None, 0.0, None
+    activation = epilogue.activation
+    function = _functions(activation)[backward]
+    return function, activation.parameter, activation.parameter if epilogue.from_output else None
+
+
+def _launch(
+    loop: _Loop, x: Array, dy: Array | None, r: Array | None, given: tuple[Any, ...], arguments: Iterable[Any], units: int, threads: int
+) -> None:  # fmt: skip
     """Run all units of a loop."""
-    given = _sealed(x), None if dy is None else _sealed(dy), *arguments
-    key = loop, x.dtype, dy is None
+    arguments = _sealed(x), _sealed(dy), _sealed(r), *given, *arguments
+    compiled = loop.plain if given[0] is None and r is None else loop.active
+    key = compiled, x.dtype, given[0], *(a is None for a in arguments[:8])
     if key not in _ready:
-        _prepare(loop, given)
+        _prepare(compiled, arguments)
         _ready.add(key)
-    _share(partial(loop, *given, units, np.zeros(1, np.int64)), min(threads, units) - 1)
+    _share(partial(compiled, *arguments, units, np.zeros(1, np.int64)), min(threads, units) - 1)
 
 
 def warmup(dtype: np.dtype[Any], patterns: Iterable[str]) -> None:
@@ -333,14 +437,14 @@ def warmup(dtype: np.dtype[Any], patterns: Iterable[str]) -> None:
 # ---- The four operations ----
 
 
-def _by_planes(x: Array, short: int) -> bool:
-    outer, _, inner = x.shape
-    return bool(inner > 1 and (outer < MANY_IMAGES or inner * x.itemsize > short))
+def _by_planes(a: _Arrays, short: int) -> bool:
+    outer, _, inner = a.shape
+    return bool(inner > 1 and (outer < MANY_IMAGES or inner * a.item > short))
 
 
-def _as_columns(x: Array, longest: int) -> list[tuple[slice, int]]:
-    """Cut `x` into images whose columns are gathered, so many to a row, and the rest; each a slice and a number."""
-    outer, channels, inner = x.shape
+def _as_columns(a: _Arrays, longest: int) -> list[tuple[slice, int]]:
+    """Cut the arrays into images whose columns are gathered, so many to a row, and the rest; each a slice and a number."""
+    outer, channels, inner = a.shape
     repeats = max(1, longest // (channels * inner))
     full = outer - outer % repeats
     return [part for part in ((slice(0, full), repeats), (slice(full, outer), 1)) if part[0].start < part[0].stop]
@@ -355,50 +459,63 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _sums(x: Array, dy: Array | None, k: Array, threads: int) -> Array:
+class _Arrays:
+    """The arrays of a call that are laid out as x, and what the loops are given besides."""
+
+    def __init__(self, x: Array, dy: Array | None, y: Array | None, epilogue: Any):
+        self.shape = x.shape
+        self.item = x.itemsize
+        self.given = _given(epilogue, dy is not None)
+        r, dr = (None, None) if epilogue is None else (epilogue.residual, epilogue.dresidual)
+        self._all = x, dy, r, y, dr
+
+    def of(self, part: slice, *shape: int) -> list[Any]:
+        """Some of the images, in another shape."""
+        return [None if a is None else a[part].reshape(shape) for a in self._all]
+
+
+def _sums(a: _Arrays, vectors: tuple[Array, Array, Array], threads: int) -> Array:
     """Both sums of each channel."""
-    outer, channels, inner = x.shape
+    outer, channels, inner = a.shape
     short, longest = SUMMED
-    if _by_planes(x, short):
+    if _by_planes(a, short):
         piece, images = min(TILE, inner), max(1, TILE // inner)
         group = max(1, UNIT // (min(images, outer) * piece), _ceil(RUN, inner))
         tiles = _ceil(outer, images) * _ceil(inner, piece)
         sums = np.zeros((2, tiles, channels))
-        _launch(_sum_planes, x, dy, (k, *sums, images, piece, group), tiles * _ceil(channels, group), threads)
+        x, dy, r, _, _ = a.of(slice(None), outer, channels, inner)
+        _launch(_sum_planes, x, dy, r, a.given, (*vectors, *sums, images, piece, group), tiles * _ceil(channels, group), threads)
         total: Array = sums.sum(1)
         return total
     total = np.zeros((2, channels))
-    for part, repeats in _as_columns(x, longest):
+    for part, repeats in _as_columns(a, longest):
         columns = repeats * channels * inner
-        rows = x[part].reshape(-1, columns)
-        gradient = None if dy is None else dy[part].reshape(-1, columns)
+        x, dy, r, _, _ = a.of(part, -1, columns)
         tile_rows = max(TILE_ROWS, UNIT // columns)
-        tiles = _ceil(len(rows), tile_rows)
+        tiles = _ceil(len(x), tile_rows)
         sums = np.zeros((2, tiles, columns))
-        units = tiles * _ceil(columns, COLUMNS)
-        _launch(_sum_columns, rows, gradient, (_spread(k, inner, repeats), *sums, tile_rows), units, threads)
+        spread = (_spread(v, inner, repeats) for v in vectors)
+        _launch(_sum_columns, x, dy, r, a.given, (*spread, *sums, tile_rows), tiles * _ceil(columns, COLUMNS), threads)
         total += sums.sum(1).reshape(2, repeats, channels, inner).sum((1, 3))
     return total
 
 
-def _map(x: Array, dy: Array | None, y: Array, vectors: tuple[Array, ...], threads: int) -> None:
+def _map(a: _Arrays, vectors: tuple[Array, ...], threads: int) -> None:
     """Write what becomes of each element; the vectors are those of the channels."""
-    _, channels, inner = x.shape
+    outer, channels, inner = a.shape
     short, longest = MAPPED
-    if _by_planes(x, short):
-        planes = x.reshape(-1, inner)
-        gradient = None if dy is None else dy.reshape(-1, inner)
+    if _by_planes(a, short):
+        x, dy, r, y, dr = a.of(slice(None), -1, inner)
         piece, group = min(UNIT, inner), max(1, UNIT // inner)
-        units = _ceil(len(planes), group) * _ceil(inner, piece)
-        _launch(_map_planes, planes, gradient, (y.reshape(-1, inner), *vectors, group, piece), units, threads)
+        units = _ceil(outer * channels, group) * _ceil(inner, piece)
+        _launch(_map_planes, x, dy, r, a.given, (y, dr, *vectors, group, piece), units, threads)
         return
-    for part, repeats in _as_columns(x, longest):
+    for part, repeats in _as_columns(a, longest):
         columns = repeats * channels * inner
-        rows = x[part].reshape(-1, columns)
-        gradient = None if dy is None else dy[part].reshape(-1, columns)
+        x, dy, r, y, dr = a.of(part, -1, columns)
         spread = (_spread(v, inner, repeats) for v in vectors)
         batch = max(1, UNIT // columns)
-        _launch(_map_columns, rows, gradient, (y[part].reshape(-1, columns), *spread, batch), _ceil(len(rows), batch), threads)
+        _launch(_map_columns, x, dy, r, a.given, (y, dr, *spread, batch), _ceil(len(x), batch), threads)
 
 
 @np.errstate(all="ignore")
@@ -408,7 +525,7 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     a, b, c = (x[n * outer // 6, :, n * inner // 6].astype(np.float64) for n in (1, 3, 5))
     k = np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
     k = np.where(np.isfinite(k), k, 0.0)
-    total, square = _sums(x, None, k, threads)
+    total, square = _sums(_Arrays(x, None, None, None), (k, k, k), threads)
     offset = total / (outer * inner)
     mean = k + offset
     high = mean - k
@@ -416,18 +533,22 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     return mean, np.where(np.isfinite(low), low, 0.0), np.maximum(square - total * offset, 0.0)
 
 
-def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1) -> None:
-    """Write ``(x - mean) * scale + shift`` to `y`; see `fastbn.reference.normalize`."""
-    _map(x, None, y, (mean, scale, shift, shift), threads)
+def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1, epilogue: Any = None) -> None:
+    """Write ``(x - mean) * scale + shift`` and what follows to `y`; see `fastbn.reference.normalize`."""
+    _map(_Arrays(x, None, y, epilogue), (mean, scale, shift, shift, shift), threads)
 
 
 @np.errstate(all="ignore")
-def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1) -> tuple[Array, Array]:
-    """Sum `dy` and ``dy * (x - mean)`` over each channel; see `fastbn.reference.grad_sums`."""
-    sum_dy, sum_dy_xmu = _sums(x, dy, mean.astype(np.float64), threads)
+def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any = None) -> tuple[Array, Array]:
+    """Sum dy and ``dy * (x - mean)`` over each channel; see `fastbn.reference.grad_sums`."""
+    k = mean.astype(np.float64)
+    scale, shift = (k, k) if epilogue is None else (epilogue.scale, epilogue.shift)
+    sum_dy, sum_dy_xmu = _sums(_Arrays(x, dy, None, epilogue), (k, scale, shift), threads)
     return sum_dy, sum_dy_xmu
 
 
-def grad_input(dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1) -> None:
+def grad_input(
+    dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1, epilogue: Any = None
+) -> None:  # fmt: skip
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; see `fastbn.reference.grad_input`."""
-    _map(x, dy, dx, (mean, scale, g0, g1), threads)
+    _map(_Arrays(x, dy, dx, epilogue), (mean, scale, g0, g1, g0 if epilogue is None else epilogue.shift), threads)

@@ -83,7 +83,7 @@ inline f64r multiply_add(f64r a, f64r b, f64r c) {
 }
 
 // A comparison is all ones where it holds; choose takes `a` there and `b` elsewhere.
-template <class R, class M> inline R choose(M mask, R a, R b) { return (R)((mask & (M)a) | (~mask & (M)b)); }
+template <class R, class M> inline R choose(M mask, R a, R b) { return mask ? a : b; }
 inline f32r smaller(f32r a, f32r b) { return choose(a < b, a, b); }
 inline f32r larger(f32r a, f32r b) { return choose(a > b, a, b); }
 inline f64r smaller(f64r a, f64r b) { return choose(a < b, a, b); }
@@ -328,6 +328,12 @@ inline int widen_lanes(const f64r (&r)[BLOCK / REGISTER], f64r* t) {
     return BLOCK / REGISTER;
 }
 
+}  // namespace
+
+#include "activation.hpp"
+
+namespace {
+
 // ---- Blocks ----
 
 #define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)
@@ -363,9 +369,50 @@ template <class T> struct Block {
         return c;
     }
 
+    static Block activated(Block z, const Activation& f) {
+        switch (f.kind) {
+            case IDENTITY: break;
+            case RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] < 0, R{}, z.r[i]); break;
+            case RELU6: FOR_REGISTERS z.r[i] = choose(z.r[i] < 0, R{}, choose(z.r[i] > 6, all<R>(6), z.r[i])); break;
+            case LEAKY_RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] > 0, z.r[i], z.r[i] * (C)f.parameter); break;
+            case HARDSWISH: FOR_REGISTERS z.r[i] = z.r[i] * (ramp(z.r[i]) * all<R>(1.0 / 6)); break;
+            default: apply_smooth<false>(z.r, f.kind);
+        }
+        return z;
+    }
+
+    // dy times the derivative of the activation at z.
+    static Block through(Block dy, Block z, const Activation& f) {
+        switch (f.kind) {
+            case IDENTITY: break;
+            case RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] <= 0, R{}, dy.r[i]); break;
+            case RELU6: FOR_REGISTERS dy.r[i] = choose((z.r[i] <= 0) | (z.r[i] >= 6), R{}, dy.r[i]); break;
+            case LEAKY_RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] > 0, dy.r[i], dy.r[i] * (C)f.parameter); break;
+            case HARDSWISH:
+                FOR_REGISTERS {
+                    const R inside = dy.r[i] * multiply_add(z.r[i], all<R>(1.0 / 3), all<R>(0.5));
+                    dy.r[i] = choose(z.r[i] <= -3, R{}, choose(z.r[i] >= 3, dy.r[i], inside));
+                }
+                break;
+            default: apply_smooth<true>(z.r, f.kind); dy = dy * z;
+        }
+        return dy;
+    }
+
+    // What leaky_relu made y of; identity stays as it is.
+    static Block restored(Block y, const Activation& f) {
+        if (f.kind == LEAKY_RELU) FOR_REGISTERS y.r[i] = choose(y.r[i] > 0, y.r[i], y.r[i] / (C)f.parameter);
+        return y;
+    }
+
     static Block median(Block a, Block b, Block c) {
         FOR_REGISTERS a.r[i] = larger(smaller(a.r[i], b.r[i]), smaller(larger(a.r[i], b.r[i]), c.r[i]));
         return a;
+    }
+
+    static R ramp(R z) {
+        z = z + 3;
+        return choose(z < 0, R{}, choose(z > 6, all<R>(6), z));
     }
 
     // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
@@ -433,6 +480,8 @@ template <class T> struct Block {
             else if (left > 0) narrow_part<T>(p + i * lanes, r[i], left);
         }
     }
+
+    double first() const { return r[0][0]; }
 
     // One element, in double.
     static double element(const T* p) {

@@ -8,7 +8,8 @@ a) Two patterns. *Planes* (ncsp): each channel of each image is a run of `inner`
 
 b) Four operations, two kinds. `Stats` and `GradSums` reduce to two sums per channel; `Normalize` and `InputGradient`
    map to an output. So there are four loops over elements: `sum_planes`, `sum_columns`, `map_planes`, `map_columns`.
-   What is summed or mapped stands in `accumulate` and `mapped`.
+   What is summed or mapped stands in `accumulate` and `mapped`. An operation with an activation or a residual is an
+   `Active` one. Which activation it is, is decided block by block, which costs next to nothing.
 
 c) Sums run over fixed tiles that depend on the shape alone, in the lanes of one block (simd.hpp), and are merged in
    double in a fixed order: the same bits for any number of threads. Statistics are sums of x - k and (x - k)^2, where
@@ -83,6 +84,17 @@ cdef extern from "simd.hpp" nogil:
         double value(const void*, Py_ssize_t)
         @staticmethod
         void set_value(void*, Py_ssize_t, double)
+        double first()
+        @staticmethod
+        Block[T] activated(Block[T], const Activation&)
+        @staticmethod
+        Block[T] through(Block[T], Block[T], const Activation&)
+        @staticmethod
+        Block[T] restored(Block[T], const Activation&)
+
+    ctypedef struct Activation:
+        int kind
+        double parameter
 
     void fence()
 
@@ -92,20 +104,25 @@ cdef extern from * nogil:
 
     struct Stats {};
     struct GradSums {};
+    struct ActiveSums {};
     struct Normalize {};
+    struct ActiveNormalize {};
     struct InputGradient {};
+    struct ActiveGradient {};
 
     // One call: its arrays, and how they are cut. Vectors of channels are in the type of the arithmetic.
     struct Call {
-        const void *x, *dy;
-        void *out;
+        const void *x, *dy, *residual;  // residual, dresidual: of active operations, or NULL
+        void *out, *dresidual;
+        Activation activation;
+        bool restores;  // x is the output of the forward: what the activation made of it is undone
         ptrdiff_t outer, channels, inner;
         double count;  // values per channel
         int threads;
 
-        const void *weight, *bias;
+        const void *weight, *bias;  // of the forward; for active gradients, the bias is the shift of the forward
         void *mean, *mean_lo, *invstd;
-        const void *at_mean, *at_scale, *at_shift, *at_slope;  // of the map; for columns one for each column
+        const void *at_mean, *at_scale, *at_shift, *at_slope, *at_bias;  // of the map; for columns one for each column
         void *scale, *shift, *slope;
         double eps;
 
@@ -136,11 +153,30 @@ cdef extern from * nogil:
         double k[PLANES];
     };
 
+    template <class T> struct Arrays {
+        const T *x, *dy, *residual;
+        T *out, *dresidual;
+    };
+
+    // A block of each input, and of each output.
+    template <class T> struct Elements {
+        Block<T> x, dy, residual;
+    };
+    template <class T> struct Results {
+        Block<T> out, dresidual;
+    };
+
+    // A block of each vector of channels.
+    template <class T> struct Parameters {
+        Block<T> mean, scale, shift, slope, bias;
+    };
+
     // The same call, as seen by the kernels of one operation and one storage type.
     template <class Op, class T> struct Job : Call {
-        const T* input() const { return static_cast<const T*>(x); }
-        const T* gradient() const { return static_cast<const T*>(dy); }
-        T* output() const { return static_cast<T*>(out); }
+        Arrays<T> arrays() const {
+            return {static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<const T*>(residual), static_cast<T*>(out),
+                    static_cast<T*>(dresidual)};
+        }
     };
 
     }
@@ -149,15 +185,25 @@ cdef extern from * nogil:
         pass
     ctypedef struct GradSums:
         pass
+    ctypedef struct ActiveSums:
+        pass
     ctypedef struct Normalize:
         pass
+    ctypedef struct ActiveNormalize:
+        pass
     ctypedef struct InputGradient:
+        pass
+    ctypedef struct ActiveGradient:
         pass
 
     cdef cppclass Call:
         const void *x
         const void *dy
+        const void *residual
         void *out
+        void *dresidual
+        Activation activation
+        bint restores
         Py_ssize_t outer, channels, inner
         double count
         int threads
@@ -170,6 +216,7 @@ cdef extern from * nogil:
         const void *at_scale
         const void *at_shift
         const void *at_slope
+        const void *at_bias
         void *scale
         void *shift
         void *slope
@@ -198,10 +245,24 @@ cdef extern from * nogil:
         Block[T] *square
         double *k
 
+    cdef cppclass Arrays[T]:
+        const T *x
+        const T *dy
+        const T *residual
+        T *out
+        T *dresidual
+
+    cdef cppclass Elements[T]:
+        Block[T] x, dy, residual
+
+    cdef cppclass Results[T]:
+        Block[T] out, dresidual
+
+    cdef cppclass Parameters[T]:
+        Block[T] mean, scale, shift, slope, bias
+
     cdef cppclass Job[Op, T](Call):
-        const T* input()
-        const T* gradient()
-        T* output()
+        Arrays[T] arrays()
 
 ctypedef fused T:
     float
@@ -212,16 +273,41 @@ ctypedef fused T:
 ctypedef fused Sum:
     Stats
     GradSums
+    ActiveSums
+
+ctypedef fused Forward:
+    Normalize
+    ActiveNormalize
+
+ctypedef fused Backward:
+    InputGradient
+    ActiveGradient
 
 ctypedef fused Map:
     Normalize
+    ActiveNormalize
     InputGradient
+    ActiveGradient
+
+ctypedef fused Active:
+    ActiveSums
+    ActiveNormalize
+    ActiveGradient
+
+ctypedef fused Gradient:  # operations that read dy
+    GradSums
+    ActiveSums
+    InputGradient
+    ActiveGradient
 
 ctypedef fused Op:
     Stats
     GradSums
+    ActiveSums
     Normalize
+    ActiveNormalize
     InputGradient
+    ActiveGradient
 
 
 # Numeric tiles: fixed by the shape, never by the machine.
@@ -249,6 +335,76 @@ cdef inline Block[T] take(const T* p, Py_ssize_t n, Block[T] fill) noexcept nogi
     return Block[T].load(p) if n == Block[T].width() else Block[T].load_part(p, n, fill)
 
 
+cdef inline Elements[T] elements(Job[Op, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, Parameters[T]* p) noexcept nogil:
+    """Load n elements of each input, at most a block; the other lanes add nothing to a sum."""
+    cdef Elements[T] e
+    cdef Block[T] zero = Block[T].constant(0)
+    e.x = take(a.x + at, n, p.mean)
+    if Op in Gradient:
+        e.dy = take(a.dy + at, n, zero)
+    if Op in Active:
+        if job.restores:
+            e.x = Block[T].restored(e.x, job.activation)
+        if job.residual != NULL:
+            e.residual = take(a.residual + at, n, zero)
+    return e
+
+
+cdef inline Elements[T] elements_before(Job[Op, T]* job, Arrays[T]* a, Py_ssize_t end, Py_ssize_t n, Parameters[T]* p) noexcept nogil:
+    """The n < width elements that end at `end`, though all before them can be read."""
+    cdef Elements[T] e
+    cdef Block[T] zero = Block[T].constant(0)
+    e.x = Block[T].load_end(a.x + end, n, p.mean)
+    if Op in Gradient:
+        e.dy = Block[T].load_end(a.dy + end, n, zero)
+    if Op in Active:
+        if job.restores:
+            e.x = Block[T].restored(e.x, job.activation)
+        if job.residual != NULL:
+            e.residual = Block[T].load_end(a.residual + end, n, zero)
+    return e
+
+
+cdef inline Block[T] before_activation(
+    Job[Op, T]* job, Elements[T] e, Block[T] centered, Block[T] scale, Block[T] shift
+) noexcept nogil:
+    """What the activation of the forward was applied to."""
+    cdef Block[T] z
+    if job.restores:
+        return e.x
+    z = Block[T].fma(centered, scale, shift)
+    return z if job.residual == NULL else z + e.residual
+
+
+cdef inline void accumulate(
+    Job[Sum, T]* job, Elements[T] e, Parameters[T]* p, Block[T]* sum, Block[T]* square
+) noexcept nogil:
+    cdef Block[T] d = e.x - p.mean
+    if Sum is Stats:
+        sum[0] = sum[0] + d
+        square[0] = Block[T].fma(d, d, square[0])
+    else:
+        if Sum is ActiveSums:
+            e.dy = Block[T].through(e.dy, before_activation(job, e, d, p.scale, p.bias), job.activation)
+        sum[0] = sum[0] + e.dy
+        square[0] = Block[T].fma(e.dy, d, square[0])
+
+
+cdef inline Results[T] mapped(Job[Map, T]* job, Elements[T] e, Parameters[T]* p) noexcept nogil:
+    cdef Results[T] r
+    cdef Block[T] d = e.x - p.mean
+    if Map is Normalize:
+        r.out = Block[T].fma(d, p.scale, p.shift)
+    elif Map is ActiveNormalize:
+        r.out = Block[T].activated(before_activation(job, e, d, p.scale, p.shift), job.activation)
+    else:
+        if Map is ActiveGradient:
+            e.dy = Block[T].through(e.dy, before_activation(job, e, d, p.scale, p.bias), job.activation)
+            r.dresidual = e.dy
+        r.out = p.scale * Block[T].fma(d, p.slope, e.dy - p.shift)
+    return r
+
+
 cdef inline void give(T* p, Block[T] a, Py_ssize_t n, bint streams) noexcept nogil:
     if n < Block[T].width():
         a.store_part(p, n)
@@ -258,59 +414,76 @@ cdef inline void give(T* p, Block[T] a, Py_ssize_t n, bint streams) noexcept nog
         a.store(p)
 
 
-cdef inline void accumulate(
-    Job[Sum, T]* job, Block[T] x, Block[T] dy, Block[T] k, Block[T]* sum, Block[T]* square
-) noexcept nogil:
-    cdef Block[T] d = x - k
-    if Sum is Stats:
-        sum[0] = sum[0] + d
-        square[0] = Block[T].fma(d, d, square[0])
-    else:
-        sum[0] = sum[0] + dy
-        square[0] = Block[T].fma(dy, d, square[0])
+cdef inline void deliver(Job[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, bint streams, Results[T] r) noexcept nogil:
+    """Store n elements of each output, at most a block."""
+    give(a.out + at, r.out, n, streams)
+    if Map is ActiveGradient:
+        if job.dresidual != NULL:
+            give(a.dresidual + at, r.dresidual, n, streams)
 
 
-cdef inline Block[T] mapped(
-    Job[Map, T]* job, Block[T] x, Block[T] dy, Block[T] mean, Block[T] scale, Block[T] shift, Block[T] slope
-) noexcept nogil:
-    if Map is Normalize:
-        return Block[T].fma(x - mean, scale, shift)
-    else:
-        return scale * Block[T].fma(x - mean, slope, dy - shift)
+cdef inline void of_channel(Job[Op, T]* job, Py_ssize_t c, Parameters[T]* p) noexcept nogil:
+    """Set the parameters to those of one channel, in all lanes."""
+    if Op is not Stats:
+        p.mean = Block[T].splat(job.at_mean, c)
+    if Op in Map or Op is ActiveSums:
+        p.scale = Block[T].splat(job.at_scale, c)
+    if Op in Map:
+        p.shift = Block[T].splat(job.at_shift, c)
+    if Op in Backward:
+        p.slope = Block[T].splat(job.at_slope, c)
+    if Op in Active and Op in Gradient:
+        p.bias = Block[T].splat(job.at_bias, c)
+
+
+cdef inline void of_columns(Job[Op, T]* job, Py_ssize_t j, Parameters[T]* p) noexcept nogil:
+    """Set the parameters to those of the columns from index j on."""
+    if Op is not Stats:
+        p.mean = Block[T].get(job.at_mean, j)
+    if Op in Map or Op is ActiveSums:
+        p.scale = Block[T].get(job.at_scale, j)
+    if Op in Map:
+        p.shift = Block[T].get(job.at_shift, j)
+    if Op in Backward:
+        p.slope = Block[T].get(job.at_slope, j)
+    if Op in Active and Op in Gradient:
+        p.bias = Block[T].get(job.at_bias, j)
 
 
 # ---- Sums that left the range of the arithmetic ----
 
 cdef void sum_exactly(
-    Job[Sum, T]* job, Py_ssize_t at, Py_ssize_t offset, Py_ssize_t runs, Py_ssize_t stride, Py_ssize_t n, double mean
+    Job[Sum, T]* job, Py_ssize_t index, Py_ssize_t offset, Py_ssize_t runs, Py_ssize_t stride, Py_ssize_t n, Parameters[T]* p
 ) noexcept nogil:
-    """Sum `runs` runs of n elements, `stride` apart, in double; store the sums at index `at`."""
-    cdef const T* x = job.input() + offset
-    cdef const T* dy
-    cdef double k, g, d, sum = 0, square = 0
+    """Sum `runs` runs of n elements, `stride` apart, in double; store the sums at an index."""
+    cdef Arrays[T] a = job.arrays()
+    cdef Elements[T] e
+    cdef double k = 0, g, d, sum = 0, square = 0
     cdef Py_ssize_t r, i
     if Sum is Stats:
-        k = 0
         for r in range(runs):
             for i in range(n):
-                k += Block[T].element(x + r * stride + i)
+                k += Block[T].element(a.x + offset + r * stride + i)
         k /= runs * n
         k = k if isfinite(k) else 0
-        for r in range(runs):
-            for i in range(n):
-                d = Block[T].element(x + r * stride + i) - k
-                sum += d
-                square += d * d
-        job.shifts[at] = k
+        job.shifts[index] = k
     else:
-        dy = job.gradient() + offset
-        for r in range(runs):
-            for i in range(n):
-                g = Block[T].element(dy + r * stride + i)
-                sum += g
-                square += g * (Block[T].element(x + r * stride + i) - mean)
-    job.sums[at] = sum
-    job.squares[at] = square
+        k = p.mean.first()
+    for r in range(runs):
+        for i in range(n):
+            e = elements(job, &a, offset + r * stride + i, 1, p)
+            d = e.x.first() - k
+            g = d
+            if Sum is GradSums:
+                g = e.dy.first()
+            elif Sum is ActiveSums:
+                g = Block[T].through(
+                    e.dy, before_activation(job, e, e.x - p.mean, p.scale, p.bias), job.activation
+                ).first()
+            sum += g
+            square += g * d
+    job.sums[index] = sum
+    job.squares[index] = square
 
 
 # ---- Planes ----
@@ -320,19 +493,19 @@ cdef inline double middle(double a, double b, double c) noexcept nogil:
 
 
 cdef inline void sum_run(
-    Job[Sum, T]* job, const T* x, const T* dy, Py_ssize_t n, Block[T] k, Block[T] zero, Block[T]* sum, Block[T]* square
+    Job[Sum, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, Parameters[T]* p, Block[T]* sum, Block[T]* square
 ) noexcept nogil:
     """Add n elements that lie one behind the other."""
-    cdef Py_ssize_t W = Block[T].width(), i = 0
-    while i + W <= n:
-        accumulate(job, Block[T].load(x + i), Block[T].load(dy + i), k, sum, square)
-        i += W
-    if i == n:
+    cdef Py_ssize_t W = Block[T].width(), end = at + n
+    while at + W <= end:
+        accumulate(job, elements(job, a, at, W, p), p, sum, square)
+        at += W
+    if at == end:
         return
     if n >= W:
-        accumulate(job, Block[T].load_end(x + n, n - i, k), Block[T].load_end(dy + n, n - i, zero), k, sum, square)
+        accumulate(job, elements_before(job, a, end, end - at, p), p, sum, square)
     else:
-        accumulate(job, take(x, n, k), take(dy, n, zero), k, sum, square)
+        accumulate(job, elements(job, a, at, n, p), p, sum, square)
 
 
 cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
@@ -340,24 +513,21 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Py_ssize_t W = Block[T].width(), stride = job.channels * job.inner
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
-    cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, at = tile * job.channels + first
-    cdef const T* x = job.input() + offset
-    cdef const T* dy = x if Sum is Stats else job.gradient() + offset
+    cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, index = tile * job.channels + first, at = offset
     cdef Py_ssize_t i, n, c, together, images = runs, e = runs * length, channels = last - first
-    cdef Py_ssize_t a = e // 6 // length * stride + e // 6 % length, b = e // 2 // length * stride + e // 2 % length
-    cdef Py_ssize_t z = e * 5 // 6 // length * stride + e * 5 // 6 % length
+    cdef Py_ssize_t early = e // 6 // length * stride + e // 6 % length, late = e * 5 // 6 // length * stride + e * 5 // 6 % length
+    cdef Py_ssize_t half = e // 2 // length * stride + e // 2 % length
+    cdef Arrays[T] a = job.arrays()
     cdef const T* plane
     cdef Accumulators[T] acc
-    cdef Block[T] k, sum, square, zero = Block[T].constant(0)
-    cdef double total, total_square, mean
+    cdef Parameters[T] p
+    cdef Block[T] sum, square, zero = Block[T].constant(0)
+    cdef double total, total_square
     for c in range(channels):
         if Sum is Stats:
-            plane = x + c * job.inner
-            mean = middle(Block[T].element(plane + a), Block[T].element(plane + b), Block[T].element(plane + z))
-            job.shifts[at + c] = mean
-        else:
-            mean = Block[T].value(job.at_mean, first + c)
-        acc.k[c] = mean
+            plane = a.x + offset + c * job.inner
+            acc.k[c] = middle(Block[T].element(plane + early), Block[T].element(plane + half), Block[T].element(plane + late))
+            job.shifts[index + c] = acc.k[c]
         acc.sum[c] = acc.square[c] = zero
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
@@ -367,72 +537,64 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             # The same channel of the next image is too far away for the processor to foresee.
             if together < images:
                 for n in range(together):
-                    Block[T].prefetch(x + (n + together) * stride, length)
-                    if Sum is GradSums:
-                        Block[T].prefetch(dy + (n + together) * stride, length)
-            k = Block[T].constant(acc.k[c])
+                    Block[T].prefetch(a.x + at + (n + together) * stride, length)
+                    if Sum in Gradient:
+                        Block[T].prefetch(a.dy + at + (n + together) * stride, length)
+            of_channel(job, first + c, &p)
+            if Sum is Stats:
+                p.mean = Block[T].constant(acc.k[c])
             i = 0
             while i < length:
                 sum = square = zero
                 for n in range(together):
-                    sum_run(job, x + n * stride + i, dy + n * stride + i, min(CHAIN * W, length - i), k, zero, &sum, &square)
+                    sum_run(job, &a, at + n * stride + i, min(CHAIN * W, length - i), &p, &sum, &square)
                 acc.sum[c] = acc.sum[c] + sum
                 acc.square[c] = acc.square[c] + square
                 i += CHAIN * W
-            x += job.inner
-            dy += job.inner
-        x += together * stride - channels * job.inner
-        dy += together * stride - channels * job.inner
+            at += job.inner
+        at += together * stride - channels * job.inner
         images -= together
     for c in range(channels):
         total = acc.sum[c].total()
         total_square = acc.square[c].total()
-        job.sums[at + c] = total
-        job.squares[at + c] = total_square
+        job.sums[index + c] = total
+        job.squares[index + c] = total_square
         if not Block[T].in_range(total_square) or (Sum is Stats and total_square == 0 and total != 0):
-            sum_exactly(job, at + c, offset + c * job.inner, runs, stride, length, acc.k[c])
+            of_channel(job, first + c, &p)
+            sum_exactly(job, index + c, offset + c * job.inner, runs, stride, length, &p)
 
 
 cdef void map_planes(
     Job[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes, Py_ssize_t start, Py_ssize_t length
 ) noexcept nogil:
     """Map elements start ... start + length of several planes that lie one behind the other."""
-    cdef Py_ssize_t W = Block[T].width(), channel = plane % job.channels, p, i
-    cdef const T* x = job.input() + plane * job.inner + start
-    cdef const T* dy = x if Map is Normalize else job.gradient() + plane * job.inner + start
-    cdef T* y = job.output() + plane * job.inner + start
-    cdef Block[T] mean, scale, shift, slope, head, tail
-    for p in range(planes):
-        mean = Block[T].splat(job.at_mean, channel)
-        scale = Block[T].splat(job.at_scale, channel)
-        shift = Block[T].splat(job.at_shift, channel)
-        slope = Block[T].splat(job.at_slope, channel) if Map is InputGradient else mean
+    cdef Py_ssize_t W = Block[T].width(), channel = plane % job.channels, at = plane * job.inner + start, n, i
+    cdef Arrays[T] a = job.arrays()
+    cdef Parameters[T] p
+    cdef Results[T] tail
+    for n in range(planes):
+        of_channel(job, channel, &p)
         if length < W:
-            tail = mapped(job, take(x, length, mean), take(dy, length, mean), mean, scale, shift, slope)
-            tail.store_part(y, length)
+            deliver(job, &a, at, length, False, mapped(job, elements(job, &a, at, length, &p), &p))
         else:
             # The tail overlaps what is before it. It is computed first, because the output may be the input.
-            tail = mapped(job, Block[T].load(x + length - W), Block[T].load(dy + length - W), mean, scale, shift, slope)
-            i = Block[T].to_line(y, length) if job.streams or length >= 16 * W else 0
+            tail = mapped(job, elements(job, &a, at + length - W, W, &p), &p)
+            i = Block[T].to_line(a.out + at, length) if job.streams or length >= 16 * W else 0
             if i > 0:
-                head = mapped(job, Block[T].load(x), Block[T].load(dy), mean, scale, shift, slope)
-                head.store_part(y, i)
+                deliver(job, &a, at, i, False, mapped(job, elements(job, &a, at, W, &p), &p))
             if job.streams:
                 while i + W <= length:
-                    mapped(job, Block[T].load(x + i), Block[T].load(dy + i), mean, scale, shift, slope).stream(y + i)
+                    deliver(job, &a, at + i, W, True, mapped(job, elements(job, &a, at + i, W, &p), &p))
                     i += W
                 if i < length:  # never write a streamed line again
-                    tail = mapped(job, take(x + i, length - i, mean), take(dy + i, length - i, mean), mean, scale, shift, slope)
-                    tail.store_part(y + i, length - i)
+                    deliver(job, &a, at + i, length - i, False, mapped(job, elements(job, &a, at + i, length - i, &p), &p))
             else:
                 while i + W <= length:
-                    mapped(job, Block[T].load(x + i), Block[T].load(dy + i), mean, scale, shift, slope).store(y + i)
+                    deliver(job, &a, at + i, W, False, mapped(job, elements(job, &a, at + i, W, &p), &p))
                     i += W
                 if i < length:
-                    tail.store(y + length - W)
-        x += job.inner
-        dy += job.inner
-        y += job.inner
+                    deliver(job, &a, at + length - W, W, False, tail)
+        at += job.inner
         channel = channel + 1 if channel + 1 < job.channels else 0
 
 
@@ -453,17 +615,19 @@ cdef inline Py_ssize_t tile_columns(Call* job, Py_ssize_t tile) noexcept nogil:
 
 
 cdef inline void sum_rows(
-    Job[Sum, T]* job, const T* x, const T* dy, Py_ssize_t rows, Py_ssize_t n,
-    void* k, void* sums, void* squares, Py_ssize_t j
+    Job[Sum, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t n, void* k, void* sums, void* squares,
+    Py_ssize_t first, Py_ssize_t j
 ) noexcept nogil:
-    """Add a few rows of n columns, at most a block, to the accumulators from index j on."""
-    cdef Block[T] zero = Block[T].constant(0)
-    cdef Block[T] center = Block[T].get(k, j), sum = zero, square = zero
+    """Add a few rows of n columns, at most a block, from column first + j on to the accumulators from index j on."""
+    cdef Block[T] sum = Block[T].constant(0), square = Block[T].constant(0)
+    cdef Parameters[T] p
     cdef Py_ssize_t r
+    of_columns(job, first + j, &p)
+    if Sum is Stats:
+        p.mean = Block[T].get(k, j)
     for r in range(rows):
-        accumulate(job, take(x, n, center), take(dy, n, zero), center, &sum, &square)
-        x += job.columns
-        dy += job.columns
+        accumulate(job, elements(job, a, at + j, n, &p), &p, &sum, &square)
+        at += job.columns
     (Block[T].get(sums, j) + sum).put(sums, j)
     (Block[T].get(squares, j) + square).put(squares, j)
 
@@ -489,34 +653,28 @@ cdef inline double run_total(Job[Sum, T]* job, void* sums, Py_ssize_t first) noe
 cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """The sums of columns first ... last of one tile."""
     cdef Py_ssize_t W = Block[T].width(), K = job.columns
-    cdef Py_ssize_t rows = tile_rows(job, tile), offset = tile_offset(job, tile) + first, at = tile * job.width + first // job.run
+    cdef Py_ssize_t rows = tile_rows(job, tile), at = tile_offset(job, tile) + first, index = tile * job.width + first // job.run
     cdef Py_ssize_t columns = min(last, tile_columns(job, tile)) - first
-    cdef const T* x = job.input() + offset
-    cdef const T* dy = x if Sum is Stats else job.gradient() + offset
+    cdef Arrays[T] a = job.arrays()
+    cdef const T* early = a.x + at + rows // 6 * K
+    cdef const T* half = a.x + at + rows // 2 * K
+    cdef const T* late = a.x + at + rows * 5 // 6 * K
     cdef Columns k, sums, squares
-    cdef Block[T] center, zero = Block[T].constant(0)
-    cdef Py_ssize_t r, j, n, run = job.run
-    cdef double total, total_square, mean = 0
-    j = 0
+    cdef Parameters[T] p
+    cdef Block[T] zero = Block[T].constant(0)
+    cdef Py_ssize_t r, j = 0, n, run = job.run
+    cdef double total, total_square, mean
     while j < columns:
         n = min(W, columns - j)
         if Sum is Stats and run == 1:
-            center = Block[T].median(
-                take(x + rows // 6 * K + j, n, zero), take(x + rows // 2 * K + j, n, zero), take(x + rows * 5 // 6 * K + j, n, zero)
-            )
-            center.put(&k, j)
-        elif Sum is GradSums:
-            Block[T].get(job.at_mean, first + j).put(&k, j)
+            Block[T].median(take(early + j, n, zero), take(half + j, n, zero), take(late + j, n, zero)).put(&k, j)
         zero.put(&sums, j)
         zero.put(&squares, j)
         j += W
     if Sum is Stats and run > 1:
         j = 0
         while j < columns:
-            mean = middle(
-                Block[T].element(x + rows // 6 * K + j), Block[T].element(x + rows // 2 * K + j + run // 2),
-                Block[T].element(x + rows * 5 // 6 * K + j + run - 1),
-            )
+            mean = middle(Block[T].element(early + j), Block[T].element(half + j + run // 2), Block[T].element(late + j + run - 1))
             put_run[T](&k, j, run, Block[T].constant(mean))
             j += run
     r = 0
@@ -525,10 +683,10 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
         j = 0
         if n == BATCH:
             while j + W <= columns:
-                sum_rows(job, x + r * K + j, dy + r * K + j, BATCH, W, &k, &sums, &squares, j)
+                sum_rows(job, &a, at + r * K, BATCH, W, &k, &sums, &squares, first, j)
                 j += W
         while j < columns:
-            sum_rows(job, x + r * K + j, dy + r * K + j, n, min(W, columns - j), &k, &sums, &squares, j)
+            sum_rows(job, &a, at + r * K, n, min(W, columns - j), &k, &sums, &squares, first, j)
             j += W
         r += BATCH
     for j in range(columns // run):
@@ -536,52 +694,45 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
             total, total_square = Block[T].value(&sums, j), Block[T].value(&squares, j)
         else:
             total, total_square = run_total(job, &sums, j * run), run_total(job, &squares, j * run)
-        mean = Block[T].value(&k, j * run)
-        job.sums[at + j] = total
-        job.squares[at + j] = total_square
+        job.sums[index + j] = total
+        job.squares[index + j] = total_square
         if Sum is Stats:
-            job.shifts[at + j] = mean
+            job.shifts[index + j] = Block[T].value(&k, j * run)
         if not Block[T].in_range(total_square) or (Sum is Stats and total_square == 0 and total != 0):
-            sum_exactly(job, at + j, offset + j * run, rows, K, run, mean)
+            of_columns(job, first + j * run, &p)
+            sum_exactly(job, index + j, at + j * run, rows, K, run, &p)
 
 
 cdef inline void map_rows(
-    Job[Map, T]* job, const T* x, const T* dy, T* y, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n, bint streams
+    Job[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n, bint streams
 ) noexcept nogil:
     """Map n columns from j on, at most a block, of a few rows."""
-    cdef Block[T] mean = Block[T].get(job.at_mean, j), scale = Block[T].get(job.at_scale, j), shift = Block[T].get(job.at_shift, j)
-    cdef Block[T] slope = Block[T].get(job.at_slope, j) if Map is InputGradient else mean
+    cdef Parameters[T] p
     cdef Py_ssize_t r
+    of_columns(job, j, &p)
     for r in range(rows):
-        give(y, mapped(job, take(x, n, mean), take(dy, n, mean), mean, scale, shift, slope), n, streams)
-        x += job.columns
-        dy += job.columns
-        y += job.columns
+        deliver(job, a, at + j, n, streams, mapped(job, elements(job, a, at + j, n, &p), &p))
+        at += job.columns
 
 
 cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Map columns first ... last of several rows."""
-    cdef Py_ssize_t W = Block[T].width(), K = job.columns, offset = job.skip + row * K
-    cdef const T* x = job.input() + offset
-    cdef const T* dy = x if Map is Normalize else job.gradient() + offset
-    cdef T* y = job.output() + offset
-    cdef Py_ssize_t batch, j
+    cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
+    cdef Arrays[T] a = job.arrays()
     while rows > 0:
         batch = 1 if job.streams else min(<Py_ssize_t> MAP_ROWS, rows)  # far from the cache, one long run is best
         j = first
         if batch < MAP_ROWS:
             while j + W <= last:
-                map_rows(job, x + j, dy + j, y + j, batch, j, W, job.streams)
+                map_rows(job, &a, at, batch, j, W, job.streams)
                 j += W
         else:
             while j + W <= last:
-                map_rows(job, x + j, dy + j, y + j, MAP_ROWS, j, W, job.streams)
+                map_rows(job, &a, at, MAP_ROWS, j, W, job.streams)
                 j += W
         if j < last:
-            map_rows(job, x + j, dy + j, y + j, batch, j, last - j, False)
-        x += batch * K
-        dy += batch * K
-        y += batch * K
+            map_rows(job, &a, at, batch, j, last - j, False)
+        at += batch * job.columns
         rows -= batch
 
 
@@ -647,7 +798,7 @@ cdef void merge_sums(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
                 job.second[c] += job.squares[at + c]
 
 
-cdef inline void fold_channel(Job[Normalize, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
+cdef inline void fold_channel(Job[Forward, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
     """Scale and shift of one channel; `core.fold` is the same in NumPy."""
     cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
     cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)
@@ -655,7 +806,7 @@ cdef inline void fold_channel(Job[Normalize, T]* job, Py_ssize_t c, double low, 
     Block[T].set_value(job.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
 
 
-cdef void fold_batch(Job[Normalize, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged statistics to the parameters of the map."""
     cdef double high, low, invstd
     cdef Py_ssize_t c
@@ -669,7 +820,7 @@ cdef void fold_batch(Job[Normalize, T]* job, Py_ssize_t first, Py_ssize_t last) 
         Block[T].set_value(job.invstd, c, invstd)
 
 
-cdef void fold_gradient(Job[InputGradient, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void fold_gradient(Job[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged sums to the parameters of the map; `core.input_gradient` is the same in NumPy."""
     cdef double low, invstd, g0, g1
     cdef Py_ssize_t c
@@ -679,7 +830,6 @@ cdef void fold_gradient(Job[InputGradient, T]* job, Py_ssize_t first, Py_ssize_t
         job.second[c] -= low * job.first[c]
         g1 = invstd * invstd * job.second[c] / job.count
         g0 = job.first[c] / job.count - low * g1
-        Block[T].set_value(job.scale, c, invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c))
         Block[T].set_value(job.shift, c, g0)
         Block[T].set_value(job.slope, c, -g1)
 
@@ -698,12 +848,12 @@ cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
 cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows, several planes, or a piece of one plane."""
     cdef Py_ssize_t pieces, first, groups
-    cdef const T* dy = job.input() if Map is Normalize else job.gradient()
+    cdef Arrays[T] a = job.arrays()
     if job.by_columns:
         groups = (job.columns + job.group - 1) // job.group
         first = unit % groups * job.group
         if unit == 0 and job.skip > 0:
-            map_rows(job, job.input(), dy, job.output(), 1, -job.skip, job.skip, False)
+            map_rows(job, &a, job.skip, 1, -job.skip, job.skip, False)
         unit = unit // groups * job.unit
         if unit < job.rows:
             map_columns(job, unit, min(job.unit, job.rows - unit), first, min(first + job.group, job.columns))
@@ -729,7 +879,7 @@ cdef void sum_channels(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last) noex
         first += PLANES
 
 
-cdef void forward_unit(Job[Normalize, T]* job, Py_ssize_t unit) noexcept nogil:
+cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), n
     sum_channels(<Job[Stats, T]*> job, first, last)
@@ -741,10 +891,13 @@ cdef void forward_unit(Job[Normalize, T]* job, Py_ssize_t unit) noexcept nogil:
         fence()
 
 
-cdef void backward_unit(Job[InputGradient, T]* job, Py_ssize_t unit) noexcept nogil:
+cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: sums, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), n
-    sum_channels(<Job[GradSums, T]*> job, first, last)
+    if Backward is InputGradient:
+        sum_channels(<Job[GradSums, T]*> job, first, last)
+    else:
+        sum_channels(<Job[ActiveSums, T]*> job, first, last)
     merge_sums(job, first, last)
     fold_gradient(job, first, last)
     for n in range(job.outer - 1, -1, -1):
@@ -832,7 +985,9 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
 cdef bint is_streamed(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
     """Whether the output is written past the caches: when it is far too large for them, in long aligned runs."""
     cdef Py_ssize_t run = job.columns if job.by_columns else job.inner
-    if job.out == job.x or job.out == job.dy:
+    if job.out == job.x or job.out == job.dy or job.out == job.residual:
+        return False
+    if job.dresidual != NULL and (<char*> job.dresidual - <char*> job.out) % LINE:
         return False
     if job.outer * job.channels * job.inner * item * arrays <= L3:
         return False
@@ -842,13 +997,21 @@ cdef bint is_streamed(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept no
 cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
     """Give a call its scratch memory; False where there is none."""
     cdef Py_ssize_t C = job.channels, size = tiles * job.width
-    cdef double* p = <double*> scratch((3 * size + 6 * C + 4 * (job.columns + 2 * W)) * sizeof(double))
+    cdef double* p = <double*> scratch((3 * size + 6 * C + 5 * (job.columns + 2 * W)) * sizeof(double))
     if p == NULL:
         return False
     job.shifts, job.sums, job.squares = p, p + size, p + 2 * size
     p += 3 * size
-    job.first, job.second, job.low = p, p + C, p + 2 * C
-    job.scale, job.shift, job.slope = p + 3 * C, p + 4 * C, p + 5 * C
+    # What the caller did not bring.
+    if job.first == NULL:
+        job.first, job.second = p, p + C
+    if job.low == NULL:
+        job.low = p + 2 * C
+    if job.scale == NULL:
+        job.scale = p + 3 * C
+    if job.shift == NULL:
+        job.shift = p + 4 * C
+    job.slope = p + 5 * C
     job.spread = p + 6 * C
     return True
 
@@ -872,8 +1035,11 @@ cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) n
 
 cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
     cdef Py_ssize_t units = sum_units(job, Block[T].width(), sizeof(T))
-    if Sum is GradSums:
+    if Sum is not Stats:
         job.at_mean = spread(job, job.mean, 0)
+    if Sum is ActiveSums:
+        job.at_scale = spread(job, job.scale, 1)
+        job.at_bias = spread(job, job.bias, 2)
     parallel(<unit_fn> sum_unit[Sum, T], job, units, job.threads, False)
     if Sum is Stats:
         merge_stats(job, 0, job.channels)
@@ -885,70 +1051,61 @@ cdef void run_map(Job[Map, T]* job) noexcept nogil:
     cdef Py_ssize_t W = Block[T].width(), size = job.outer * job.channels * job.inner
     if job.by_columns and job.columns * <Py_ssize_t> sizeof(T) % LINE == 0:
         # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
-        job.skip = Block[T].to_line(job.output(), size)
+        job.skip = Block[T].to_line(job.arrays().out, size)
         job.rows = (size - job.skip) // job.columns
         job.rest = (size - job.skip) % job.columns
     job.at_mean = spread(job, job.mean, 0)
     job.at_scale = spread(job, job.scale, 1)
     job.at_shift = spread(job, job.shift, 2)
-    if Map is InputGradient:
+    if Map in Backward:
         job.at_slope = spread(job, job.slope, 3)
-    map_units(job, W, sizeof(T), 2 if Map is Normalize else 3)
+    if Map is ActiveGradient:
+        job.at_bias = spread(job, job.bias, 4)
+    map_units(job, W, sizeof(T), touched(job))
     parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads, job.backwards)
 
 
-cdef bint grouped(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
+cdef Py_ssize_t touched(Call* job) noexcept nogil:
+    """How many arrays the map of a call reads and writes."""
+    return 2 + (job.dy != NULL) + (job.residual != NULL) + (job.dresidual != NULL)
+
+
+cdef bint grouped(Call* job, Py_ssize_t item) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
     if job.by_columns or (job.threads > 1 and job.channels < 4 * job.threads):
         return False
-    cdef Py_ssize_t fit = L2 // 2 // (arrays * job.outer * job.inner * item)
+    cdef Py_ssize_t read = 1 + (job.dy != NULL) + (job.dy != NULL and job.residual != NULL)  # by the sums
+    cdef Py_ssize_t fit = L2 // 2 // (read * job.outer * job.inner * item)
     job.group = max(<Py_ssize_t> 1, min(fit, job.channels // (4 * job.threads)))
     job.units = up(job.channels, job.group)
     job.at_mean, job.at_scale, job.at_shift, job.at_slope = job.mean, job.scale, job.shift, job.slope
-    job.streams = is_streamed(job, item, arrays + 1)
+    job.at_bias = job.bias
+    job.streams = is_streamed(job, item, touched(job))
     return True
 
 
-cdef bint stats_call(Job[Stats, T]* job) noexcept nogil:
-    cdef double* first = job.first
-    cdef double* second = job.second
-    cdef double* low = job.low
+cdef bint sum_call(Job[Sum, T]* job) noexcept nogil:
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
-    job.first, job.second, job.low = first, second, low
-    run_sums(job)
-    return True
-
-
-cdef bint grad_sums_call(Job[GradSums, T]* job) noexcept nogil:
-    cdef double* first = job.first
-    cdef double* second = job.second
-    cut(job, Block[T].width())
-    if not allocate(job, Block[T].width(), job.tiles):
-        return False
-    job.first, job.second = first, second
     run_sums(job)
     return True
 
 
 cdef bint map_call(Job[Map, T]* job) noexcept nogil:
-    cdef void* scale = job.scale
-    cdef void* shift = job.shift
-    cdef void* slope = job.slope
+    cdef const void* slope = job.slope
     cdef Py_ssize_t c
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), 0):
         return False
-    job.scale, job.shift = scale, shift
-    if Map is InputGradient:
+    if Map in Backward:
         for c in range(job.channels):
             Block[T].set_value(job.slope, c, -Block[T].value(slope, c))
     run_map(job)
     return True
 
 
-cdef bint inference_call(Job[Normalize, T]* job) noexcept nogil:
+cdef bint inference_call(Job[Forward, T]* job) noexcept nogil:
     """`invstd` holds the variances or, where they are `inverted`, one over the deviations."""
     cdef double invstd
     cdef Py_ssize_t c
@@ -964,12 +1121,12 @@ cdef bint inference_call(Job[Normalize, T]* job) noexcept nogil:
     return True
 
 
-cdef bint forward_call(Job[Normalize, T]* job) noexcept nogil:
+cdef bint forward_call(Job[Forward, T]* job) noexcept nogil:
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
-    if grouped(job, sizeof(T), 1):
-        parallel(<unit_fn> forward_unit[T], job, job.units, job.threads, False)
+    if grouped(job, sizeof(T)):
+        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False)
     else:
         run_sums(<Job[Stats, T]*> job)
         fold_batch(job, 0, job.channels)
@@ -978,27 +1135,27 @@ cdef bint forward_call(Job[Normalize, T]* job) noexcept nogil:
     return True
 
 
-cdef bint backward_call(Job[InputGradient, T]* job) noexcept nogil:
-    cdef double* first = job.first
-    cdef double* second = job.second
+cdef bint backward_call(Job[Backward, T]* job) noexcept nogil:
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
-    job.first, job.second = first, second
-    if grouped(job, sizeof(T), 2):
-        parallel(<unit_fn> backward_unit[T], job, job.units, job.threads, False)
+    if grouped(job, sizeof(T)):
+        parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False)
     else:
-        run_sums(<Job[GradSums, T]*> job)
+        if Backward is InputGradient:
+            run_sums(<Job[GradSums, T]*> job)
+        else:
+            run_sums(<Job[ActiveSums, T]*> job)
         fold_gradient(job, 0, job.channels)
         job.backwards = True
         run_map(job)
     return True
 
 
-cdef bint reduce_call(Job[InputGradient, T]* job) noexcept nogil:
+cdef bint reduce_call(Job[Sum, T]* job) noexcept nogil:
     """The sums of the backward alone, corrected by the low part of the mean."""
     cdef Py_ssize_t c
-    if not grad_sums_call(<Job[GradSums, T]*> job):
+    if not sum_call(job):
         return False
     if job.mean_lo != NULL:
         for c in range(job.channels):
@@ -1006,7 +1163,7 @@ cdef bint reduce_call(Job[InputGradient, T]* job) noexcept nogil:
     return True
 
 
-cdef void update_running(Job[Normalize, T]* job, void* mean, void* var, double momentum) noexcept nogil:
+cdef void update_running(Job[Stats, T]* job, void* mean, void* var, double momentum) noexcept nogil:
     """Move the running statistics towards the merged ones."""
     cdef Py_ssize_t c
     for c in range(job.channels):
@@ -1021,19 +1178,21 @@ cdef void update_running(Job[Normalize, T]* job, void* mean, void* var, double m
 ctypedef bint (*call_fn)(void* job) noexcept nogil
 ctypedef void (*running_fn)(void* job, void* mean, void* var, double momentum) noexcept nogil
 
-cdef call_fn[4] STATS, GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, REDUCE
+# Of each dtype, plain and active.
+cdef call_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, REDUCE
+cdef call_fn[4] STATS
 cdef running_fn[4] RUNNING
 
 
 cdef void register(T* tag, int dtype) noexcept:
-    STATS[dtype] = <call_fn> stats_call[T]
-    GRAD_SUMS[dtype] = <call_fn> grad_sums_call[T]
-    NORMALIZE[dtype] = <call_fn> map_call[Normalize, T]
-    GRAD_INPUT[dtype] = <call_fn> map_call[InputGradient, T]
-    INFERENCE[dtype] = <call_fn> inference_call[T]
-    FORWARD[dtype] = <call_fn> forward_call[T]
-    BACKWARD[dtype] = <call_fn> backward_call[T]
-    REDUCE[dtype] = <call_fn> reduce_call[T]
+    STATS[dtype] = <call_fn> sum_call[Stats, T]
+    GRAD_SUMS[dtype][:] = [<call_fn> sum_call[GradSums, T], <call_fn> sum_call[ActiveSums, T]]
+    REDUCE[dtype][:] = [<call_fn> reduce_call[GradSums, T], <call_fn> reduce_call[ActiveSums, T]]
+    NORMALIZE[dtype][:] = [<call_fn> map_call[Normalize, T], <call_fn> map_call[ActiveNormalize, T]]
+    GRAD_INPUT[dtype][:] = [<call_fn> map_call[InputGradient, T], <call_fn> map_call[ActiveGradient, T]]
+    INFERENCE[dtype][:] = [<call_fn> inference_call[Normalize, T], <call_fn> inference_call[ActiveNormalize, T]]
+    FORWARD[dtype][:] = [<call_fn> forward_call[Normalize, T], <call_fn> forward_call[ActiveNormalize, T]]
+    BACKWARD[dtype][:] = [<call_fn> backward_call[InputGradient, T], <call_fn> backward_call[ActiveGradient, T]]
     RUNNING[dtype] = <running_fn> update_running[T]
 
 register[float](NULL, 0)
@@ -1098,6 +1257,22 @@ cdef cnp.ndarray new_vector(Call* call, int number):
     return cnp.PyArray_EMPTY(1, &size, number, 0)
 
 
+cdef bint bind_epilogue(Call* call, cnp.ndarray x, int dtype, epilogue) except -1:
+    """Enter what comes after the normalization; return whether there is anything."""
+    if epilogue is None:
+        return False
+    activation, residual, scale, shift, dresidual, call.restores = epilogue
+    if activation is not None:
+        call.activation.kind, call.activation.parameter = activation.code, activation.parameter
+    if residual is not None:
+        call.residual = like(x, residual)
+    if scale is not None:
+        call.scale, call.bias = vector(call, dtype, scale), vector(call, dtype, shift)
+    if dresidual is not None:
+        call.dresidual = like(x, dresidual)
+    return True
+
+
 cdef int run(call_fn function, Call* call) except -1:
     cdef bint done
     with nogil:
@@ -1116,12 +1291,13 @@ def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
 def plan(str op, dims, Py_ssize_t itemsize, int threads):
     """How a call would be cut: tiles, units of work, streaming, and its traffic; for `dispatch.explain`."""
     cdef Call call
-    cdef Py_ssize_t W = BLOCK // max(itemsize, <Py_ssize_t> 4), size, units
+    cdef Py_ssize_t W = BLOCK // max(itemsize, <Py_ssize_t> 4), size, units = 0
     cdef bint resident = False
     memset(&call, 0, sizeof(Call))
     call.outer, call.channels, call.inner = dims
     call.threads = threads
     call.out = &call  # an output of its own
+    call.dy = &call if op == "backward" else NULL
     size = call.outer * call.channels * call.inner * itemsize
     cut(&call, W)
     if call.by_columns:
@@ -1133,7 +1309,7 @@ def plan(str op, dims, Py_ssize_t itemsize, int threads):
     arrays = 2 if op == "backward" else 1
     if op != "normalize":
         units = sum_units(&call, W, itemsize)
-        resident = op != "stats" and grouped(&call, itemsize, arrays)
+        resident = op != "stats" and grouped(&call, itemsize)
     if resident:
         fits = arrays * call.group * call.outer * call.inner * itemsize <= L2
         work = f"{call.units} of {call.group} channels, sums and map on resident data"
@@ -1141,7 +1317,7 @@ def plan(str op, dims, Py_ssize_t itemsize, int threads):
     elif op == "stats":
         work, reads, writes = f"{units}", 1, 0
     else:
-        map_units(&call, W, itemsize, arrays + 1)
+        map_units(&call, W, itemsize, touched(&call))
         work = f"{call.units}" if op == "normalize" else f"{units}, then backwards {call.units}"
         reads, writes = arrays * (1 if op == "normalize" else 2), 1
     return {
@@ -1164,77 +1340,85 @@ def stats(cnp.ndarray x, int threads=1):
     return mean, low, m2
 
 
-def normalize(cnp.ndarray x, cnp.ndarray y, mean, scale, shift, int threads=1):
-    """Write ``(x - mean) * scale + shift`` to `y`; as `reference.normalize`."""
+def normalize(cnp.ndarray x, cnp.ndarray y, mean, scale, shift, int threads=1, epilogue=None):
+    """Write ``(x - mean) * scale + shift`` and what comes after it to `y`; as `reference.normalize`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads)
+    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
     call.out = like(x, y)
     call.mean, call.scale, call.shift = vector(&call, dtype, mean), vector(&call, dtype, scale), vector(&call, dtype, shift)
-    run(NORMALIZE[dtype], &call)
+    run(NORMALIZE[dtype][active], &call)
 
 
-def grad_sums(cnp.ndarray dy, cnp.ndarray x, mean, int threads=1):
+def grad_sums(cnp.ndarray dy, cnp.ndarray x, mean, int threads=1, epilogue=None):
     """Sums over each channel of `dy` and of ``dy * (x - mean)``; as `reference.grad_sums`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads)
+    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
     cdef cnp.ndarray sum_dy = new_vector(&call, cnp.NPY_DOUBLE), sum_dy_xmu = new_vector(&call, cnp.NPY_DOUBLE)
     call.dy = like(x, dy)
     call.mean = vector(&call, dtype, mean)
     call.first, call.second = <double*> cnp.PyArray_DATA(sum_dy), <double*> cnp.PyArray_DATA(sum_dy_xmu)
-    run(GRAD_SUMS[dtype], &call)
+    run(GRAD_SUMS[dtype][active], &call)
     return sum_dy, sum_dy_xmu
 
 
-def grad_input(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, mean, scale, g0, g1, int threads=1):
+def grad_input(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, mean, scale, g0, g1, int threads=1, epilogue=None):
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; as `reference.grad_input`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads)
+    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
     call.dy, call.out = like(x, dy), like(x, dx)
     call.mean, call.scale = vector(&call, dtype, mean), vector(&call, dtype, scale)
     call.shift, call.slope = vector(&call, dtype, g0), vector(&call, dtype, g1)
-    run(GRAD_INPUT[dtype], &call)
+    run(GRAD_INPUT[dtype][active], &call)
 
 
-def inference(cnp.ndarray x, cnp.ndarray y, mean, mean_lo, spread, weight, bias, eps, int threads):
+def inference(cnp.ndarray x, cnp.ndarray y, mean, mean_lo, spread, weight, bias, eps, int threads, epilogue=None):
     """Normalize with given statistics; as `core.Composed.inference`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads)
+    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
     call.out = like(x, y)
     call.mean, call.mean_lo, call.invstd = vector(&call, dtype, mean), vector(&call, dtype, mean_lo), vector(&call, dtype, spread)
     call.weight, call.bias = vector(&call, dtype, weight), vector(&call, dtype, bias)
     call.inverted = eps is None
     call.eps = 0 if eps is None else eps
-    run(INFERENCE[dtype], &call)
+    run(INFERENCE[dtype][active], &call)
 
 
 def forward(
-    cnp.ndarray x, cnp.ndarray y, weight, bias, double eps, running_mean, running_var, double momentum, compute, int threads
+    cnp.ndarray x, cnp.ndarray y, weight, bias, double eps, running_mean, running_var, double momentum, compute, int threads, epilogue=None
 ):
     """Normalize with the batch's statistics; as `core.Composed.forward`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads), number = cnp.NPY_DOUBLE if dtype == 1 else cnp.NPY_FLOAT
+    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
     cdef cnp.ndarray mean = new_vector(&call, number), mean_lo = new_vector(&call, number), invstd = new_vector(&call, number)
+    cdef cnp.ndarray scale = new_vector(&call, number), shift = new_vector(&call, number)
     cdef void* old_mean = vector(&call, dtype, running_mean)
     cdef void* old_var = vector(&call, dtype, running_var)
     call.out = like(x, y)
     call.weight, call.bias, call.eps = vector(&call, dtype, weight), vector(&call, dtype, bias), eps
     call.mean, call.mean_lo, call.invstd = cnp.PyArray_DATA(mean), cnp.PyArray_DATA(mean_lo), cnp.PyArray_DATA(invstd)
-    run(FORWARD[dtype], &call)
+    call.scale, call.shift = cnp.PyArray_DATA(scale), cnp.PyArray_DATA(shift)
+    run(FORWARD[dtype][active], &call)
     RUNNING[dtype](&call, old_mean, old_var, momentum)
-    return mean, mean_lo, invstd
+    return mean, mean_lo, invstd, scale, shift
 
 
-def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, weight, int threads):
+def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, scale, int threads, epilogue=None):
     """Sums of dy and of dy (x - mean), and dx unless it is None; as `core.Composed.backward`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads)
+    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
     cdef cnp.ndarray sum_dy = new_vector(&call, cnp.NPY_DOUBLE), sum_dy_xmu = new_vector(&call, cnp.NPY_DOUBLE)
     call.dy = like(x, dy)
     call.out = NULL if dx is None else like(x, dx)
     call.mean, call.mean_lo, call.invstd = vector(&call, dtype, mean), vector(&call, dtype, mean_lo), vector(&call, dtype, invstd)
-    call.weight = vector(&call, dtype, weight)
+    call.scale = vector(&call, dtype, scale)
     call.first, call.second = <double*> cnp.PyArray_DATA(sum_dy), <double*> cnp.PyArray_DATA(sum_dy_xmu)
-    run(REDUCE[dtype] if dx is None else BACKWARD[dtype], &call)
+    run(REDUCE[dtype][active] if dx is None else BACKWARD[dtype][active], &call)
     return sum_dy, sum_dy_xmu
 
 
@@ -1245,6 +1429,8 @@ cdef class Small:
     ----------
     mean, scale, shift : ndarray of shape (C,)
         Contiguous, in the type of the arithmetic.
+    activation : object or None
+        As in an epilogue.
     sample : ndarray
         Of the dtype and number of axes of the arrays to come.
     axis : int
@@ -1254,63 +1440,67 @@ cdef class Small:
     """
 
     cdef object vectors
-    cdef void *mean
-    cdef void *scale
-    cdef void *shift
-    cdef Py_ssize_t channels, limit
+    cdef Call prepared
+    cdef Py_ssize_t limit
     cdef int dtype, number, ndim, axis
 
-    def __init__(self, cnp.ndarray mean, cnp.ndarray scale, cnp.ndarray shift, cnp.ndarray sample, int axis, Py_ssize_t limit):
-        cdef Call call
+    def __init__(
+        self, cnp.ndarray mean, cnp.ndarray scale, cnp.ndarray shift, activation, cnp.ndarray sample, int axis, Py_ssize_t limit
+    ):
+        cdef Call* call = &self.prepared
         self.dtype, self.number = dtype_index(sample), cnp.PyArray_TYPE(sample)
         self.vectors = mean, scale, shift
-        self.channels = call.channels = cnp.PyArray_SIZE(mean)
-        self.mean, self.scale = vector(&call, self.dtype, mean), vector(&call, self.dtype, scale)
-        self.shift = vector(&call, self.dtype, shift)
+        memset(call, 0, sizeof(Call))
+        call.channels, call.threads = cnp.PyArray_SIZE(mean), 1
+        call.mean, call.scale = vector(call, self.dtype, mean), vector(call, self.dtype, scale)
+        call.shift = vector(call, self.dtype, shift)
+        if activation is not None:
+            call.activation.kind, call.activation.parameter = activation.code, activation.parameter
         self.ndim, self.axis, self.limit = cnp.PyArray_NDIM(sample), axis, limit
 
-    cdef bint fits(self, cnp.ndarray a) noexcept:
+    cdef bint fits(self, a):
         """Whether an array is plain: an aligned C-contiguous one of the right type, in native order."""
         return (
-            cnp.PyArray_CheckExact(a) and cnp.PyArray_NDIM(a) == self.ndim and cnp.PyArray_TYPE(a) == self.number
-            and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_IS_C_CONTIGUOUS(a)
+            isinstance(a, cnp.ndarray) and cnp.PyArray_CheckExact(a) and cnp.PyArray_NDIM(a) == self.ndim
+            and cnp.PyArray_TYPE(a) == self.number and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_IS_C_CONTIGUOUS(a)
         )
 
-    def __call__(self, x, out):
+    def __call__(self, x, residual, out):
         """Return the output, or None where the arrays are not plain and small."""
-        cdef Call call
+        cdef Call call = self.prepared
         cdef cnp.ndarray a, y
-        cdef char* source
-        cdef char* target
-        if not isinstance(x, cnp.ndarray) or not self.fits(x):
+        cdef Py_ssize_t size
+        if not self.fits(x):
             return None
         a = x
-        if cnp.PyArray_DIM(a, self.axis) != self.channels or not 0 < cnp.PyArray_NBYTES(a) < self.limit:
+        size = cnp.PyArray_SIZE(a)
+        if cnp.PyArray_DIM(a, self.axis) != call.channels or not 0 < cnp.PyArray_NBYTES(a) < self.limit:
             return None
-        source = cnp.PyArray_BYTES(a)
+        if residual is not None and not (self.fits(residual) and cnp.PyArray_SAMESHAPE(a, residual)):
+            return None
         if out is None:
             y = cnp.PyArray_EMPTY(self.ndim, cnp.PyArray_DIMS(a), self.number, 0)
-        elif out is x:
-            y = a
-        elif isinstance(out, cnp.ndarray) and self.fits(out) and cnp.PyArray_SAMESHAPE(a, out):
+        elif self.fits(out) and cnp.PyArray_SAMESHAPE(a, out) and cnp.PyArray_ISWRITEABLE(out):
             y = out
-            target = cnp.PyArray_BYTES(y)
-            if target != source and target < source + cnp.PyArray_NBYTES(a) and source < target + cnp.PyArray_NBYTES(a):
+            if overlaps(y, a) or (residual is not None and overlaps(y, residual)):
                 return None
         else:
             return None
-        if not cnp.PyArray_ISWRITEABLE(y):
-            return None
-        memset(&call, 0, sizeof(Call))
-        call.x, call.out = source, cnp.PyArray_DATA(y)
-        call.channels, call.threads = self.channels, 1
-        if self.channels == 1:
-            call.outer, call.inner = 1, cnp.PyArray_SIZE(a)
+        call.x, call.out = cnp.PyArray_DATA(a), cnp.PyArray_DATA(y)
+        call.residual = NULL if residual is None else cnp.PyArray_DATA(residual)
+        if call.channels == 1:
+            call.outer, call.inner = 1, size
         elif self.axis == self.ndim - 1:
-            call.outer, call.inner = cnp.PyArray_SIZE(a) // self.channels, 1
+            call.outer, call.inner = size // call.channels, 1
         else:
             call.outer = cnp.PyArray_DIM(a, 0)
-            call.inner = cnp.PyArray_SIZE(a) // (call.outer * self.channels)
-        call.mean, call.scale, call.shift = self.mean, self.scale, self.shift
-        run(NORMALIZE[self.dtype], &call)
+            call.inner = size // (call.outer * call.channels)
+        run(NORMALIZE[self.dtype][call.activation.kind != 0 or residual is not None], &call)
         return y
+
+
+cdef inline bint overlaps(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether two contiguous arrays of one size share part of their memory, but not all."""
+    cdef char* p = cnp.PyArray_BYTES(a)
+    cdef char* q = cnp.PyArray_BYTES(b)
+    return p != q and p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)

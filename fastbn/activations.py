@@ -1,0 +1,159 @@
+"""The functions that may follow a normalization: their names, and what a kernel is told of them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Builtin(NamedTuple):
+    """One of the functions that every kernel knows.
+
+    Attributes
+    ----------
+    name : str
+    parameter : float
+        The slope of leaky_relu below zero; 0 for the others.
+    code : int
+        Its number in the compiled kernels.
+    """
+
+    name: str
+    parameter: float
+    code: int
+
+    @property
+    def custom(self) -> bool:
+        """Whether it is a function of the user's."""
+        return False
+
+    @property
+    def invertible(self) -> bool:
+        """Whether the input can be had from the output."""
+        return self.name == "leaky_relu" and self.parameter > 0
+
+
+class Activation:
+    """A function of the user's, which Numba compiles into its kernels.
+
+    Parameters
+    ----------
+    forward : function compiled by numba.njit
+        Of one float, in the type of the arithmetic, to one float.
+    derivative : function compiled by numba.njit, optional
+        Its derivative, which the backward needs.
+
+    Raises
+    ------
+    ImportError
+        If Numba is not installed.
+    TypeError
+        If a function is not compiled by Numba.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> import numba
+    >>> square = fastbn.Activation(numba.njit(lambda z: z * z), numba.njit(lambda z: z + z))
+    >>> x = np.array([[1.0], [4.0]])
+    >>> fastbn.batch_norm_elemt(x, [2.0], [1.0], activation=square)
+    array([[1.],
+           [4.]])
+    """
+
+    custom = True
+    invertible = False
+    parameter = 0.0
+
+    def __init__(self, forward: Any, derivative: Any = None):
+        for name, function in {"forward": forward, "derivative": derivative}.items():
+            if hasattr(function, "py_func") or (name == "derivative" and function is None):
+                continue
+            if find_spec("numba") is None:
+                raise ImportError("a function as activation needs Numba, which is not installed (pip install 'fastbn[numba]')")
+            raise TypeError(f"{name} must be a function compiled by numba.njit, got {function!r}")
+        self.forward = forward
+        self.derivative = derivative
+
+    def __repr__(self) -> str:
+        name, slope = (getattr(f, "__name__", None) for f in (self.forward, self.derivative))
+        return f"Activation({name}, {slope})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Activation) and (other.forward, other.derivative) == (self.forward, self.derivative)
+
+    def __hash__(self) -> int:
+        return hash((self.forward, self.derivative))
+
+
+NAMES = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh")
+_ALL = {name: Builtin(name, 0.01 if name == "leaky_relu" else 0.0, code) for code, name in enumerate(NAMES, 1)}
+
+
+class Epilogue(NamedTuple):
+    """What comes after the normalization, as a kernel is told.
+
+    Attributes
+    ----------
+    activation : Builtin, Activation or None
+    residual : ndarray of shape (outer, channels, inner), optional
+        Added before the activation.
+    scale, shift : ndarray of shape (channels,), optional
+        For gradients: the parameters of the forward, ``z = (x - mean) * scale + shift + residual``.
+    dresidual : ndarray of shape (outer, channels, inner), optional
+        For gradients: where to write that of the residual.
+    from_output : bool
+        For gradients: x is the forward's output, and the activation is undone first.
+    """
+
+    activation: Builtin | Activation | None
+    residual: Array | None = None
+    scale: Array | None = None
+    shift: Array | None = None
+    dresidual: Array | None = None
+    from_output: bool = False
+
+
+def lookup(activation: object) -> Builtin | Activation:
+    """The activation that a user means.
+
+    Parameters
+    ----------
+    activation : str, tuple, Activation or function
+        A name of `NAMES`, ``("leaky_relu", slope)``, ``("gelu", "tanh")``, which is "gelu_tanh", or a function
+        compiled by Numba.
+
+    Returns
+    -------
+    Builtin or Activation
+
+    Raises
+    ------
+    ImportError
+        If it is a function, and Numba is not installed.
+    TypeError, ValueError
+        If there is no such activation.
+    """
+    if isinstance(activation, Activation):
+        return activation
+    if callable(activation):
+        return Activation(activation)
+    name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)
+    if not isinstance(name, str):
+        raise TypeError(f"activation must be None, a name, a tuple of a name and a parameter, or a function, got {activation!r}")
+    if name not in _ALL:
+        raise ValueError(f"activation must be one of {', '.join(NAMES)} or None, got {name!r}")
+    if not parameters:
+        return _ALL[name]
+    if name == "gelu" and parameters in (["none"], ["tanh"]):
+        return _ALL["gelu" if parameters == ["none"] else "gelu_tanh"]
+    if name != "leaky_relu" or len(parameters) > 1:
+        raise ValueError(f"activation takes a parameter as ('leaky_relu', slope) or ('gelu', 'tanh'), got {activation!r}")
+    slope = parameters[0]
+    if isinstance(slope, bool) or not isinstance(slope, (int, float, np.integer, np.floating)):
+        raise TypeError(f"the slope of leaky_relu must be a number, got {slope!r}")
+    return _ALL[name]._replace(parameter=float(slope))

@@ -1,0 +1,424 @@
+"""Activations, residuals and gradients from the output: every kernel, dtype, memory pattern and operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from truth import Problem, columns, problem, rng, same_bits, ulp, within
+
+import fastbn
+from fastbn import reference
+from fastbn.activations import NAMES, lookup
+from fastbn.dispatch import Kernel
+from fastbn.layout import Array
+
+ALL: tuple[Any, ...] = (*NAMES, ("leaky_relu", 0.2))
+KINKED = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+SHAPES = {"NCHW": (3, 5, 9, 7), "NHWC": (3, 9, 7, 5), "small planes": (40, 6, 3, 3), "one channel": (2, 1, 5, 5), "wide": (2, 4, 3, 70)}
+# A unit in the last place of the result, or of what is added up: the normalized value is known to 1e-6.
+PLACES = {"float32": 4, "float64": 16}
+
+
+def _axis(name: str) -> int:
+    return 3 if name in ("NHWC", "wide") else 1
+
+
+def _layout(name: str) -> str:
+    return "NHWC" if _axis(name) == 3 else "NCHW"
+
+
+def _truth(activation: Any, z: Array) -> tuple[Array, Array]:
+    """The activation of z, and its derivative."""
+    f = lookup(activation)
+    with np.errstate(all="ignore"):
+        value, slope = (function(z, f.parameter) for function in reference.ACTIVATIONS[f.name])
+    return value, slope
+
+
+def _bound(truth: Array, dtype: np.dtype[Any], activation: Any = "relu") -> Array:
+    """What an element may be off: 4 places or 1e-6; in 16 bits one place, two for what is not piecewise."""
+    if dtype.itemsize == 2:
+        piecewise = lookup(activation).name in KINKED
+        return np.maximum(ulp(truth, dtype) * (1 if piecewise else 2), 2.0**-20)
+    tiny = 1e-6 if dtype == np.float32 else 1e-14
+    return np.maximum(PLACES[dtype.name] * ulp(truth, dtype), tiny)
+
+
+def _normalized(p: Problem, training: bool, residual: Array | None, eps: float = 1e-5) -> Array:
+    """What the activation is applied to, in float64."""
+    mean, var = reference.batch_norm_stats(p.x, p.axis)[1:] if training else (p.mean, p.var)
+    z = reference.batch_norm(p.x, mean, var, p.weight, p.bias, eps, p.axis)
+    return z if residual is None else z + residual.astype(np.float64)
+
+
+def _away_from_kinks(p: Problem, activation: Any, residual: Array | None, training: bool) -> Array:
+    """Where a rounding of z does not change the derivative."""
+    z = _normalized(p, training, residual)
+    near = [np.abs(z - kink) < 1e-5 * max(1.0, kink) for kink in KINKED.get(lookup(activation).name, ())]
+    return ~np.logical_or.reduce(near) if near else np.ones(z.shape, bool)
+
+
+def _compiled_enough(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
+    """Skip what Numba would compile for seconds and what is no other code than the functions it does compile here."""
+    if kernel.name == "numba" and dtype == np.float64 and activation not in (None, "relu", "silu", "gelu"):
+        pytest.skip("numba: relu, silu and gelu stand for all in float64")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", [None, *ALL], ids=str)
+def test_forward(kernel: Kernel, dtype: np.dtype[Any], activation: Any, shape: str) -> None:
+    _compiled_enough(kernel, dtype, activation)
+    p = problem(SHAPES[shape], dtype, _axis(shape))
+    residual = rng(1).standard_normal(p.x.shape).astype(dtype)
+    for r in (None, residual):
+        if activation is None and r is None:
+            continue
+        for training in (False, True):
+            y = fastbn.batch_norm(
+                p.x, p.mean.copy(), p.var.copy(), p.weight, p.bias, training, layout=_layout(shape), activation=activation, residual=r
+            )  # fmt: skip
+            z = _normalized(p, training, r)
+            truth = z if activation is None else _truth(activation, z)[0]
+            within(y, truth, _bound(truth, dtype, activation or "relu"))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", [None, *ALL], ids=str)
+def test_backward(kernel: Kernel, dtype: np.dtype[Any], activation: Any, shape: str) -> None:
+    _compiled_enough(kernel, dtype, activation)
+    p = problem(SHAPES[shape], dtype, _axis(shape))
+    residual = rng(1).standard_normal(p.x.shape).astype(dtype)
+    places = {2: 1, 4: 0, 8: 0}[dtype.itemsize] * (1 if activation in (None, *KINKED) else 2)
+    for r in (None, residual):
+        for training in (False, True):
+            # Where z is at a kink the derivative is a matter of rounding: no gradient comes from there.
+            dy = p.dy if activation is None else np.where(_away_from_kinks(p, activation, r, training), p.dy, 0).astype(dtype)
+            _, saved = fastbn.batch_norm_forward(
+                p.x, p.weight, p.bias, p.mean.copy(), p.var.copy(), training, layout=_layout(shape), activation=activation, residual=r
+            )  # fmt: skip
+            wrt = ("x", "weight", "bias") if r is None else ("x", "weight", "bias", "residual")
+            got = fastbn.batch_norm_backward(dy, p.x, saved, wrt=wrt)
+            mean, var = reference.batch_norm_stats(p.x, p.axis)[1:] if training else (p.mean, p.var)
+            dz = dy.astype(np.float64)
+            if activation is not None:
+                dz = dz * _truth(activation, _normalized(p, training, r))[1]
+            dx, dweight, dbias = reference.batch_norm_backward(dz, p.x, mean, var, p.weight, 1e-5, p.axis, training)
+            count = dx.size / dbias.size
+            for gradient, truth, scale in ((got.dx, dx, 1.0), (got.dweight, dweight, count**0.5), (got.dbias, dbias, count**0.5)):
+                assert gradient is not None
+                relative = 1e-12 if p.weight.dtype == np.float64 else 1e-5
+                bound = relative * np.max(np.abs(truth), initial=scale)
+                within(gradient, truth, bound + (places * ulp(truth, dtype) if truth.ndim > 1 else 0.0))
+            if r is None:
+                assert got.dresidual is None
+            else:
+                assert got.dresidual is not None
+                within(got.dresidual, dz, _bound(dz, dtype, activation or "relu") + (1e-6 if dtype.itemsize < 8 else 1e-14))
+
+
+@pytest.mark.parametrize("activation", ALL, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["frozen", "training"])
+def test_gradients_are_differences(activation: Any, training: bool) -> None:
+    p = problem((2, 3, 4, 3), np.float64)
+    residual = rng(1).standard_normal(p.x.shape)
+
+    def loss(x: Array, weight: Array, bias: Array, r: Array) -> float:
+        y = fastbn.batch_norm(x, p.mean.copy(), p.var.copy(), weight, bias, training, activation=activation, residual=r)
+        return float((y * p.dy).sum())
+
+    _, saved = fastbn.batch_norm_forward(
+        p.x, p.weight, p.bias, p.mean.copy(), p.var.copy(), training, activation=activation, residual=residual
+    )
+    gradients = fastbn.batch_norm_backward(p.dy, p.x, saved, wrt=("x", "weight", "bias", "residual"))
+    arguments = [p.x, p.weight, p.bias, residual]
+    for i, gradient in enumerate(gradients):
+        assert gradient is not None
+        direction = rng(2 + i).standard_normal(arguments[i].shape)
+        step = 1e-6
+        there, back = (loss(*(a + sign * step * direction if j == i else a for j, a in enumerate(arguments))) for sign in (1, -1))
+        assert (there - back) / (2 * step) == pytest.approx(float((gradient * direction).sum()), rel=1e-6, abs=1e-6)
+
+
+def _identity(x: Array, activation: Any) -> Array:
+    """The activation alone: normalization that changes nothing."""
+    return fastbn.batch_norm_elemt(x, np.zeros(1), np.ones(1), activation=activation)
+
+
+@pytest.mark.parametrize("activation", ALL, ids=str)
+def test_special_values(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
+    tiny, huge = (float(np.finfo(dtype).smallest_subnormal), float(np.finfo(dtype).max)) if dtype != "bfloat16" else (2.0**-133, 3.3e38)
+    values = [0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0, 3.0, -3.0, 6.0, 6.5, -20.0, -90.0, -104.0, -800.0, 65504.0, -65504.0]
+    x = np.array([*values, tiny, -tiny, 5 * tiny, huge, -huge] * 3, np.float64).astype(dtype).reshape(-1, 1)
+    y = _identity(x, activation)
+    truth, _ = _truth(activation, x.astype(np.float64))
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(truth))
+    kept = np.isfinite(truth) & (np.abs(truth) <= huge)
+    np.testing.assert_array_equal(y[~kept].astype(np.float64), truth[~kept])
+    # Little is lost below the normal numbers either: silu is x times a factor that is rounded there.
+    # The argument of the exponential in gelu is itself rounded, and is large far from zero.
+    places = 2 if dtype.itemsize == 2 else 500 if activation in ("gelu", "gelu_tanh") else 4
+    compute = np.float64 if dtype == np.float64 else np.float32
+    smallest = float(np.finfo(compute).smallest_subnormal)
+    within(y[kept], truth[kept], places * ulp(truth[kept], dtype) + np.abs(x[kept].astype(np.float64)) * smallest)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "silu", "tanh", "gelu", "gelu_tanh"])
+def test_accuracy_of_smooth_functions(kernel: Kernel, activation: str) -> None:
+    if kernel.declines("float32"):
+        pytest.skip(f"{kernel.name} has no float32")
+    x = np.concatenate([np.linspace(-18, 18, 40_001), np.geomspace(1e-30, 1, 2000), -np.geomspace(1e-30, 1, 2000)])
+    narrow = x.astype(np.float32).reshape(-1, 1)
+    y = _identity(narrow, activation)
+    truth, slope = _truth(activation, narrow.astype(np.float64))
+    if activation in ("sigmoid", "silu", "tanh"):
+        within(y, truth, 4 * ulp(truth, np.float32))
+    within(y, truth, np.maximum(4 * ulp(truth, np.float32), 1e-6))
+    wide = _identity(narrow.astype(np.float64), activation)
+    within(wide, truth, np.maximum(16 * ulp(truth, np.float64), 1e-15))
+    # The slope, as the gradient of a frozen layer.
+    for x_, relative in ((narrow, 2.0**-21), (narrow.astype(np.float64), 2.0**-46)):
+        zero, one = np.zeros(1, x_.dtype), np.ones(1, x_.dtype)
+        _, saved = fastbn.batch_norm_forward(x_, None, None, zero, one, False, eps=0.0, activation=activation)
+        within(np.asarray(fastbn.batch_norm_backward(np.ones_like(x_), x_, saved, wrt="x").dx), slope, relative)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_same_bits_for_any_threads_and_in_place(kernel: Kernel, activation: Any, shape: str) -> None:
+    p = problem((*SHAPES[shape][:-1], SHAPES[shape][-1] * (1 if _axis(shape) == 3 else 40)), np.float32, _axis(shape))
+    x = np.repeat(p.x, 25, 0)
+    dy, residual = np.repeat(p.dy, 25, 0), rng(1).standard_normal(x.shape).astype(np.float32)
+
+    def step(threads: int, where: str) -> list[Array | None]:
+        with fastbn.num_threads(threads):
+            given = {name: a.copy() for name, a in (("x", x), ("residual", residual))}
+            out = given.get(where)
+            y, saved = fastbn.batch_norm_forward(
+                given["x"], p.weight, p.bias, layout=_layout(shape), activation=activation, residual=given["residual"], out=out
+            )
+            if out is not None:
+                return [y]
+            d = dy.copy()
+            gradients = fastbn.batch_norm_backward(d, x, saved, wrt=("x", "weight", "bias", "residual"), out=d if activation else None)
+            return [y, *gradients]
+
+    first = step(1, "")
+    for threads in (2, 3):
+        for a, b in zip(first, step(threads, ""), strict=True):
+            assert a is not None
+            assert b is not None
+            same_bits(a, b)
+    for where in ("x", "residual"):
+        (y,) = step(2, where)
+        assert y is not None
+        assert first[0] is not None
+        same_bits(first[0], y)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_residual_in_another_memory_order(kernel: Kernel, activation: Any) -> None:
+    p = problem((3, 6, 5, 4))
+    residual = rng(1).standard_normal(p.x.shape).astype(np.float32)
+    last = np.ascontiguousarray(residual.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    strange = np.zeros((6, 6, 5, 8), np.float32)[::2, :, :, ::2]
+    strange[...] = residual
+    results = []
+    for r in (residual, last, strange):
+        y, saved = fastbn.batch_norm_forward(p.x, p.weight, p.bias, activation=activation, residual=r)
+        results.append((y, *fastbn.batch_norm_backward(p.dy, p.x, saved, wrt=("x", "weight", "bias", "residual"))))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert a is not None
+            assert b is not None
+            same_bits(a, b)
+
+
+@pytest.mark.parametrize("activation", ["relu", ("leaky_relu", 0.1), "silu"], ids=str)
+@pytest.mark.parametrize("axis", [1, 3])
+def test_mask(kernel: Kernel, activation: Any, axis: int) -> None:
+    p = problem((3, 4, 5, 6), np.float32, axis)
+    mask = rng(3).random(np.delete(p.x.shape, axis)) < 0.6
+    residual = rng(1).standard_normal(p.x.shape).astype(np.float32)
+    layout = "NCHW" if axis == 1 else "NHWC"
+    y, saved = fastbn.batch_norm_forward(p.x, p.weight, p.bias, layout=layout, activation=activation, residual=residual, mask=mask)
+    _, mean, var = reference.batch_norm_stats(p.x, axis, mask)
+    z = reference.batch_norm(p.x, mean, var, p.weight, p.bias, 1e-5, axis) + residual
+    value, slope = _truth(activation, z)
+    within(y, value, _bound(value, p.x.dtype))
+    got = fastbn.batch_norm_backward(p.dy, p.x, saved, wrt=("x", "weight", "bias", "residual"))
+    dx, dweight, dbias = reference.batch_norm_backward(p.dy * slope, p.x, mean, var, p.weight, 1e-5, axis, True, mask)
+    for gradient, truth in ((got.dx, dx), (got.dweight, dweight), (got.dbias, dbias), (got.dresidual, p.dy * slope)):
+        assert gradient is not None
+        within(gradient, truth, 1e-5 * max(1.0, float(np.abs(truth).max())))
+
+
+@pytest.mark.parametrize("activation", [None, ("leaky_relu", 0.01), ("leaky_relu", 0.5)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_from_the_output(kernel: Kernel, activation: Any, shape: str) -> None:
+    dtypes = [np.dtype(name) for name in ("float32", "float64") if not kernel.declines(name)]
+    for dtype in dtypes:
+        p = problem(SHAPES[shape], dtype, _axis(shape), mean=3.0)
+        p = p._replace(weight=np.where(np.arange(p.weight.size) % 2, p.weight, -p.weight))
+        for training in (True, False):
+            arguments = p.weight, p.bias, p.mean.copy(), p.var.copy(), training
+            _, saved = fastbn.batch_norm_forward(p.x, *arguments, layout=_layout(shape), activation=activation)
+            dy = np.where(_away_from_kinks(p, activation or "relu", None, training), p.dy, 0).astype(dtype)
+            want = fastbn.batch_norm_backward(dy, p.x, saved)
+            x = p.x.copy()
+            y, saved = fastbn.batch_norm_forward(x, *arguments, layout=_layout(shape), activation=activation, out=x)
+            got = fastbn.batch_norm_backward(dy, y, saved, from_output=True)
+            for a, b in zip(want[:3], got[:3], strict=True):
+                assert a is not None
+                assert b is not None
+                within(b, a.astype(np.float64), (2e-4 if dtype == np.float32 else 1e-12) * max(1.0, float(np.abs(a).max())))
+
+
+def test_layers() -> None:
+    p = problem((4, 3, 6, 5))
+    residual = rng(1).standard_normal(p.x.shape).astype(np.float32)
+    layer = fastbn.BatchNorm2d(3, activation="relu")
+    y = layer(p.x, residual)
+    want, saved = fastbn.batch_norm_forward(p.x, layer.weight, layer.bias, activation="relu", residual=residual)
+    same_bits(y, want)
+    gradients = layer.backward(p.dy)
+    for a, b in zip(gradients, fastbn.batch_norm_backward(p.dy, p.x, saved, wrt=("x", "weight", "bias", "residual")), strict=True):
+        assert a is not None
+        assert b is not None
+        same_bits(a, b)
+    assert "activation='relu'" in repr(layer)
+
+
+def test_layers_in_place() -> None:
+    p = problem((4, 3, 6, 5))
+    layer, other = (fastbn.BatchNorm2d(3, activation=("leaky_relu", 0.01)) for _ in range(2))
+    x = p.x.copy()
+    layer(x, out=x)
+    other(p.x)
+    for a, b in zip(layer.backward(p.dy)[:3], other.backward(p.dy)[:3], strict=True):
+        assert a is not None
+        assert b is not None
+        within(a, b.astype(np.float64), 1e-4)
+    lost = fastbn.BatchNorm2d(3, activation="relu")
+    lost(x, out=x)
+    with pytest.raises(RuntimeError, match="had from its output"):
+        lost.backward(p.dy)
+
+
+@pytest.mark.parametrize("activation", [None, *ALL], ids=str)
+def test_frozen_layer_small_and_large(activation: Any) -> None:
+    for shape in ((1, 8, 4, 4), (4, 8, 60, 60)):
+        p = problem(shape)
+        residual = rng(1).standard_normal(shape).astype(np.float32)
+        layer = fastbn.FrozenBatchNorm(p.mean, p.var, p.weight, p.bias, activation=activation)
+        for r in (None, residual):
+            want = fastbn.batch_norm(p.x, p.mean, p.var, p.weight, p.bias, activation=activation, residual=r)
+            for _ in range(2):  # small arrays take a shorter path from the second call on
+                got = layer(p.x, r)
+                within(got, want.astype(np.float64), 1e-6 * np.maximum(1, np.abs(want)))
+                out = p.x.copy()
+                assert layer(out, r, out) is out
+                same_bits(out, got)
+        out = residual.copy()
+        assert layer(p.x, out, out) is out
+        same_bits(out, layer(p.x, residual))
+        with pytest.raises(ValueError, match="residual must have the shape of x"):
+            layer(p.x, residual[:, :, :2])
+        with pytest.raises(TypeError, match="residual must have the dtype of x"):
+            layer(p.x, residual.astype(np.float64))
+
+
+def test_elemt_and_zero_slope() -> None:
+    p = problem((4, 3, 2, 2))
+    mean, invstd = np.zeros(3), np.ones(3)
+    got = fastbn.batch_norm_elemt(p.x, mean, invstd, activation=("leaky_relu", 0), residual=p.dy)
+    np.testing.assert_array_equal(np.maximum(p.x + p.dy, 0), np.abs(got))
+
+
+@pytest.mark.parametrize(
+    ("activation", "error", "message"),
+    [
+        ("swish", ValueError, "activation must be one of relu, .*, got 'swish'"),
+        (("leaky_relu", "a"), TypeError, "the slope of leaky_relu must be a number, got 'a'"),
+        (("leaky_relu", True), TypeError, "the slope of leaky_relu must be a number"),
+        (("relu", 1.0), ValueError, "takes a parameter as"),
+        (("gelu", "erf"), ValueError, "takes a parameter as"),
+        ((), TypeError, "activation must be None, a name"),
+        (3, TypeError, "activation must be None, a name"),
+    ],
+)
+def test_wrong_activations(activation: Any, error: type[Exception], message: str) -> None:
+    x = np.ones((2, 3), np.float32)
+    calls: list[Any] = [
+        lambda: fastbn.batch_norm(x, np.zeros(3), np.ones(3), activation=activation),
+        lambda: fastbn.batch_norm_forward(x, activation=activation),
+        lambda: fastbn.batch_norm_elemt(x, np.zeros(3), np.ones(3), activation=activation),
+        lambda: fastbn.BatchNorm1d(3, activation=activation),
+        lambda: fastbn.FrozenBatchNorm(np.zeros(3), np.ones(3), activation=activation),
+    ]
+    for call in calls:
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_wrong_residuals_modify_nothing() -> None:
+    x = rng().standard_normal((4, 3)).astype(np.float32)
+    mean, var, out = np.zeros(3, np.float32), np.ones(3, np.float32), np.zeros_like(x)
+    memory = np.zeros(20, np.float32)
+    overlapping = memory[:12].reshape(4, 3), memory[4:16].reshape(4, 3)
+    for residual, target, error in (
+        (x[:2], out, "residual must have the shape of x"),
+        (x.astype(np.float64), out, "residual must have the dtype of x"),
+        ([1.0], out, "residual must be a numpy.ndarray"),
+        (overlapping[0], overlapping[1], "out overlaps residual in part"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            fastbn.batch_norm(x, mean, var, training=True, residual=residual, out=target)
+    assert not mean.any()
+    assert (var == 1).all()
+    assert not out.any()
+    assert not memory.any()
+
+
+def test_wrong_backwards() -> None:
+    x = rng().standard_normal((4, 3)).astype(np.float32)
+    _, saved = fastbn.batch_norm_forward(x, activation="silu")
+    with pytest.raises(ValueError, match="wrt names 'residual', but the forward had none"):
+        fastbn.batch_norm_backward(x, x, saved, wrt="residual")
+    with pytest.raises(ValueError, match="from_output needs a forward without a residual"):
+        fastbn.batch_norm_backward(x, x, saved, from_output=True)
+    _, saved = fastbn.batch_norm_forward(x, residual=x)
+    with pytest.raises(ValueError, match="from_output needs a forward without a residual"):
+        fastbn.batch_norm_backward(x, x, saved, from_output=True)
+    _, saved = fastbn.batch_norm_forward(x, residual=x)
+    assert fastbn.batch_norm_backward(x, x, saved, wrt="residual").dresidual is x
+
+
+def test_empty_batch() -> None:
+    x = np.zeros((0, 3, 2, 2), np.float32)
+    y, saved = fastbn.batch_norm_forward(x, activation="relu", residual=x)
+    gradients = fastbn.batch_norm_backward(y, x, saved, wrt=("x", "weight", "bias", "residual"))
+    assert y.shape == x.shape
+    assert gradients.dresidual is not None
+    assert gradients.dresidual.shape == x.shape
+
+
+def test_sums_that_leave_the_range_of_float32() -> None:
+    x = (rng().standard_normal((8, 3, 5, 5)) * 1e30).astype(np.float32)
+    dy = (rng(1).standard_normal(x.shape) * 1e20).astype(np.float32)
+    for activation in ("relu", "silu"):
+        _, saved = fastbn.batch_norm_forward(x, activation=activation)
+        got = fastbn.batch_norm_backward(dy, x, saved)
+        _, mean, var = reference.batch_norm_stats(x)
+        z = reference.batch_norm(x, mean, var)
+        truth = reference.batch_norm_backward(dy * _truth(activation, z)[1], x, mean, var)
+        for a, b in zip(got[:3], truth, strict=True):
+            assert a is not None
+            within(a, b, 1e-5 * float(np.abs(b).max()))
+
+
+def test_the_residual_is_added_after_the_shift() -> None:
+    p = problem((2, 3, 4, 4))
+    y = fastbn.batch_norm(p.x, p.mean, p.var, np.zeros(3), p.bias, residual=p.dy)
+    np.testing.assert_array_equal(y, columns(p.bias, p.x, 1) + p.dy)
