@@ -114,7 +114,9 @@ def run(given: Inputs, memory: str) -> Results:
         )  # fmt: skip
         dx, dweight, dbias, _ = fastbn.batch_norm_backward(dy, x, saved, out=unwritten())
         results |= {f"y in {mode}": restore(y), f"dx in {mode}": restore(dx), f"dweight in {mode}": dweight, f"dbias in {mode}": dbias}
-    return results
+    y, saved = fastbn.batch_norm_forward(x, given.weight, given.bias, layout=layout, activation="gelu", residual=dy, out=unwritten())
+    dx, _, _, dresidual = fastbn.batch_norm_backward(dy, x, saved, wrt=("x", "residual"), out=unwritten())
+    return results | {"y with gelu": restore(y), "dx with gelu": restore(dx), "dresidual": restore(dresidual)}
 
 
 def expect(given: Inputs) -> tuple[Results, Results]:
@@ -149,11 +151,20 @@ def expect(given: Inputs) -> tuple[Results, Results]:
         direct = np.abs(dy).max((0, 2, 3)) * invstd * np.abs(weight)
         x_hat = (x - m[:, None, None]) * invstd[:, None, None]
         may[f"dx in {mode}"] = bounds.gradient * direct[:, None, None] + last_place(dx)
+        if mode == "training":
+            value, slope = (function(y + dy, 0.0) for function in reference.ACTIVATIONS["gelu"])
+            want |= {"y with gelu": value, "dresidual": dy * slope}
+            want["dx with gelu"], *_ = reference.batch_norm_backward(dy * slope, x, m, v, weight, EPS)
+            # The slope of gelu changes by as much as its argument is off, and less.
+            for name, size in (("y with gelu", np.abs(value)), ("dresidual", np.abs(dy))):
+                may[name] = bounds.y * np.maximum(1, np.maximum(size, np.abs(y))) + 2 * last_place(want[name])
+            may["dx with gelu"] = 2 * bounds.gradient * direct[:, None, None] + last_place(want["dx with gelu"])
         may[f"dbias in {mode}"] = bounds.gradient * np.sqrt(np.square(dy).sum((0, 2, 3)))
         may[f"dweight in {mode}"] = bounds.gradient * np.sqrt(np.square(dy * x_hat).sum((0, 2, 3)))
     return want, may
 
 
+@np.errstate(invalid="ignore")
 def worst(got: Results, want: Results, may: Results) -> tuple[float, str]:
     """Largest error as a fraction of what is allowed, and the name of the result that has it."""
     tiny = np.finfo(np.float64).tiny

@@ -247,7 +247,7 @@ BACKWARD: dict[str, Case] = {
     ),
     "wrt-unknown": (
         ValueError,
-        ["wrt may name 'x', 'weight' and 'bias'", "got 'gamma'"],
+        ["wrt may name 'x', 'weight', 'bias' and 'residual'", "got 'gamma'"],
         lambda: fastbn.batch_norm_backward(X, X, saved(), wrt=["x", "gamma"]),
     ),
     "wrt-joined": (ValueError, ["wrt may name", "got 'x,weight'"], lambda: fastbn.batch_norm_backward(X, X, saved(), wrt="x,weight")),

@@ -47,7 +47,7 @@ def naive_variance(x, threads=1):
     return mean.astype(np.float64), np.zeros(mean.size), (count * (square - mean**2)).astype(np.float64)
 
 
-def not_centered(x, y, mean, scale, shift, threads=1):
+def not_centered(x, y, mean, scale, shift, threads=1, epilogue=None):
     scale, shift = scale[:, None], (shift - mean * scale)[:, None]
     y[...] = (x.astype(mean.dtype) * scale + shift).astype(y.dtype)
 

@@ -17,6 +17,7 @@ FLAGS = "-fsanitize=address,undefined"
 SCRIPT = """
 import itertools
 import numpy as np
+from fastbn.activations import Epilogue, lookup
 from fastbn.dispatch import TABLE
 try:
     from ml_dtypes import bfloat16
@@ -37,10 +38,14 @@ for kernel in TABLE:
             m.stats(x, threads)
             m.normalize(x, y, w, w, w, threads)
             m.inference(x, y, w, None, w, None, w, 1e-5, threads)
-            mean, mean_lo, invstd = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, compute, threads)
+            mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, compute, threads)
             m.grad_sums(dy, x, w, threads)
             m.grad_input(dy, x, y, w, w, w, w, threads)
-            m.backward(dy, x, y, mean, mean_lo, invstd, w, threads)
+            m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads)
+            for activation, residual in ((lookup("relu"), dy), (lookup("gelu"), None), (None, dy)):
+                after = Epilogue(activation, residual, scale, shift, y.copy())
+                m.normalize(x, y, w, w, w, threads, after)
+                m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, after)
     print(kernel.name, "done")
 """
 
