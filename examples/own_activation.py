@@ -1,0 +1,62 @@
+"""Functions of one's own inside the kernel: mish, and swish with a learned scale.
+
+Run with ``python examples/own_activation.py``; it needs Numba (``pip install 'fastbn[numba]'``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+import fastbn
+from fastbn.kernels.numba_math import exp, sigmoid  # unlike math.exp, these become vector instructions
+
+
+@numba.njit
+def mish(z: float) -> Any:
+    """The mish of z, ``z * tanh(log(1 + exp(z)))``, with one exponential: Misra, "Mish", 2019."""
+    e = exp(-abs(z))
+    square = (e + 1) * (e + 1)
+    other = e * e if z > 0 else e * e * 0 + 1
+    return z * (square - other) / (square + other)
+
+
+@numba.njit
+def mish_derivative(z: float) -> Any:
+    """The derivative of mish."""
+    e = exp(-abs(z))
+    square = (e + 1) * (e + 1)
+    other = e * e if z > 0 else e * e * 0 + 1
+    t = (square - other) / (square + other)
+    return t + z * (1 - t * t) * sigmoid(z)
+
+
+def swish(scale: float) -> fastbn.Activation:
+    """Return ``z * sigmoid(scale * z)`` with a scale that was learned; another scale is another function to compile."""
+    s = np.float32(scale)
+
+    @numba.njit
+    def value(z: float) -> Any:
+        return z * sigmoid(s * z)
+
+    @numba.njit
+    def derivative(z: float) -> Any:
+        return sigmoid(s * z) * (1 + s * z * sigmoid(-s * z))
+
+    return fastbn.Activation(value, derivative)
+
+
+def main() -> None:
+    """Normalize with both, and take a gradient."""
+    x = np.random.default_rng(0).standard_normal((8, 16, 20, 20)).astype(np.float32)
+    for name, activation in (("mish", fastbn.Activation(mish, mish_derivative)), ("swish", swish(1.5))):
+        y, saved = fastbn.batch_norm_forward(x, activation=activation)
+        gradients = fastbn.batch_norm_backward(np.ones_like(x), x, saved)
+        assert gradients.dbias is not None
+        print(f"{name}: mean output {y.mean():.4f}, mean derivative {gradients.dbias.sum() / x.size:.4f}")
+
+
+if __name__ == "__main__":
+    main()

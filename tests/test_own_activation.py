@@ -1,0 +1,87 @@
+"""Functions of the user's as activations."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from math import exp, log1p, tanh
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from truth import problem, rng, same_bits, within
+
+import fastbn
+from fastbn import reference
+from fastbn.dispatch import KERNELS
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "own_activation.py"
+
+
+@pytest.fixture(scope="module")
+def example() -> Any:
+    pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+    specification = importlib.util.spec_from_file_location("own_activation", EXAMPLE)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_mish(example: Any, dtype: Any, axis: int) -> None:
+    p = problem((3, 4, 5, 6), dtype, axis)
+    residual = rng(1).standard_normal(p.x.shape).astype(dtype)
+    layout = "NCHW" if axis == 1 else "NHWC"
+    activation = fastbn.Activation(example.mish, example.mish_derivative)
+    y, saved = fastbn.batch_norm_forward(p.x, p.weight, p.bias, layout=layout, activation=activation, residual=residual)
+    _, mean, var = reference.batch_norm_stats(p.x, axis)
+    z = reference.batch_norm(p.x, mean, var, p.weight, p.bias, 1e-5, axis) + residual
+    t = np.vectorize(lambda v: tanh(log1p(exp(v))))(z)
+    slope = t + z * (1 - t * t) / (1 + np.exp(-z))
+    small = 1e-6 if dtype == np.float32 else 1e-13
+    within(y, z * t, small * np.maximum(1, np.abs(z)))
+    got = fastbn.batch_norm_backward(p.dy, p.x, saved, wrt=("x", "weight", "bias", "residual"))
+    truth = reference.batch_norm_backward(p.dy * slope, p.x, mean, var, p.weight, 1e-5, axis)
+    for gradient, want in zip(got, (*truth, p.dy * slope), strict=True):
+        assert gradient is not None
+        within(gradient, want, 10 * small * max(1.0, float(np.abs(want).max())))
+    with fastbn.num_threads(3):
+        same_bits(y, fastbn.batch_norm_forward(p.x, p.weight, p.bias, layout=layout, activation=activation, residual=residual)[0])
+
+
+def test_layers_and_a_plain_function(example: Any) -> None:
+    p = problem((2, 3, 4, 4))
+    layer = fastbn.BatchNorm2d(3, activation=example.swish(1.0))
+    within(layer(p.x), fastbn.batch_norm_forward(p.x, activation="silu")[0].astype(np.float64), 1e-6)
+    assert layer.backward(p.dy).dx is not None
+    frozen = fastbn.FrozenBatchNorm(p.mean, p.var, activation=example.mish)
+    for _ in range(2):
+        same_bits(frozen(p.x), fastbn.batch_norm(p.x, p.mean, p.var, activation=example.mish))
+
+
+def test_errors(example: Any) -> None:
+    x = np.ones((4, 3), np.float32)
+    _, saved = fastbn.batch_norm_forward(x, activation=example.mish)
+    with pytest.raises(ValueError, match=r"the backward needs the derivative of Activation\(mish, None\)"):
+        fastbn.batch_norm_backward(x, x, saved)
+    with pytest.raises(TypeError, match=r"forward must be a function compiled by numba.njit"):
+        fastbn.batch_norm_forward(x, activation=abs)
+    with pytest.raises(TypeError, match=r"no kernel can run a function as activation on float16 \(numba: it has no f16\)"):
+        fastbn.batch_norm_forward(x.astype(np.float16), activation=example.mish)
+    with fastbn.use_kernel("reference"), pytest.raises(RuntimeError, match="it takes no functions of the user's"):
+        fastbn.batch_norm_forward(x, activation=example.mish)
+
+
+def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr("fastbn.activations.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'fastbn\[numba\]'"):
+        fastbn.batch_norm_forward(np.ones((2, 3)), activation=lambda z: z)
+
+
+def test_only_numba_takes_functions() -> None:
+    assert [name for name, kernel in KERNELS.items() if kernel.custom] == ["numba"]
