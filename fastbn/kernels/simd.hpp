@@ -336,6 +336,9 @@ namespace {
 
 // ---- Blocks ----
 
+// What is not inlined passes blocks through memory, in pieces that are slow to read again as a whole.
+#define INLINE __attribute__((always_inline))
+
 #define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)
 
 template <class T> struct Block {
@@ -369,20 +372,29 @@ template <class T> struct Block {
         return c;
     }
 
-    static Block activated(Block z, const Activation& f) {
+    // Registers of its own, or those of the loop would have to be in memory, even where this is never called.
+    template <bool derivative> INLINE static Block smooth(Block z, int kind) {
+        R r[registers];
+        FOR_REGISTERS r[i] = z.r[i];
+        apply_smooth<derivative>(r, kind);
+        FOR_REGISTERS z.r[i] = r[i];
+        return z;
+    }
+
+    INLINE static Block activated(Block z, const Activation& f) {
         switch (f.kind) {
             case IDENTITY: break;
             case RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] < 0, R{}, z.r[i]); break;
             case RELU6: FOR_REGISTERS z.r[i] = choose(z.r[i] < 0, R{}, choose(z.r[i] > 6, all<R>(6), z.r[i])); break;
             case LEAKY_RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] > 0, z.r[i], z.r[i] * (C)f.parameter); break;
             case HARDSWISH: FOR_REGISTERS z.r[i] = z.r[i] * (ramp(z.r[i]) * all<R>(1.0 / 6)); break;
-            default: apply_smooth<false>(z.r, f.kind);
+            default: z = smooth<false>(z, f.kind);
         }
         return z;
     }
 
     // dy times the derivative of the activation at z.
-    static Block through(Block dy, Block z, const Activation& f) {
+    INLINE static Block through(Block dy, Block z, const Activation& f) {
         switch (f.kind) {
             case IDENTITY: break;
             case RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] <= 0, R{}, dy.r[i]); break;
@@ -394,13 +406,13 @@ template <class T> struct Block {
                     dy.r[i] = choose(z.r[i] <= -3, R{}, choose(z.r[i] >= 3, dy.r[i], inside));
                 }
                 break;
-            default: apply_smooth<true>(z.r, f.kind); dy = dy * z;
+            default: dy = dy * smooth<true>(z, f.kind);
         }
         return dy;
     }
 
     // What leaky_relu made y of; identity stays as it is.
-    static Block restored(Block y, const Activation& f) {
+    INLINE static Block restored(Block y, const Activation& f) {
         if (f.kind == LEAKY_RELU) FOR_REGISTERS y.r[i] = choose(y.r[i] > 0, y.r[i], y.r[i] / (C)f.parameter);
         return y;
     }
