@@ -45,7 +45,7 @@ from numba.extending import intrinsic
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-from fastbn.kernels.numba_math import FUNCTIONS, _like
+from fastbn.kernels.numba_math import FUNCTIONS, like
 
 Array = np.ndarray[Any, Any]
 
@@ -114,7 +114,7 @@ def _through(
     """Take dy back through the activation, whose derivative is f."""
     z = x if undo is not None else _normalized(x, mean, scale, shift)
     slope = f(z if rs is None else z + r, parameter)
-    return _like(z, 0) if slope == 0 else dy * slope
+    return like(z, 0) if slope == 0 else dy * slope
 
 
 @_compiled(keep=False)
@@ -122,7 +122,7 @@ def _restored(x: float, undo: float | None) -> Any:
     """The element or, where it is the output of leaky_relu, whose slope is `undo`, its input."""
     if undo is None:
         return x
-    return x if x > 0 else x / _like(x, undo)
+    return x if x > 0 else x / like(x, undo)
 
 
 @_compiled("reassoc", "contract", keep=False)
@@ -136,7 +136,7 @@ def _summed(
     if dys is None:
         return d, d * d
     if f is not None:
-        dy = _through(dy, v, r, rs, f, parameter, undo, _like(v, k), scale, shift)
+        dy = _through(dy, v, r, rs, f, parameter, undo, like(v, k), scale, shift)
     return np.float64(dy), dy * d
 
 
@@ -387,7 +387,7 @@ def _functions(activation: Any) -> tuple[Any, Any]:
         return FUNCTIONS[activation.name]
 
     def with_parameter(function: Any) -> Any:
-        return None if function is None else _compiled(keep=False)(lambda z, _: _like(z, function(z)))
+        return None if function is None else _compiled(keep=False)(lambda z, _: like(z, function(z)))
 
     return with_parameter(activation.forward), with_parameter(activation.derivative)
 

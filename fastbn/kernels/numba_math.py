@@ -1,8 +1,8 @@
 """Activation functions for the Numba kernels, of one number: what LLVM turns into vector instructions.
 
 Written as the compiled kernels' `activation.hpp`, which says why. A function takes the normalized value and a
-parameter, and stays in the type of the value: a plain constant would make float32 arithmetic float64, hence `_like`.
-`exp` and `sigmoid` are there for functions of the user's as well, because a call of the C library's would not become
+parameter, and stays in the type of the value: a plain constant would make float32 arithmetic float64, hence `like`.
+`like`, `exp`, `sigmoid` and `tanh` are there for functions of the user's as well, because a call of the C library's would not become
 vector instructions.
 """
 
@@ -36,7 +36,7 @@ def _power(typingctx: Any, shifted: Any) -> Any:
     return shifted(shifted), generate
 
 
-_like: Any = intrinsic(_cast)
+like: Any = intrinsic(_cast)  # like(z, c): the constant c in the type of z
 _two_to: Any = intrinsic(_power)
 
 # (exp(r) - 1 - r) / r^2, and the normal distribution's tail, highest power first: see activation.hpp.
@@ -107,7 +107,7 @@ def _exponential(y: float) -> Any:
     """A power of two 2^n and p, where 2^n (1 + p) is exp(y), y <= 0, and what makes 2^n an ordinary number."""
     magic, lowered, lowest, ln2, ln2_rest, _ = _constants(y)
     y = lowest if y < lowest else y
-    shifted = y * _like(y, 1.4426950408889634) + magic
+    shifted = y * like(y, 1.4426950408889634) + magic
     n = shifted - magic
     high = y - n * ln2
     low = -(n * ln2_rest)
@@ -141,7 +141,7 @@ def sigmoid(z: float) -> Any:
     0.5
     """
     e = _exp_negative(-abs(z))
-    one = _like(z, 1)
+    one = like(z, 1)
     return (e if z < 0 else one) / (one + e)
 
 
@@ -165,7 +165,7 @@ def exp(z: float) -> Any:
     1.0
     """
     e = _exp_negative(-abs(z))
-    return _like(z, 1) / e if z > 0 else e
+    return like(z, 1) / e if z > 0 else e
 
 
 @_compiled
@@ -187,12 +187,12 @@ def tanh(z: float) -> Any:
     >>> tanh(0.0)
     0.0
     """
-    power, p, lowered = _exponential(abs(z) * _like(z, -2))
+    power, p, lowered = _exponential(abs(z) * like(z, -2))
     power = power * lowered
-    one = _like(z, 1)
+    one = like(z, 1)
     e = power * p + power
-    large = abs(z) > _like(z, 0.55)
-    quotient = (_like(z, 2) * e if large else (one - power) - power * p) / (one + e)
+    large = abs(z) > like(z, 0.55)
+    quotient = (like(z, 2) * e if large else (one - power) - power * p) / (one + e)
     t = one - quotient if large else quotient
     return -t if z < 0 else (t if z > 0 else z)
 
@@ -202,15 +202,15 @@ def _normal(z: float) -> Any:
     """The standard normal distribution up to z, and its density there."""
     a, farthest = abs(z), _constants(z)[-1]
     a = farthest if a > farthest else a
-    e = _exp_negative(a * a * _like(z, -0.5))
-    inverse = _like(z, 1) / (a + _like(z, 4))
-    tail = _tail_polynomial((a - _like(z, 4)) * inverse) * inverse * e
-    return _like(z, 1) - tail if z > 0 else tail, e * _like(z, 0.3989422804014327)
+    e = _exp_negative(a * a * like(z, -0.5))
+    inverse = like(z, 1) / (a + like(z, 4))
+    tail = _tail_polynomial((a - like(z, 4)) * inverse) * inverse * e
+    return like(z, 1) - tail if z > 0 else tail, e * like(z, 0.3989422804014327)
 
 
 @_compiled
 def _twice_u(z: float) -> Any:
-    return z * (z * z * _like(z, 0.07135481627260025) + _like(z, 1.5957691216057307))
+    return z * (z * z * like(z, 0.07135481627260025) + like(z, 1.5957691216057307))
 
 
 # ---- The activations, of the normalized value and a parameter, and their derivatives ----
@@ -218,42 +218,42 @@ def _twice_u(z: float) -> Any:
 
 @_compiled
 def _relu(z: float, _: float) -> Any:
-    return _like(z, 0) if z < 0 else z
+    return like(z, 0) if z < 0 else z
 
 
 @_compiled
 def _relu_slope(z: float, _: float) -> Any:
-    return _like(z, 0) if z <= 0 else _like(z, 1)
+    return like(z, 0) if z <= 0 else like(z, 1)
 
 
 @_compiled
 def _relu6(z: float, _: float) -> Any:
-    return _like(z, 0) if z < 0 else _like(z, 6) if z > 6 else z
+    return like(z, 0) if z < 0 else like(z, 6) if z > 6 else z
 
 
 @_compiled
 def _relu6_slope(z: float, _: float) -> Any:
-    return _like(z, 0) if (z <= 0) | (z >= 6) else _like(z, 1)
+    return like(z, 0) if (z <= 0) | (z >= 6) else like(z, 1)
 
 
 @_compiled
 def _leaky_relu(z: float, slope: float) -> Any:
-    return z if z > 0 else z * _like(z, slope)
+    return z if z > 0 else z * like(z, slope)
 
 
 @_compiled
 def _leaky_relu_slope(z: float, slope: float) -> Any:
-    return _like(z, 1) if z > 0 else _like(z, slope)
+    return like(z, 1) if z > 0 else like(z, slope)
 
 
 @_compiled
 def _hardswish(z: float, _: float) -> Any:
-    return z * (_relu6(z + _like(z, 3), 0.0) * _like(z, 1 / 6))
+    return z * (_relu6(z + like(z, 3), 0.0) * like(z, 1 / 6))
 
 
 @_compiled
 def _hardswish_slope(z: float, _: float) -> Any:
-    return _like(z, 0) if z <= -3 else _like(z, 1) if z >= 3 else z * _like(z, 1 / 3) + _like(z, 0.5)
+    return like(z, 0) if z <= -3 else like(z, 1) if z >= 3 else z * like(z, 1 / 3) + like(z, 0.5)
 
 
 @_compiled
@@ -273,7 +273,7 @@ def _silu(z: float, _: float) -> Any:
 
 @_compiled
 def _silu_slope(z: float, _: float) -> Any:
-    return sigmoid(z) * (_like(z, 1) + z * sigmoid(-z))
+    return sigmoid(z) * (like(z, 1) + z * sigmoid(-z))
 
 
 @_compiled
@@ -283,7 +283,7 @@ def _tanh(z: float, _: float) -> Any:
 
 @_compiled
 def _tanh_slope(z: float, _: float) -> Any:
-    return _like(z, 4) * sigmoid(z + z) * sigmoid(-z - z)
+    return like(z, 4) * sigmoid(z + z) * sigmoid(-z - z)
 
 
 @_compiled
@@ -304,10 +304,10 @@ def _gelu_tanh(z: float, _: float) -> Any:
 
 @_compiled
 def _gelu_tanh_slope(z: float, _: float) -> Any:
-    edge = _like(z, 32)  # beyond it the slope is 0 or 1, and the square of z may overflow
+    edge = like(z, 32)  # beyond it the slope is 0 or 1, and the square of z may overflow
     z = edge if z > edge else -edge if z < -edge else z
     u = _twice_u(z)
-    return sigmoid(u) * (_like(z, 1) + z * (z * z * _like(z, 0.21406444881780075) + _like(z, 1.5957691216057307)) * sigmoid(-u))
+    return sigmoid(u) * (like(z, 1) + z * (z * z * like(z, 0.21406444881780075) + like(z, 1.5957691216057307)) * sigmoid(-u))
 
 
 FUNCTIONS: dict[str, tuple[Any, Any]] = {
