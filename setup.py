@@ -26,7 +26,7 @@ LEVELS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}.get(platfor
 
 def extension(name: str, flags: list[str], sources: tuple[str, ...] = ()) -> Extension:
     """One module under fastbn/kernels, rebuilt when any of the shared sources changes."""
-    shared = [f"{KERNELS}/{file}" for file in ("simd.pxi", "simd.hpp", "pool.hpp", "_pool.pxd")]
+    shared = [f"{KERNELS}/{file}" for file in ("simd.pxi", "simd.hpp", "activation.hpp", "pool.hpp", "_pool.pxd")]
     return Extension(
         f"fastbn.kernels.{name}",
         [f"{KERNELS}/{name}.pyx", *(f"{KERNELS}/{source}" for source in sources)],
