@@ -1,12 +1,13 @@
 // Activation functions and their derivatives, on registers of float or double. No loops over data, no calls of libm.
 //
-// All smooth ones rest on two functions. The exponential of y <= 0 never overflows, and is had as 2^n (1 + p), where p
-// keeps its digits near y = 0: so tanh(z), from exp(-2|z|) - 1, does so too. The upper tail of the normal distribution
-// is exp(-a^2 / 2) times a smooth function of a, and keeps its digits however small it is.
+// All smooth ones rest on the exponential, had as 2^n times a polynomial. Where its argument may be of either sign, it
+// may overflow to infinity, and the quotient it stands in becomes zero; the logistic function is 1 / (1 + exp(-z)).
+// The upper tail of the normal distribution is exp(-a^2 / 2) times a smooth function of a, and keeps its digits
+// however small it is.
 //
-// Largest errors in float, with a fused multiply-add (tests/test_activations.py): exp, sigmoid, tanh and the normal
-// distribution 2 units in the last place, the derivatives of sigmoid and tanh 2^-23. The polynomials are Chebyshev
-// fits by mpmath's chebyfit, highest power first. NaN stays NaN.
+// Largest errors in float, with a fused multiply-add (tests/test_activations.py): exp 1 unit in the last place, sigmoid
+// and tanh 2.5, the normal distribution 4 as far as |z| = 1; the derivatives of sigmoid and tanh 2^-23. Results that are
+// not normal numbers may be zero. The polynomials are minimax fits by Remez' algorithm, highest power first. NaN stays NaN.
 #pragma once
 
 namespace {
@@ -17,6 +18,8 @@ enum Kind : int { IDENTITY, RELU, RELU6, LEAKY_RELU, HARDSWISH, SIGMOID, SILU, T
 struct Activation {
     int kind;
     double parameter;
+
+    bool is_smooth() const { return kind >= SIGMOID; }
 };
 
 template <class R> struct Constants;
@@ -26,16 +29,20 @@ template <> struct Constants<f32r> {
     using integers = i32r;
     static constexpr int mantissa = 23;
     static constexpr float to_integer = 0x1.8p23f;  // leaves a sum's integer part in its lowest bits
-    // Powers of two are built 2^64 too large, so that they stay normal numbers where the result does not.
-    static constexpr int lifted = 64 << 23;
-    static constexpr float lowered = 0x1p-64f, lowest = -110;
     static constexpr float log2e = 1.44269504f, ln2 = 0x1.63p-1f, ln2_rest = -2.12194440e-4f;
     // (exp(r) - 1 - r) / r^2, |r| <= ln(2) / 2
-    static constexpr float exp[] = {0.001392618359f, 0.008363179053f, 0.04166655462f, 0.1666657699f, 0.5f};
-    // exp(a^2 / 2) erfc(a / sqrt(2)) / 2 (a + 4) as a function of (a - 4) / (a + 4), 0 <= a <= 14.5
-    static constexpr float tail[] = {-0.000122983157f, 0.0001948018511f, 0.001569313645f, -0.003523574056f, -0.007527212912f,
-                                     0.06040646975f,   -0.1865230059f,   0.3871366798f,   -0.6078966061f,   0.7552851385f};
-    static constexpr float farthest = 14.5f;
+    static constexpr float exp[] = {0.008312455396f, 0.04189014068f, 0.1666711545f, 0.4999923171f};
+    // Powers of two are built 2^lift too large or too small, so that they are normal numbers where the result is not.
+    static constexpr int lift = 64;
+    static constexpr float invisible = -43, infinite = 105;  // exp of one adds nothing to 1, of the other overflows
+    static constexpr float normal = 87;                      // exp of this and of minus this are normal numbers
+    static constexpr float cubic = 9.9f;                     // twice_u of this is less than that
+    // exp(a^2 / 2) erfc(a / sqrt(2)) / 2 as a function of 1 / (a + away), 0 <= a <= farthest
+    static constexpr float away = 2.5f, farthest = 14.5f;
+    static constexpr float tail[] = {-59.84916412f, 121.4393785f, -90.50677862f, 24.22179507f, -0.4160088515f, 2.465544544f,
+                                     0.9744885417f, 0.3997229579f, -1.128226201e-5f};
+    // (tanh(z) - z) / z^3 as a function of z^2, |z| <= 0.55
+    static constexpr float tanh[] = {0.01645882439f, -0.05268418942f, 0.1332094282f, -0.3333295754f};
 };
 
 template <> struct Constants<f64r> {
@@ -43,20 +50,22 @@ template <> struct Constants<f64r> {
     using integers = i64r;
     static constexpr int mantissa = 52;
     static constexpr double to_integer = 0x1.8p52;
-    static constexpr int64_t lifted = 200ll << 52;
-    static constexpr double lowered = 0x1p-200, lowest = -760;
     static constexpr double log2e = 1.4426950408889634, ln2 = 0x1.62e42feep-1, ln2_rest = 0x1.a39ef35793c76p-33;
     static constexpr double exp[] = {2.51003854955103191e-8, 2.76200884454097482e-7, 2.75572684599970648e-6, 0.0000248015212959543751,
                                      0.000198412698630536169, 0.00138888889172137169, 0.00833333333333006183, 0.0416666666666241279,
                                      0.166666666666666675, 0.5};
-    // 0 <= a <= 39
-    static constexpr double tail[] = {-9.65342542022850467e-10, 7.26954547902668946e-11, 1.39240239935017101e-8, 1.45785933470364597e-8,
-                                      -7.63808205349045035e-8, -1.54263205367710739e-7, 2.63682485764076251e-7, 1.01980485181351727e-6,
-                                      -6.25132104047868019e-7, -5.91889273176323645e-6, 7.15005595921609866e-7, 0.0000351441811577609727,
-                                      -1.90786653166135743e-6, -0.000231094818319376211, 0.000133344254019049116, 0.0016308184418903596,
-                                      -0.00347969236224253334, -0.00754018896559305902, 0.0603965748906994641, -0.186521857959694163,
-                                      0.387137400742218879, -0.607896641971891759, 0.75528513041575148};
-    static constexpr double farthest = 39;
+    static constexpr int lift = 200;
+    static constexpr double invisible = -138, infinite = 760, normal = 708, cubic = 20;
+    static constexpr double away = 5, farthest = 39;
+    static constexpr double tail[] = {177228922434.430446, -258175995057.198531, 100732191853.464288, 53288898810.9455956,
+                                     -76206087905.5615547, 40195965529.8549161, -13032011920.2173319, 2992057856.08137674,
+                                     -523389786.043756779, 70117754.1400311323, -7475940.49368412648, 714902.215066671208,
+                                     -15121.869397162694, 12484.8492669301017, 2826.87839785332644, 781.764581677786985,
+                                     190.590075327198209, 43.8858135426754342, 9.57458188872135859, 1.99471174561392262,
+                                     0.3989422781930687, 6.55707863990674412e-12};
+    static constexpr double tanh[] = {-0.0000195210760556898191, 0.0000833601484991822946, -0.000233412784711560477, 0.000588457071869495536,
+                                      -0.00145554598993423335, 0.00359209253353869926, -0.00886323265290322698, 0.0218694883891120469,
+                                      -0.053968253963879028, 0.133333333333268342, -0.333333333333332997};
 };
 
 template <class R> using integers = typename Constants<R>::integers;
@@ -64,68 +73,48 @@ template <class R> using integers = typename Constants<R>::integers;
 // A number in all lanes.
 template <class R> inline R all(double value) { return (typename Constants<R>::real)value - R{}; }
 
-template <class R, class C, int n> inline R polynomial(const C (&coefficients)[n], R x) {
-    R sum = all<R>(coefficients[0]);
-    for (int i = 1; i < n; ++i) sum = multiply_add(sum, x, all<R>(coefficients[i]));
+template <class R, class C, int n> inline R polynomial(const C (&coefficients)[n], R x, double times = 1) {
+    R sum = all<R>(coefficients[0] * times);
+    for (int i = 1; i < n; ++i) sum = multiply_add(sum, x, all<R>(coefficients[i] * times));
     return sum;
 }
 
 template <class R> inline R magnitude(R z) { return (R)((integers<R>)z & ~(integers<R>)all<R>(-0.0)); }
 template <class R> inline R with_sign(R a, R sign) { return (R)((integers<R>)a | ((integers<R>)sign & (integers<R>)all<R>(-0.0))); }
+template <class R> inline R within(double bound, R z) { return smaller(all<R>(bound), larger(all<R>(-bound), z)); }
 
-// 2^n and p, where 2^n (1 + p) = exp(y + rest), y <= 0 and the rest is tiny. 2^n is lifted.
-template <class R> struct Exponential {
-    R power, p;
-};
-
-template <class R> inline Exponential<R> exponential(R y, R rest) {
+// exp(y) as a product of 2^(n + lift) and 2^-lift (1 + y - n ln(2) + ...), where 2^(n + lift) is a normal number.
+template <int lift, class R> inline R exponential(R y) {
     using K = Constants<R>;
-    y = choose(y < K::lowest, all<R>(K::lowest), y);
+    const double scale = __builtin_ldexp(1, -lift);
     const R shifted = multiply_add(y, all<R>(K::log2e), all<R>(K::to_integer));
     const R n = shifted - K::to_integer;
-    const R high = multiply_add(n, all<R>(-K::ln2), y);
-    const R low = multiply_add(n, all<R>(-K::ln2_rest), rest);
-    const R r = high + low;
-    const R power = (R)(((integers<R>)shifted << K::mantissa) + (integers<R>)all<R>(1) + K::lifted);
-    return {power, high + multiply_add(r * r, polynomial(K::exp, r), low)};
+    const R r = multiply_add(n, all<R>(-K::ln2_rest), multiply_add(n, all<R>(-K::ln2), y));
+    const R p = multiply_add(multiply_add(polynomial(K::exp, r, scale), r, all<R>(scale)), r, all<R>(scale));
+    return p * (R)(((integers<R>)shifted << K::mantissa) + (integers<R>)all<R>(1 / scale));
 }
 
-template <class R> inline R exp_negative(R y, R rest) {
-    const Exponential<R> e = exponential(y, rest);
-    return multiply_add(e.power, e.p, e.power) * Constants<R>::lowered;
+// 1 + exp(-z): infinite where the exponential overflows.
+template <class R> inline R one_and_exp(R z) {
+    using K = Constants<R>;
+    return 1 + exponential<-K::lift>(smaller(all<R>(K::infinite), larger(all<R>(K::invisible), -z)));
 }
 
-template <class R> inline R sigmoid(R z) {
-    const R e = exp_negative(-magnitude(z), R{});
-    return choose(z < 0, e, all<R>(1)) / (1 + e);
-}
-
-// The same at z, and at -z.
+// The logistic function of z, and of -z.
 template <class R> struct Logistic {
     R at, opposite;
 };
 
 template <class R> inline Logistic<R> logistic(R z) {
-    const R e = exp_negative(-magnitude(z), R{});
-    const R large = 1 / (1 + e), small = e * large;
-    return {choose(z < 0, small, large), choose(z < 0, large, small)};
+    const R e = exponential<0>(within(Constants<R>::normal, -z));
+    const R at = 1 / (1 + e);
+    return {at, e * at};
 }
 
 template <class R> inline R hyperbolic_tangent(R z) {
-    const R a = magnitude(z);
-    const Exponential<R> x = exponential(a * -2, R{});
-    const R power = x.power * Constants<R>::lowered;
-    const R e = multiply_add(power, x.p, power);
-    const R less = multiply_add(power, -x.p, 1 - power);  // 1 - e
-    const auto large = a > all<R>(0.55);
-    const R quotient = choose(large, 2 * e, less) / (1 + e);
-    return with_sign(choose(large, 1 - quotient, quotient), z);
-}
-
-template <class R> inline R hyperbolic_tangent_slope(R z) {
-    const R e = exp_negative(magnitude(z) * -2, R{});
-    const R inverse = 1 / (1 + e);
-    return 4 * e * inverse * inverse;
+    const R a = magnitude(z), square = a * a;
+    const R small = multiply_add(a * square, polynomial(Constants<R>::tanh, square), a);
+    return with_sign(choose(a > all<R>(0.55), 1 - 2 / one_and_exp(a * -2), small), z);
 }
 
 // The standard normal distribution up to z, and its density there.
@@ -135,12 +124,9 @@ template <class R> struct Normal {
 
 template <class R> inline Normal<R> normal(R z) {
     using K = Constants<R>;
-    R a = magnitude(z);
-    a = choose(a > K::farthest, all<R>(K::farthest), a);
-    const R square = a * a, lost = multiply_add(a, a, -square);
-    const R e = exp_negative(square * all<R>(-0.5), lost * all<R>(-0.5));
-    const R inverse = 1 / (a + 4);
-    const R tail = polynomial(K::tail, (a - 4) * inverse) * inverse * e;
+    const R a = smaller(all<R>(K::farthest), magnitude(z));
+    const R e = exponential<K::lift>(a * a * all<R>(-0.5));
+    const R tail = polynomial(K::tail, 1 / (a + K::away)) * e;
     return {choose(z > 0, 1 - tail, tail), e * all<R>(0.3989422804014327)};
 }
 
@@ -149,41 +135,45 @@ template <class R> inline R twice_u(R z) { return z * multiply_add(z * z, all<R>
 template <class R> inline R twice_u_slope(R z) { return multiply_add(z * z, all<R>(0.21406444881780075), all<R>(1.5957691216057307)); }
 
 template <int kind, class R> inline R smooth(R z) {
-    if (kind == SIGMOID) return sigmoid(z);
-    if (kind == SILU) return z * sigmoid(z);
+    if (kind == SIGMOID) return 1 / one_and_exp(z);
+    if (kind == SILU) return z / one_and_exp(z);
     if (kind == TANH) return hyperbolic_tangent(z);
     if (kind == GELU) return z * normal(z).below;
-    return z * sigmoid(twice_u(z));
+    return z / one_and_exp(twice_u(z));
 }
 
 template <int kind, class R> inline R smooth_derivative(R z) {
-    if (kind == TANH) return hyperbolic_tangent_slope(z);
+    using K = Constants<R>;
     if (kind == GELU) {
         const Normal<R> n = normal(z);
         return multiply_add(z, n.density, n.below);
     }
-    if (kind == GELU_TANH) {  // beyond 32 it is 0 or 1, and the square of z may overflow
-        z = choose(z > 32, all<R>(32), choose(z < -32, all<R>(-32), z));
+    // Far from zero these are 0 or 1, and stay so.
+    if (kind == GELU_TANH) {
+        z = within(K::cubic, z);
         const Logistic<R> s = logistic(twice_u(z));
         return s.at * multiply_add(z * twice_u_slope(z), s.opposite, all<R>(1));
     }
+    z = within(K::normal, kind == TANH ? z * 2 : z);
     const Logistic<R> s = logistic(z);
+    if (kind == TANH) return 4 * s.at * s.opposite;
     if (kind == SIGMOID) return s.at * s.opposite;
     return s.at * multiply_add(z, s.opposite, all<R>(1));
 }
 
-template <int kind, bool derivative, class R, int n> inline void each(R (&r)[n]) {
-    for (int i = 0; i < n; ++i) r[i] = derivative ? smooth_derivative<kind>(r[i]) : smooth<kind>(r[i]);
+template <int kind, bool derivative, class R> inline void each(R* r, ptrdiff_t n) {
+    for (ptrdiff_t i = 0; i < n; ++i) r[i] = derivative ? smooth_derivative<kind>(r[i]) : smooth<kind>(r[i]);
 }
 
 // A function, because it is long: what is inlined into the loops must leave them short for the simple activations.
-template <bool derivative, class R, int n> __attribute__((noinline)) void apply_smooth(R (&r)[n], int kind) {
+// It takes many registers at once, because it loads twenty constants first.
+template <bool derivative, class R> __attribute__((noinline)) void apply_smooth(R* r, ptrdiff_t n, int kind) {
     switch (kind) {
-        case SIGMOID: return each<SIGMOID, derivative>(r);
-        case SILU: return each<SILU, derivative>(r);
-        case TANH: return each<TANH, derivative>(r);
-        case GELU: return each<GELU, derivative>(r);
-        case GELU_TANH: return each<GELU_TANH, derivative>(r);
+        case SIGMOID: return each<SIGMOID, derivative>(r, n);
+        case SILU: return each<SILU, derivative>(r, n);
+        case TANH: return each<TANH, derivative>(r, n);
+        case GELU: return each<GELU, derivative>(r, n);
+        case GELU_TANH: return each<GELU_TANH, derivative>(r, n);
     }
 }
 

@@ -84,10 +84,22 @@ inline f64r multiply_add(f64r a, f64r b, f64r c) {
 
 // A comparison is all ones where it holds; choose takes `a` there and `b` elsewhere.
 template <class R, class M> inline R choose(M mask, R a, R b) { return mask ? a : b; }
-inline f32r smaller(f32r a, f32r b) { return choose(a < b, a, b); }
-inline f32r larger(f32r a, f32r b) { return choose(a > b, a, b); }
-inline f64r smaller(f64r a, f64r b) { return choose(a < b, a, b); }
-inline f64r larger(f64r a, f64r b) { return choose(a > b, a, b); }
+
+// a where it is smaller, or larger, and else b: b where one of them is NaN, or both are zeros. x86 has just that.
+#if defined(__AVX512F__)
+inline f32r smaller(f32r a, f32r b) { return (f32r)_mm512_min_ps((__m512)a, (__m512)b); }
+inline f32r larger(f32r a, f32r b) { return (f32r)_mm512_max_ps((__m512)a, (__m512)b); }
+inline f64r smaller(f64r a, f64r b) { return (f64r)_mm512_min_pd((__m512d)a, (__m512d)b); }
+inline f64r larger(f64r a, f64r b) { return (f64r)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif defined(__AVX2__)
+inline f32r smaller(f32r a, f32r b) { return (f32r)_mm256_min_ps((__m256)a, (__m256)b); }
+inline f32r larger(f32r a, f32r b) { return (f32r)_mm256_max_ps((__m256)a, (__m256)b); }
+inline f64r smaller(f64r a, f64r b) { return (f64r)_mm256_min_pd((__m256d)a, (__m256d)b); }
+inline f64r larger(f64r a, f64r b) { return (f64r)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#else
+template <class R> inline R smaller(R a, R b) { return choose(a < b, a, b); }
+template <class R> inline R larger(R a, R b) { return choose(a > b, a, b); }
+#endif
 
 template <class R> struct Unaligned { typedef R type __attribute__((aligned(1), may_alias)); };
 
@@ -372,23 +384,27 @@ template <class T> struct Block {
         return c;
     }
 
+    // A smooth activation of several blocks, or its derivative.
+    static void smooth(Block* z, ptrdiff_t n, const Activation& f, bool derivative) {
+        derivative ? apply_smooth<true>(z->r, n * registers, f.kind) : apply_smooth<false>(z->r, n * registers, f.kind);
+    }
+
     // Registers of its own, or those of the loop would have to be in memory, even where this is never called.
-    template <bool derivative> INLINE static Block smooth(Block z, int kind) {
-        R r[registers];
-        FOR_REGISTERS r[i] = z.r[i];
-        apply_smooth<derivative>(r, kind);
-        FOR_REGISTERS z.r[i] = r[i];
-        return z;
+    INLINE static Block smooth(Block z, const Activation& f, bool derivative) {
+        Block own;
+        FOR_REGISTERS own.r[i] = z.r[i];
+        smooth(&own, 1, f, derivative);
+        return own;
     }
 
     INLINE static Block activated(Block z, const Activation& f) {
         switch (f.kind) {
             case IDENTITY: break;
-            case RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] < 0, R{}, z.r[i]); break;
-            case RELU6: FOR_REGISTERS z.r[i] = choose(z.r[i] < 0, R{}, choose(z.r[i] > 6, all<R>(6), z.r[i])); break;
+            case RELU: FOR_REGISTERS z.r[i] = larger(R{}, z.r[i]); break;
+            case RELU6: FOR_REGISTERS z.r[i] = larger(R{}, smaller(all<R>(6), z.r[i])); break;
             case LEAKY_RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] > 0, z.r[i], z.r[i] * (C)f.parameter); break;
             case HARDSWISH: FOR_REGISTERS z.r[i] = z.r[i] * (ramp(z.r[i]) * all<R>(1.0 / 6)); break;
-            default: z = smooth<false>(z, f.kind);
+            default: z = smooth(z, f, false);
         }
         return z;
     }
@@ -406,7 +422,7 @@ template <class T> struct Block {
                     dy.r[i] = choose(z.r[i] <= -3, R{}, choose(z.r[i] >= 3, dy.r[i], inside));
                 }
                 break;
-            default: dy = dy * smooth<true>(z, f.kind);
+            default: dy = dy * smooth(z, f, true);
         }
         return dy;
     }
@@ -422,10 +438,7 @@ template <class T> struct Block {
         return a;
     }
 
-    static R ramp(R z) {
-        z = z + 3;
-        return choose(z < 0, R{}, choose(z > 6, all<R>(6), z));
-    }
+    static R ramp(R z) { return larger(R{}, smaller(all<R>(6), z + 3)); }
 
     // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
     double total() const {

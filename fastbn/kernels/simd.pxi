@@ -91,10 +91,13 @@ cdef extern from "simd.hpp" nogil:
         Block[T] through(Block[T], Block[T], const Activation&)
         @staticmethod
         Block[T] restored(Block[T], const Activation&)
+        @staticmethod
+        void smooth(Block[T]*, Py_ssize_t, const Activation&, bint)
 
-    ctypedef struct Activation:
+    cdef cppclass Activation:
         int kind
         double parameter
+        bint is_smooth()
 
     void fence()
 
@@ -322,6 +325,7 @@ cdef enum:
     LONG_ROW = 2048      # gather rows up to this many columns
     COLUMNS = 4096       # bytes of the accumulators of one unit's columns, as in the struct Columns
     MAP_ROWS = 4         # rows mapped with one load of the parameters
+    FEW = 4              # blocks that a smooth activation takes at once
     LINE = 64            # bytes of a cache line
     BLOCK = 128          # bytes of a block
 
@@ -365,43 +369,68 @@ cdef inline Elements[T] elements_before(Job[Op, T]* job, Arrays[T]* a, Py_ssize_
     return e
 
 
-cdef inline Block[T] before_activation(
-    Job[Op, T]* job, Elements[T] e, Block[T] centered, Block[T] scale, Block[T] shift
-) noexcept nogil:
-    """What the activation of the forward was applied to."""
+cdef inline Block[T] before_activation(Job[Active, T]* job, Elements[T] e, Parameters[T]* p) noexcept nogil:
+    """What the activation of the forward is applied to."""
     cdef Block[T] z
     if job.restores:
         return e.x
-    z = Block[T].fma(centered, scale, shift)
+    z = Block[T].fma(e.x - p.mean, p.scale, p.shift if Active is ActiveNormalize else p.bias)
     return z if job.residual == NULL else z + e.residual
 
 
-cdef inline void accumulate(
-    Job[Sum, T]* job, Elements[T] e, Parameters[T]* p, Block[T]* sum, Block[T]* square
+cdef inline void activate(
+    Job[Active, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t step, Py_ssize_t blocks, Py_ssize_t n, Parameters[T]* p, Block[T]* z
 ) noexcept nogil:
+    """A smooth activation of a few blocks, `step` apart; of a gradient, its derivative there."""
+    cdef Py_ssize_t i
+    for i in range(blocks):
+        z[i] = before_activation(job, elements(job, a, at + i * step, n, p), p)
+    Block[T].smooth(z, blocks, job.activation, Active in Gradient)
+
+
+cdef inline void accumulate(Job[Sum, T]* job, Elements[T] e, Parameters[T]* p, Block[T]* sum, Block[T]* square) noexcept nogil:
+    """Add a block, whose dy is that before the activation."""
     cdef Block[T] d = e.x - p.mean
-    if Sum is Stats:
-        sum[0] = sum[0] + d
-        square[0] = Block[T].fma(d, d, square[0])
-    else:
+    cdef Block[T] term = d if Sum is Stats else e.dy
+    sum[0] = sum[0] + term
+    square[0] = Block[T].fma(term, d, square[0])
+
+
+cdef inline void sum_blocks(
+    Job[Sum, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t step, Py_ssize_t blocks, Py_ssize_t n, Parameters[T]* p,
+    Block[T]* sum, Block[T]* square
+) noexcept nogil:
+    """Add several blocks of n elements, `step` apart."""
+    cdef Elements[T] e
+    cdef Py_ssize_t i, few
+    cdef Block[T] slopes[FEW]
+    if Sum is ActiveSums:
+        while job.activation.is_smooth() and blocks > 0:
+            few = min(<Py_ssize_t> FEW, blocks)
+            activate(job, a, at, step, few, n, p, slopes)
+            for i in range(few):
+                e = elements(job, a, at + i * step, n, p)
+                e.dy = e.dy * slopes[i]
+                accumulate(job, e, p, sum, square)
+            at += few * step
+            blocks -= few
+    for i in range(blocks):
+        e = elements(job, a, at + i * step, n, p)
         if Sum is ActiveSums:
-            e.dy = Block[T].through(e.dy, before_activation(job, e, d, p.scale, p.bias), job.activation)
-        sum[0] = sum[0] + e.dy
-        square[0] = Block[T].fma(e.dy, d, square[0])
+            e.dy = Block[T].through(e.dy, before_activation(job, e, p), job.activation)
+        accumulate(job, e, p, sum, square)
 
 
 cdef inline Results[T] mapped(Job[Map, T]* job, Elements[T] e, Parameters[T]* p) noexcept nogil:
+    """Map a block, whose dy is that before the activation."""
     cdef Results[T] r
-    cdef Block[T] d = e.x - p.mean
     if Map is Normalize:
-        r.out = Block[T].fma(d, p.scale, p.shift)
+        r.out = Block[T].fma(e.x - p.mean, p.scale, p.shift)
     elif Map is ActiveNormalize:
-        r.out = Block[T].activated(before_activation(job, e, d, p.scale, p.shift), job.activation)
+        r.out = Block[T].activated(before_activation(job, e, p), job.activation)
     else:
-        if Map is ActiveGradient:
-            e.dy = Block[T].through(e.dy, before_activation(job, e, d, p.scale, p.bias), job.activation)
-            r.dresidual = e.dy
-        r.out = p.scale * Block[T].fma(d, p.slope, e.dy - p.shift)
+        r.dresidual = e.dy
+        r.out = p.scale * Block[T].fma(e.x - p.mean, p.slope, e.dy - p.shift)
     return r
 
 
@@ -420,6 +449,39 @@ cdef inline void deliver(Job[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize
     if Map is ActiveGradient:
         if job.dresidual != NULL:
             give(a.dresidual + at, r.dresidual, n, streams)
+
+
+cdef inline Results[T] mapped_block(Job[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, Parameters[T]* p) noexcept nogil:
+    cdef Elements[T] e = elements(job, a, at, n, p)
+    if Map is ActiveGradient:
+        e.dy = Block[T].through(e.dy, before_activation(job, e, p), job.activation)
+    return mapped(job, e, p)
+
+
+cdef inline void map_blocks(
+    Job[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t step, Py_ssize_t blocks, Py_ssize_t n, bint streams, Parameters[T]* p
+) noexcept nogil:
+    """Map several blocks of n elements, `step` apart."""
+    cdef Elements[T] e
+    cdef Results[T] r
+    cdef Py_ssize_t i, few
+    cdef Block[T] values[FEW]
+    if Map in Active:
+        while job.activation.is_smooth() and blocks > 0:
+            few = min(<Py_ssize_t> FEW, blocks)
+            activate(job, a, at, step, few, n, p, values)
+            for i in range(few):
+                if Map is ActiveNormalize:
+                    r.out = values[i]
+                else:
+                    e = elements(job, a, at + i * step, n, p)
+                    e.dy = e.dy * values[i]
+                    r = mapped(job, e, p)
+                deliver(job, a, at + i * step, n, streams, r)
+            at += few * step
+            blocks -= few
+    for i in range(blocks):
+        deliver(job, a, at + i * step, n, streams, mapped_block(job, a, at + i * step, n, p))
 
 
 cdef inline void of_channel(Job[Op, T]* job, Py_ssize_t c, Parameters[T]* p) noexcept nogil:
@@ -477,9 +539,7 @@ cdef void sum_exactly(
             if Sum is GradSums:
                 g = e.dy.first()
             elif Sum is ActiveSums:
-                g = Block[T].through(
-                    e.dy, before_activation(job, e, e.x - p.mean, p.scale, p.bias), job.activation
-                ).first()
+                g = Block[T].through(e.dy, before_activation(job, e, p), job.activation).first()
             sum += g
             square += g * d
     job.sums[index] = sum
@@ -497,15 +557,15 @@ cdef inline void sum_run(
 ) noexcept nogil:
     """Add n elements that lie one behind the other."""
     cdef Py_ssize_t W = Block[T].width(), end = at + n
-    while at + W <= end:
-        accumulate(job, elements(job, a, at, W, p), p, sum, square)
-        at += W
+    cdef Elements[T] e
+    sum_blocks(job, a, at, W, n // W, W, p, sum, square)
+    at += n // W * W
     if at == end:
         return
-    if n >= W:
-        accumulate(job, elements_before(job, a, end, end - at, p), p, sum, square)
-    else:
-        accumulate(job, elements(job, a, at, n, p), p, sum, square)
+    e = elements_before(job, a, end, end - at, p) if n >= W else elements(job, a, at, n, p)
+    if Sum is ActiveSums:
+        e.dy = Block[T].through(e.dy, before_activation(job, e, p), job.activation)
+    accumulate(job, e, p, sum, square)
 
 
 cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
@@ -575,24 +635,21 @@ cdef void map_planes(
     for n in range(planes):
         of_channel(job, channel, &p)
         if length < W:
-            deliver(job, &a, at, length, False, mapped(job, elements(job, &a, at, length, &p), &p))
+            map_blocks(job, &a, at, 0, 1, length, False, &p)
         else:
             # The tail overlaps what is before it. It is computed first, because the output may be the input.
-            tail = mapped(job, elements(job, &a, at + length - W, W, &p), &p)
+            tail = mapped_block(job, &a, at + length - W, W, &p)
             i = Block[T].to_line(a.out + at, length) if job.streams or length >= 16 * W else 0
             if i > 0:
-                deliver(job, &a, at, i, False, mapped(job, elements(job, &a, at, W, &p), &p))
+                deliver(job, &a, at, i, False, mapped_block(job, &a, at, W, &p))
             if job.streams:
-                while i + W <= length:
-                    deliver(job, &a, at + i, W, True, mapped(job, elements(job, &a, at + i, W, &p), &p))
-                    i += W
+                map_blocks(job, &a, at + i, W, (length - i) // W, W, True, &p)
+                i += (length - i) // W * W
                 if i < length:  # never write a streamed line again
-                    deliver(job, &a, at + i, length - i, False, mapped(job, elements(job, &a, at + i, length - i, &p), &p))
+                    deliver(job, &a, at + i, length - i, False, mapped_block(job, &a, at + i, length - i, &p))
             else:
-                while i + W <= length:
-                    deliver(job, &a, at + i, W, False, mapped(job, elements(job, &a, at + i, W, &p), &p))
-                    i += W
-                if i < length:
+                map_blocks(job, &a, at + i, W, (length - i) // W, W, False, &p)
+                if i + (length - i) // W * W < length:
                     deliver(job, &a, at + length - W, W, False, tail)
         at += job.inner
         channel = channel + 1 if channel + 1 < job.channels else 0
@@ -621,13 +678,10 @@ cdef inline void sum_rows(
     """Add a few rows of n columns, at most a block, from column first + j on to the accumulators from index j on."""
     cdef Block[T] sum = Block[T].constant(0), square = Block[T].constant(0)
     cdef Parameters[T] p
-    cdef Py_ssize_t r
     of_columns(job, first + j, &p)
     if Sum is Stats:
         p.mean = Block[T].get(k, j)
-    for r in range(rows):
-        accumulate(job, elements(job, a, at + j, n, &p), &p, &sum, &square)
-        at += job.columns
+    sum_blocks(job, a, at + j, job.columns, rows, n, &p, &sum, &square)
     (Block[T].get(sums, j) + sum).put(sums, j)
     (Block[T].get(squares, j) + square).put(squares, j)
 
@@ -708,11 +762,8 @@ cdef inline void map_rows(
 ) noexcept nogil:
     """Map n columns from j on, at most a block, of a few rows."""
     cdef Parameters[T] p
-    cdef Py_ssize_t r
     of_columns(job, j, &p)
-    for r in range(rows):
-        deliver(job, a, at + j, n, streams, mapped(job, elements(job, a, at + j, n, &p), &p))
-        at += job.columns
+    map_blocks(job, a, at + j, job.columns, rows, n, streams, &p)
 
 
 cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
