@@ -117,6 +117,7 @@ cdef extern from * nogil:
     struct Call {
         const void *x, *dy, *residual;  // residual, dresidual: of active operations, or NULL
         void *out, *dresidual;
+        void *kept;  // where the sums of an active gradient leave dy before the activation, for the map to read; or NULL
         Activation activation;
         bool restores;  // x is the output of the forward: what the activation made of it is undone
         ptrdiff_t outer, channels, inner;
@@ -158,7 +159,7 @@ cdef extern from * nogil:
 
     template <class T> struct Arrays {
         const T *x, *dy, *residual;
-        T *out, *dresidual;
+        T *out, *dresidual, *kept;
     };
 
     // A block of each input, and of each output.
@@ -178,7 +179,7 @@ cdef extern from * nogil:
     template <class Op, class T> struct Job : Call {
         Arrays<T> arrays() const {
             return {static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<const T*>(residual), static_cast<T*>(out),
-                    static_cast<T*>(dresidual)};
+                    static_cast<T*>(dresidual), static_cast<T*>(kept)};
         }
     };
 
@@ -205,6 +206,7 @@ cdef extern from * nogil:
         const void *residual
         void *out
         void *dresidual
+        void *kept
         Activation activation
         bint restores
         Py_ssize_t outer, channels, inner
@@ -254,6 +256,7 @@ cdef extern from * nogil:
         const T *residual
         T *out
         T *dresidual
+        T *kept
 
     cdef cppclass Elements[T]:
         Block[T] x, dy, residual
@@ -396,6 +399,20 @@ cdef inline void accumulate(Job[Sum, T]* job, Elements[T] e, Parameters[T]* p, B
     square[0] = Block[T].fma(term, d, square[0])
 
 
+cdef inline void give(T* p, Block[T] a, Py_ssize_t n, bint streams) noexcept nogil:
+    if n < Block[T].width():
+        a.store_part(p, n)
+    elif streams:
+        a.stream(p)
+    else:
+        a.store(p)
+
+
+cdef inline void keep(Job[ActiveSums, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, Block[T] dy) noexcept nogil:
+    if job.kept != NULL:
+        give(a.kept + at, dy, n, False)
+
+
 cdef inline void sum_blocks(
     Job[Sum, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t step, Py_ssize_t blocks, Py_ssize_t n, Parameters[T]* p,
     Block[T]* sum, Block[T]* square
@@ -411,6 +428,7 @@ cdef inline void sum_blocks(
             for i in range(few):
                 e = elements(job, a, at + i * step, n, p)
                 e.dy = e.dy * slopes[i]
+                keep(job, a, at + i * step, n, e.dy)
                 accumulate(job, e, p, sum, square)
             at += few * step
             blocks -= few
@@ -418,6 +436,7 @@ cdef inline void sum_blocks(
         e = elements(job, a, at + i * step, n, p)
         if Sum is ActiveSums:
             e.dy = Block[T].through(e.dy, before_activation(job, e, p), job.activation)
+            keep(job, a, at + i * step, n, e.dy)
         accumulate(job, e, p, sum, square)
 
 
@@ -432,15 +451,6 @@ cdef inline Results[T] mapped(Job[Map, T]* job, Elements[T] e, Parameters[T]* p)
         r.dresidual = e.dy
         r.out = p.scale * Block[T].fma(e.x - p.mean, p.slope, e.dy - p.shift)
     return r
-
-
-cdef inline void give(T* p, Block[T] a, Py_ssize_t n, bint streams) noexcept nogil:
-    if n < Block[T].width():
-        a.store_part(p, n)
-    elif streams:
-        a.stream(p)
-    else:
-        a.store(p)
 
 
 cdef inline void deliver(Job[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, bint streams, Results[T] r) noexcept nogil:
@@ -557,14 +567,20 @@ cdef inline void sum_run(
 ) noexcept nogil:
     """Add n elements that lie one behind the other."""
     cdef Py_ssize_t W = Block[T].width(), end = at + n
-    cdef Elements[T] e
+    cdef Elements[T] e, whole
     sum_blocks(job, a, at, W, n // W, W, p, sum, square)
     at += n // W * W
     if at == end:
         return
-    e = elements_before(job, a, end, end - at, p) if n >= W else elements(job, a, at, n, p)
+    if n < W:
+        sum_blocks(job, a, at, 0, 1, n, p, sum, square)
+        return
+    e = elements_before(job, a, end, end - at, p)
     if Sum is ActiveSums:
         e.dy = Block[T].through(e.dy, before_activation(job, e, p), job.activation)
+        if job.kept != NULL:
+            whole = elements(job, a, end - W, W, p)
+            keep(job, a, end - W, W, Block[T].through(whole.dy, before_activation(job, whole, p), job.activation))
     accumulate(job, e, p, sum, square)
 
 
@@ -771,7 +787,7 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
     cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
     cdef Arrays[T] a = job.arrays()
     while rows > 0:
-        batch = 1 if job.streams else min(<Py_ssize_t> MAP_ROWS, rows)  # far from the cache, one long run is best
+        batch = 1 if job.streams and not job.activation.is_smooth() else min(<Py_ssize_t> MAP_ROWS, rows)
         j = first
         if batch < MAP_ROWS:
             while j + W <= last:
@@ -930,31 +946,47 @@ cdef void sum_channels(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last) noex
         first += PLANES
 
 
-cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
-    """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
-    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), n
-    sum_channels(<Job[Stats, T]*> job, first, last)
-    merge_stats(job, first, last)
-    fold_batch(job, first, last)
+cdef void map_group(Job[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """All planes of channels first ... last, those read last before the others."""
+    cdef Py_ssize_t n
     for n in range(job.outer - 1, -1, -1):
         map_planes(job, n * job.channels + first, last - first, 0, job.inner)
     if job.streams:
         fence()
 
 
+cdef Job[InputGradient, T] of_kept(Job[Backward, T]* job) noexcept nogil:
+    """What is left to do where the sums kept dy before the activation."""
+    cdef Job[InputGradient, T] after = (<Job[InputGradient, T]*> job)[0]
+    after.dy = job.kept
+    after.residual = after.dresidual = NULL
+    return after
+
+
+cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
+    """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
+    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels)
+    sum_channels(<Job[Stats, T]*> job, first, last)
+    merge_stats(job, first, last)
+    fold_batch(job, first, last)
+    map_group(job, first, last)
+
+
 cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: sums, then, while they are in the cache, the map."""
-    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), n
+    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels)
+    cdef Job[InputGradient, T] after
     if Backward is InputGradient:
         sum_channels(<Job[GradSums, T]*> job, first, last)
     else:
         sum_channels(<Job[ActiveSums, T]*> job, first, last)
     merge_sums(job, first, last)
     fold_gradient(job, first, last)
-    for n in range(job.outer - 1, -1, -1):
-        map_planes(job, n * job.channels + first, last - first, 0, job.inner)
-    if job.streams:
-        fence()
+    if job.kept != NULL:
+        after = of_kept(job)
+        map_group(&after, first, last)
+    else:
+        map_group(job, first, last)
 
 
 # ---- Whole calls ----
@@ -1131,7 +1163,7 @@ cdef bint grouped(Call* job, Py_ssize_t item) noexcept nogil:
     job.units = up(job.channels, job.group)
     job.at_mean, job.at_scale, job.at_shift, job.at_slope = job.mean, job.scale, job.shift, job.slope
     job.at_bias = job.bias
-    job.streams = is_streamed(job, item, touched(job))
+    job.streams = job.kept != job.out and is_streamed(job, item, touched(job))
     return True
 
 
@@ -1186,7 +1218,21 @@ cdef bint forward_call(Job[Forward, T]* job) noexcept nogil:
     return True
 
 
+cdef void* place_to_keep(Call* job, Py_ssize_t item) noexcept nogil:
+    """Where to keep dy before the activation, if it pays, and nothing is lost by it: the residual's gradient, or dx."""
+    if item < 4:
+        return NULL  # the map would read it rounded
+    if job.dresidual != NULL:
+        return job.dresidual
+    if not job.activation.is_smooth() or job.out == job.x or job.out == job.dy or job.out == job.residual:
+        return NULL
+    return job.out
+
+
 cdef bint backward_call(Job[Backward, T]* job) noexcept nogil:
+    cdef Job[InputGradient, T] after
+    if Backward is ActiveGradient:
+        job.kept = place_to_keep(job, sizeof(T))
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
@@ -1199,7 +1245,11 @@ cdef bint backward_call(Job[Backward, T]* job) noexcept nogil:
             run_sums(<Job[ActiveSums, T]*> job)
         fold_gradient(job, 0, job.channels)
         job.backwards = True
-        run_map(job)
+        if job.kept != NULL:
+            after = of_kept(job)
+            run_map(&after)
+        else:
+            run_map(job)
     return True
 
 
