@@ -123,19 +123,18 @@ inline f64r widen(const double* p) { return read<f64r>(p); }
 inline void narrow(float* p, f32r r) { write(p, r); }
 inline void narrow(double* p, f64r r) { write(p, r); }
 
-inline void narrow_stream(float* p, f32r r) {
+// Past the caches, where the ISA can; `p` is aligned to the register.
+template <class R> inline void write_stream(void* p, R r) {
 #if defined(__AVX512F__)
-    _mm512_stream_ps(p, (__m512)r);
+    _mm512_stream_ps(static_cast<float*>(p), (__m512)r);
 #elif defined(__AVX2__)
-    _mm256_stream_ps(p, (__m256)r);
+    _mm256_stream_ps(static_cast<float*>(p), (__m256)r);
 #elif defined(__x86_64__)
-    _mm_stream_ps(p, (__m128)r);
+    _mm_stream_ps(static_cast<float*>(p), (__m128)r);
 #else
     write(p, r);
 #endif
 }
-
-inline void narrow_stream(double* p, f64r r) { narrow_stream(reinterpret_cast<float*>(p), (f32r)r); }
 
 // -- bf16: the upper half of a float, rounded to nearest even; a NaN keeps its sign and stays a NaN
 
@@ -191,12 +190,13 @@ inline half_register truncate(u32r r) {
 
 inline f32r widen_half(half_register h, bf16) { return (f32r)(zero_extend(h) << 16); }
 
-inline half_register narrow_half(f32r r, bf16) {
+// In the upper half of each lane; the lower is anything.
+inline u32r rounded_upper(f32r r) {
     const u32r bits = (u32r)r;
-    const u32r rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const u32r quiet = (bits >> 16) | 0x40;
-    return truncate(choose((u32r)(r != r), quiet, rounded));
+    return choose(r != r, bits | 0x400000, bits + 0x7fff + ((bits >> 16) & 1));
 }
+
+inline half_register narrow_half(f32r r, bf16) { return truncate(rounded_upper(r) >> 16); }
 
 // -- f16: by the processor, except for SSE
 
@@ -241,19 +241,31 @@ inline f32r widen(const f16* p) { return widen_half(read_half(p), f16()); }
 inline void narrow(bf16* p, f32r r) { write_half(p, narrow_half(r, bf16())); }
 inline void narrow(f16* p, f32r r) { write_half(p, narrow_half(r, f16())); }
 
-template <class T> inline void narrow_stream_half(T* p, f32r r) {
+// -- two registers of floats as one of halves
+
 #if defined(__AVX512F__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_half(r, T()));
-#elif defined(__AVX2__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_half(r, T()));
-#elif defined(__x86_64__)
-    _mm_stream_si64(reinterpret_cast<long long*>(p), _mm_cvtsi128_si64(narrow_half(r, T())));
-#else
-    narrow(p, r);
-#endif
+inline f32r narrow_two(f32r a, f32r b, bf16) {
+    alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    return (f32r)_mm512_permutex2var_epi16((__m512i)rounded_upper(a), read<__m512i>(upper), (__m512i)rounded_upper(b));
 }
-inline void narrow_stream(bf16* p, f32r r) { narrow_stream_half(p, r); }
-inline void narrow_stream(f16* p, f32r r) { narrow_stream_half(p, r); }
+inline f32r narrow_two(f32r a, f32r b, f16) {
+    return (f32r)_mm512_inserti64x4(_mm512_castsi256_si512(narrow_half(a, f16())), narrow_half(b, f16()), 1);
+}
+#elif defined(__AVX2__)
+inline f32r narrow_two(f32r a, f32r b, bf16) {
+    const __m256i packed = _mm256_packus_epi32((__m256i)(rounded_upper(a) >> 16), (__m256i)(rounded_upper(b) >> 16));
+    return (f32r)_mm256_permute4x64_epi64(packed, 0xd8);
+}
+inline f32r narrow_two(f32r a, f32r b, f16) { return (f32r)_mm256_set_m128i(narrow_half(b, f16()), narrow_half(a, f16())); }
+#else
+template <class T> inline f32r narrow_two(f32r a, f32r b, T) {
+    T halves[REGISTER / sizeof(T)];
+    narrow(halves, a);
+    narrow(halves + REGISTER / sizeof(float), b);
+    return read<f32r>(halves);
+}
+#endif
 
 // -- the first n lanes of a, then those of b
 
@@ -469,10 +481,20 @@ template <class T> struct Block {
         return a;
     }
 
-    void store(T* p) const { FOR_REGISTERS narrow(p + i * lanes, r[i]); }
+    void store(T* p) const {
+        if constexpr (sizeof(T) < sizeof(C))
+            for (int i = 0; i < registers; i += 2) write(p + i * lanes, narrow_two(r[i], r[i + 1], T()));
+        else
+            FOR_REGISTERS narrow(p + i * lanes, r[i]);
+    }
 
     // `p` starts a cache line.
-    void stream(T* p) const { FOR_REGISTERS narrow_stream(p + i * lanes, r[i]); }
+    void stream(T* p) const {
+        if constexpr (sizeof(T) < sizeof(C))
+            for (int i = 0; i < registers; i += 2) write_stream(p + i * lanes, narrow_two(r[i], r[i + 1], T()));
+        else
+            FOR_REGISTERS write_stream(p + i * lanes, r[i]);
+    }
 
     // Ask for the lines of n elements that will be loaded soon, into the second-level cache.
     static void prefetch(const T* p, ptrdiff_t n) {
