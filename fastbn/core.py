@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn import dispatch, memory, threads
 from fastbn.activations import Activation, Builtin, Epilogue
-from fastbn.dtypes import DType
+from fastbn.dtypes import DType, lookup
 from fastbn.layout import Array, View, view
 
 Function = Builtin | Activation | None  # an activation
@@ -246,6 +246,22 @@ def whole(kernel: dispatch.Kernel) -> Any:
 def _module(dtype: DType, activation: Function = None) -> Any:
     """What runs the whole calls on arrays of a dtype."""
     return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
+
+
+# Arrays of fewer bytes never are worth threads.
+_SMALL = min(threads.WORTH_THREADS.values())
+
+
+def small(x: object) -> Any:
+    """The module whose `small_*` functions take `x` if it is plain, checks and all, in one call; None where there is none."""
+    return _small(x.dtype) if type(x) is np.ndarray and x.nbytes < _SMALL and dispatch.pinned() is None else None
+
+
+@cache
+def _small(dtype: np.dtype[Any]) -> Any:
+    row = lookup(dtype)
+    module = None if row is None else dispatch.select(row.storage).module()
+    return module if hasattr(module, "small_forward") else None
 
 
 def _dense(a: Array, v: View) -> Array:

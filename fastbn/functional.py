@@ -226,6 +226,12 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
+    plain = activation is None and residual is None and mask is None and training
+    if plain and (fast := core.small(x)) is not None:
+        found = fast.small_forward(x, channel_axis(layout, x.ndim), weight, bias, running_mean, running_var, momentum, eps, out)
+        if found is not None:
+            y, mean, mean_lo, invstd, scale, shift, count = found
+            return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, None, None, None)
     x, axis, dtype = _input(x, layout)
     compute = dtype.compute
     w = _optional("weight", weight, x, axis, compute)
@@ -301,6 +307,17 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
+    plain = activation is None and residual is None and mask is None
+    if plain and (fast := core.small(x)) is not None:
+        axis = channel_axis(layout, x.ndim)
+        y: Array | None
+        if training:
+            found = fast.small_forward(x, axis, weight, bias, running_mean, running_var, momentum, eps, out)
+            y = found and found[0]
+        else:
+            y = fast.small_inference(x, axis, running_mean, running_var, weight, bias, eps, out)
+        if y is not None:
+            return y
     x, axis, dtype = _input(x, layout)
     compute = dtype.compute
     w = _optional("weight", weight, x, axis, compute)
@@ -380,6 +397,13 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
+    plain = saved.training and saved.activation is None and saved.residual is None and saved.mask is None and not from_output
+    if plain and wrt == ("x", "weight", "bias") and (fast := core.small(x)) is not None:
+        axis = channel_axis(saved.layout, x.ndim)
+        found = fast.small_backward(x, axis, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale, out)
+        if found is not None:
+            dx, dweight, dbias = found
+            return Gradients(dx, dweight, dbias, None)
     x, axis, dtype = _input(x, saved.layout)
     dy = _same("dy", dy, x)
     _vector("saved.mean", saved.mean, x, axis)
@@ -492,6 +516,10 @@ def batch_norm_elemt(
     array([[-0.5],
            [ 0.5]])
     """
+    if activation is None and residual is None and (fast := core.small(x)) is not None:
+        y: Array | None = fast.small_inference(x, channel_axis(layout, x.ndim), mean, invstd, weight, bias, None, out)
+        if y is not None:
+            return y
     x, axis, dtype = _input(x, layout)
     f, r = _activation(activation), _residual(residual, x)
     high, low, scale = _centered(mean, invstd, x, axis, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import fastbn
 from fastbn import core, reference
 from fastbn.dispatch import TABLE, Kernel
+from fastbn.dtypes import DTYPES
 
 MODULES = [k for k in TABLE if k.level is not None and not k.unusable()]
 OPERATIONS = ["stats", "normalize", "grad_sums", "grad_input"]
@@ -48,6 +50,68 @@ def test_whole_calls_equal_composed_ones(kernel: Kernel, shape: tuple[int, int, 
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
 
     assert whole(kernel.module()) == whole(core.Composed(kernel.module()))
+
+
+@needs_simd
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 5), (4, 1, 6), (3, 40), (1, 7, 2, 3)])
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("given", [False, True], ids=["new", "out"])
+def test_small_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layout: str, given: bool) -> None:
+    """Plain small arrays take a path of their own, unless a kernel is pinned."""
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+    selected = fastbn.dispatch.select(name).name
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(2, 3, shape).astype(dtype) for _ in range(2))
+    axis = 1 if layout == "channels_first" else -1
+    compute = np.float64 if dtype == np.float64 else np.float32
+    w, b, m, v = (rng.uniform(0.5, 2, shape[axis]).astype(compute) for _ in range(4))
+
+    def step() -> list[bytes]:
+        found: list[Any] = []
+        for vectors in ((w, b), (None, b), (None, None)):
+            out = np.empty_like(x) if given else None
+            running = m.copy(), v.copy()
+            found.append(fastbn.batch_norm(x, m, v, *vectors, layout=layout, out=out))
+            found.append(fastbn.batch_norm_elemt(x, m, v, *vectors, layout=layout))
+            found.append(fastbn.batch_norm(x, *running, *vectors, training=True, layout=layout))
+            y, saved = fastbn.batch_norm_forward(x, *vectors, *running, layout=layout, momentum=0.3, out=out)
+            assert (y is out) == given
+            found += [y.copy(), *running, saved.mean, saved.mean_lo, saved.invstd, saved.scale, saved.shift, saved.count]
+            found += [*fastbn.batch_norm_backward(dy, x, saved, out=out)[:3]]
+        return [np.asarray(a).tobytes() for a in found]
+
+    with fastbn.use_kernel(selected):
+        checked = step()
+    assert core.small(x) is None if fastbn.dispatch.pinned() else core.small(x) is not None
+    assert step() == checked
+
+
+@needs_simd
+def test_small_calls_leave_what_is_not_plain_to_others() -> None:
+    x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
+    small = MODULES[0].module()
+    assert small.small_inference(x, 1, w, w, None, None, 1e-5, None) is not None
+    for a in (x[:, :, ::2], x[:0], x.astype(">f4"), np.asfortranarray(x), x.view(np.recarray)):
+        assert small.small_inference(a, 1, w, w, None, None, 1e-5, None) is None
+    for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
+        assert small.small_inference(x, 1, v, w, None, None, 1e-5, None) is None
+        assert small.small_inference(x, 1, w, v, None, None, 1e-5, None) is None
+        assert v is None or small.small_forward(x, 1, v, None, None, None, 0.1, 1e-5, None) is None
+    locked = x.copy()
+    locked.flags.writeable = False
+    both = np.ones(25, np.float32)
+    shifted = both[1:].reshape(2, 3, 4)
+    for out in (locked, x[:1], np.ones((2, 3, 4)), shifted):
+        assert small.small_inference(both[:24].reshape(2, 3, 4), 1, w, w, None, None, 1e-5, out) is None
+    assert small.small_inference(x, 1, w, w, None, None, 1, None) is None
+    assert small.small_forward(x, 1, None, None, None, None, 1, 1e-5, None) is None
+    assert small.small_forward(x[:1, :, :1].copy(), 1, None, None, None, None, 0.1, 1e-5, None) is None
+    fixed = w.copy()
+    fixed.flags.writeable = False
+    assert small.small_forward(x, 1, None, None, fixed, None, 0.1, 1e-5, None) is None
+    assert small.small_backward(x, 1, None, w, None, w, w, None) is None
+    assert small.small_backward(x, 1, x[:1], w, None, w, w, None) is None
 
 
 @needs_simd

@@ -1264,6 +1264,14 @@ cdef bint reduce_call(Job[Sum, T]* job) noexcept nogil:
     return True
 
 
+cdef void gradients(Job[GradSums, T]* job, void* dweight, void* dbias) noexcept nogil:
+    """The gradients of weight and bias, from the sums of a backward."""
+    cdef Py_ssize_t c
+    for c in range(job.channels):
+        Block[T].set_value(dweight, c, job.second[c] * Block[T].value(job.invstd, c))
+        Block[T].set_value(dbias, c, job.first[c])
+
+
 cdef void update_running(Job[Stats, T]* job, void* mean, void* var, double momentum) noexcept nogil:
     """Move the running statistics towards the merged ones."""
     cdef Py_ssize_t c
@@ -1278,11 +1286,13 @@ cdef void update_running(Job[Stats, T]* job, void* mean, void* var, double momen
 
 ctypedef bint (*call_fn)(void* job) noexcept nogil
 ctypedef void (*running_fn)(void* job, void* mean, void* var, double momentum) noexcept nogil
+ctypedef void (*gradients_fn)(void* job, void* dweight, void* dbias) noexcept nogil
 
 # Of each dtype, plain and active.
 cdef call_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, REDUCE
 cdef call_fn[4] STATS
 cdef running_fn[4] RUNNING
+cdef gradients_fn[4] GRADIENTS
 
 
 cdef void register(T* tag, int dtype) noexcept:
@@ -1295,6 +1305,7 @@ cdef void register(T* tag, int dtype) noexcept:
     FORWARD[dtype][:] = [<call_fn> forward_call[Normalize, T], <call_fn> forward_call[ActiveNormalize, T]]
     BACKWARD[dtype][:] = [<call_fn> backward_call[InputGradient, T], <call_fn> backward_call[ActiveGradient, T]]
     RUNNING[dtype] = <running_fn> update_running[T]
+    GRADIENTS[dtype] = <gradients_fn> gradients[T]
 
 register[float](NULL, 0)
 register[double](NULL, 1)
@@ -1313,6 +1324,10 @@ cdef int dtype_index(cnp.ndarray a) except -1:
     if a.dtype.name == "bfloat16":
         return 2
     raise TypeError(f"no SIMD kernel for dtype {a.dtype}")
+
+
+cdef inline int arithmetic_number(int dtype) noexcept:
+    return cnp.NPY_DOUBLE if dtype == 1 else cnp.NPY_FLOAT
 
 
 cdef int bind(Call* call, cnp.ndarray x, int threads) except -1:
@@ -1342,10 +1357,9 @@ cdef void* vector(Call* call, int dtype, object v) except? NULL:
     if v is None:
         return NULL
     cdef cnp.ndarray a = v
-    cdef int number = cnp.NPY_DOUBLE if dtype == 1 else cnp.NPY_FLOAT
     if (
         cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != call.channels
-        or not cnp.PyArray_IS_C_CONTIGUOUS(a) or cnp.PyArray_TYPE(a) != number
+        or not cnp.PyArray_IS_C_CONTIGUOUS(a) or cnp.PyArray_TYPE(a) != arithmetic_number(dtype)
     ):
         raise ValueError(
             f"a vector of {call.channels} channels is needed, in the type of the arithmetic, got {a.dtype} {(<object> a).shape}"
@@ -1493,18 +1507,24 @@ def forward(
 ):
     """Normalize with the batch's statistics; as `core.Composed.forward`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads), number = cnp.NPY_DOUBLE if dtype == 1 else cnp.NPY_FLOAT
+    cdef int dtype = bind(&call, x, threads)
     cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
-    cdef cnp.ndarray mean = new_vector(&call, number), mean_lo = new_vector(&call, number), invstd = new_vector(&call, number)
-    cdef cnp.ndarray scale = new_vector(&call, number), shift = new_vector(&call, number)
     cdef void* old_mean = vector(&call, dtype, running_mean)
     cdef void* old_var = vector(&call, dtype, running_var)
     call.out = like(x, y)
     call.weight, call.bias, call.eps = vector(&call, dtype, weight), vector(&call, dtype, bias), eps
+    return train(&call, dtype, active, old_mean, old_var, momentum)
+
+
+cdef tuple train(Call* call, int dtype, bint active, void* running_mean, void* running_var, double momentum):
+    """Run a forward whose inputs were entered; return the vectors that it makes."""
+    cdef int number = arithmetic_number(dtype)
+    cdef cnp.ndarray mean = new_vector(call, number), mean_lo = new_vector(call, number), invstd = new_vector(call, number)
+    cdef cnp.ndarray scale = new_vector(call, number), shift = new_vector(call, number)
     call.mean, call.mean_lo, call.invstd = cnp.PyArray_DATA(mean), cnp.PyArray_DATA(mean_lo), cnp.PyArray_DATA(invstd)
     call.scale, call.shift = cnp.PyArray_DATA(scale), cnp.PyArray_DATA(shift)
-    run(FORWARD[dtype][active], &call)
-    RUNNING[dtype](&call, old_mean, old_var, momentum)
+    run(FORWARD[dtype][active], call)
+    RUNNING[dtype](call, running_mean, running_var, momentum)
     return mean, mean_lo, invstd, scale, shift
 
 
@@ -1521,6 +1541,135 @@ def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, scale, in
     call.first, call.second = <double*> cnp.PyArray_DATA(sum_dy), <double*> cnp.PyArray_DATA(sum_dy_xmu)
     run(REDUCE[dtype][active] if dx is None else BACKWARD[dtype][active], &call)
     return sum_dy, sum_dy_xmu
+
+
+# ---- Small plain arrays: each call is one C function, because every check in Python takes as long as the work ----
+
+cdef bint is_plain(a, int number) noexcept:
+    """Whether something is an aligned C-contiguous array of a type, in native order, and of no subclass."""
+    return (
+        isinstance(a, cnp.ndarray) and cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == number
+        and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_IS_C_CONTIGUOUS(a)
+    )
+
+
+cdef bint is_twin(a, cnp.ndarray x) noexcept:
+    """Whether something is a plain array of the shape and type of a plain array."""
+    return is_plain(a, cnp.PyArray_TYPE(x)) and cnp.PyArray_SAMESHAPE(a, x)
+
+
+cdef inline bint overlaps(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether two contiguous arrays of one size share part of their memory, but not all."""
+    cdef char* p = cnp.PyArray_BYTES(a)
+    cdef char* q = cnp.PyArray_BYTES(b)
+    return p != q and p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)
+
+
+cdef cnp.ndarray bind_small(Call* call, cnp.ndarray x, other, out, int axis):
+    """Enter plain arrays whose channels are on axis 1 or the last; return the output, or None where they are not plain.
+
+    The other array is a second input, or None.
+    """
+    cdef cnp.ndarray y
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x)
+    cdef int ndim = cnp.PyArray_NDIM(x)
+    if size == 0 or (other is not None and not is_twin(other, x)):
+        return None
+    if out is None:
+        y = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    elif is_twin(out, x) and cnp.PyArray_ISWRITEABLE(out):
+        y = out
+        if overlaps(y, x) or (other is not None and overlaps(y, other)):
+            return None
+    else:
+        return None
+    call.x, call.out = cnp.PyArray_DATA(x), cnp.PyArray_DATA(y)
+    call.threads = 1
+    call.channels = cnp.PyArray_DIM(x, axis)
+    if call.channels == 1:
+        call.outer, call.inner = 1, size
+    elif axis == ndim - 1:
+        call.outer, call.inner = size // call.channels, 1
+    else:
+        call.outer = cnp.PyArray_DIM(x, 0)
+        call.inner = size // (call.outer * call.channels)
+    return y
+
+
+cdef bint bind_vector(Call* call, int dtype, object v, void** p) noexcept:
+    """Enter a plain vector of channels in the type of the arithmetic, or None; whether it was one."""
+    if v is None:
+        p[0] = NULL
+        return True
+    if not is_plain(v, arithmetic_number(dtype)) or cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != call.channels:
+        return False
+    p[0] = cnp.PyArray_DATA(v)
+    return True
+
+
+def small_inference(cnp.ndarray x not None, int axis, mean, spread, weight, bias, eps, out):
+    """Normalize as `inference`, from arrays as the user gave them; None where they are not plain."""
+    cdef Call call
+    cdef int dtype = dtype_index(x)
+    cdef cnp.ndarray y
+    if mean is None or spread is None or not (eps is None or type(eps) is float) or not is_plain(x, cnp.PyArray_TYPE(x)):
+        return None
+    memset(&call, 0, sizeof(Call))
+    y = bind_small(&call, x, None, out, axis)
+    if (
+        y is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, spread, &call.invstd)
+        or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
+    ):
+        return None
+    call.inverted = eps is None
+    call.eps = 0 if eps is None else eps
+    run(INFERENCE[dtype][False], &call)
+    return y
+
+
+def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, running_var, momentum, eps, out):
+    """As `forward`, from arrays as the user gave them; with the output, and the count. None where they are not plain."""
+    cdef Call call
+    cdef int dtype = dtype_index(x)
+    cdef void* old_mean
+    cdef void* old_var
+    cdef cnp.ndarray y
+    if type(eps) is not float or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
+        return None
+    memset(&call, 0, sizeof(Call))
+    y = bind_small(&call, x, None, out, axis)
+    if (
+        y is None or call.outer * call.inner < 2
+        or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
+        or not bind_vector(&call, dtype, running_mean, &old_mean) or not bind_vector(&call, dtype, running_var, &old_var)
+        or not (running_mean is None or cnp.PyArray_ISWRITEABLE(running_mean))
+        or not (running_var is None or cnp.PyArray_ISWRITEABLE(running_var))
+    ):
+        return None
+    call.eps = eps
+    vectors = train(&call, dtype, False, old_mean, old_var, momentum)
+    return y, *vectors, call.outer * call.inner
+
+
+def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, scale, out):
+    """As `backward`, from arrays as the user gave them: the gradients of x, weight and bias. None where they are not plain."""
+    cdef Call call
+    cdef int dtype = dtype_index(x)
+    cdef cnp.ndarray dx, dweight, dbias
+    if dy is None or not is_plain(x, cnp.PyArray_TYPE(x)):
+        return None
+    memset(&call, 0, sizeof(Call))
+    dx = bind_small(&call, x, dy, out, axis)
+    if (
+        dx is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, mean_lo, &call.mean_lo)
+        or not bind_vector(&call, dtype, invstd, &call.invstd) or not bind_vector(&call, dtype, scale, &call.scale)
+    ):
+        return None
+    call.dy = cnp.PyArray_DATA(dy)
+    run(BACKWARD[dtype][False], &call)
+    dweight, dbias = new_vector(&call, arithmetic_number(dtype)), new_vector(&call, arithmetic_number(dtype))
+    GRADIENTS[dtype](&call, cnp.PyArray_DATA(dweight), cnp.PyArray_DATA(dbias))
+    return dx, dweight, dbias
 
 
 cdef class Small:
@@ -1559,49 +1708,18 @@ cdef class Small:
             call.activation.kind, call.activation.parameter = activation.code, activation.parameter
         self.ndim, self.axis, self.limit = cnp.PyArray_NDIM(sample), axis, limit
 
-    cdef bint fits(self, a):
-        """Whether an array is plain: an aligned C-contiguous one of the right type, in native order."""
-        return (
-            isinstance(a, cnp.ndarray) and cnp.PyArray_CheckExact(a) and cnp.PyArray_NDIM(a) == self.ndim
-            and cnp.PyArray_TYPE(a) == self.number and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_IS_C_CONTIGUOUS(a)
-        )
-
     def __call__(self, x, residual, out):
         """Return the output, or None where the arrays are not plain and small."""
         cdef Call call = self.prepared
-        cdef cnp.ndarray a, y
-        cdef Py_ssize_t size
-        if not self.fits(x):
+        cdef cnp.ndarray y
+        if (
+            not is_plain(x, self.number) or cnp.PyArray_NDIM(x) != self.ndim
+            or cnp.PyArray_DIM(x, self.axis) != call.channels or cnp.PyArray_NBYTES(x) >= self.limit
+        ):
             return None
-        a = x
-        size = cnp.PyArray_SIZE(a)
-        if cnp.PyArray_DIM(a, self.axis) != call.channels or not 0 < cnp.PyArray_NBYTES(a) < self.limit:
+        y = bind_small(&call, x, residual, out, self.axis)
+        if y is None:
             return None
-        if residual is not None and not (self.fits(residual) and cnp.PyArray_SAMESHAPE(a, residual)):
-            return None
-        if out is None:
-            y = cnp.PyArray_EMPTY(self.ndim, cnp.PyArray_DIMS(a), self.number, 0)
-        elif self.fits(out) and cnp.PyArray_SAMESHAPE(a, out) and cnp.PyArray_ISWRITEABLE(out):
-            y = out
-            if overlaps(y, a) or (residual is not None and overlaps(y, residual)):
-                return None
-        else:
-            return None
-        call.x, call.out = cnp.PyArray_DATA(a), cnp.PyArray_DATA(y)
         call.residual = NULL if residual is None else cnp.PyArray_DATA(residual)
-        if call.channels == 1:
-            call.outer, call.inner = 1, size
-        elif self.axis == self.ndim - 1:
-            call.outer, call.inner = size // call.channels, 1
-        else:
-            call.outer = cnp.PyArray_DIM(a, 0)
-            call.inner = size // (call.outer * call.channels)
         run(NORMALIZE[self.dtype][call.activation.kind != 0 or residual is not None], &call)
         return y
-
-
-cdef inline bint overlaps(cnp.ndarray a, cnp.ndarray b) noexcept:
-    """Whether two contiguous arrays of one size share part of their memory, but not all."""
-    cdef char* p = cnp.PyArray_BYTES(a)
-    cdef char* q = cnp.PyArray_BYTES(b)
-    return p != q and p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)
