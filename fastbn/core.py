@@ -248,13 +248,9 @@ def _module(dtype: DType, activation: Function = None) -> Any:
     return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
 
 
-# Arrays of fewer bytes never are worth threads.
-_SMALL = min(threads.WORTH_THREADS.values())
-
-
 def small(x: object) -> Any:
     """The module whose `small_*` functions take `x` if it is plain, checks and all, in one call; None where there is none."""
-    return _small(x.dtype) if type(x) is np.ndarray and x.nbytes < _SMALL and dispatch.pinned() is None else None
+    return _small(x.dtype) if type(x) is np.ndarray and x.nbytes < memory.SMALLEST and dispatch.pinned() is None else None
 
 
 @cache

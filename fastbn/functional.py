@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import activations, core
+from fastbn import activations, core, threads
 from fastbn.activations import Activation
 from fastbn.core import Function, Gradients, Saved, Stats
 from fastbn.dtypes import DTYPES, DType, lookup
@@ -228,7 +228,8 @@ def batch_norm_forward(
     """
     plain = activation is None and residual is None and mask is None and training
     if plain and (fast := core.small(x)) is not None:
-        found = fast.small_forward(x, channel_axis(layout, x.ndim), weight, bias, running_mean, running_var, momentum, eps, out)
+        n = threads.for_call("forward", x.nbytes)
+        found = fast.small_forward(x, channel_axis(layout, x.ndim), weight, bias, running_mean, running_var, momentum, eps, out, n)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
             return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, None, None, None)
@@ -312,10 +313,12 @@ def batch_norm(
         axis = channel_axis(layout, x.ndim)
         y: Array | None
         if training:
-            found = fast.small_forward(x, axis, weight, bias, running_mean, running_var, momentum, eps, out)
+            n = threads.for_call("forward", x.nbytes)
+            found = fast.small_forward(x, axis, weight, bias, running_mean, running_var, momentum, eps, out, n)
             y = found and found[0]
         else:
-            y = fast.small_inference(x, axis, running_mean, running_var, weight, bias, eps, out)
+            n = threads.for_call("normalize", x.nbytes)
+            y = fast.small_inference(x, axis, running_mean, running_var, weight, bias, eps, out, n)
         if y is not None:
             return y
     x, axis, dtype = _input(x, layout)
@@ -400,7 +403,8 @@ def batch_norm_backward(
     plain = saved.training and saved.activation is None and saved.residual is None and saved.mask is None and not from_output
     if plain and wrt == ("x", "weight", "bias") and (fast := core.small(x)) is not None:
         axis = channel_axis(saved.layout, x.ndim)
-        found = fast.small_backward(x, axis, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale, out)
+        n = threads.for_call("backward", x.nbytes)
+        found = fast.small_backward(x, axis, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale, out, n)
         if found is not None:
             dx, dweight, dbias = found
             return Gradients(dx, dweight, dbias, None)
@@ -517,7 +521,8 @@ def batch_norm_elemt(
            [ 0.5]])
     """
     if activation is None and residual is None and (fast := core.small(x)) is not None:
-        y: Array | None = fast.small_inference(x, channel_axis(layout, x.ndim), mean, invstd, weight, bias, None, out)
+        n = threads.for_call("normalize", x.nbytes)
+        y: Array | None = fast.small_inference(x, channel_axis(layout, x.ndim), mean, invstd, weight, bias, None, out, n)
         if y is not None:
             return y
     x, axis, dtype = _input(x, layout)

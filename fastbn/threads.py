@@ -135,7 +135,7 @@ def num_threads(n: int) -> Iterator[None]:
 # Bytes of x from which two threads beat one, by operation. Where calls follow each other within 100 microseconds the
 # workers are awake, and two threads win from about 96 KiB; later they must be woken, which costs the caller 3 to 8
 # microseconds, and win from about 1 MiB. Between the two lie these.
-WORTH_THREADS = {"normalize": 256 << 10, "stats": 256 << 10, "forward": 192 << 10, "backward": 128 << 10}
+WORTH_THREADS = {"normalize": 256 << 10, "stats": 256 << 10, "forward": 192 << 10, "backward": 96 << 10}
 
 
 def for_call(op: str, nbytes: int) -> int:

@@ -283,6 +283,15 @@ inline f32r join(f32r a, f32r b, ptrdiff_t n) {
 
 inline f64r join(f64r a, f64r b, ptrdiff_t n) { return (f64r)join((f32r)a, (f32r)b, 2 * n); }
 
+// The lanes of a where those of the mask are all ones, those of b where they are zeros.
+template <class R> inline R select_bits(R mask, R a, R b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (R)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
+#else
+    return (R)(((u32r)a & (u32r)mask) | ((u32r)b & ~(u32r)mask));
+#endif
+}
+
 // -- the first n lanes of a register, 0 < n < lanes; the others are read as anything and not written
 
 template <class T> inline auto widen_part(const T* p, ptrdiff_t n) {
@@ -335,14 +344,18 @@ template <> inline auto widen_part<double>(const double* p, ptrdiff_t n) {
 
 // -- the lanes of a block's registers as doubles; the result is the number of registers of double
 
-typedef float f32h __attribute__((vector_size(REGISTER / 2)));
-
 inline int widen_lanes(const f32r (&r)[BLOCK / REGISTER], f64r* t) {
     for (int i = 0; i < BLOCK / REGISTER; ++i) {
-        f32h half[2];
-        std::memcpy(half, &r[i], sizeof half);
-        t[2 * i] = __builtin_convertvector(half[0], f64r);
-        t[2 * i + 1] = __builtin_convertvector(half[1], f64r);
+#if defined(__AVX512F__)
+        t[2 * i] = (f64r)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)r[i]));
+        t[2 * i + 1] = (f64r)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)r[i], 1));
+#elif defined(__AVX2__)
+        t[2 * i] = (f64r)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)r[i]));
+        t[2 * i + 1] = (f64r)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)r[i], 1));
+#else
+        t[2 * i] = f64r{r[i][0], r[i][1]};
+        t[2 * i + 1] = f64r{r[i][2], r[i][3]};
+#endif
     }
     return 2 * BLOCK / REGISTER;
 }
@@ -350,6 +363,22 @@ inline int widen_lanes(const f32r (&r)[BLOCK / REGISTER], f64r* t) {
 inline int widen_lanes(const f64r (&r)[BLOCK / REGISTER], f64r* t) {
     std::memcpy(t, r, sizeof r);
     return BLOCK / REGISTER;
+}
+
+// -- the sum of the lanes, over halves
+
+inline double add_lanes(f64r r) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)r), _mm512_extractf64x4_pd((__m512d)r, 1));
+#else
+    const __m256d four = (__m256d)r;
+#endif
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return two[0] + two[1];
+#else
+    return r[0] + r[1];
+#endif
 }
 
 }  // namespace
@@ -445,8 +474,10 @@ template <class T> struct Block {
         return y;
     }
 
+    static R median(R a, R b, R c) { return larger(smaller(a, b), smaller(larger(a, b), c)); }
+
     static Block median(Block a, Block b, Block c) {
-        FOR_REGISTERS a.r[i] = larger(smaller(a.r[i], b.r[i]), smaller(larger(a.r[i], b.r[i]), c.r[i]));
+        FOR_REGISTERS a.r[i] = median(a.r[i], b.r[i], c.r[i]);
         return a;
     }
 
@@ -460,11 +491,7 @@ template <class T> struct Block {
             parts /= 2;
             for (int i = 0; i < parts; ++i) t[i] = t[i] + t[i + parts];
         }
-        double lane[REGISTER / sizeof(double)];
-        std::memcpy(lane, t, sizeof lane);
-        for (int h = REGISTER / sizeof(double) / 2; h > 0; h /= 2)
-            for (int i = 0; i < h; ++i) lane[i] += lane[i + h];
-        return lane[0];
+        return add_lanes(t[0]);
     }
 
     static Block constant(double value) {
@@ -511,12 +538,20 @@ template <class T> struct Block {
         return fill;
     }
 
-    // The n < width lanes that end at `end` from memory, though all before them can be read; the others from `fill`.
-    static Block load_end(const T* end, ptrdiff_t n, Block fill) {
+    // All ones in the last n < width lanes, zeros in the others.
+    static Block last_lanes(ptrdiff_t n) {
+        const R none = R{}, ones = (R)~(u32r)none;
+        Block a;
         FOR_REGISTERS {
             const ptrdiff_t others = width() - n - i * lanes;
-            fill.r[i] = join(fill.r[i], widen(end - width() + i * lanes), others < 0 ? 0 : others < lanes ? others : lanes);
+            a.r[i] = join(none, ones, others < 0 ? 0 : others < lanes ? others : lanes);
         }
+        return a;
+    }
+
+    // Some lanes of the block that ends at `end` from memory, though all of them can be read; the others from `fill`.
+    static Block load_end(const T* end, Block lanes_of_memory, Block fill) {
+        FOR_REGISTERS fill.r[i] = select_bits(lanes_of_memory.r[i], widen(end - width() + i * lanes), fill.r[i]);
         return fill;
     }
 
@@ -531,9 +566,11 @@ template <class T> struct Block {
     double first() const { return r[0][0]; }
 
     // One element, in double.
-    static double element(const T* p) {
-        T lane[lanes] = {*p};
-        return widen(lane)[0];
+    static double element(const T* p) { return widen_part<T>(p, 1)[0]; }
+
+    // The median of three elements, without a branch.
+    static double middle(const T* a, const T* b, const T* c) {
+        return median(widen_part<T>(a, 1), widen_part<T>(b, 1), widen_part<T>(c, 1))[0];
     }
 
     // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or exactly zero.

@@ -67,9 +67,13 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
-        Block[T] load_end(const T*, Py_ssize_t, Block[T])
+        Block[T] last_lanes(Py_ssize_t)
+        @staticmethod
+        Block[T] load_end(const T*, Block[T], Block[T])
         @staticmethod
         double element(const T*)
+        @staticmethod
+        double middle(const T*, const T*, const T*)
         @staticmethod
         bint in_range(double)
         @staticmethod
@@ -357,18 +361,20 @@ cdef inline Elements[T] elements(Job[Op, T]* job, Arrays[T]* a, Py_ssize_t at, P
     return e
 
 
-cdef inline Elements[T] elements_before(Job[Op, T]* job, Arrays[T]* a, Py_ssize_t end, Py_ssize_t n, Parameters[T]* p) noexcept nogil:
-    """The n < width elements that end at `end`, though all before them can be read."""
+cdef inline Elements[T] elements_before(
+    Job[Op, T]* job, Arrays[T]* a, Py_ssize_t end, Block[T] lanes, Parameters[T]* p
+) noexcept nogil:
+    """The last lanes of the block that ends at `end`, all of which can be read."""
     cdef Elements[T] e
     cdef Block[T] zero = Block[T].constant(0)
-    e.x = Block[T].load_end(a.x + end, n, p.mean)
+    e.x = Block[T].load_end(a.x + end, lanes, p.mean)
     if Op in Gradient:
-        e.dy = Block[T].load_end(a.dy + end, n, zero)
+        e.dy = Block[T].load_end(a.dy + end, lanes, zero)
     if Op in Active:
         if job.restores:
             e.x = Block[T].restored(e.x, job.activation)
         if job.residual != NULL:
-            e.residual = Block[T].load_end(a.residual + end, n, zero)
+            e.residual = Block[T].load_end(a.residual + end, lanes, zero)
     return e
 
 
@@ -558,14 +564,10 @@ cdef void sum_exactly(
 
 # ---- Planes ----
 
-cdef inline double middle(double a, double b, double c) noexcept nogil:
-    return max(min(a, b), min(max(a, b), c))
-
-
 cdef inline void sum_run(
-    Job[Sum, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, Parameters[T]* p, Block[T]* sum, Block[T]* square
+    Job[Sum, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t n, Block[T]* rest, Parameters[T]* p, Block[T]* sum, Block[T]* square
 ) noexcept nogil:
-    """Add n elements that lie one behind the other."""
+    """Add n elements that lie one behind the other; `rest` has as many last lanes as the last block elements."""
     cdef Py_ssize_t W = Block[T].width(), end = at + n
     cdef Elements[T] e, whole
     sum_blocks(job, a, at, W, n // W, W, p, sum, square)
@@ -575,7 +577,7 @@ cdef inline void sum_run(
     if n < W:
         sum_blocks(job, a, at, 0, 1, n, p, sum, square)
         return
-    e = elements_before(job, a, end, end - at, p)
+    e = elements_before(job, a, end, rest[0], p)
     if Sum is ActiveSums:
         e.dy = Block[T].through(e.dy, before_activation(job, e, p), job.activation)
         if job.kept != NULL:
@@ -597,14 +599,13 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef const T* plane
     cdef Accumulators[T] acc
     cdef Parameters[T] p
-    cdef Block[T] sum, square, zero = Block[T].constant(0)
+    cdef Block[T] sum, square, zero = Block[T].constant(0), rest = Block[T].last_lanes(length % W)
     cdef double total, total_square
     for c in range(channels):
         if Sum is Stats:
             plane = a.x + offset + c * job.inner
-            acc.k[c] = middle(Block[T].element(plane + early), Block[T].element(plane + half), Block[T].element(plane + late))
+            acc.k[c] = Block[T].middle(plane + early, plane + half, plane + late)
             job.shifts[index + c] = acc.k[c]
-        acc.sum[c] = acc.square[c] = zero
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
     while images > 0:
@@ -623,9 +624,13 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             while i < length:
                 sum = square = zero
                 for n in range(together):
-                    sum_run(job, &a, at + n * stride + i, min(CHAIN * W, length - i), &p, &sum, &square)
-                acc.sum[c] = acc.sum[c] + sum
-                acc.square[c] = acc.square[c] + square
+                    sum_run(job, &a, at + n * stride + i, min(CHAIN * W, length - i), &rest, &p, &sum, &square)
+                if images == runs and i == 0:
+                    acc.sum[c] = sum
+                    acc.square[c] = square
+                else:
+                    acc.sum[c] = acc.sum[c] + sum
+                    acc.square[c] = acc.square[c] + square
                 i += CHAIN * W
             at += job.inner
         at += together * stride - channels * job.inner
@@ -744,7 +749,7 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
     if Sum is Stats and run > 1:
         j = 0
         while j < columns:
-            mean = middle(Block[T].element(early + j), Block[T].element(half + j + run // 2), Block[T].element(late + j + run - 1))
+            mean = Block[T].middle(early + j, half + j + run // 2, late + j + run - 1)
             put_run[T](&k, j, run, Block[T].constant(mean))
             j += run
     r = 0
@@ -875,16 +880,19 @@ cdef inline void fold_channel(Job[Forward, T]* job, Py_ssize_t c, double low, do
 
 cdef void fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged statistics to the parameters of the map."""
-    cdef double high, low, invstd
+    cdef double high, low, count = job.count, eps = job.eps
+    cdef double* m2 = job.second
+    cdef double* invstd = <double*> job.slope  # room that a forward has no other use for
     cdef Py_ssize_t c
+    for c in range(first, last):  # a loop of its own: roots and quotients of several channels at once
+        invstd[c] = 1 / sqrt(m2[c] / count + eps)
     for c in range(first, last):
         Block[T].set_value(job.mean, c, job.first[c])
         high = Block[T].value(job.mean, c)
         low = (job.first[c] - high if isfinite(high) else 0) + job.low[c]
-        invstd = 1 / sqrt(job.second[c] / job.count + job.eps)
-        fold_channel(job, c, low, invstd)
+        fold_channel(job, c, low, invstd[c])
         Block[T].set_value(job.mean_lo, c, low)
-        Block[T].set_value(job.invstd, c, invstd)
+        Block[T].set_value(job.invstd, c, invstd[c])
 
 
 cdef void fold_gradient(Job[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -1046,6 +1054,12 @@ cdef Py_ssize_t sum_units(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nog
     return job.tiles * up(job.channels, job.group)
 
 
+cdef void choose_map(Call* job, Py_ssize_t W) noexcept nogil:
+    """Map long runs by planes, though they were summed by columns: no parameters are needed for each column."""
+    if 2 * job.inner >= 3 * W:
+        job.by_columns = False
+
+
 cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
     """Cut the map into units of work; return their number."""
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
@@ -1132,6 +1146,7 @@ cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
 
 cdef void run_map(Job[Map, T]* job) noexcept nogil:
     cdef Py_ssize_t W = Block[T].width(), size = job.outer * job.channels * job.inner
+    choose_map(job, W)
     if job.by_columns and job.columns * <Py_ssize_t> sizeof(T) % LINE == 0:
         # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
         job.skip = Block[T].to_line(job.arrays().out, size)
@@ -1432,6 +1447,7 @@ def plan(str op, dims, Py_ssize_t itemsize, int threads):
     elif op == "stats":
         work, reads, writes = f"{units}", 1, 0
     else:
+        choose_map(&call, W)
         map_units(&call, W, itemsize, touched(&call))
         work = f"{call.units}" if op == "normalize" else f"{units}, then backwards {call.units}"
         reads, writes = arrays * (1 if op == "normalize" else 2), 1
@@ -1543,7 +1559,7 @@ def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, scale, in
     return sum_dy, sum_dy_xmu
 
 
-# ---- Small plain arrays: each call is one C function, because every check in Python takes as long as the work ----
+# ---- Small plain arrays: each call is one C function, because the checks in Python take as long as the work ----
 
 cdef bint is_plain(a, int number) noexcept:
     """Whether something is an aligned C-contiguous array of a type, in native order, and of no subclass."""
@@ -1565,7 +1581,7 @@ cdef inline bint overlaps(cnp.ndarray a, cnp.ndarray b) noexcept:
     return p != q and p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)
 
 
-cdef cnp.ndarray bind_small(Call* call, cnp.ndarray x, other, out, int axis):
+cdef cnp.ndarray bind_small(Call* call, cnp.ndarray x, other, out, int axis, int threads):
     """Enter plain arrays whose channels are on axis 1 or the last; return the output, or None where they are not plain.
 
     The other array is a second input, or None.
@@ -1584,7 +1600,7 @@ cdef cnp.ndarray bind_small(Call* call, cnp.ndarray x, other, out, int axis):
     else:
         return None
     call.x, call.out = cnp.PyArray_DATA(x), cnp.PyArray_DATA(y)
-    call.threads = 1
+    call.threads = threads
     call.channels = cnp.PyArray_DIM(x, axis)
     if call.channels == 1:
         call.outer, call.inner = 1, size
@@ -1607,7 +1623,7 @@ cdef bint bind_vector(Call* call, int dtype, object v, void** p) noexcept:
     return True
 
 
-def small_inference(cnp.ndarray x not None, int axis, mean, spread, weight, bias, eps, out):
+def small_inference(cnp.ndarray x not None, int axis, mean, spread, weight, bias, eps, out, int threads):
     """Normalize as `inference`, from arrays as the user gave them; None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
@@ -1615,7 +1631,7 @@ def small_inference(cnp.ndarray x not None, int axis, mean, spread, weight, bias
     if mean is None or spread is None or not (eps is None or type(eps) is float) or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
-    y = bind_small(&call, x, None, out, axis)
+    y = bind_small(&call, x, None, out, axis, threads)
     if (
         y is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, spread, &call.invstd)
         or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
@@ -1627,7 +1643,7 @@ def small_inference(cnp.ndarray x not None, int axis, mean, spread, weight, bias
     return y
 
 
-def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, running_var, momentum, eps, out):
+def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, running_var, momentum, eps, out, int threads):
     """As `forward`, from arrays as the user gave them; with the output, and the count. None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
@@ -1637,7 +1653,7 @@ def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, 
     if type(eps) is not float or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
-    y = bind_small(&call, x, None, out, axis)
+    y = bind_small(&call, x, None, out, axis, threads)
     if (
         y is None or call.outer * call.inner < 2
         or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
@@ -1651,7 +1667,7 @@ def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, 
     return y, *vectors, call.outer * call.inner
 
 
-def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, scale, out):
+def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, scale, out, int threads):
     """As `backward`, from arrays as the user gave them: the gradients of x, weight and bias. None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
@@ -1659,7 +1675,7 @@ def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, 
     if dy is None or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
-    dx = bind_small(&call, x, dy, out, axis)
+    dx = bind_small(&call, x, dy, out, axis, threads)
     if (
         dx is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, mean_lo, &call.mean_lo)
         or not bind_vector(&call, dtype, invstd, &call.invstd) or not bind_vector(&call, dtype, scale, &call.scale)
@@ -1717,7 +1733,7 @@ cdef class Small:
             or cnp.PyArray_DIM(x, self.axis) != call.channels or cnp.PyArray_NBYTES(x) >= self.limit
         ):
             return None
-        y = bind_small(&call, x, residual, out, self.axis)
+        y = bind_small(&call, x, residual, out, self.axis, 1)
         if y is None:
             return None
         call.residual = NULL if residual is None else cnp.PyArray_DATA(residual)
