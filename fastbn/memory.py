@@ -6,12 +6,14 @@ about the same size.
 
 a) A buffer is lent to one plain array at a time. The array's base is the loan, which every view and every exported
    buffer of the array keeps alive; when the loan dies, nothing can reach the memory any more, and it becomes idle.
-b) Idle buffers take `FASTBN_POOL_BYTES` at most, by default an eighth of the memory; those idle for longest go
-   first. Memory in use is the caller's affair: it counts towards nothing, as with any other array.
-c) There is no lock. A loan may die anywhere, in a garbage collection or a signal handler in the middle of this
+b) The buffers that come back, idle and lent ones together, take `FASTBN_POOL_BYTES` at most, by default an eighth of
+   the memory; of the idle ones those that are so for longest go first. What is lent beyond that is not recycled.
+c) No Python code runs where a loan dies: an interrupt that arrives there would be lost, because Python ignores what a
+   finalizer raises. The ticket of the loan is put on a list, by a method of that list, and the next call looks there.
+d) There is no lock. A loan may die anywhere, in a garbage collection or a signal handler in the middle of this
    module too, where a lock of any kind could wait for itself. Instead a buffer changes hands in one operation on a
    list, which is atomic with and without the interpreter lock, and nothing else has to agree with it.
-d) Sizes are rounded up to an eighth of a power of two, so that batches which differ a little share buffers. At most
+e) Sizes are rounded up to an eighth of a power of two, so that batches which differ a little share buffers. At most
    an eighth of a buffer is never touched, and so takes address space but no memory.
 """
 
@@ -20,7 +22,8 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Callable
+import weakref
+from collections import deque
 from contextlib import suppress
 from functools import lru_cache
 from itertools import count
@@ -42,23 +45,23 @@ _PRIVATE: dict[str, Any] = {} if sys.platform == "win32" else {"flags": mmap.MAP
 
 _limit: int | None = None  # once it was looked up
 _idle: dict[int, list[tuple[int, mmap.mmap]]] = {}  # by size: when each came back, oldest first
-_lent: dict[int, int] = {}  # size by identity
+_lent: dict[int, _Ticket] = {}  # by identity
+_returned: deque[_Ticket] = deque()
 _clock = count()
 _hits = 0
 _misses = 0
 
 
 class _Loan(Array):
-    """All bytes of a buffer, which is idle again when this object dies."""
+    """All bytes of a buffer. Of a class of its own, because views of a plain array would have the buffer as their base."""
 
-    __slots__ = ("mapping",)
-    mapping: mmap.mmap
 
-    # At exit the module's names may be gone, and the memory goes with the process.
-    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        mapping = getattr(self, "mapping", None)  # an array that was made from a loan has none
-        if mapping is not None and not finalizing():
-            _take_back(mapping)
+class _Ticket(weakref.ref[_Loan]):
+    """What is left when a loan dies: how large it was, and the buffer, if it is to be recycled."""
+
+    __slots__ = ("mapping", "size")
+    size: int
+    mapping: mmap.mmap | None
 
 
 def empty_like(x: Array, order: Literal["K", "C"] = "K") -> Array:
@@ -98,10 +101,11 @@ def empty_like(x: Array, order: Literal["K", "C"] = "K") -> Array:
     size = _rounded(nbytes)
     if size > limit():
         return np.empty_like(x, order=order, subok=False)
-    mapping = _mapping(size)
+    mapping, recycled = _mapping(size)
     loan = _Loan(size, np.uint8, mapping)
-    loan.mapping = mapping
-    _lent[id(mapping)] = size
+    ticket = _Ticket(loan, _returned.append)
+    ticket.size, ticket.mapping = size, mapping if recycled else None
+    _lent[id(ticket)] = ticket
     strides = None if order == "C" else _strides(x.shape, x.strides, x.itemsize)
     return np.ndarray(x.shape, x.dtype, loan, 0, strides)
 
@@ -121,16 +125,33 @@ def _strides(shape: tuple[int, ...], like: tuple[int, ...], itemsize: int) -> tu
     return tuple(strides)
 
 
-def _mapping(size: int) -> mmap.mmap:
-    """Take an idle buffer, the one used last because caches may still hold it, or else a new one."""
+def _mapping(size: int) -> tuple[mmap.mmap, bool]:
+    """Take an idle buffer, the one used last because caches may still hold it, or a new one; and whether it comes back."""
     global _hits, _misses
+    _collect()
     try:
         _, mapping = _idle[size].pop()
     except (KeyError, IndexError):
         _misses += 1
-        return _new(size)
+        room = limit() - size - sum(ticket.size for ticket in _lent.copy().values() if ticket.mapping is not None)
+        if room >= 0:
+            _trim(room)
+        return _new(size), room >= 0
     _hits += 1
-    return mapping
+    return mapping, True
+
+
+def _collect() -> None:
+    """Make idle what was returned."""
+    while _returned:
+        try:
+            ticket = _returned.popleft()
+        except IndexError:  # another thread was faster
+            return
+        _lent.pop(id(ticket), None)
+        if ticket.mapping is not None:
+            _idle.setdefault(ticket.size, []).append((next(_clock), ticket.mapping))
+            _trim(limit())  # calls that ran at the same time may together have lent too much
 
 
 def _new(size: int) -> mmap.mmap:
@@ -146,13 +167,6 @@ def _new(size: int) -> mmap.mmap:
         with suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
     return mapping
-
-
-def _take_back(mapping: mmap.mmap) -> None:
-    size = len(mapping)
-    _lent.pop(id(mapping), None)
-    _idle.setdefault(size, []).append((next(_clock), mapping))
-    _trim(limit())
 
 
 def _trim(most: int) -> int:
@@ -185,6 +199,7 @@ def release() -> int:
     >>> memory.statistics()["idle"]
     0
     """
+    _collect()
     return _trim(0)
 
 
@@ -208,7 +223,8 @@ def statistics() -> dict[str, int]:
     >>> sorted(memory.statistics())
     ['hits', 'idle', 'in_use', 'limit', 'misses']
     """
-    in_use = sum(_lent.copy().values())
+    _collect()
+    in_use = sum(ticket.size for ticket in _lent.copy().values())
     return {"in_use": in_use, "idle": _idle_bytes(), "limit": limit(), "hits": _hits, "misses": _misses}
 
 

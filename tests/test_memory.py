@@ -210,26 +210,37 @@ def test_idle_memory_is_bounded() -> None:
 
 
 def test_idle_for_longest_goes_first() -> None:
-    a, b, c = new(16), new(32), new(24)
+    a, b, c = new(16), new(24), new(16)
     first, third = address(a), address(c)
     del a, b
-    assert address(new(16)) == first  # now b is idle for longest
-    del c  # 72 MiB: too much
+    a = new(16)
+    assert address(a) == first  # now b is idle for longest
+    del c
     assert memory.statistics()["idle"] == 40 * MIB
-    assert (address(new(16)), address(new(24))) == (first, third)
+    new(20)  # all together 76 MiB: too much
+    assert memory.statistics()["idle"] == 36 * MIB
+    assert address(new(16)) == third
     misses = memory.statistics()["misses"]
-    new(32)
+    new(24)
     assert memory.statistics()["misses"] == misses + 1
 
 
 def test_idle_for_longest_goes_first_among_equals() -> None:
-    a, b, c = new(24), new(24), new(24)
-    second, third = address(b), address(c)
-    del a
-    del b
-    del c
-    a, b = new(24), new(24)
-    assert (address(a), address(b)) == (third, second)
+    held = [new(16) for _ in range(4)]
+    third, fourth = map(address, held[2:])
+    while held:
+        held.pop(0)
+    new(24)  # leaves room for two of them
+    a, b = new(16), new(16)
+    assert (address(a), address(b)) == (fourth, third)
+
+
+def test_memory_beyond_the_limit_is_not_recycled() -> None:
+    held = [new(40), new(40)]
+    assert memory.statistics()["in_use"] == 80 * MIB
+    del held[:]
+    assert memory.statistics()["in_use"] == 0
+    assert memory.statistics()["idle"] == 40 * MIB
 
 
 def test_outputs_above_the_limit_are_numpys_own() -> None:
@@ -388,6 +399,19 @@ def test_group_limit(tmp_path: Path, files: dict[str, str], group: str | None) -
 
 
 # Threads, finalizers, signals, forks, exit.
+
+
+def test_no_python_code_runs_where_an_output_dies() -> None:
+    """An interrupt that arrived there would be ignored."""
+    calls: list[Any] = []
+    y = new()
+    sys.setprofile(lambda frame, event, arg: calls.append((event, arg)))
+    try:
+        del y
+    finally:
+        sys.setprofile(None)
+    assert [event for event, _ in calls if event == "call"] == []
+    assert memory.statistics()["idle"] == 4 * MIB
 
 
 @pytest.fixture
