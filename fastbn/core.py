@@ -193,6 +193,7 @@ class Composed:
         self.normalize = module.normalize
         self.grad_sums = module.grad_sums
         self.grad_input = module.grad_input
+        self.keeps = getattr(module, "KEEPS", False)
 
     @np.errstate(all="ignore")
     def inference(
@@ -227,13 +228,25 @@ class Composed:
         epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
-        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
+        kept = None if epilogue is None or dx is None else self._place_to_keep(epilogue, dy, x, dx)
+        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue and epilogue._replace(dresidual=kept))
+        if kept is not None:
+            dy, epilogue = kept, None
         if mean_lo is not None:
             sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
         if dx is not None:
             count = x.shape[0] * x.shape[2]
             input_gradient(self, dy, x, dx, mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, count, threads, epilogue)
         return sum_dy, sum_dy_xmu
+
+    def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:
+        """Where the sums leave dy before the activation for the map to read, so that no derivative is computed twice."""
+        if not self.keeps or epilogue.from_output:
+            return None
+        if epilogue.dresidual is not None:
+            return epilogue.dresidual
+        inputs = (dy, x, epilogue.residual)
+        return None if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx
 
 
 @cache

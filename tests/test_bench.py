@@ -208,3 +208,15 @@ def test_main_says_that_there_was_no_time(capsys, tmp_path):
         assert main(["--networks", "photographs", "--budget", "-1", "--json", str(tmp_path / "bench.json")]) == 1
     assert "--budget" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_growth_writes_a_table_and_drawings(tmp_path, capsys):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    from bench import growth
+
+    assert all(4 * np.prod(growth.shape(size, layout)) == size for size in growth.SIZES for layout in growth.LAYOUTS)
+    growth.main([str(tmp_path), "--largest", "8192", "--seconds", "0.01"])
+    assert capsys.readouterr().out.count("KiB | N") == 4
+    for name in ("growth.png", "growth.svg", "growth.md"):
+        assert (tmp_path / name).stat().st_size > 0
