@@ -32,6 +32,11 @@ class Builtin(NamedTuple):
         return False
 
     @property
+    def costly(self) -> bool:
+        """Whether it takes much longer than reading the number."""
+        return self.name not in ("relu", "relu6", "leaky_relu", "hardswish")
+
+    @property
     def invertible(self) -> bool:
         """Whether the input can be had from the output."""
         return self.name == "leaky_relu" and self.parameter > 0
@@ -65,7 +70,7 @@ class Activation:
            [4.]])
     """
 
-    custom = True
+    custom = costly = True
     invertible = False
     parameter = 0.0
 

@@ -228,10 +228,11 @@ class Composed:
         epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
-        kept = None if epilogue is None or dx is None else self._place_to_keep(epilogue, dy, x, dx)
-        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue and epilogue._replace(dresidual=kept))
-        if kept is not None:
+        if epilogue is not None and dx is not None and (kept := self._place_to_keep(epilogue, dy, x, dx)) is not None:
+            zero = np.zeros_like(mean)
+            self.grad_input(dy, x, kept, mean, np.ones_like(mean), zero, zero, threads, epilogue._replace(dresidual=None))
             dy, epilogue = kept, None
+        sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
             sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
         if dx is not None:
@@ -240,8 +241,8 @@ class Composed:
         return sum_dy, sum_dy_xmu
 
     def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:
-        """Where the sums leave dy before the activation for the map to read, so that no derivative is computed twice."""
-        if not self.keeps or epilogue.from_output:
+        """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative."""
+        if not self.keeps or epilogue.activation is None or not epilogue.activation.costly or epilogue.from_output:
             return None
         if epilogue.dresidual is not None:
             return epilogue.dresidual

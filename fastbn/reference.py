@@ -166,15 +166,13 @@ def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any 
     threads : int
         Ignored.
     epilogue : Epilogue, optional
-        The activation, the residual, the parameters of the forward, and where to write dy before the activation.
+        The activation, the residual, and the parameters of the forward.
 
     Returns
     -------
     sum_dy, sum_dy_xmu : ndarray of shape (channels,), float64
     """
     dz, x = _begin(dy, x, mean, epilogue)
-    if epilogue is not None and epilogue.dresidual is not None:
-        epilogue.dresidual[...] = dz.astype(dy.dtype)
     return dz.sum((0, 2)), (dz * (x - _columns(mean))).sum((0, 2))
 
 

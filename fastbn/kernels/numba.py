@@ -59,7 +59,7 @@ MANY_IMAGES = 16  # so many make columns of planes up to a number of bytes, and 
 SUMMED = 256, COLUMNS
 MAPPED = 64, 512
 
-KEEPS = True  # the sums of a backward keep dy before the activation where the map can read it: `core.Composed`
+KEEPS = True  # a backward keeps dy before a costly activation, for both loops to read: `core.Composed`
 
 
 # ---- The loops ----
@@ -174,8 +174,8 @@ def _loop(*flags: str) -> Callable[[Callable[..., Any]], _Loop]:
 
 @_loop("reassoc", "contract")
 def _sum_planes(
-    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, dr: Array | None, k: Array,
-    scale: Array, shift: Array, sums: Array, squares: Array, images: int, piece: int, group: int, units: int, counter: Array,
+    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, k: Array, scale: Array, shift: Array,
+    sums: Array, squares: Array, images: int, piece: int, group: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Add up tiles of `images` planes, or of a piece of one; a unit is one tile of a group of channels."""
     outer, channels, inner = x.shape
@@ -190,15 +190,11 @@ def _sum_planes(
                 plane = x[n, c, start:stop]
                 gradient = plane if dy is None else dy[n, c, start:stop]
                 extra = plane if r is None else r[n, c, start:stop]
-                if dr is not None:
-                    through = dr[n, c, start:stop]
                 total = square = 0.0
                 for i in range(len(plane)):
                     g, s = _summed(plane[i], gradient[i], extra[i], dy, r, f, parameter, undo, k[c], scale[c], shift[c])
                     total += g
                     square += s
-                    if dr is not None:
-                        through[i] = g
                 sums[tile, c] += total
                 squares[tile, c] += square
         unit = _claim(counter)
@@ -206,8 +202,8 @@ def _sum_planes(
 
 @_loop("reassoc", "contract")
 def _sum_columns(
-    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, dr: Array | None, k: Array,
-    scale: Array, shift: Array, sums: Array, squares: Array, tile_rows: int, units: int, counter: Array,
+    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, k: Array, scale: Array, shift: Array,
+    sums: Array, squares: Array, tile_rows: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Add up tiles of `tile_rows` rows; a unit is a group of the columns of one."""
     rows, columns = x.shape
@@ -227,8 +223,6 @@ def _sum_columns(
                     g, s = _summed(v, dy_j, r_j, dy, r, f, parameter, undo, k[j], scale[j], shift[j])
                     total += g
                     square += s
-                    if dr is not None:
-                        dr[top + b, j] = g
                 sums[tile, j] += total
                 squares[tile, j] += square
         for low in range(whole, end):
@@ -238,8 +232,6 @@ def _sum_columns(
                 g, s = _summed(v, dy_j, r_j, dy, r, f, parameter, undo, k[j], scale[j], shift[j])
                 sums[tile, j] += g
                 squares[tile, j] += s
-                if dr is not None:
-                    dr[low, j] = g
         unit = _claim(counter)
 
 
@@ -493,19 +485,19 @@ def _sums(a: _Arrays, vectors: tuple[Array, Array, Array], threads: int) -> Arra
         group = max(1, UNIT // (min(images, outer) * piece), _ceil(RUN, inner))
         tiles = _ceil(outer, images) * _ceil(inner, piece)
         sums = np.zeros((2, tiles, channels))
-        x, dy, r, _, dr = a.of(slice(None), outer, channels, inner)
-        _launch(_sum_planes, x, dy, r, a.given, (dr, *vectors, *sums, images, piece, group), tiles * _ceil(channels, group), threads)
+        x, dy, r, _, _ = a.of(slice(None), outer, channels, inner)
+        _launch(_sum_planes, x, dy, r, a.given, (*vectors, *sums, images, piece, group), tiles * _ceil(channels, group), threads)
         total: Array = sums.sum(1)
         return total
     total = np.zeros((2, channels))
     for part, repeats in _as_columns(a, longest):
         columns = repeats * channels * inner
-        x, dy, r, _, dr = a.of(part, -1, columns)
+        x, dy, r, _, _ = a.of(part, -1, columns)
         tile_rows = max(TILE_ROWS, UNIT // columns)
         tiles = _ceil(len(x), tile_rows)
         sums = np.zeros((2, tiles, columns))
         spread = (_spread(v, inner, repeats) for v in vectors)
-        _launch(_sum_columns, x, dy, r, a.given, (dr, *spread, *sums, tile_rows), tiles * _ceil(columns, COLUMNS), threads)
+        _launch(_sum_columns, x, dy, r, a.given, (*spread, *sums, tile_rows), tiles * _ceil(columns, COLUMNS), threads)
         total += sums.sum(1).reshape(2, repeats, channels, inner).sum((1, 3))
     return total
 

@@ -1183,7 +1183,6 @@ cdef bint grouped(Call* job, Py_ssize_t item) noexcept nogil:
 
 
 cdef bint sum_call(Job[Sum, T]* job) noexcept nogil:
-    job.kept = job.dresidual
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
