@@ -145,9 +145,9 @@ def _summed(
 @_compiled(keep=False)
 def _mapped(
     x: float, dy: float, r: float, dys: Array | None, rs: Array | None, f: Any, parameter: float, undo: float | None,
-    mean: float, scale: float, shift: float, slope: float, bias: float,
+    mean: float, scale: float, shift: float, slope: float, factor: float, bias: float,
 ) -> tuple[float, float]:  # fmt: skip
-    """What becomes of one element, and the gradient of its residual."""
+    """What becomes of one element, and the gradient of its residual; the last two are scale and shift of the forward."""
     if dys is None:
         z = _normalized(x, mean, scale, shift)
         z = z if rs is None else z + r
@@ -156,7 +156,7 @@ def _mapped(
         return z, z
     v = _restored(x, undo)
     if f is not None:
-        dy = _through(dy, v, r, rs, f, parameter, undo, mean, scale, bias)
+        dy = _through(dy, v, r, rs, f, parameter, undo, mean, factor, bias)
     return _input_gradient(dy, v, mean, scale, shift, slope), dy
 
 
@@ -238,7 +238,7 @@ def _sum_columns(
 @_loop()
 def _map_planes(
     x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, y: Array, dr: Array | None,
-    mean: Array, scale: Array, shift: Array, slope: Array, bias: Array, group: int, piece: int, units: int, counter: Array,
+    mean: Array, scale: Array, shift: Array, slope: Array, factor: Array, bias: Array, group: int, piece: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Map planes, the last ones first; a unit is a group of them, or a piece of one."""
     planes, inner = x.shape
@@ -255,8 +255,9 @@ def _map_planes(
             through = target if dr is None else dr[p, start:stop]
             for i in range(len(source)):
                 target[i], dz = _mapped(
-                    source[i], gradient[i], extra[i], dy, r, f, parameter, undo, mean[c], scale[c], shift[c], slope[c], bias[c]
-                )
+                    source[i], gradient[i], extra[i], dy, r, f, parameter, undo,
+                    mean[c], scale[c], shift[c], slope[c], factor[c], bias[c],
+                )  # fmt: skip
                 if dr is not None:
                     through[i] = dz
         unit = units - 1 - _claim(counter)
@@ -265,7 +266,7 @@ def _map_planes(
 @_loop()
 def _map_columns(
     x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, y: Array, dr: Array | None,
-    mean: Array, scale: Array, shift: Array, slope: Array, bias: Array, batch: int, units: int, counter: Array,
+    mean: Array, scale: Array, shift: Array, slope: Array, factor: Array, bias: Array, batch: int, units: int, counter: Array,
 ) -> None:  # fmt: skip
     """Map rows, the last ones first; a unit is `batch` of them."""
     rows, columns = x.shape
@@ -275,7 +276,9 @@ def _map_columns(
             for j in range(columns):
                 v = x[row, j]
                 dy_j, r_j = v if dy is None else dy[row, j], v if r is None else r[row, j]
-                y[row, j], dz = _mapped(v, dy_j, r_j, dy, r, f, parameter, undo, mean[j], scale[j], shift[j], slope[j], bias[j])
+                y[row, j], dz = _mapped(
+                    v, dy_j, r_j, dy, r, f, parameter, undo, mean[j], scale[j], shift[j], slope[j], factor[j], bias[j]
+                )
                 if dr is not None:
                     dr[row, j] = dz
         unit = units - 1 - _claim(counter)
@@ -537,7 +540,7 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
 
 def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1, epilogue: Any = None) -> None:
     """Write ``(x - mean) * scale + shift`` and what follows to `y`; see `fastbn.reference.normalize`."""
-    _map(_Arrays(x, None, y, epilogue), (mean, scale, shift, shift, shift), threads)
+    _map(_Arrays(x, None, y, epilogue), (mean, scale, shift, shift, scale, shift), threads)
 
 
 @np.errstate(all="ignore")
@@ -553,4 +556,5 @@ def grad_input(
     dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1, epilogue: Any = None
 ) -> None:  # fmt: skip
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; see `fastbn.reference.grad_input`."""
-    _map(_Arrays(x, dy, dx, epilogue), (mean, scale, g0, g1, g0 if epilogue is None else epilogue.shift), threads)
+    forward = (scale, g0) if epilogue is None else (epilogue.scale, epilogue.shift)
+    _map(_Arrays(x, dy, dx, epilogue), (mean, scale, g0, g1, *forward), threads)
