@@ -84,6 +84,7 @@ def test_inputs_are_the_same_values_in_both_layouts():
 
 def test_photographs_are_the_first_layers_input():
     pytest.importorskip("sklearn")
+    pytest.importorskip("PIL", reason="scikit-learn reads photographs with pillow, of the bench extra")
     image, convolved = (case._replace(shape=(2, *case.shape[1:])) for case in cases("photographs"))
     pixels = data.inputs(image, "NHWC", "float32").x
     assert pixels.shape == (2, 224, 224, 3)

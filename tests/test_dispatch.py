@@ -199,7 +199,6 @@ def test_explain_says_why_better_kernels_were_passed_over() -> None:
         assert f"{better.name}: {better.unusable()}" in text
 
 
-@pytest.mark.filterwarnings("ignore:fastbn runs its slower:RuntimeWarning")
 def test_show_config() -> None:
     config = fastbn.show_config()
     assert set(config["kernels"]) == set(KERNELS)

@@ -8,9 +8,6 @@ import pytest
 from fastbn import dispatch, reference
 from fastbn.__main__ import main
 
-# info names the kernel of each dtype, which warns where none is compiled
-pytestmark = pytest.mark.filterwarnings("ignore:fastbn runs its slower")
-
 
 def test_info_names_what_matters(capsys):
     assert main(["info"]) == 0
