@@ -6,6 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 
+# Modules that cannot be imported have no examples to run; tests/test_numba.py says that Numba is missing.
+collect_ignore = [] if find_spec("numba") else ["fastbn/kernels/numba.py", "fastbn/kernels/numba_math.py"]
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip an example that imports Numba where there is none."""

@@ -47,6 +47,7 @@ def extension(name: str, flags: list[str], sources: tuple[str, ...] = ()) -> Ext
 if os.environ.get("FASTBN_NO_EXTENSIONS", "") in ("", "0"):
     modules = [extension("_cpu", []), extension("_pool", [], ("pool.cpp",))]
     modules += [extension(name, flags) for name, flags in LEVELS.items()]
-    setup(ext_modules=cythonize(modules, nthreads=os.cpu_count() or 1, language_level=3))
+    cores = os.cpu_count() or 1
+    setup(ext_modules=cythonize(modules, nthreads=cores, language_level=3), options={"build_ext": {"parallel": cores}})
 else:
     setup()
