@@ -16,7 +16,7 @@ import numpy as np
 from fastbn import dispatch, memory, threads
 from fastbn.activations import Activation, Builtin, Epilogue
 from fastbn.dtypes import DType, lookup
-from fastbn.layout import Array, View, view
+from fastbn.layout import Array, View, channel_axis, view
 
 Function = Builtin | Activation | None  # an activation
 
@@ -262,16 +262,18 @@ def _module(dtype: DType, activation: Function = None) -> Any:
     return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
 
 
-def small(x: object) -> Any:
-    """The module whose `small_*` functions take `x` if it is plain, checks and all, in one call; None where there is none."""
-    return _small(x.dtype) if type(x) is np.ndarray and x.nbytes < memory.SMALLEST and dispatch.pinned() is None else None
+def small(op: str, x: object, layout: str | None, *arguments: object) -> Any:
+    """Run an operation by one call of a kernel, checks and all; None where `x` or an argument is not small and plain."""
+    if type(x) is not np.ndarray or x.nbytes >= memory.SMALLEST or dispatch.pinned() is not None:
+        return None
+    run = _small(op, x.dtype)
+    return None if run is None else run(x, channel_axis(layout, x.ndim), *arguments, threads.for_call(op, x.nbytes))
 
 
 @cache
-def _small(dtype: np.dtype[Any]) -> Any:
+def _small(op: str, dtype: np.dtype[Any]) -> Any:
     row = lookup(dtype)
-    module = None if row is None else dispatch.select(row.storage).module()
-    return module if hasattr(module, "small_forward") else None
+    return None if row is None else getattr(dispatch.select(row.storage).module(), f"small_{op}", None)
 
 
 def _dense(a: Array, v: View) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import activations, core, threads
+from fastbn import activations, core
 from fastbn.activations import Activation
 from fastbn.core import Function, Gradients, Saved, Stats
 from fastbn.dtypes import DTYPES, DType, lookup
@@ -226,10 +226,8 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    plain = activation is None and residual is None and mask is None and training
-    if plain and (fast := core.small(x)) is not None:
-        n = threads.for_call("forward", x.nbytes)
-        found = fast.small_forward(x, channel_axis(layout, x.ndim), weight, bias, running_mean, running_var, momentum, eps, out, n)
+    if activation is None and residual is None and mask is None and training:
+        found = core.small("forward", x, layout, weight, bias, running_mean, running_var, momentum, eps, out)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
             return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, None, None, None)
@@ -308,17 +306,13 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    plain = activation is None and residual is None and mask is None
-    if plain and (fast := core.small(x)) is not None:
-        axis = channel_axis(layout, x.ndim)
+    if activation is None and residual is None and mask is None:
         y: Array | None
         if training:
-            n = threads.for_call("forward", x.nbytes)
-            found = fast.small_forward(x, axis, weight, bias, running_mean, running_var, momentum, eps, out, n)
+            found = core.small("forward", x, layout, weight, bias, running_mean, running_var, momentum, eps, out)
             y = found and found[0]
         else:
-            n = threads.for_call("normalize", x.nbytes)
-            y = fast.small_inference(x, axis, running_mean, running_var, weight, bias, eps, out, n)
+            y = core.small("normalize", x, layout, running_mean, running_var, weight, bias, eps, out)
         if y is not None:
             return y
     x, axis, dtype = _input(x, layout)
@@ -401,10 +395,8 @@ def batch_norm_backward(
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
     plain = saved.training and saved.activation is None and saved.residual is None and saved.mask is None and not from_output
-    if plain and wrt == ("x", "weight", "bias") and (fast := core.small(x)) is not None:
-        axis = channel_axis(saved.layout, x.ndim)
-        n = threads.for_call("backward", x.nbytes)
-        found = fast.small_backward(x, axis, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale, out, n)
+    if plain and type(wrt) is tuple and wrt == ("x", "weight", "bias"):
+        found = core.small("backward", x, saved.layout, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale, out)
         if found is not None:
             dx, dweight, dbias = found
             return Gradients(dx, dweight, dbias, None)
@@ -520,9 +512,8 @@ def batch_norm_elemt(
     array([[-0.5],
            [ 0.5]])
     """
-    if activation is None and residual is None and (fast := core.small(x)) is not None:
-        n = threads.for_call("normalize", x.nbytes)
-        y: Array | None = fast.small_inference(x, channel_axis(layout, x.ndim), mean, invstd, weight, bias, None, out, n)
+    if activation is None and residual is None:
+        y: Array | None = core.small("normalize", x, layout, mean, invstd, weight, bias, None, out)
         if y is not None:
             return y
     x, axis, dtype = _input(x, layout)

@@ -83,7 +83,8 @@ def test_small_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layou
 
     with fastbn.use_kernel(selected):
         checked = step()
-    assert core.small(x) is None if fastbn.dispatch.pinned() else core.small(x) is not None
+    taken = core.small("normalize", x, layout, m, v, w, b, None, None)
+    assert (taken is None) == (fastbn.dispatch.pinned() is not None)
     assert step() == checked
 
 
@@ -91,20 +92,22 @@ def test_small_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layou
 def test_small_calls_leave_what_is_not_plain_to_others() -> None:
     x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
     small = MODULES[0].module()
-    assert small.small_inference(x, 1, w, w, None, None, 1e-5, None, 1) is not None
+    assert small.small_normalize(x, 1, w, w, None, None, 1e-5, None, 1) is not None
     for a in (x[:, :, ::2], x[:0], x.astype(">f4"), np.asfortranarray(x), x.view(np.recarray)):
-        assert small.small_inference(a, 1, w, w, None, None, 1e-5, None, 1) is None
+        assert small.small_normalize(a, 1, w, w, None, None, 1e-5, None, 1) is None
     for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
-        assert small.small_inference(x, 1, v, w, None, None, 1e-5, None, 1) is None
-        assert small.small_inference(x, 1, w, v, None, None, 1e-5, None, 1) is None
+        assert small.small_normalize(x, 1, v, w, None, None, 1e-5, None, 1) is None
+        assert small.small_normalize(x, 1, w, v, None, None, 1e-5, None, 1) is None
         assert v is None or small.small_forward(x, 1, v, None, None, None, 0.1, 1e-5, None, 1) is None
+    for axis in (-1, 0, 3):
+        assert small.small_normalize(x, axis, w, w, None, None, 1e-5, None, 1) is None
     locked = x.copy()
     locked.flags.writeable = False
     both = np.ones(25, np.float32)
     shifted = both[1:].reshape(2, 3, 4)
     for out in (locked, x[:1], np.ones((2, 3, 4)), shifted):
-        assert small.small_inference(both[:24].reshape(2, 3, 4), 1, w, w, None, None, 1e-5, out, 1) is None
-    assert small.small_inference(x, 1, w, w, None, None, 1, None, 1) is None
+        assert small.small_normalize(both[:24].reshape(2, 3, 4), 1, w, w, None, None, 1e-5, out, 1) is None
+    assert small.small_normalize(x, 1, w, w, None, None, 1, None, 1) is None
     assert small.small_forward(x, 1, None, None, None, None, 1, 1e-5, None, 1) is None
     assert small.small_forward(x[:1, :, :1].copy(), 1, None, None, None, None, 0.1, 1e-5, None, 1) is None
     fixed = w.copy()

@@ -1,6 +1,8 @@
 """Activation functions for the Numba kernels, of one number: what LLVM turns into vector instructions.
 
-Written as the compiled kernels' `activation.hpp`, which says why. A function takes the normalized value and a
+The exponential of y <= 0 never overflows, and is had as 2^n (1 + p), where p keeps its digits near y = 0: so tanh(z), from
+exp(-2|z|) - 1, does so too. The upper tail of the normal distribution is exp(-a^2 / 2) times a smooth function of a, and
+keeps its digits however small it is. The polynomials are Chebyshev fits. A function takes the normalized value and a
 parameter, and stays in the type of the value: a plain constant would make float32 arithmetic float64, hence `like`.
 `like`, `exp`, `sigmoid` and `tanh` are there for functions of the user's as well, because a call of the C library's would not become
 vector instructions.
@@ -39,7 +41,8 @@ def _power(typingctx: Any, shifted: Any) -> Any:
 like: Any = intrinsic(_cast)  # like(z, c): the constant c in the type of z
 _two_to: Any = intrinsic(_power)
 
-# (exp(r) - 1 - r) / r^2, and the normal distribution's tail, highest power first: see activation.hpp.
+# Highest power first: (exp(r) - 1 - r) / r^2, |r| <= ln(2) / 2; and exp(a^2 / 2) erfc(a / sqrt(2)) / 2 (a + 4) as a
+# function of (a - 4) / (a + 4), 0 <= a <= 14.5 or 39.
 _EXP = {
     32: (0.001392618359, 0.008363179053, 0.04166655462, 0.1666657699, 0.5),
     64: (

@@ -1589,7 +1589,7 @@ cdef cnp.ndarray bind_small(Call* call, cnp.ndarray x, other, out, int axis, int
     cdef cnp.ndarray y
     cdef Py_ssize_t size = cnp.PyArray_SIZE(x)
     cdef int ndim = cnp.PyArray_NDIM(x)
-    if size == 0 or (other is not None and not is_twin(other, x)):
+    if size == 0 or ndim < 2 or not (axis == 1 or axis == ndim - 1) or (other is not None and not is_twin(other, x)):
         return None
     if out is None:
         y = cnp.PyArray_EMPTY(ndim, cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
@@ -1623,7 +1623,7 @@ cdef bint bind_vector(Call* call, int dtype, object v, void** p) noexcept:
     return True
 
 
-def small_inference(cnp.ndarray x not None, int axis, mean, spread, weight, bias, eps, out, int threads):
+def small_normalize(cnp.ndarray x not None, int axis, mean, spread, weight, bias, eps, out, int threads):
     """Normalize as `inference`, from arrays as the user gave them; None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
