@@ -145,6 +145,7 @@ cdef extern from * nogil:
         double *spread;  // room for a vector for each column
 
         ptrdiff_t unit, group;  // what one unit of work takes
+        ptrdiff_t turn;         // channels whose sums are followed by their map, before the next ones of the unit
         ptrdiff_t skip;         // elements before the first line of the output: rows are mapped from there
         bool inverted, backwards, streams;
         ptrdiff_t units;
@@ -158,7 +159,6 @@ cdef extern from * nogil:
     constexpr int PLANES = 32;
     template <class T> struct Accumulators {
         Block<T> sum[PLANES], square[PLANES];
-        double k[PLANES];
     };
 
     template <class T> struct Arrays {
@@ -239,7 +239,7 @@ cdef extern from * nogil:
         double *second
         double *low
         double *spread
-        Py_ssize_t unit, group
+        Py_ssize_t unit, group, turn
         Py_ssize_t skip
         bint inverted, backwards, streams
         Py_ssize_t units
@@ -252,7 +252,6 @@ cdef extern from * nogil:
     cdef cppclass Accumulators[T]:
         Block[T] *sum
         Block[T] *square
-        double *k
 
     cdef cppclass Arrays[T]:
         const T *x
@@ -530,6 +529,12 @@ cdef inline void of_columns(Job[Op, T]* job, Py_ssize_t j, Parameters[T]* p) noe
 
 # ---- Sums that left the range of the arithmetic ----
 
+cdef inline bint is_lost(Job[Sum, T]* job, Py_ssize_t index) noexcept nogil:
+    """Whether the sums at an index left the range in which they keep their digits."""
+    cdef double square = job.squares[index]
+    return not Block[T].in_range(square) or (Sum is Stats and square == 0 and job.sums[index] != 0)
+
+
 cdef void sum_exactly(
     Job[Sum, T]* job, Py_ssize_t index, Py_ssize_t offset, Py_ssize_t runs, Py_ssize_t stride, Py_ssize_t n, Parameters[T]* p
 ) noexcept nogil:
@@ -586,26 +591,30 @@ cdef inline void sum_run(
     accumulate(job, e, p, sum, square)
 
 
+cdef void find_shifts(Job[Stats, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
+    """The shifts of channels first ... last in one tile of planes: of many before their sums, which would wait for memory."""
+    cdef Py_ssize_t stride = job.channels * job.inner, c
+    cdef Py_ssize_t n0 = tile // job.pieces * job.images, start = tile % job.pieces * job.piece
+    cdef Py_ssize_t length = min(job.piece, job.inner - start), e = min(job.images, job.outer - n0) * length
+    cdef Py_ssize_t early = e // 6 // length * stride + e // 6 % length, late = e * 5 // 6 // length * stride + e * 5 // 6 % length
+    cdef Py_ssize_t half = e // 2 // length * stride + e // 2 % length
+    cdef const T* plane = job.arrays().x + n0 * stride + first * job.inner + start
+    for c in range(first, last):
+        job.shifts[tile * job.channels + c] = Block[T].middle(plane + early, plane + half, plane + late)
+        plane += job.inner
+
+
 cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
     """The sums of one tile of channels first ... last, at most PLANES."""
     cdef Py_ssize_t W = Block[T].width(), stride = job.channels * job.inner
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
     cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, index = tile * job.channels + first, at = offset
-    cdef Py_ssize_t i, n, c, together, images = runs, e = runs * length, channels = last - first
-    cdef Py_ssize_t early = e // 6 // length * stride + e // 6 % length, late = e * 5 // 6 // length * stride + e * 5 // 6 % length
-    cdef Py_ssize_t half = e // 2 // length * stride + e // 2 % length
+    cdef Py_ssize_t i, n, c, together, images = runs, channels = last - first
     cdef Arrays[T] a = job.arrays()
-    cdef const T* plane
     cdef Accumulators[T] acc
     cdef Parameters[T] p
     cdef Block[T] sum, square, zero = Block[T].constant(0), rest = Block[T].last_lanes(length % W)
-    cdef double total, total_square
-    for c in range(channels):
-        if Sum is Stats:
-            plane = a.x + offset + c * job.inner
-            acc.k[c] = Block[T].middle(plane + early, plane + half, plane + late)
-            job.shifts[index + c] = acc.k[c]
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
     while images > 0:
@@ -619,28 +628,27 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
                         Block[T].prefetch(a.dy + at + (n + together) * stride, length)
             of_channel(job, first + c, &p)
             if Sum is Stats:
-                p.mean = Block[T].constant(acc.k[c])
+                p.mean = Block[T].constant(job.shifts[index + c])
             i = 0
             while i < length:
                 sum = square = zero
                 for n in range(together):
                     sum_run(job, &a, at + n * stride + i, min(CHAIN * W, length - i), &rest, &p, &sum, &square)
-                if images == runs and i == 0:
+                if images < runs or i > 0:
+                    sum = acc.sum[c] + sum
+                    square = acc.square[c] + square
+                i += CHAIN * W
+                if together < images or i < length:
                     acc.sum[c] = sum
                     acc.square[c] = square
-                else:
-                    acc.sum[c] = acc.sum[c] + sum
-                    acc.square[c] = acc.square[c] + square
-                i += CHAIN * W
+            if together == images:
+                job.sums[index + c] = sum.total()
+                job.squares[index + c] = square.total()
             at += job.inner
         at += together * stride - channels * job.inner
         images -= together
     for c in range(channels):
-        total = acc.sum[c].total()
-        total_square = acc.square[c].total()
-        job.sums[index + c] = total
-        job.squares[index + c] = total_square
-        if not Block[T].in_range(total_square) or (Sum is Stats and total_square == 0 and total != 0):
+        if is_lost(job, index + c):
             of_channel(job, first + c, &p)
             sum_exactly(job, index + c, offset + c * job.inner, runs, stride, length, &p)
 
@@ -773,7 +781,7 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
         job.squares[index + j] = total_square
         if Sum is Stats:
             job.shifts[index + j] = Block[T].value(&k, j * run)
-        if not Block[T].in_range(total_square) or (Sum is Stats and total_square == 0 and total != 0):
+        if is_lost(job, index + j):
             of_columns(job, first + j * run, &p)
             sum_exactly(job, index + j, at + j * run, rows, K, run, &p)
 
@@ -913,11 +921,14 @@ cdef void fold_gradient(Job[Backward, T]* job, Py_ssize_t first, Py_ssize_t last
 
 cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
     """One tile of a group of channels or columns."""
-    cdef Py_ssize_t tile = unit % job.tiles, first = unit // job.tiles * job.group
+    cdef Py_ssize_t tile = unit % job.tiles, first = unit // job.tiles * job.group, last
     if job.by_columns:
         sum_columns(job, tile, first, min(first + job.group, job.columns))
     else:
-        sum_planes(job, first, min(first + job.group, job.channels), tile)
+        last = min(first + job.group, job.channels)
+        if Sum is Stats:
+            find_shifts(job, first, last, tile)
+        sum_planes(job, first, last, tile)
 
 
 cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
@@ -959,8 +970,6 @@ cdef void map_group(Job[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcep
     cdef Py_ssize_t n
     for n in range(job.outer - 1, -1, -1):
         map_planes(job, n * job.channels + first, last - first, 0, job.inner)
-    if job.streams:
-        fence()
 
 
 cdef Job[InputGradient, T] of_kept(Job[Backward, T]* job) noexcept nogil:
@@ -973,28 +982,41 @@ cdef Job[InputGradient, T] of_kept(Job[Backward, T]* job) noexcept nogil:
 
 cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
-    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels)
-    sum_channels(<Job[Stats, T]*> job, first, last)
-    merge_stats(job, first, last)
-    fold_batch(job, first, last)
-    map_group(job, first, last)
+    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), tile, end
+    for tile in range(job.tiles):
+        find_shifts(<Job[Stats, T]*> job, first, last, tile)
+    while first < last:
+        end = min(first + job.turn, last)
+        sum_channels(<Job[Stats, T]*> job, first, end)
+        merge_stats(job, first, end)
+        fold_batch(job, first, end)
+        map_group(job, first, end)
+        first = end
+    if job.streams:
+        fence()
 
 
 cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: sums, then, while they are in the cache, the map."""
-    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels)
+    cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), end
     cdef Job[InputGradient, T] after
-    if Backward is InputGradient:
-        sum_channels(<Job[GradSums, T]*> job, first, last)
-    else:
-        sum_channels(<Job[ActiveSums, T]*> job, first, last)
-    merge_sums(job, first, last)
-    fold_gradient(job, first, last)
     if job.kept != NULL:
         after = of_kept(job)
-        map_group(&after, first, last)
-    else:
-        map_group(job, first, last)
+    while first < last:
+        end = min(first + job.turn, last)
+        if Backward is InputGradient:
+            sum_channels(<Job[GradSums, T]*> job, first, end)
+        else:
+            sum_channels(<Job[ActiveSums, T]*> job, first, end)
+        merge_sums(job, first, end)
+        fold_gradient(job, first, end)
+        if job.kept != NULL:
+            map_group(&after, first, end)
+        else:
+            map_group(job, first, end)
+        first = end
+    if job.streams:
+        fence()
 
 
 # ---- Whole calls ----
@@ -1173,8 +1195,12 @@ cdef bint grouped(Call* job, Py_ssize_t item) noexcept nogil:
     if job.by_columns or (job.threads > 1 and job.channels < 4 * job.threads):
         return False
     cdef Py_ssize_t read = 1 + (job.dy != NULL) + (job.dy != NULL and job.residual != NULL)  # by the sums
-    cdef Py_ssize_t fit = L2 // 2 // (read * job.outer * job.inner * item)
-    job.group = max(<Py_ssize_t> 1, min(fit, job.channels // (4 * job.threads)))
+    cdef Py_ssize_t channel = read * job.outer * job.inner * item
+    job.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, job.channels // (4 * job.threads)))
+    # Several images would be read in short runs, if only a few channels took their turn.
+    job.turn = max(L1 // 2 // channel, <Py_ssize_t> (channel <= L1)) if job.outer == 1 else 0
+    if job.turn == 0:
+        job.turn = job.group
     job.units = up(job.channels, job.group)
     job.at_mean, job.at_scale, job.at_shift, job.at_slope = job.mean, job.scale, job.shift, job.slope
     job.at_bias = job.bias
