@@ -69,16 +69,17 @@ def test_same_bits(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: s
     assert everything(kernel, shape, layout, dtype, 3, in_place=True) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_same_bits_for_other_caches(layout: str) -> None:
+@pytest.mark.parametrize("shape", [(3, 48, 40, 44), (1, 24, 40, 44), (5, 48, 13, 15), (33, 48, 3, 7)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_same_bits_for_other_caches(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str) -> None:
     """Caches change the units of work, not the result: tiny ones, which also turn on streaming stores, and huge ones."""
-    kernel = MODULES[0] if MODULES else pytest.skip("built without a compiler")
-    shape = (3, 48, 40, 44)
-    expected = everything(kernel, shape, layout, "float32", 1)
+    expected = everything(kernel, shape, layout, dtype, 1)
     try:
         for caches in ((1 << 10, 4 << 10, 16 << 10), (1 << 20, 1 << 26, 1 << 30)):
             kernel.module().set_caches(*caches)
-            assert everything(kernel, shape, layout, "float32", 3) == expected
+            assert everything(kernel, shape, layout, dtype, 3) == expected
     finally:
         kernel.module().set_caches(*fastbn.cpu.caches())
 

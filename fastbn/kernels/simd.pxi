@@ -23,7 +23,8 @@ e) Units of work are whole numbers of tiles, sized for the caches, claimed by th
    channel's planes stay in the cache, sums and map run on them one after the other. A second sweep runs backwards:
    what was read last is still in the cache.
 
-f) Large outputs are written with streaming stores, which do not read the line first; whole aligned lines only.
+f) Large outputs are written with streaming stores, which do not read the line first; whole aligned lines only. Planes
+   of a few lines are mapped to a buffer, and the lines that they make together are streamed from there.
 """
 
 cimport numpy as cnp
@@ -104,6 +105,7 @@ cdef extern from "simd.hpp" nogil:
         bint is_smooth()
 
     void fence()
+    void stream_lines(void*, const void*, Py_ssize_t)
 
 cdef extern from * nogil:
     """
@@ -153,6 +155,10 @@ cdef extern from * nogil:
 
     struct alignas(64) Columns {
         char bytes[4096 + 128];  // one row of accumulators, and a block more
+    };
+
+    struct alignas(64) Stage {
+        char bytes[2048];  // lines before they are streamed
     };
 
     // The sums of a few channels while their planes are read.
@@ -246,6 +252,9 @@ cdef extern from * nogil:
 
     cdef cppclass Columns:
         pass
+
+    cdef cppclass Stage:
+        char *bytes
 
     const Py_ssize_t PLANES
 
@@ -684,6 +693,48 @@ cdef void map_planes(
         channel = channel + 1 if channel + 1 < job.channels else 0
 
 
+cdef inline bint is_staged(Call* job, Py_ssize_t item) noexcept nogil:
+    """Whether planes that are streamed are too short to be so one by one: their first and last lines would not be."""
+    return job.inner * item <= <Py_ssize_t> sizeof(Stage) - LINE
+
+
+cdef void stream_planes(Job[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) noexcept nogil:
+    """Map several planes to lines in the cache, which are streamed when they are full."""
+    cdef Py_ssize_t item = sizeof(T), line = LINE // item, at = plane * job.inner, end = at + planes * job.inner
+    cdef Py_ssize_t given = at, full, first, few  # elements before `given` are in the output
+    cdef T* out = job.arrays().out
+    cdef Stage stage
+    cdef char* lines = stage.bytes
+    cdef Job[Map, T] staged = job[0]
+    staged.streams = False
+    first = at - (line - Block[T].to_line(out + at, line)) % line
+    while at < end:
+        few = min(planes, (<Py_ssize_t> sizeof(Stage) // item - (at - first)) // job.inner)
+        staged.out = lines - first * item  # of the element at index 0
+        map_planes(&staged, plane, few, 0, job.inner)
+        plane += few
+        planes -= few
+        at += few * job.inner
+        full = at - (at - first) % line
+        if first < given and first < full:  # what is before is another's, and may be written at this time
+            memcpy(out + given, lines + (given - first) * item, (first + line - given) * item)
+            given = first + line
+        if given < full:
+            stream_lines(out + given, lines + (given - first) * item, (full - given) * item)
+            given = full
+        memcpy(lines, lines + (full - first) * item, (at - full) * item)
+        first = full
+    memcpy(out + given, lines + (given - first) * item, (end - given) * item)
+
+
+cdef inline void map_whole(Job[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) noexcept nogil:
+    """Map several planes that lie one behind the other."""
+    if job.streams and is_staged(job, sizeof(T)):
+        stream_planes(job, plane, planes)
+    else:
+        map_planes(job, plane, planes, 0, job.inner)
+
+
 # ---- Columns ----
 
 cdef inline Py_ssize_t tile_rows(Call* job, Py_ssize_t tile) noexcept nogil:
@@ -947,7 +998,7 @@ cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
             map_columns(job, job.rows, 1, first, min(first + job.group, job.rest))
     elif job.unit >= job.inner:
         first = unit * (job.unit // job.inner)
-        map_planes(job, first, min(job.unit // job.inner, job.outer * job.channels - first), 0, job.inner)
+        map_whole(job, first, min(job.unit // job.inner, job.outer * job.channels - first))
     else:
         pieces = (job.inner + job.unit - 1) // job.unit
         first = unit % pieces * job.unit
@@ -969,7 +1020,7 @@ cdef void map_group(Job[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcep
     """All planes of channels first ... last, those read last before the others."""
     cdef Py_ssize_t n
     for n in range(job.outer - 1, -1, -1):
-        map_planes(job, n * job.channels + first, last - first, 0, job.inner)
+        map_whole(job, n * job.channels + first, last - first)
 
 
 cdef Job[InputGradient, T] of_kept(Job[Backward, T]* job) noexcept nogil:
@@ -1110,7 +1161,7 @@ cdef bint is_streamed(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept no
         return False
     if job.outer * job.channels * job.inner * item * arrays <= L3:
         return False
-    return run * item % LINE == 0 if job.by_columns else run * item >= 16 * LINE
+    return run * item % LINE == 0 if job.by_columns else not is_staged(job, item) or job.dresidual == NULL
 
 
 cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
