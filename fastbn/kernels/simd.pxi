@@ -150,6 +150,7 @@ cdef extern from * nogil:
         ptrdiff_t turn;         // channels whose sums are followed by their map, before the next ones of the unit
         ptrdiff_t skip;         // elements before the first line of the output: rows are mapped from there
         bool inverted, backwards, streams;
+        bool apart;  // rows are mapped one by one: several at a time are several streams of memory, which it likes less than cache
         ptrdiff_t units;
     };
 
@@ -247,7 +248,7 @@ cdef extern from * nogil:
         double *spread
         Py_ssize_t unit, group, turn
         Py_ssize_t skip
-        bint inverted, backwards, streams
+        bint inverted, backwards, streams, apart
         Py_ssize_t units
 
     cdef cppclass Columns:
@@ -851,7 +852,7 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
     cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
     cdef Arrays[T] a = job.arrays()
     while rows > 0:
-        batch = 1 if job.streams and not job.activation.is_smooth() else min(<Py_ssize_t> MAP_ROWS, rows)
+        batch = 1 if job.apart else min(<Py_ssize_t> MAP_ROWS, rows)
         j = first
         if batch < MAP_ROWS:
             while j + W <= last:
@@ -1138,6 +1139,7 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
     cdef Py_ssize_t elements = max(W, min(L2 // 2 // (arrays * item), up(size, 4 * job.threads)))
     job.streams = is_streamed(job, item, arrays)
+    job.apart = size * item * arrays > L3 // 3 and not job.activation.is_smooth()
     if job.by_columns:
         job.group = min(job.columns, COLUMNS // BLOCK * W)
         job.unit = max(<Py_ssize_t> 1, elements // job.group)
