@@ -150,7 +150,7 @@ cdef extern from * nogil:
         ptrdiff_t turn;         // channels whose sums are followed by their map, before the next ones of the unit
         ptrdiff_t skip;         // elements before the first line of the output: rows are mapped from there
         bool inverted, backwards, streams;
-        bool apart;  // rows are mapped one by one: several at a time are several streams of memory, which it likes less than cache
+        bool far;  // the arrays do not stay in the caches: memory should be read in one stream, not in one for each row
         ptrdiff_t units;
     };
 
@@ -248,7 +248,7 @@ cdef extern from * nogil:
         double *spread
         Py_ssize_t unit, group, turn
         Py_ssize_t skip
-        bint inverted, backwards, streams, apart
+        bint inverted, backwards, streams, far
         Py_ssize_t units
 
     cdef cppclass Columns:
@@ -797,7 +797,7 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
     cdef Columns k, sums, squares
     cdef Parameters[T] p
     cdef Block[T] zero = Block[T].constant(0)
-    cdef Py_ssize_t r, j = 0, n, run = job.run
+    cdef Py_ssize_t r, j = 0, n, ahead, run = job.run
     cdef double total, total_square, mean
     while j < columns:
         n = min(W, columns - j)
@@ -818,6 +818,11 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
         j = 0
         if n == BATCH:
             while j + W <= columns:
+                if job.far:  # the next rows, one behind the other
+                    ahead = at + (r + BATCH + j * BATCH // columns) * K + j * BATCH % columns
+                    Block[T].prefetch(a.x + ahead, W * BATCH)
+                    if Sum in Gradient:
+                        Block[T].prefetch(a.dy + ahead, W * BATCH)
                 sum_rows(job, &a, at + r * K, BATCH, W, &k, &sums, &squares, first, j)
                 j += W
         while j < columns:
@@ -852,7 +857,7 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
     cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
     cdef Arrays[T] a = job.arrays()
     while rows > 0:
-        batch = 1 if job.apart else min(<Py_ssize_t> MAP_ROWS, rows)
+        batch = 1 if job.far and not job.activation.is_smooth() else min(<Py_ssize_t> MAP_ROWS, rows)
         j = first
         if batch < MAP_ROWS:
             while j + W <= last:
@@ -1114,9 +1119,15 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
     job.tiles = up(job.rows, TILE_ROWS) + (job.rest > 0)
 
 
+cdef inline bint is_far(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
+    """Whether the arrays will not all be in L3: far from it on, because others use it too."""
+    return job.outer * job.channels * job.inner * item * arrays > L3 // 3
+
+
 cdef Py_ssize_t sum_units(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nogil:
     """Cut the sums into units of work; return their number."""
     cdef Py_ssize_t room, enough = up(4 * job.threads, job.tiles)  # groups that keep every thread busy
+    job.far = is_far(job, item, 1 + (job.dy != NULL) + (job.residual != NULL))
     if job.by_columns:
         room = COLUMNS // BLOCK * W
         if job.run > 1:
@@ -1139,7 +1150,7 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
     cdef Py_ssize_t elements = max(W, min(L2 // 2 // (arrays * item), up(size, 4 * job.threads)))
     job.streams = is_streamed(job, item, arrays)
-    job.apart = size * item * arrays > L3 // 3 and not job.activation.is_smooth()
+    job.far = is_far(job, item, arrays)
     if job.by_columns:
         job.group = min(job.columns, COLUMNS // BLOCK * W)
         job.unit = max(<Py_ssize_t> 1, elements // job.group)
