@@ -1152,7 +1152,7 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
     job.streams = is_streamed(job, item, arrays)
     job.far = is_far(job, item, arrays)
     if job.by_columns:
-        job.group = min(job.columns, COLUMNS // BLOCK * W)
+        job.group = job.columns if job.far else min(job.columns, COLUMNS // BLOCK * W)
         job.unit = max(<Py_ssize_t> 1, elements // job.group)
         job.unit = up(job.unit, MAP_ROWS) * MAP_ROWS
         job.units = (up(job.rows, job.unit) + (job.rest > 0)) * up(job.columns, job.group)
