@@ -620,7 +620,8 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
     cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, index = tile * job.channels + first, at = offset
-    cdef Py_ssize_t i, n, c, together, images = runs, channels = last - first
+    cdef Py_ssize_t i, n, c, together, parts, step, chain, images = runs, channels = last - first
+    cdef bint last_part
     cdef Arrays[T] a = job.arrays()
     cdef Accumulators[T] acc
     cdef Parameters[T] p
@@ -628,7 +629,12 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
     while images > 0:
-        together = min(images, <Py_ssize_t> TOGETHER) if length < SMALL_PLANE * W else 1
+        if length < SMALL_PLANE * W:
+            together = parts = min(images, <Py_ssize_t> TOGETHER)
+            step, chain = stride, 0
+        else:
+            together, parts = 1, up(length, CHAIN * W)
+            step = chain = CHAIN * W
         for c in range(channels):
             # The same channel of the next image is too far away for the processor to foresee.
             if together < images:
@@ -639,18 +645,18 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             of_channel(job, first + c, &p)
             if Sum is Stats:
                 p.mean = Block[T].constant(job.shifts[index + c])
-            i = 0
-            while i < length:
-                sum = square = zero
-                for n in range(together):
-                    sum_run(job, &a, at + n * stride + i, min(CHAIN * W, length - i), &rest, &p, &sum, &square)
-                if images < runs or i > 0:
-                    sum = acc.sum[c] + sum
-                    square = acc.square[c] + square
-                i += CHAIN * W
-                if together < images or i < length:
-                    acc.sum[c] = sum
-                    acc.square[c] = square
+            sum = square = zero
+            for i in range(parts):
+                sum_run(job, &a, at + i * step, min(CHAIN * W, length - i * chain), &rest, &p, &sum, &square)
+                last_part = i + 1 == parts
+                if chain > 0 or last_part:
+                    if images < runs or i * chain > 0:
+                        sum = acc.sum[c] + sum
+                        square = acc.square[c] + square
+                    if together < images or not last_part:
+                        acc.sum[c] = sum
+                        acc.square[c] = square
+                        sum = square = zero
             if together == images:
                 job.sums[index + c] = sum.total()
                 job.squares[index + c] = square.total()
