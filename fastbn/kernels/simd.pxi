@@ -20,8 +20,9 @@ c) Sums run over fixed tiles that depend on the shape alone, in the lanes of one
 d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-30) is summed again in double.
 
 e) Units of work are whole numbers of tiles, sized for the caches, claimed by the threads of the pool. Where one
-   channel's planes stay in the cache, sums and map run on them one after the other. A second sweep runs backwards:
-   what was read last is still in the cache.
+   channel's planes stay in the cache, sums and map run on them one after the other: within L2 for several images, whose
+   planes lie far apart, within L1 for one. A second sweep runs backwards: what was read last is still in the cache.
+   Where the arrays do not fit L3, rows are read in one stream of memory, not in one for each row.
 
 f) Large outputs are written with streaming stores, which do not read the line first; whole aligned lines only. Planes
    of a few lines are mapped to a buffer, and the lines that they make together are streamed from there.
@@ -340,6 +341,7 @@ cdef enum:
     BATCH = 8            # rows summed before they are added to the accumulators
     LONG_ROW = 2048      # gather rows up to this many columns
     COLUMNS = 4096       # bytes of the accumulators of one unit's columns, as in the struct Columns
+    MAP_PIECE = 2048     # elements of a long plane mapped before those that lie before them
     MAP_ROWS = 4         # rows mapped with one load of the parameters
     FEW = 4              # blocks that a smooth activation takes at once
     LINE = 64            # bytes of a cache line
@@ -1030,7 +1032,11 @@ cdef void sum_channels(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last) noex
 
 cdef void map_group(Job[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """All planes of channels first ... last, those read last before the others."""
-    cdef Py_ssize_t n
+    cdef Py_ssize_t n, piece = MAP_PIECE
+    if job.outer == 1 and job.turn == 1 and not job.far:
+        for n in range(up(job.inner, piece) - 1, -1, -1):
+            map_planes(job, first, 1, n * piece, min(piece, job.inner - n * piece))
+        return
     for n in range(job.outer - 1, -1, -1):
         map_whole(job, n * job.channels + first, last - first)
 
@@ -1268,13 +1274,12 @@ cdef bint grouped(Call* job, Py_ssize_t item) noexcept nogil:
     cdef Py_ssize_t channel = read * job.outer * job.inner * item
     job.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, job.channels // (4 * job.threads)))
     # Several images would be read in short runs, if only a few channels took their turn.
-    job.turn = max(L1 // 2 // channel, <Py_ssize_t> (channel <= L1)) if job.outer == 1 else 0
-    if job.turn == 0:
-        job.turn = job.group
+    job.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if job.outer == 1 else job.group
     job.units = up(job.channels, job.group)
     job.at_mean, job.at_scale, job.at_shift, job.at_slope = job.mean, job.scale, job.shift, job.slope
     job.at_bias = job.bias
     job.streams = job.kept != job.out and is_streamed(job, item, touched(job))
+    job.far = is_far(job, item, touched(job))
     return True
 
 
