@@ -18,7 +18,7 @@ from fastbn.dispatch import TABLE, Kernel
 # Awkward sizes: one channel, one image, few channels, planes of several tiles, rows that are gathered, short last rows.
 SHAPES = [
     (2, 3, 1, 1), (1, 1, 211, 307), (1, 3, 181, 211), (3, 2, 129, 131), (5, 17, 7, 7), (33, 65, 3, 3),
-    (300, 24, 2, 2), (4, 100, 13, 11), (1, 67, 31, 33), (700, 129, 1, 1), (6, 1000, 2, 3),
+    (300, 24, 2, 2), (4, 100, 13, 11), (1, 67, 31, 33), (700, 129, 1, 1), (6, 1000, 2, 3), (5, 640, 4, 4),
 ]  # fmt: skip
 MODULES = [k for k in TABLE if k.level is not None and not k.unusable()]
 

@@ -21,8 +21,9 @@ d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-
 
 e) Units of work are whole numbers of tiles, sized for the caches, claimed by the threads of the pool. Where one
    channel's planes stay in the cache, sums and map run on them one after the other: within L2 for several images, whose
-   planes lie far apart, within L1 for one. A second sweep runs backwards: what was read last is still in the cache.
-   Where the arrays do not fit L3, rows are read in one stream of memory, not in one for each row.
+   planes lie far apart, within L1 for one; so they do on columns of a few rows. A second sweep runs backwards: what was
+   read last is still in the cache. Where the arrays do not fit L3, rows are read in one stream of memory, not in one for
+   each row.
 
 f) Large outputs are written with streaming stores, which do not read the line first; whole aligned lines only. Planes
    of a few lines are mapped to a buffer, and the lines that they make together are streamed from there.
@@ -340,6 +341,7 @@ cdef enum:
     REACH = 1024         # elements of the next image's plane that a gradient's sums ask for early
     TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
+    FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
     LONG_ROW = 2048      # gather rows up to this many columns
     COLUMNS = 4096       # bytes of the accumulators of one unit's columns, as in the struct Columns
     MAP_PIECE = 2048     # elements of a long plane mapped before those that lie before them
@@ -1026,8 +1028,11 @@ cdef void map_unit(Job[Map, T]* job, Py_ssize_t unit) noexcept nogil:
 
 
 cdef void sum_channels(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    """All tiles of channels first ... last."""
+    """All tiles of channels first ... last; columns have but one."""
     cdef Py_ssize_t tile
+    if job.by_columns:
+        sum_columns(job, 0, first, last)
+        return
     while first < last:
         for tile in range(job.tiles):
             sum_planes(job, first, min(first + PLANES, last), tile)
@@ -1037,6 +1042,9 @@ cdef void sum_channels(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last) noex
 cdef void map_group(Job[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """All planes of channels first ... last, those read last before the others."""
     cdef Py_ssize_t n, piece = MAP_PIECE
+    if job.by_columns:
+        map_columns(job, 0, job.rows, first, last)
+        return
     if job.outer == 1 and job.turn == 1 and not job.far:
         for n in range(up(job.inner, piece) - 1, -1, -1):
             map_planes(job, first, 1, n * piece, min(piece, job.inner - n * piece))
@@ -1056,8 +1064,9 @@ cdef Job[InputGradient, T] of_kept(Job[Backward, T]* job) noexcept nogil:
 cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), tile, end
-    for tile in range(job.tiles):
-        find_shifts(<Job[Stats, T]*> job, first, last, tile)
+    if not job.by_columns:
+        for tile in range(job.tiles):
+            find_shifts(<Job[Stats, T]*> job, first, last, tile)
     while first < last:
         end = min(first + job.turn, last)
         sum_channels(<Job[Stats, T]*> job, first, end)
@@ -1136,7 +1145,7 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
 
 
 cdef inline bint is_far(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
-    """Whether the arrays will not all be in L3: far from it on, because others use it too."""
+    """Whether the arrays leave the caches: they are more than a third of L3, which others use too."""
     return job.outer * job.channels * job.inner * item * arrays > L3 // 3
 
 
@@ -1215,9 +1224,17 @@ cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
     return True
 
 
+cdef inline bint is_spread(Call* job, Py_ssize_t W) noexcept nogil:
+    """Whether a vector of channels is one of columns as it is."""
+    return job.columns == job.channels and job.channels % W == 0
+
+
 cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) noexcept nogil:
     """A vector of channels as one of columns, from `skip` on, with room behind it; planes take it as it is."""
     if not job.by_columns:
+        return vector
+    # What a training forward has found is copied even so: lines that other cores read are slow to write in the next call.
+    if is_spread(job, Block[T].width()) and job.skip == 0 and not (Op in Forward and job.backwards):
         return vector
     cdef Py_ssize_t W = Block[T].width(), size = BLOCK // W, repeat, c
     cdef char* p = <char*> (job.spread + index * (job.columns + 2 * W))
@@ -1270,20 +1287,26 @@ cdef Py_ssize_t touched(Call* job) noexcept nogil:
     return 2 + (job.dy != NULL) + (job.residual != NULL) + (job.dresidual != NULL)
 
 
-cdef bint grouped(Call* job, Py_ssize_t item) noexcept nogil:
+cdef bint grouped(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
-    if job.by_columns or (job.threads > 1 and job.channels < 4 * job.threads):
-        return False
     cdef Py_ssize_t read = 1 + (job.dy != NULL) + (job.dy != NULL and job.residual != NULL)  # by the sums
     cdef Py_ssize_t channel = read * job.outer * job.inner * item
-    job.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, job.channels // (4 * job.threads)))
-    # Several images would be read in short runs, if only a few channels took their turn.
-    job.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if job.outer == 1 else job.group
+    if job.by_columns:
+        # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
+        if job.rows > FEW_ROWS or not is_spread(job, W) or job.channels < 2 * job.threads * W:
+            return False
+        job.group = job.turn = min(COLUMNS // BLOCK * W, up(up(job.channels, 4 * job.threads), W) * W)
+    elif job.threads > 1 and job.channels < 4 * job.threads:
+        return False
+    else:
+        job.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, job.channels // (4 * job.threads)))
+        # Several images would be read in short runs, if only a few channels took their turn.
+        job.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if job.outer == 1 else job.group
+        job.streams = job.kept != job.out and is_streamed(job, item, touched(job))
     job.units = up(job.channels, job.group)
+    job.far = is_far(job, item, touched(job))
     job.at_mean, job.at_scale, job.at_shift, job.at_slope = job.mean, job.scale, job.shift, job.slope
     job.at_bias = job.bias
-    job.streams = job.kept != job.out and is_streamed(job, item, touched(job))
-    job.far = is_far(job, item, touched(job))
     return True
 
 
@@ -1328,7 +1351,7 @@ cdef bint forward_call(Job[Forward, T]* job) noexcept nogil:
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
-    if grouped(job, sizeof(T)):
+    if grouped(job, Block[T].width(), sizeof(T)):
         parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False)
     else:
         run_sums(<Job[Stats, T]*> job)
@@ -1356,7 +1379,7 @@ cdef bint backward_call(Job[Backward, T]* job) noexcept nogil:
     cut(job, Block[T].width())
     if not allocate(job, Block[T].width(), job.tiles):
         return False
-    if grouped(job, sizeof(T)):
+    if grouped(job, Block[T].width(), sizeof(T)):
         parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False)
     else:
         if Backward is InputGradient:
@@ -1544,7 +1567,7 @@ def plan(str op, dims, Py_ssize_t itemsize, int threads):
     arrays = 2 if op == "backward" else 1
     if op != "normalize":
         units = sum_units(&call, W, itemsize)
-        resident = op != "stats" and grouped(&call, itemsize)
+        resident = op != "stats" and grouped(&call, W, itemsize)
     if resident:
         fits = arrays * call.group * call.outer * call.inner * itemsize <= L2
         work = f"{call.units} of {call.group} channels, sums and map on resident data"
