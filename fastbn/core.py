@@ -264,16 +264,17 @@ def _module(dtype: DType, activation: Function = None) -> Any:
 
 def small(op: str, x: object, layout: str | None, *arguments: object) -> Any:
     """Run an operation by one call of a kernel, checks and all; None where `x` or an argument is not small and plain."""
-    if type(x) is not np.ndarray or x.nbytes >= memory.SMALLEST or dispatch.pinned() is not None:
+    if type(x) is not np.ndarray or (size := x.nbytes) >= memory.SMALLEST or dispatch.pinned() is not None:
         return None
-    run = _small(op, x.dtype)
-    return None if run is None else run(x, channel_axis(layout, x.ndim), *arguments, threads.for_call(op, x.nbytes))
+    run, axis = _small(op, x.dtype, layout, x.ndim)
+    return None if run is None else run(x, axis, *arguments, threads.for_call(op, size))
 
 
 @cache
-def _small(op: str, dtype: np.dtype[Any]) -> Any:
+def _small(op: str, dtype: np.dtype[Any], layout: str | None, ndim: int) -> tuple[Any, int]:
     row = lookup(dtype)
-    return None if row is None else getattr(dispatch.select(row.storage).module(), f"small_{op}", None)
+    run = None if row is None else getattr(dispatch.select(row.storage).module(), f"small_{op}", None)
+    return run, channel_axis(layout, ndim)
 
 
 def _dense(a: Array, v: View) -> Array:
