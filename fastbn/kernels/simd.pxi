@@ -160,8 +160,9 @@ cdef extern from * nogil:
         char bytes[4096 + 128];  // one row of accumulators, and a block more
     };
 
-    struct alignas(64) Stage {
-        char bytes[2048];  // lines before they are streamed
+    // Lines before they are streamed, in one page of memory: a store across two would wait for all streaming stores before.
+    struct alignas(2048) Stage {
+        char bytes[2048];
     };
 
     // The sums of a few channels while their planes are read.
