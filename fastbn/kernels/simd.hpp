@@ -136,9 +136,9 @@ template <class R> inline void write_stream(void* p, R r) {
 #endif
 }
 
-// Whole lines.
-inline void stream_lines(void* to, const void* from, ptrdiff_t bytes) {
-    for (ptrdiff_t i = 0; i < bytes; i += REGISTER) write_stream(static_cast<char*>(to) + i, read<f32r>(static_cast<const char*>(from) + i));
+// A whole line, as it is.
+inline void stream_line(void* to, const void* from) {
+    for (int i = 0; i < LINE; i += REGISTER) write_stream(static_cast<char*>(to) + i, read<f32r>(static_cast<const char*>(from) + i));
 }
 
 // -- bf16: the upper half of a float, rounded to nearest even; a NaN keeps its sign and stays a NaN

@@ -107,7 +107,7 @@ cdef extern from "simd.hpp" nogil:
         bint is_smooth()
 
     void fence()
-    void stream_lines(void*, const void*, Py_ssize_t)
+    void stream_line(void*, const void*)
 
 cdef extern from * nogil:
     """
@@ -735,9 +735,9 @@ cdef void stream_planes(Job[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) n
         if first < given and first < full:  # what is before is another's, and may be written at this time
             memcpy(out + given, lines + (given - first) * item, (first + line - given) * item)
             given = first + line
-        if given < full:
-            stream_lines(out + given, lines + (given - first) * item, (full - given) * item)
-            given = full
+        while given < full:
+            stream_line(out + given, lines + (given - first) * item)
+            given += line
         memcpy(lines, lines + (full - first) * item, (at - full) * item)
         first = full
     memcpy(out + given, lines + (given - first) * item, (end - given) * item)
