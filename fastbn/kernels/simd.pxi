@@ -339,7 +339,7 @@ cdef enum:
     TILE_ROWS = 256      # rows of a tile of columns
     MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
     SMALL_PLANE = 16     # blocks of a plane below which several images are summed together
-    REACH = 1024         # elements of the next image's plane that a gradient's sums ask for early
+    REACH = 4096         # bytes of the next image's plane that a gradient's sums ask for early
     TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
@@ -633,7 +633,7 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Parameters[T] p
     cdef Block[T] sum, square, zero = Block[T].constant(0), rest = Block[T].last_lanes(length % W)
     if Sum in Gradient:
-        reach = min(length, <Py_ssize_t> REACH)
+        reach = min(length, REACH // <Py_ssize_t> sizeof(T))
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
     while images > 0:
