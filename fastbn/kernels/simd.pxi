@@ -342,6 +342,7 @@ cdef enum:
     REACH = 4096         # bytes of the next image's plane that a gradient's sums ask for early
     TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
+    FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
     LONG_ROW = 2048      # gather rows up to this many columns
     COLUMNS = 4096       # bytes of the accumulators of one unit's columns, as in the struct Columns
@@ -872,7 +873,9 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
     cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
     cdef Arrays[T] a = job.arrays()
     while rows > 0:
-        batch = 1 if job.far and not job.activation.is_smooth() else min(<Py_ssize_t> MAP_ROWS, rows)
+        batch = min(<Py_ssize_t> MAP_ROWS, rows)
+        if job.far and last - first <= COLUMNS // BLOCK * W and not job.activation.is_smooth():
+            batch = 1  # whose parameters stay in L1
         j = first
         if batch < MAP_ROWS:
             while j + W <= last:
@@ -1145,23 +1148,24 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
     job.tiles = up(job.rows, TILE_ROWS) + (job.rest > 0)
 
 
-cdef inline bint is_far(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
-    """Whether the arrays leave the caches: they are more than a third of L3, which others use too."""
-    return job.outer * job.channels * job.inner * item * arrays > L3 // 3
+cdef inline bint exceeds(Py_ssize_t cache, Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept nogil:
+    """Whether so many arrays are more than a cache."""
+    return job.outer * job.channels * job.inner * item * arrays > cache
 
 
 cdef Py_ssize_t sum_units(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nogil:
     """Cut the sums into units of work; return their number."""
     cdef Py_ssize_t room, enough = up(4 * job.threads, job.tiles)  # groups that keep every thread busy
-    job.far = is_far(job, item, 1 + (job.dy != NULL) + (job.residual != NULL))
     if job.by_columns:
+        job.far = exceeds(L3 // FAR, job, item, 1 + (job.dy != NULL) + (job.residual != NULL))
         room = COLUMNS // BLOCK * W
         if job.run > 1:
             job.group = min(room // job.run, up(job.channels, enough)) * job.run
         else:
             job.group = min(room, up(up(job.columns, enough), W) * W)
         return job.tiles * up(job.columns, job.group)
-    job.group = max(<Py_ssize_t> 1, min(PLANES, min(job.channels // enough, L2 // 4 // (job.images * job.piece * item))))
+    job.far = False  # long runs need no help
+    job.group = max(<Py_ssize_t> 1, min(PLANES, job.channels // enough))
     return job.tiles * up(job.channels, job.group)
 
 
@@ -1176,7 +1180,7 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
     cdef Py_ssize_t size = job.outer * job.channels * job.inner
     cdef Py_ssize_t elements = max(W, min(L2 // 2 // (arrays * item), up(size, 4 * job.threads)))
     job.streams = is_streamed(job, item, arrays)
-    job.far = is_far(job, item, arrays)
+    job.far = exceeds(L3 // FAR, job, item, arrays)
     if job.by_columns:
         job.group = job.columns if job.far else min(job.columns, COLUMNS // BLOCK * W)
         job.unit = max(<Py_ssize_t> 1, elements // job.group)
@@ -1198,7 +1202,7 @@ cdef bint is_streamed(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept no
         return False
     if job.dresidual != NULL and (<char*> job.dresidual - <char*> job.out) % LINE:
         return False
-    if job.outer * job.channels * job.inner * item * arrays <= L3:
+    if not exceeds(L3, job, item, arrays):
         return False
     return run * item % LINE == 0 if job.by_columns else not is_staged(job, item) or job.dresidual == NULL
 
@@ -1292,6 +1296,7 @@ cdef bint grouped(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
     cdef Py_ssize_t read = 1 + (job.dy != NULL) + (job.dy != NULL and job.residual != NULL)  # by the sums
     cdef Py_ssize_t channel = read * job.outer * job.inner * item
+    job.far = exceeds(L3 // FAR, job, item, touched(job))
     if job.by_columns:
         # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
         if job.rows > FEW_ROWS or not is_spread(job, W) or job.channels < 2 * job.threads * W:
@@ -1299,13 +1304,14 @@ cdef bint grouped(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nogil:
         job.group = job.turn = min(COLUMNS // BLOCK * W, up(up(job.channels, 4 * job.threads), W) * W)
     elif job.threads > 1 and job.channels < 4 * job.threads:
         return False
+    elif job.outer > 1 and job.far and not exceeds(L3, job, item, touched(job)):
+        return False  # long runs from L3 take less time than short ones
     else:
         job.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, job.channels // (4 * job.threads)))
         # Several images would be read in short runs, if only a few channels took their turn.
         job.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if job.outer == 1 else job.group
         job.streams = job.kept != job.out and is_streamed(job, item, touched(job))
     job.units = up(job.channels, job.group)
-    job.far = is_far(job, item, touched(job))
     job.at_mean, job.at_scale, job.at_shift, job.at_slope = job.mean, job.scale, job.shift, job.slope
     job.at_bias = job.bias
     return True
