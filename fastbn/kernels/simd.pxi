@@ -339,7 +339,7 @@ cdef enum:
     TILE_ROWS = 256      # rows of a tile of columns
     MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
     SMALL_PLANE = 16     # blocks of a plane below which several images are summed together
-    REACH = 4096         # bytes of the next image's plane that a gradient's sums ask for early
+    REACH = 4096         # bytes of a plane up to which a gradient's sums ask for the next image's early
     TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
     FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
@@ -627,14 +627,13 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
     cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, index = tile * job.channels + first, at = offset
-    cdef Py_ssize_t i, n, c, together, parts, step, chain, reach = length, images = runs, channels = last - first
-    cdef bint last_part, far = job.far
+    cdef Py_ssize_t i, n, c, together, parts, step, chain, images = runs, channels = last - first
+    # Two arrays of long planes the processor foresees by itself, and better.
+    cdef bint last_part, early = job.far and (Sum is Stats or length * <Py_ssize_t> sizeof(T) <= REACH)
     cdef Arrays[T] a = job.arrays()
     cdef Accumulators[T] acc
     cdef Parameters[T] p
     cdef Block[T] sum, square, zero = Block[T].constant(0), rest = Block[T].last_lanes(length % W)
-    if Sum in Gradient:
-        reach = min(length, REACH // <Py_ssize_t> sizeof(T))
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
     while images > 0:
@@ -645,13 +644,11 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             together, parts = 1, up(length, CHAIN * W)
             step = chain = CHAIN * W
         for c in range(channels):
-            # The same channel of the next image is too far away for the processor to foresee. Of two arrays only the
-            # beginning is asked for: it reads on by itself, and better.
-            if together < images and far:
+            if together < images and early:  # the same channel of the next images is too far away to be foreseen
                 for n in range(together):
-                    Block[T].prefetch(a.x + at + (n + together) * stride, reach)
+                    Block[T].prefetch(a.x + at + (n + together) * stride, length)
                     if Sum in Gradient:
-                        Block[T].prefetch(a.dy + at + (n + together) * stride, reach)
+                        Block[T].prefetch(a.dy + at + (n + together) * stride, length)
             of_channel(job, first + c, &p)
             if Sum is Stats:
                 p.mean = Block[T].constant(job.shifts[index + c])
