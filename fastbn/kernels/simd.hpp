@@ -101,6 +101,19 @@ template <class R> inline R smaller(R a, R b) { return choose(a < b, a, b); }
 template <class R> inline R larger(R a, R b) { return choose(a > b, a, b); }
 #endif
 
+// Whether a comparison holds in any lane.
+template <class M> inline bool any(M mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__x86_64__)
+    return !_mm_testz_si128((__m128i)mask, (__m128i)mask);
+#else
+    return vmaxvq_u32((uint32x4_t)mask) != 0;
+#endif
+}
+
 template <class R> struct Unaligned { typedef R type __attribute__((aligned(1), may_alias)); };
 
 template <class R> inline R read(const void* p) { return *static_cast<const typename Unaligned<R>::type*>(p); }
@@ -578,10 +591,28 @@ template <class T> struct Block {
         return median(widen_part<T>(a, 1), widen_part<T>(b, 1), widen_part<T>(c, 1))[0];
     }
 
-    // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or exactly zero.
-    static bool in_range(double square) {
-        constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
-        return std::isfinite(square) && (std::fabs(square) >= tiny || square == 0);
+    // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or it is exactly zero,
+    // and so is another sum.
+    static constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
+    static bool in_range(double square, double other) {
+        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && other == 0));
+    }
+    // In all lanes.
+    static bool in_range(Block square, Block other) {
+        auto kept = square.r[0] == square.r[0];
+        FOR_REGISTERS {
+            const R size = larger(-square.r[i], square.r[i]);
+            kept &= (size <= std::numeric_limits<C>::max()) & ((size >= (C)tiny) | ((size == 0) & (other.r[i] == 0)));
+        }
+        return !any(~kept);
+    }
+
+    // The first n <= width lanes, in double.
+    void put_double(double* p, ptrdiff_t n) const {
+        f64r t[2 * registers];
+        widen_lanes(r, t);
+        if (n == width()) std::memcpy(p, t, sizeof(double) * width());
+        else std::memcpy(p, t, sizeof(double) * n);
     }
 
     // Elements up to the next cache line, at most n.

@@ -78,7 +78,10 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         double middle(const T*, const T*, const T*)
         @staticmethod
-        bint in_range(double)
+        bint in_range(double, double)
+        @staticmethod
+        bint in_range(Block[T], Block[T])
+        void put_double(double*, Py_ssize_t)
         @staticmethod
         Py_ssize_t to_line(const T*, Py_ssize_t)
         @staticmethod
@@ -548,8 +551,7 @@ cdef inline void of_columns(Job[Op, T]* job, Py_ssize_t j, Parameters[T]* p) noe
 
 cdef inline bint is_lost(Job[Sum, T]* job, Py_ssize_t index) noexcept nogil:
     """Whether the sums at an index left the range in which they keep their digits."""
-    cdef double square = job.squares[index]
-    return not Block[T].in_range(square) or (Sum is Stats and square == 0 and job.sums[index] != 0)
+    return not Block[T].in_range(job.squares[index], job.sums[index] if Sum is Stats else 0)
 
 
 cdef void sum_exactly(
@@ -809,9 +811,10 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
     cdef const T* late = a.x + at + rows * 5 // 6 * K
     cdef Columns k, sums, squares
     cdef Parameters[T] p
-    cdef Block[T] zero = Block[T].constant(0)
+    cdef Block[T] sum, square, zero = Block[T].constant(0)
     cdef Py_ssize_t r, j = 0, n, ahead, run = job.run
-    cdef double total, total_square, mean
+    cdef double mean
+    cdef bint kept = True
     while j < columns:
         n = min(W, columns - j)
         if Sum is Stats and run == 1:
@@ -842,15 +845,24 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
             sum_rows(job, &a, at + r * K, n, min(W, columns - j), &k, &sums, &squares, first, j)
             j += W
         r += BATCH
-    for j in range(columns // run):
-        if run == 1:
-            total, total_square = Block[T].value(&sums, j), Block[T].value(&squares, j)
-        else:
-            total, total_square = run_total(job, &sums, j * run), run_total(job, &squares, j * run)
-        job.sums[index + j] = total
-        job.squares[index + j] = total_square
+    j = 0
+    while run == 1 and j < columns:
+        n = min(W, columns - j)
+        sum = Block[T].get(&sums, j)
+        square = Block[T].get(&squares, j)
+        sum.put_double(job.sums + index + j, n)
+        square.put_double(job.squares + index + j, n)
+        if Sum is Stats:
+            Block[T].get(&k, j).put_double(job.shifts + index + j, n)
+        kept = kept and Block[T].in_range(square, sum if Sum is Stats else zero)
+        j += W
+    for j in range(columns // run if run > 1 else 0):
+        job.sums[index + j] = run_total(job, &sums, j * run)
+        job.squares[index + j] = run_total(job, &squares, j * run)
         if Sum is Stats:
             job.shifts[index + j] = Block[T].value(&k, j * run)
+        kept = kept and not is_lost(job, index + j)
+    for j in range(0 if kept else columns // run):
         if is_lost(job, index + j):
             of_columns(job, first + j * run, &p)
             sum_exactly(job, index + j, at + j * run, rows, K, run, &p)
