@@ -1121,6 +1121,11 @@ cdef inline Py_ssize_t up(Py_ssize_t n, Py_ssize_t step) noexcept nogil:
     return (n + step - 1) // step
 
 
+cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t most, Py_ssize_t step) noexcept nogil:
+    """The size of equal parts of n, of at most `most` each, in whole steps."""
+    return up(up(n, up(n, most)), step) * step
+
+
 cdef Py_ssize_t common_divisor(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
     while b:
         a, b = b, a % b
@@ -1139,7 +1144,7 @@ cdef void cut(Call* job, Py_ssize_t W) noexcept nogil:
     job.by_columns = job.inner == 1 or (job.inner < 2 * W and job.inner % W != 0 and job.outer >= MANY_ROWS)
     if not job.by_columns:
         if job.inner > TILE:
-            job.piece = up(up(job.inner, up(job.inner, TILE)), W) * W
+            job.piece = even_part(job.inner, TILE, W)
             job.pieces = up(job.inner, job.piece)
             job.tiles = job.outer * job.pieces
         else:
@@ -1171,7 +1176,7 @@ cdef Py_ssize_t sum_units(Call* job, Py_ssize_t W, Py_ssize_t item) noexcept nog
         if job.run > 1:
             job.group = min(room // job.run, up(job.channels, enough)) * job.run
         else:
-            job.group = min(room, up(up(job.columns, enough), W) * W)
+            job.group = even_part(job.columns, min(room, up(job.columns, enough)), W)
         return job.tiles * up(job.columns, job.group)
     job.far = False  # long runs need no help
     job.group = max(<Py_ssize_t> 1, min(PLANES, job.channels // enough))
@@ -1191,15 +1196,14 @@ cdef Py_ssize_t map_units(Call* job, Py_ssize_t W, Py_ssize_t item, Py_ssize_t a
     job.streams = is_streamed(job, item, arrays)
     job.far = exceeds(L3 // FAR, job, item, arrays)
     if job.by_columns:
-        job.group = job.columns if job.far else min(job.columns, COLUMNS // BLOCK * W)
-        job.unit = max(<Py_ssize_t> 1, elements // job.group)
-        job.unit = up(job.unit, MAP_ROWS) * MAP_ROWS
+        job.group = even_part(job.columns, elements, W)
+        job.unit = up(max(<Py_ssize_t> 1, elements // job.columns), MAP_ROWS) * MAP_ROWS
         job.units = (up(job.rows, job.unit) + (job.rest > 0)) * up(job.columns, job.group)
     elif elements >= job.inner:
         job.unit = elements // job.inner * job.inner
         job.units = up(job.outer * job.channels, elements // job.inner)
     else:
-        job.unit = up(up(job.inner, up(job.inner, elements)), W) * W
+        job.unit = even_part(job.inner, elements, W)
         job.units = job.outer * job.channels * up(job.inner, job.unit)
     return job.units
 
