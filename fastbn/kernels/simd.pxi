@@ -631,7 +631,7 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
     cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, index = tile * job.channels + first, at = offset
     cdef Py_ssize_t i, n, c, together, parts, step, chain, images = runs, channels = last - first
     # Two arrays of long planes the processor foresees by itself, and better.
-    cdef bint last_part, early = job.far and (Sum is Stats or length * <Py_ssize_t> sizeof(T) <= REACH)
+    cdef bint early = job.far and (Sum is Stats or length * <Py_ssize_t> sizeof(T) <= REACH)
     cdef Arrays[T] a = job.arrays()
     cdef Accumulators[T] acc
     cdef Parameters[T] p
@@ -656,16 +656,16 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
                 p.mean = Block[T].constant(job.shifts[index + c])
             sum = square = zero
             for i in range(parts):
+                if chain > 0:
+                    sum = square = zero
                 sum_run(job, &a, at + i * step, min(CHAIN * W, length - i * chain), &rest, &p, &sum, &square)
-                last_part = i + 1 == parts
-                if chain > 0 or last_part:
+                if chain > 0 or i + 1 == parts:
                     if images < runs or i * chain > 0:
                         sum = acc.sum[c] + sum
                         square = acc.square[c] + square
-                    if together < images or not last_part:
+                    if together < images or i + 1 < parts:
                         acc.sum[c] = sum
                         acc.square[c] = square
-                        sum = square = zero
             if together == images:
                 job.sums[index + c] = sum.total()
                 job.squares[index + c] = square.total()
