@@ -50,14 +50,12 @@ def race(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for name, call in contenders.items():
+        for name, call in contenders.items():  # the first calls do not count: they find no pages, no threads, no caches
             start = perf_counter()
             call()
-            spent[name] = fastest[name] = perf_counter() - start
-            samples[name] = []
+            fastest[name] = perf_counter() - start
+            spent[name], samples[name] = 0, []
             settle()
-            if not racing(name):  # so slow that a cold start does not matter
-                samples[name].append(fastest[name])
         while names := [name for name in contenders if racing(name)]:
             for name in names:
                 call, turn, start = contenders[name], [], perf_counter()

@@ -3,6 +3,7 @@
 import json
 from importlib.util import find_spec
 from math import prod
+from time import sleep
 
 import numpy as np
 import pytest
@@ -141,6 +142,12 @@ def test_race_calls_everyone_in_turns():
     times = race({name: lambda name=name: order.append(name) for name in "ab"}, 0.0)
     assert order[:2] == ["a", "b"]
     assert all(times[name].calls >= 5 for name in "ab")
+
+
+def test_race_does_not_count_a_slow_first_call():
+    waits = [0.1] + [0.0] * 1000
+    times = race({"cold": lambda: sleep(waits.pop(0))}, 0.0)
+    assert times["cold"].calls >= 5
 
 
 def test_budget_is_divided_over_the_work_left():
