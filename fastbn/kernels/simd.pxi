@@ -800,35 +800,67 @@ cdef inline double run_total(Job[Sum, T]* job, void* sums, Py_ssize_t first) noe
     return total.total()
 
 
+cdef inline void choose_shifts(
+    Job[Sum, T]* job, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t columns, void* k, T* tag
+) noexcept nogil:
+    """The shifts of the columns of a tile from an offset on: of each channel, the median of three of its elements."""
+    cdef Py_ssize_t W = Block[T].width(), K = job.columns, run = job.run, j = 0, n
+    cdef const T* early = job.arrays().x + at + rows // 6 * K
+    cdef const T* half = job.arrays().x + at + rows // 2 * K
+    cdef const T* late = job.arrays().x + at + rows * 5 // 6 * K
+    cdef Block[T] zero = Block[T].constant(0)
+    while run == 1 and j < columns:
+        n = min(W, columns - j)
+        Block[T].median(take(early + j, n, zero), take(half + j, n, zero), take(late + j, n, zero)).put(k, j)
+        j += W
+    while j < columns:
+        put_run[T](k, j, run, Block[T].constant(Block[T].middle(early + j, half + j + run // 2, late + j + run - 1)))
+        j += run
+
+
+cdef inline bint store_totals(
+    Job[Sum, T]* job, Py_ssize_t index, Py_ssize_t columns, void* k, void* sums, void* squares, T* tag
+) noexcept nogil:
+    """Store the sums of the channels of a tile from an index on; whether all of them may have kept their digits."""
+    cdef Py_ssize_t W = Block[T].width(), run = job.run, j = 0, n
+    cdef Block[T] sum, square
+    cdef bint kept = True
+    while run == 1 and j < columns:
+        n = min(W, columns - j)
+        sum = Block[T].get(sums, j)
+        square = Block[T].get(squares, j)
+        sum.put_double(job.sums + index + j, n)
+        square.put_double(job.squares + index + j, n)
+        if Sum is Stats:
+            Block[T].get(k, j).put_double(job.shifts + index + j, n)
+        kept = kept and Block[T].in_range(square, sum if Sum is Stats else Block[T].constant(0))
+        j += W
+    while j < columns:
+        job.sums[index] = run_total(job, sums, j)
+        job.squares[index] = run_total(job, squares, j)
+        if Sum is Stats:
+            job.shifts[index] = Block[T].value(k, j)
+        kept = kept and not is_lost(job, index)
+        index += 1
+        j += run
+    return kept
+
+
 cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """The sums of columns first ... last of one tile."""
-    cdef Py_ssize_t W = Block[T].width(), K = job.columns
-    cdef Py_ssize_t rows = tile_rows(job, tile), at = tile_offset(job, tile) + first, index = tile * job.width + first // job.run
-    cdef Py_ssize_t columns = min(last, tile_columns(job, tile)) - first
+    cdef Py_ssize_t W = Block[T].width(), K = job.columns, run = job.run
+    cdef Py_ssize_t rows = tile_rows(job, tile), at = tile_offset(job, tile) + first, index = tile * job.width + first // run
+    cdef Py_ssize_t columns = min(last, tile_columns(job, tile)) - first, r = 0, j = 0, n, ahead
     cdef Arrays[T] a = job.arrays()
-    cdef const T* early = a.x + at + rows // 6 * K
-    cdef const T* half = a.x + at + rows // 2 * K
-    cdef const T* late = a.x + at + rows * 5 // 6 * K
     cdef Columns k, sums, squares
     cdef Parameters[T] p
-    cdef Block[T] sum, square, zero = Block[T].constant(0)
-    cdef Py_ssize_t r, j = 0, n, ahead, run = job.run
-    cdef double mean
-    cdef bint kept = True
+    cdef Block[T] zero = Block[T].constant(0)
     while j < columns:
-        n = min(W, columns - j)
-        if Sum is Stats and run == 1:
-            Block[T].median(take(early + j, n, zero), take(half + j, n, zero), take(late + j, n, zero)).put(&k, j)
         zero.put(&sums, j)
         zero.put(&squares, j)
         j += W
-    if Sum is Stats and run > 1:
-        j = 0
-        while j < columns:
-            mean = Block[T].middle(early + j, half + j + run // 2, late + j + run - 1)
-            put_run[T](&k, j, run, Block[T].constant(mean))
-            j += run
-    r = 0
+    if Sum is Stats:
+        choose_shifts(job, at, rows, columns, &k, <T*> NULL)
     while r < rows:
         n = min(<Py_ssize_t> BATCH, rows - r)
         j = 0
@@ -845,24 +877,9 @@ cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ss
             sum_rows(job, &a, at + r * K, n, min(W, columns - j), &k, &sums, &squares, first, j)
             j += W
         r += BATCH
-    j = 0
-    while run == 1 and j < columns:
-        n = min(W, columns - j)
-        sum = Block[T].get(&sums, j)
-        square = Block[T].get(&squares, j)
-        sum.put_double(job.sums + index + j, n)
-        square.put_double(job.squares + index + j, n)
-        if Sum is Stats:
-            Block[T].get(&k, j).put_double(job.shifts + index + j, n)
-        kept = kept and Block[T].in_range(square, sum if Sum is Stats else zero)
-        j += W
-    for j in range(columns // run if run > 1 else 0):
-        job.sums[index + j] = run_total(job, &sums, j * run)
-        job.squares[index + j] = run_total(job, &squares, j * run)
-        if Sum is Stats:
-            job.shifts[index + j] = Block[T].value(&k, j * run)
-        kept = kept and not is_lost(job, index + j)
-    for j in range(0 if kept else columns // run):
+    if store_totals(job, index, columns, &k, &sums, &squares, <T*> NULL):
+        return
+    for j in range(columns // run):
         if is_lost(job, index + j):
             of_columns(job, first + j * run, &p)
             sum_exactly(job, index + j, at + j * run, rows, K, run, &p)
