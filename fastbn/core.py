@@ -262,19 +262,24 @@ def _module(dtype: DType, activation: Function = None) -> Any:
     return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
 
 
-def small(op: str, x: object, layout: str | None, *arguments: object) -> Any:
-    """Run an operation by one call of a kernel, checks and all; None where `x` or an argument is not small and plain."""
-    if type(x) is not np.ndarray or (size := x.nbytes) >= memory.SMALLEST or dispatch.pinned() is not None:
+def plain(op: str, x: object, layout: str | None, out: object, *arguments: object) -> Any:
+    """Run an operation by one call of a kernel, checks and all; None where `x` or an argument is not plain."""
+    if type(x) is not np.ndarray or dispatch.pinned() is not None:
         return None
-    run, axis = _small(op, x.dtype, layout, x.ndim)
-    return None if run is None else run(x, axis, *arguments, threads.for_call(op, size))
+    run, axis = _plain(op, x.dtype, layout, x.ndim)
+    return None if run is None else run(x, axis, _recycled(out, x), threads.for_call(op, x.nbytes), *arguments)
 
 
 @cache
-def _small(op: str, dtype: np.dtype[Any], layout: str | None, ndim: int) -> tuple[Any, int]:
+def _plain(op: str, dtype: np.dtype[Any], layout: str | None, ndim: int) -> tuple[Any, int]:
     row = lookup(dtype)
-    run = None if row is None else getattr(dispatch.select(row.storage).module(), f"small_{op}", None)
+    run = None if row is None else getattr(dispatch.select(row.storage).module(), f"plain_{op}", None)
     return run, channel_axis(layout, ndim)
+
+
+def _recycled(out: object, x: Array) -> object:
+    """`out`, or where a kernel would have to make a large one, recycled memory."""
+    return memory.empty_like(x) if out is None and x.nbytes >= memory.SMALLEST and x.flags.c_contiguous else out
 
 
 def _dense(a: Array, v: View) -> Array:
@@ -350,11 +355,16 @@ class Folded:
             self._invstd = 1.0 / np.sqrt(var + eps)
         self._mean, self._weight, self._bias = mean, weight, bias
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
-        self._small: Any = None
+        self._plain: Any = None
 
-    def small(self, x: Any, residual: Any, out: Any) -> Array | None:
-        """Normalize by one call of a kernel an array like the last one of `apply`; None where it is not like that."""
-        return None if self._small is None or dispatch.pinned() is not None else self._small(x, residual, out)
+    def plain(self, x: object, residual: object, out: object) -> Array | None:
+        """Normalize by one call of a kernel a plain array like the last one of `apply`; None where it is not like that."""
+        if self._plain is None or dispatch.pinned() is not None:
+            return None
+        y: Array | None = self._plain(x, residual, out)  # a small one: even to ask for its size takes long
+        if y is None and type(x) is np.ndarray:
+            y = self._plain(x, residual, _recycled(out, x), threads.for_call("normalize", x.nbytes))
+        return y
 
     def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Mean, scale and shift for arithmetic in `compute`."""
@@ -376,9 +386,8 @@ def apply(
         parameters = folded.parameters(dtype.compute)
         n = threads.for_call("normalize", x.nbytes)
         module.normalize(_dense(x, v), v.of(y), *parameters, n, _epilogue(activation, residual, x, v))
-        limit = threads.WORTH_THREADS["normalize"]
-        if x.nbytes < limit and dispatch.pinned() is None and hasattr(module, "Small"):
-            folded._small = module.Small(*parameters, activation, x, axis, limit)
+        if x.flags.c_contiguous and dispatch.pinned() is None and hasattr(module, "Plain"):
+            folded._plain = module.Plain(*parameters, activation, x, axis, threads.WORTH_THREADS["normalize"])
     return _deliver(y, out)
 
 

@@ -227,7 +227,7 @@ def batch_norm_forward(
     array([0., 0.])
     """
     if activation is None and residual is None and mask is None and training:
-        found = core.small("forward", x, layout, weight, bias, running_mean, running_var, momentum, eps, out)
+        found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, eps)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
             return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, None, None, None)
@@ -309,10 +309,10 @@ def batch_norm(
     if activation is None and residual is None and mask is None:
         y: Array | None
         if training:
-            found = core.small("forward", x, layout, weight, bias, running_mean, running_var, momentum, eps, out)
+            found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, eps)
             y = found and found[0]
         else:
-            y = core.small("normalize", x, layout, running_mean, running_var, weight, bias, eps, out)
+            y = core.plain("normalize", x, layout, out, running_mean, running_var, weight, bias, eps)
         if y is not None:
             return y
     x, axis, dtype = _input(x, layout)
@@ -396,7 +396,7 @@ def batch_norm_backward(
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
     plain = saved.training and saved.activation is None and saved.residual is None and saved.mask is None and not from_output
     if plain and type(wrt) is tuple and wrt == ("x", "weight", "bias"):
-        found = core.small("backward", x, saved.layout, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale, out)
+        found = core.plain("backward", x, saved.layout, out, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale)
         if found is not None:
             dx, dweight, dbias = found
             return Gradients(dx, dweight, dbias, None)
@@ -513,7 +513,7 @@ def batch_norm_elemt(
            [ 0.5]])
     """
     if activation is None and residual is None:
-        y: Array | None = core.small("normalize", x, layout, mean, invstd, weight, bias, None, out)
+        y: Array | None = core.plain("normalize", x, layout, out, mean, invstd, weight, bias, None)
         if y is not None:
             return y
     x, axis, dtype = _input(x, layout)

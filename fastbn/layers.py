@@ -408,7 +408,7 @@ class FrozenBatchNorm:
         TypeError, ValueError
             As `batch_norm`.
         """
-        if (y := self._folded.small(x, residual, out)) is not None:
+        if (y := self._folded.plain(x, residual, out)) is not None:
             return y
         x, axis, dtype = functional._input(x, self.layout)
         if x.shape[axis] != self.num_features:

@@ -314,7 +314,7 @@ def test_frozen_layer_small_and_large(activation: Any) -> None:
         layer = fastbn.FrozenBatchNorm(p.mean, p.var, p.weight, p.bias, activation=activation)
         for r in (None, residual):
             want = fastbn.batch_norm(p.x, p.mean, p.var, p.weight, p.bias, activation=activation, residual=r)
-            for _ in range(2):  # small arrays take a shorter path from the second call on
+            for _ in range(2):  # from the second call on, plain arrays take a shorter path
                 got = layer(p.x, r)
                 within(got, want.astype(np.float64), 1e-6 * np.maximum(1, np.abs(want)))
                 out = p.x.copy()

@@ -54,11 +54,11 @@ def test_whole_calls_equal_composed_ones(kernel: Kernel, shape: tuple[int, int, 
 
 @needs_simd
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 3, 5), (4, 1, 6), (3, 40), (1, 7, 2, 3)])
+@pytest.mark.parametrize("shape", [(2, 3, 5), (4, 1, 6), (3, 40), (1, 7, 2, 3), (2, 6, 7, 4000)])
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("given", [False, True], ids=["new", "out"])
-def test_small_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layout: str, given: bool) -> None:
-    """Plain small arrays take a path of their own, unless a kernel is pinned."""
+def test_plain_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layout: str, given: bool) -> None:
+    """Plain arrays take a path of their own, unless a kernel is pinned."""
     dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
     selected = fastbn.dispatch.select(name).name
     rng = np.random.default_rng(0)
@@ -83,38 +83,38 @@ def test_small_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layou
 
     with fastbn.use_kernel(selected):
         checked = step()
-    taken = core.small("normalize", x, layout, m, v, w, b, None, None)
+    taken = core.plain("normalize", x, layout, None, m, v, w, b, None)
     assert (taken is None) == (fastbn.dispatch.pinned() is not None)
     assert step() == checked
 
 
 @needs_simd
-def test_small_calls_leave_what_is_not_plain_to_others() -> None:
+def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
-    small = MODULES[0].module()
-    assert small.small_normalize(x, 1, w, w, None, None, 1e-5, None, 1) is not None
+    module = MODULES[0].module()
+    assert module.plain_normalize(x, 1, None, 1, w, w, None, None, 1e-5) is not None
     for a in (x[:, :, ::2], x[:0], x.astype(">f4"), np.asfortranarray(x), x.view(np.recarray)):
-        assert small.small_normalize(a, 1, w, w, None, None, 1e-5, None, 1) is None
+        assert module.plain_normalize(a, 1, None, 1, w, w, None, None, 1e-5) is None
     for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
-        assert small.small_normalize(x, 1, v, w, None, None, 1e-5, None, 1) is None
-        assert small.small_normalize(x, 1, w, v, None, None, 1e-5, None, 1) is None
-        assert v is None or small.small_forward(x, 1, v, None, None, None, 0.1, 1e-5, None, 1) is None
+        assert module.plain_normalize(x, 1, None, 1, v, w, None, None, 1e-5) is None
+        assert module.plain_normalize(x, 1, None, 1, w, v, None, None, 1e-5) is None
+        assert v is None or module.plain_forward(x, 1, None, 1, v, None, None, None, 0.1, 1e-5) is None
     for axis in (-1, 0, 3):
-        assert small.small_normalize(x, axis, w, w, None, None, 1e-5, None, 1) is None
+        assert module.plain_normalize(x, axis, None, 1, w, w, None, None, 1e-5) is None
     locked = x.copy()
     locked.flags.writeable = False
     both = np.ones(25, np.float32)
     shifted = both[1:].reshape(2, 3, 4)
     for out in (locked, x[:1], np.ones((2, 3, 4)), shifted):
-        assert small.small_normalize(both[:24].reshape(2, 3, 4), 1, w, w, None, None, 1e-5, out, 1) is None
-    assert small.small_normalize(x, 1, w, w, None, None, 1, None, 1) is None
-    assert small.small_forward(x, 1, None, None, None, None, 1, 1e-5, None, 1) is None
-    assert small.small_forward(x[:1, :, :1].copy(), 1, None, None, None, None, 0.1, 1e-5, None, 1) is None
+        assert module.plain_normalize(both[:24].reshape(2, 3, 4), 1, out, 1, w, w, None, None, 1e-5) is None
+    assert module.plain_normalize(x, 1, None, 1, w, w, None, None, 1) is None
+    assert module.plain_forward(x, 1, None, 1, None, None, None, None, 1, 1e-5) is None
+    assert module.plain_forward(x[:1, :, :1].copy(), 1, None, 1, None, None, None, None, 0.1, 1e-5) is None
     fixed = w.copy()
     fixed.flags.writeable = False
-    assert small.small_forward(x, 1, None, None, fixed, None, 0.1, 1e-5, None, 1) is None
-    assert small.small_backward(x, 1, None, w, None, w, w, None, 1) is None
-    assert small.small_backward(x, 1, x[:1], w, None, w, w, None, 1) is None
+    assert module.plain_forward(x, 1, None, 1, None, None, fixed, None, 0.1, 1e-5) is None
+    assert module.plain_backward(x, 1, None, 1, None, w, None, w, w) is None
+    assert module.plain_backward(x, 1, None, 1, x[:1], w, None, w, w) is None
 
 
 @needs_simd

@@ -1724,7 +1724,7 @@ def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, scale, in
     return sum_dy, sum_dy_xmu
 
 
-# ---- Small plain arrays: each call is one C function, because the checks in Python take as long as the work ----
+# ---- Plain arrays: each call is one C function, because the checks in Python take as long as the work on a small one ----
 
 cdef bint is_plain(a, int number) noexcept:
     """Whether something is an aligned C-contiguous array of a type, in native order, and of no subclass."""
@@ -1746,7 +1746,7 @@ cdef inline bint overlaps(cnp.ndarray a, cnp.ndarray b) noexcept:
     return p != q and p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)
 
 
-cdef cnp.ndarray bind_small(Call* call, cnp.ndarray x, other, out, int axis, int threads):
+cdef cnp.ndarray bind_plain(Call* call, cnp.ndarray x, other, out, int axis, int threads):
     """Enter plain arrays whose channels are on axis 1 or the last; return the output, or None where they are not plain.
 
     The other array is a second input, or None.
@@ -1788,7 +1788,7 @@ cdef bint bind_vector(Call* call, int dtype, object v, void** p) noexcept:
     return True
 
 
-def small_normalize(cnp.ndarray x not None, int axis, mean, spread, weight, bias, eps, out, int threads):
+def plain_normalize(cnp.ndarray x not None, int axis, out, int threads, mean, spread, weight, bias, eps):
     """Normalize as `inference`, from arrays as the user gave them; None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
@@ -1796,7 +1796,7 @@ def small_normalize(cnp.ndarray x not None, int axis, mean, spread, weight, bias
     if mean is None or spread is None or not (eps is None or type(eps) is float) or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
-    y = bind_small(&call, x, None, out, axis, threads)
+    y = bind_plain(&call, x, None, out, axis, threads)
     if (
         y is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, spread, &call.invstd)
         or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
@@ -1808,7 +1808,7 @@ def small_normalize(cnp.ndarray x not None, int axis, mean, spread, weight, bias
     return y
 
 
-def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, running_var, momentum, eps, out, int threads):
+def plain_forward(cnp.ndarray x not None, int axis, out, int threads, weight, bias, running_mean, running_var, momentum, eps):
     """As `forward`, from arrays as the user gave them; with the output, and the count. None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
@@ -1818,7 +1818,7 @@ def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, 
     if type(eps) is not float or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
-    y = bind_small(&call, x, None, out, axis, threads)
+    y = bind_plain(&call, x, None, out, axis, threads)
     if (
         y is None or call.outer * call.inner < 2
         or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
@@ -1832,7 +1832,7 @@ def small_forward(cnp.ndarray x not None, int axis, weight, bias, running_mean, 
     return y, *vectors, call.outer * call.inner
 
 
-def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, scale, out, int threads):
+def plain_backward(cnp.ndarray x not None, int axis, out, int threads, dy, mean, mean_lo, invstd, scale):
     """As `backward`, from arrays as the user gave them: the gradients of x, weight and bias. None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
@@ -1840,7 +1840,7 @@ def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, 
     if dy is None or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
-    dx = bind_small(&call, x, dy, out, axis, threads)
+    dx = bind_plain(&call, x, dy, out, axis, threads)
     if (
         dx is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, mean_lo, &call.mean_lo)
         or not bind_vector(&call, dtype, invstd, &call.invstd) or not bind_vector(&call, dtype, scale, &call.scale)
@@ -1853,8 +1853,8 @@ def small_backward(cnp.ndarray x not None, int axis, dy, mean, mean_lo, invstd, 
     return dx, dweight, dbias
 
 
-cdef class Small:
-    """Normalize with fixed parameters as one call: for C-contiguous arrays so small that every check counts.
+cdef class Plain:
+    """Normalize plain arrays with fixed parameters, each as one call.
 
     Parameters
     ----------
@@ -1867,7 +1867,7 @@ cdef class Small:
     axis : int
         Axis of the channels: 1 or the last.
     limit : int
-        Arrays of this many bytes and more are left to others.
+        Arrays of so many bytes and more are only taken where the number of threads is given.
     """
 
     cdef object vectors
@@ -1882,23 +1882,23 @@ cdef class Small:
         self.dtype, self.number = dtype_index(sample), cnp.PyArray_TYPE(sample)
         self.vectors = mean, scale, shift
         memset(call, 0, sizeof(Call))
-        call.channels, call.threads = cnp.PyArray_SIZE(mean), 1
+        call.channels = cnp.PyArray_SIZE(mean)
         call.mean, call.scale = vector(call, self.dtype, mean), vector(call, self.dtype, scale)
         call.shift = vector(call, self.dtype, shift)
         if activation is not None:
             call.activation.kind, call.activation.parameter = activation.code, activation.parameter
         self.ndim, self.axis, self.limit = cnp.PyArray_NDIM(sample), axis, limit
 
-    def __call__(self, x, residual, out):
-        """Return the output, or None where the arrays are not plain and small."""
+    def __call__(self, x, residual, out, int threads=0):
+        """Return the output, or None where the arrays are not plain."""
         cdef Call call = self.prepared
         cdef cnp.ndarray y
         if (
             not is_plain(x, self.number) or cnp.PyArray_NDIM(x) != self.ndim
-            or cnp.PyArray_DIM(x, self.axis) != call.channels or cnp.PyArray_NBYTES(x) >= self.limit
+            or cnp.PyArray_DIM(x, self.axis) != call.channels or (threads == 0 and cnp.PyArray_NBYTES(x) >= self.limit)
         ):
             return None
-        y = bind_small(&call, x, residual, out, self.axis, 1)
+        y = bind_plain(&call, x, residual, out, self.axis, max(1, threads))
         if y is None:
             return None
         call.residual = NULL if residual is None else cnp.PyArray_DATA(residual)
