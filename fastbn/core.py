@@ -279,7 +279,7 @@ def _plain(op: str, dtype: np.dtype[Any], layout: str | None, ndim: int) -> tupl
 
 def _recycled(out: object, x: Array) -> object:
     """`out`, or where a kernel would have to make a large one, recycled memory."""
-    return memory.empty_like(x) if out is None and x.nbytes >= memory.SMALLEST and x.flags.c_contiguous else out
+    return memory.empty_like(x, "C") if out is None and x.nbytes >= memory.SMALLEST and x.flags.c_contiguous else out
 
 
 def _dense(a: Array, v: View) -> Array:
