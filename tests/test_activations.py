@@ -308,7 +308,7 @@ def test_layers_in_place() -> None:
 
 @pytest.mark.parametrize("activation", [None, *ALL], ids=str)
 def test_frozen_layer_small_and_large(activation: Any) -> None:
-    for shape in ((1, 8, 4, 4), (4, 8, 60, 60)):
+    for shape in ((1, 8, 4, 4), (4, 8, 60, 60), (4, 8, 100, 100)):
         p = problem(shape)
         residual = rng(1).standard_normal(shape).astype(np.float32)
         layer = fastbn.FrozenBatchNorm(p.mean, p.var, p.weight, p.bias, activation=activation)

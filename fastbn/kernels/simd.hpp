@@ -611,7 +611,7 @@ template <class T> struct Block {
     void put_double(double* p, ptrdiff_t n) const {
         f64r t[2 * registers];
         widen_lanes(r, t);
-        if (n == width()) std::memcpy(p, t, sizeof(double) * width());
+        if (n == width()) std::memcpy(p, t, sizeof(double) * width());  // of constant size: stores, not a call
         else std::memcpy(p, t, sizeof(double) * n);
     }
 
