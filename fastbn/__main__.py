@@ -19,7 +19,7 @@ import numpy as np
 import fastbn
 from fastbn import dispatch, reference
 from fastbn.dtypes import DTYPES
-from fastbn.layout import Array
+from fastbn.layout import Array, LayoutName
 
 LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
 SHAPES = (
@@ -31,7 +31,11 @@ SHAPES = (
     (1, 5, 141, 141),
 )
 # By name: the layout, and whether the channels are last in memory.
-MEMORIES = {"NCHW": ("NCHW", False), "NHWC": ("NHWC", True), "NCHW with channels-last strides": ("NCHW", True)}
+MEMORIES: dict[str, tuple[LayoutName, bool]] = {
+    "NCHW": ("NCHW", False),
+    "NHWC": ("NHWC", True),
+    "NCHW with channels-last strides": ("NCHW", True),
+}
 MODES = ("inference", "training")
 EPS = 1e-5
 MOMENTUM = 0.25

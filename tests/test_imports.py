@@ -21,9 +21,10 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 ORDER = (
     {"kernels"},
     {"reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
-    {"memory", "threads"},
+    {"memory", "threads", "results"},
     {"dispatch"},
     {"core"},
+    {"checks"},
     {"functional"},
     {"layers"},
     {"torch", "onnx", "keras"},
