@@ -20,6 +20,10 @@ Number = float | np.floating | np.integer
 GRADIENTS = ("x", "weight", "bias", "residual")
 
 
+def _is_bit(correction: object) -> bool:
+    return type(correction) is int and -1 < correction < 2
+
+
 def _request(
     x: object, layout: object, axis: object, activation: object = None, residual: object = None, mask: object = None
 ) -> tuple[Request, tuple[int, str]]:
@@ -165,7 +169,7 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    if activation is None and residual is None and mask is None and training is True:
+    if activation is None and residual is None and mask is None and training is True and _is_bit(correction):
         found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
@@ -234,7 +238,7 @@ def batch_norm(
     """
     if activation is None and residual is None and mask is None:
         y: Array | None = None
-        if training is True:
+        if training is True and _is_bit(correction):
             found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
             y = found and found[0]
         elif training is False:
@@ -341,7 +345,8 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
     if saved.shape != array.shape:
         raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
     if saved.dtype != array.dtype:
-        raise TypeError(f"saved is of a forward whose x had dtype {checks.short(saved.dtype, str(saved.dtype))}, but x has dtype {array.dtype}")
+        had = checks.short(saved.dtype, str(saved.dtype))
+        raise TypeError(f"saved is of a forward whose x had dtype {had}, but x has dtype {array.dtype}")
     axis = checks.channel(array, None, saved.axis)
     channels = checks.channels_of(array, axis)
     for name in ("mean", "invstd", "mean_lo", "scale", "shift"):

@@ -85,7 +85,7 @@ def test_plain_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layou
 
     with fastbn.use_kernel(selected):
         checked = step()
-    taken = core.plain("normalize", x, layout, None, m, v, w, b, None)
+    taken = core.plain("normalize", x, layout, None, None, m, v, w, b, None)
     assert (taken is None) == (fastbn.dispatch.pinned() is not None)
     assert step() == checked
 

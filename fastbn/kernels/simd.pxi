@@ -1875,19 +1875,40 @@ cdef bint bind_running(Call* call, int number, object v, Running* r) noexcept:
     return bind_vector(call, cnp.NPY_DOUBLE if r.is_double else cnp.NPY_FLOAT, v, &r.data) and cnp.PyArray_ISWRITEABLE(v)
 
 
+cdef inline bint is_eps(eps) noexcept:
+    """Whether something is a float that may be added to a variance."""
+    return type(eps) is float and 0 <= <double> eps and <double> eps <= 1.7976931348623157e308
+
+
+cdef inline bint is_apart(a, b) noexcept:
+    """Whether two contiguous arrays, of which each may be None, share no memory."""
+    cdef char* p
+    cdef char* q
+    if a is None or b is None:
+        return True
+    p, q = cnp.PyArray_BYTES(<cnp.ndarray> a), cnp.PyArray_BYTES(<cnp.ndarray> b)
+    return p >= q + cnp.PyArray_NBYTES(<cnp.ndarray> b) or q >= p + cnp.PyArray_NBYTES(<cnp.ndarray> a)
+
+
+cdef inline bint are_apart(out, a, b, c, d) noexcept:
+    """Whether an output that was given shares no memory with the vectors of a call."""
+    return out is None or (is_apart(out, a) and is_apart(out, b) and is_apart(out, c) and is_apart(out, d))
+
+
 def plain_normalize(cnp.ndarray x not None, int axis, out, threads, mean, spread, weight, bias, eps):
     """Normalize as `inference`, from arrays as the user gave them; None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
     cdef int number = arithmetic_number(dtype)
     cdef cnp.ndarray y
-    if not (eps is None or type(eps) is float) or not is_plain(x, cnp.PyArray_TYPE(x)):
+    if not (eps is None or is_eps(eps)) or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
     y = bind_plain(&call, x, None, out, axis, threads)
     if (
         y is None or not bind_vector(&call, number, mean, &call.mean) or not bind_vector(&call, number, spread, &call.invstd)
         or not bind_optional(&call, number, weight, &call.weight) or not bind_optional(&call, number, bias, &call.bias)
+        or not are_apart(out, mean, spread, weight, bias)
     ):
         return None
     call.inverted = eps is None
@@ -1904,7 +1925,7 @@ def plain_forward(
     cdef int dtype = dtype_index(x), number = arithmetic_number(dtype)
     cdef Running mean, var
     cdef cnp.ndarray y
-    if type(eps) is not float or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
+    if not is_eps(eps) or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
     y = bind_plain(&call, x, None, out, axis, threads)
@@ -1912,6 +1933,7 @@ def plain_forward(
         y is None or call.outer * call.inner <= correction
         or not bind_optional(&call, number, weight, &call.weight) or not bind_optional(&call, number, bias, &call.bias)
         or not bind_running(&call, number, running_mean, &mean) or not bind_running(&call, number, running_var, &var)
+        or not is_apart(running_mean, running_var) or not are_apart(out, weight, bias, running_mean, running_var)
     ):
         return None
     call.eps = eps
@@ -1932,6 +1954,7 @@ def plain_backward(cnp.ndarray x not None, int axis, out, threads, dy, mean, mea
         dx is None or not bind_vector(&call, number, mean, &call.mean)
         or not bind_optional(&call, number, mean_lo, <const void**> &call.mean_lo)
         or not bind_vector(&call, number, invstd, &call.invstd) or not bind_vector(&call, number, scale, &call.scale)
+        or not are_apart(out, mean, mean_lo, invstd, scale)
     ):
         return None
     call.dy = cnp.PyArray_DATA(dy)
