@@ -40,6 +40,7 @@ from numba import config, njit
 from numba.core import types
 from numba.core.caching import NullCache
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 if config.DISABLE_JIT:
@@ -420,12 +421,13 @@ def _sealed(a: Array | None) -> Array | None:
     return view
 
 
-@cache
 def _functions(activation: Any) -> tuple[Any, Any]:
     """An activation and its derivative, of the normalized value and a parameter."""
-    if not activation.custom:
-        return FUNCTIONS[activation.name]
+    return _custom(activation) if activation.custom else FUNCTIONS[activation.name]
 
+
+@cache
+def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
         return None if function is None else _compiled(keep=False)(lambda z, _: like(z, function(z)))
 
@@ -449,7 +451,10 @@ def _launch(
     compiled = loop.plain if given[0] is None and r is None else loop.active
     key = compiled, x.dtype, given[0], *(a is None for a in arguments[:8])
     if key not in _ready:
-        _prepare(compiled, arguments)
+        try:
+            _prepare(compiled, arguments)
+        except NumbaError as error:
+            raise TypeError(f"activation cannot be compiled by Numba for {x.dtype}: {error}") from error
         _ready.add(key)
     _share(partial(compiled, *arguments, units, np.zeros(1, np.int64)), min(threads, units) - 1)
 
