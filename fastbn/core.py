@@ -176,13 +176,16 @@ class Composed:
         return sum_dy, sum_dy_xmu
 
     def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:
-        """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative."""
+        """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative.
+
+        In place, memory of its own: other sums would have other bits.
+        """
         if not self.keeps or epilogue.activation is None or not epilogue.activation.costly or epilogue.from_output:
             return None
         if epilogue.dresidual is not None:
             return epilogue.dresidual
         inputs = (dy, x, epilogue.residual)
-        return None if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx
+        return memory.empty_like(x) if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx
 
 
 @cache

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +86,22 @@ def test_16_bits_are_declined(dtype: str) -> None:
 # ---- Threads ----
 
 
-def test_a_busy_pool_is_not_waited_for() -> None:
+def test_a_busy_thread_is_not_waited_for() -> None:
     expected = kernel.stats(X.reshape(16, 32, -1), 1)[0]
-    with kernel._busy:
-        np.testing.assert_array_equal(kernel.stats(X.reshape(16, 32, -1), 4)[0], expected)
+    begun, end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        end.wait()
+
+    others = [threading.Thread(target=kernel._share, args=(work, 1)) for _ in range(2)]
+    for other in others:
+        other.start()
+    begun.wait()
+    np.testing.assert_array_equal(kernel.stats(X.reshape(16, 32, -1), 4)[0], expected)
+    end.set()
+    for other in others:
+        other.join()
 
 
 def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +123,93 @@ def test_threads_keep_no_array() -> None:
             break
         threading.Event().wait(0.01)
     assert gone() is None
+
+
+class TooLarge(Exception):
+    pass
+
+
+def in_both(where: str) -> Callable[[], None]:
+    """Work that two threads begin, and that raises in one or in both."""
+    caller, both = threading.current_thread(), threading.Barrier(2)
+
+    def work() -> None:
+        both.wait()
+        if where in ("both", "caller" if threading.current_thread() is caller else "helper"):
+            raise TooLarge(where)
+
+    return work
+
+
+@pytest.mark.parametrize("where", ["caller", "helper", "both"])
+def test_what_a_thread_raises_reaches_the_caller(where: str) -> None:
+    kernel._share(in_both("none"), 1)
+    threads = threading.active_count()
+    for _ in range(5):  # the threads go on
+        with pytest.raises(TooLarge, match=where):
+            kernel._share(in_both(where), 1)
+    assert threading.active_count() == threads
+    with pytest.raises(TooLarge):
+        kernel._share(lambda: kernel._share(in_both(where), 1), 0)
+    kernel._share(in_both("none"), 1)
+
+
+def test_an_exception_keeps_no_array() -> None:
+    work = in_both("helper")
+    gone = weakref.ref(work)
+    with pytest.raises(TooLarge) as caught:
+        kernel._share(work, 1)
+    del work, caught
+    assert gone() is None
+
+
+def test_shared_work_may_share_work() -> None:
+    """And raise from within it, in whichever thread."""
+    count = []
+
+    def inner() -> None:
+        count.append(1)
+        raise TooLarge
+
+    def outer() -> None:
+        with pytest.raises(TooLarge):
+            kernel._share(inner, 3)
+
+    for _ in range(20):
+        count.clear()
+        kernel._share(outer, 3)
+        assert count
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
+@pytest.mark.parametrize("also", [None, TooLarge])
+def test_an_interrupt_waits_for_the_other_threads(also: type[Exception] | None) -> None:
+    """They still write to arrays of the caller's; and the pool is as good as before."""
+    caller, both, ended = threading.current_thread(), threading.Barrier(2), []
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        both.wait()
+        if threading.current_thread() is caller:
+            return
+        for _ in range(3):
+            time.sleep(0.01)  # the caller is waiting by now
+            signal.pthread_kill(caller.ident or 0, signal.SIGUSR1)
+        time.sleep(0.01)
+        ended.append(1)
+        if also is not None:
+            raise also
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kernel._share(work, 1)
+        assert ended
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    kernel._share(in_both("none"), 1)
 
 
 def python(code: str, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
@@ -233,6 +335,43 @@ assert os.waitpid(pid, 0)[1] == 0
 fastbn.batch_norm_stats(np.ones((2, 3)))
 """
     python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_an_activation_that_raises() -> None:
+    """In whichever thread, every time, before a fork and after: the call never returns what was not written."""
+    code = """
+import numba
+
+@numba.njit
+def positive(z):
+    if z < 0:
+        raise ValueError("negative")
+    return z
+
+x = np.ones((16, 32, 30, 30), np.float32)
+x[3, 5, 0, 0] = -1
+zero, one = np.zeros(32, np.float32), np.ones(32, np.float32)
+
+def check():
+    for threads in (1, 2, 4) * 5:
+        out = np.full_like(x, np.nan)
+        with fastbn.num_threads(threads):
+            try:
+                fastbn.batch_norm(x, zero, one, activation=positive, out=out)
+                return 1
+            except ValueError as error:
+                assert str(error) == "negative"
+            assert not np.isnan(fastbn.batch_norm(abs(x), zero, one, activation=positive, out=out)).any()
+    return 0
+
+assert check() == 0
+pid = os.fork()
+if pid == 0:
+    os._exit(check())
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    python(code)
 
 
 def test_numba_starts_no_threads() -> None:
