@@ -20,6 +20,7 @@ import sysconfig
 from pathlib import Path
 
 import numpy
+from Cython import __version__ as cython_version
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -58,7 +59,7 @@ def find_compiler() -> list[str] | None:
         words = shlex.split(command)
         if shutil.which(words[0]):
             test = [*words, "-std=c++17", "-x", "c++", "-fsyntax-only", os.devnull]
-            if subprocess.run(test, capture_output=True, check=False).returncode == 0:
+            if subprocess.run(test, capture_output=True, check=False).returncode == 0:  # noqa: S603  the user's own compiler
                 return words
         if os.environ.get("CXX"):  # no other than the one that was asked for
             return None
@@ -85,15 +86,25 @@ def extension(name: str, flags: list[str], sources: tuple[str, ...] = ()) -> Ext
 
 
 class BuildKernels(build_ext):
-    """Cythonize only when something is compiled; keep what was compiled for the next editable install."""
+    """Compile what changed, wherever it goes then: into a wheel, and always beside the sources.
 
-    def finalize_options(self) -> None:
-        """Choose where objects lie: pip's folder for an editable install is empty each time, this one is not."""
-        super().finalize_options()
-        if self.inplace:
-            made_by = repr([os.environ.get("CXX"), *(e.extra_compile_args + e.extra_link_args for e in self.extensions)])
-            name = f"{self.plat_name}-{sys.implementation.cache_tag}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
-            self.build_lib = self.build_temp = f"build/inplace-{name}"
+    pip may start with an empty folder, so what is compiled stays in one that is named by all that made it. And Python
+    that is started in a checkout imports the sources that lie there, whatever is installed: they need kernels, too.
+    """
+
+    def run(self) -> None:
+        """Compile into the folder that stays, then copy."""
+        flags = [(e.extra_compile_args, e.extra_link_args) for e in self.extensions]
+        made_by = repr((os.environ.get("CXX"), flags, numpy.__version__, cython_version))
+        name = f"{self.plat_name}-{sys.implementation.cache_tag}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
+        wanted, self.build_lib, self.build_temp = self.build_lib, f"build/{name}", f"build/{name}/objects"
+        inplace, self.inplace = self.inplace, True
+        super().run()
+        kept, self.build_lib, self.inplace = self.build_lib, wanted, inplace
+        for module in () if inplace else self.extensions:
+            file = self.get_ext_filename(self.get_ext_fullname(module.name))
+            self.mkpath(str(Path(wanted, file).parent))
+            self.copy_file(str(Path(kept, file)), str(Path(wanted, file)))
 
     def build_extensions(self) -> None:
         """Write the C++ of all modules at once, then compile them."""
