@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, channel_axis, pattern, view
 
 ALL = frozenset(DTYPES)
+NOT_BUILT = "it was not built"
 
 
 class Kernel:
@@ -56,15 +59,17 @@ class Kernel:
     def unusable(self) -> str | None:
         """Why this kernel cannot run on this machine, or None where it can."""
         if self.level is not None:
+            if cpu.family() != cpu.family_of(self.level):
+                return f"it is for {cpu.family_of(self.level)}"
             if find_spec(self.path) is None:
-                return "it was not built"
-            if missing := cpu.missing(self.level):
-                return f"this processor lacks {', '.join(sorted(missing))}"
+                return NOT_BUILT
+            if reason := cpu.unsupported(self.level):
+                return reason
         if self.package is not None and find_spec(self.package) is None:
             return f"{self.package} is not installed (pip install 'fastbn[{self.package}]')"
         try:
             self.module()
-        except ImportError as error:
+        except Exception as error:  # a broken package of another's may raise anything
             return f"it cannot be imported: {error}"
         return None
 
@@ -92,6 +97,21 @@ TABLE = (
     Kernel("reference", "fastbn.reference"),
 )
 KERNELS = {kernel.name: kernel for kernel in TABLE}
+
+
+def _imports_for_packagers() -> None:
+    """Import what TABLE names, in words that PyInstaller and its like can read; nothing calls this.
+
+    The Numba kernels are not among them, or every application would be packed with Numba.
+    """
+    import fastbn.kernels._cpu
+    import fastbn.kernels._pool
+    import fastbn.kernels._simd_neon
+    import fastbn.kernels._simd_v2
+    import fastbn.kernels._simd_v3
+    import fastbn.kernels._simd_v4
+    import fastbn.reference  # noqa: F401
+
 
 _pinned: ContextVar[str | None] = ContextVar("fastbn_kernel", default=None)
 
@@ -163,6 +183,8 @@ def select(dtype: str, custom: bool = False) -> Kernel:
         If the pinned kernel does not exist, cannot run here or does not take the dtype or the function.
     TypeError
         If no kernel takes functions of the user's for the dtype.
+    ImportError
+        If not even the reference can be imported, as in an application that was packed without it.
     """
     name = pinned()
     return _best(dtype, custom) if name is None else _pin(name, dtype, custom)
@@ -179,14 +201,44 @@ def _pin(name: str, dtype: str, custom: bool) -> Kernel:
 @cache
 def _best(dtype: str, custom: bool) -> Kernel:
     kernel = next((k for k in TABLE if not (k.unusable() or k.declines(dtype, custom))), None)
-    if kernel is None:
+    if kernel is None and custom:
         reasons = "; ".join(f"{k.name}: {k.unusable() or k.declines(dtype, custom)}" for k in TABLE if k.custom)
         raise TypeError(f"no kernel can run a function as activation on {dtype} ({reasons})")
+    if kernel is None:
+        reasons = "; ".join(f"{k.name}: {k.unusable() or k.declines(dtype)}" for k in TABLE)
+        raise ImportError(f"no kernel of fastbn can run ({reasons})")
     if kernel.level is None and not custom:
-        reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in TABLE if k.level is not None)
-        message = f"fastbn runs its slower {kernel.name!r} kernel, because no compiled one can run ({reasons})"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        _announce(kernel.name)
     return kernel
+
+
+@cache  # once
+def _announce(name: str) -> None:
+    """Warn that no compiled kernel can run, at the line that called fastbn."""
+    # Those for other processors would not run here if they had been built.
+    mine = [k for k in TABLE if k.level is not None and cpu.family() == cpu.family_of(k.level)]
+    reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in mine) or f"there is none for {cpu.family()} processors"
+    message = f"fastbn runs its slower {name!r} kernel, because no compiled one can run ({reasons})"
+    if mine and all(k.unusable() == NOT_BUILT for k in mine):
+        message += _why_not_built()
+    package = str(Path(__file__).parent) + os.sep
+    level, frame = 1, sys._getframe()
+    while frame.f_code.co_filename.startswith(package) and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _why_not_built() -> str:
+    """A sentence about where this package lies and how to have its kernels; empty if nothing is known."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / "setup.py").is_file():
+        return ". Was there a C++ compiler when it was installed?"
+    others = (Path(entry).resolve() for entry in sys.path)
+    installed = next((other for other in others if other != here and (other / "fastbn" / "dispatch.py").is_file()), None)
+    advice = "run `pip install -e .` there"
+    if installed is not None:
+        advice = f"start Python in another folder to import the fastbn in {installed}, or {advice}"
+    return f". It was imported from the source tree {here}, where nothing was compiled: {advice}"
 
 
 def passed_over(dtype: str) -> list[str]:
@@ -283,14 +335,39 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
     return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
 
 
-def show_config() -> dict[str, Any]:
+class Config(TypedDict):
+    """What `show_config` returns."""
+
+    fastbn: str
+    numpy: str
+    python: str
+    place: str
+    processor: Processor
+    caches: dict[str, int]
+    threads: dict[str, Any]
+    memory: dict[str, Any]
+    kernels: dict[str, str]
+    selected: dict[str, str]
+    pinned: str | None
+
+
+class Processor(TypedDict):
+    """What is known of the processor."""
+
+    machine: str
+    model: str | None
+    features: list[str]
+
+
+def show_config() -> Config:
     """What fastbn found on this machine and what it will use.
 
     Returns
     -------
     dict
-        Version, processor features, caches in bytes, threads, recycled memory, and for each kernel "usable" or the
-        reason why not.
+        Versions, the folder of the package, the processor and its features, caches in bytes, threads, recycled memory,
+        for each kernel "usable" or the reason why not, for each dtype the kernel that is selected (empty while one is
+        pinned), and the pinned kernel or None.
 
     Examples
     --------
@@ -298,12 +375,12 @@ def show_config() -> dict[str, Any]:
     >>> fastbn.show_config()["kernels"]["reference"]
     'usable'
     """
-    from importlib.metadata import version  # takes longer to import than the rest of fastbn
-
     return {
-        "fastbn": version("fastbn"),
+        "fastbn": import_module("fastbn").__version__,  # it stands above this module; there may be no metadata
         "numpy": np.__version__,
-        "processor": {"machine": platform.machine(), "features": sorted(cpu.features())},
+        "python": platform.python_version(),
+        "place": str(Path(__file__).resolve().parent),
+        "processor": {"machine": platform.machine(), "model": cpu.model(), "features": sorted(cpu.features())},
         "caches": cpu.caches()._asdict(),
         "threads": {"used": threads.get_num_threads(), **threads.limits()},
         "memory": memory.statistics(),

@@ -15,12 +15,12 @@ import pytest
 import fastbn
 
 PACKAGE = Path(fastbn.__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
     {"kernels"},
-    {"reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
+    {"environment", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
     {"memory", "threads", "results"},
     {"dispatch"},
     {"core"},
@@ -117,6 +117,10 @@ def test_public_names_exist_and_are_sorted() -> None:
     assert sorted(fastbn.__all__) == fastbn.__all__
     for name in fastbn.__all__:
         assert getattr(fastbn, name).__doc__, name
+
+
+def test_the_package_lists_public_names_only() -> None:
+    assert dir(fastbn) == fastbn.__all__
 
 
 def test_no_text_names_a_place_on_this_machine() -> None:

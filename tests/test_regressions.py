@@ -496,12 +496,12 @@ def test_dtypes_that_are_refused_are_not_remembered_for_ever() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_no_error_state_of_numpys_makes_a_call_fail(dtype: str) -> None:
+def test_no_error_state_of_numpys_makes_a_call_fail(dtype: str, pinned: str | None) -> None:
     x = np.array([[1e6, 1e-30], [-1e6, 2e-30], [3e38, 3]], "f")
     half = (rng().normal(size=(4, 2, 5, 5)) * 1000).astype("f2")
     with warnings.catch_warnings(), np.errstate(all="raise"):
         warnings.simplefilter("error")
-        for a in (x, half, x.astype(float) * 1e150):
+        for a in (x, *(() if pinned == "numba" else (half,)), x.astype(float) * 1e150):
             mean, var = np.zeros(2, dtype), np.ones(2, dtype)
             y, saved = fastbn.batch_norm_forward(a, None, None, mean, var)
             fastbn.batch_norm_backward(a, a, saved)
