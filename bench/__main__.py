@@ -16,11 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import fastbn
 from bench import options, report, roofline, text
 from bench.cases import NETWORKS, Case, cases, quick
-from bench.data import LAYOUTS
+from bench.data import DTYPES, LAYOUTS
 from bench.measure import Row, measure
 from bench.peers import CONTENDERS, OPS
 from bench.timing import Budget
-from fastbn.dtypes import DTYPES
 
 RESULTS = Path(__file__).parent / "results"
 UNUSUAL = ("floor", "tiny")  # networks that run when they are named: ResNet-50 has the shapes of the first

@@ -19,7 +19,6 @@ from bench.cases import NETWORKS
 from bench.measure import Row
 from bench.text import Part, Table
 from bench.timing import Times
-from fastbn import dispatch
 
 # Tensors that any implementation must read or write once, whatever the layout: for GB/s.
 TENSORS = {"inference": 2, "forward": 2, "backward": 3}
@@ -57,6 +56,7 @@ def machine(dtype: str) -> dict[str, Any]:
     model, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next((line.split(": ", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+    config = fastbn.show_config()
     return {
         "processor": model,
         "cores": os.cpu_count(),
@@ -65,9 +65,9 @@ def machine(dtype: str) -> dict[str, Any]:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": fastbn.get_num_threads(),
         "dtype": dtype,
-        "kernel": dispatch.select(dtype).name,
+        "kernel": config["pinned"] or config["selected"][dtype],
         "versions": {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": _version("torch")},
-        "config": fastbn.show_config(),
+        "config": config,
     }
 
 
