@@ -60,9 +60,8 @@ def calls(given: Inputs) -> dict[str, Call]:
         )
 
     def backward(activation: str | None = None, wrt: tuple[str, ...] = ("x", "weight", "bias"), training: bool = True) -> Call:
-        _, saved = fastbn.batch_norm_forward(
-            x, weight, bias, mean.copy(), var.copy(), training, 0.1, eps, layout=layout, activation=activation
-        )
+        running = mean.copy(), var.copy()
+        _, saved = fastbn.batch_norm_forward(x, weight, bias, *running, training, 0.1, eps, layout=layout, activation=activation)
         return lambda: fastbn.batch_norm_backward(dy, x, saved, wrt=wrt, out=y)
 
     def frozen(activation: str | None = None) -> Call:
@@ -112,6 +111,6 @@ def small() -> dict[str, Call]:
     every: dict[str, Call] = {}
     for size, shape in TINY.items():
         every |= _named(size, prepare(shape, "NCHW"), PLAIN + FUSED + OTHER)
-        every |= _named(f"{size} strides", prepare(shape, "NCHW", strides=True), PLAIN + ("forward relu", "backward relu"))
+        every |= _named(f"{size} strides", prepare(shape, "NCHW", strides=True), (*PLAIN, "forward relu", "backward relu"))
     every |= _named("1x8x4x4 NHWC", prepare(TINY["1x8x4x4"], "NHWC"), PLAIN)
     return every | _named("1x8x4x4 bfloat16", prepare(TINY["1x8x4x4"], "NCHW", "bfloat16"), PLAIN)
