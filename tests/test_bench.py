@@ -1,19 +1,28 @@
 """The benchmark's tables against published numbers, its statistics against NumPy, and a run of a second."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
+from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from math import prod
+from pathlib import Path
 from time import sleep
 
 import numpy as np
 import pytest
 
 import fastbn
-from bench import data, report, roofline
+from bench import calls, data, instructions, options, report, roofline, text
 from bench.cases import NETWORKS, Case, cases, quick
 from bench.measure import Row, measure
 from bench.peers import CONTENDERS, OPS, fastbn_peer
 from bench.peers.copy_peer import copy_into
+from bench.same import cases as same_cases
+from bench.same import worker
 from bench.timing import Budget, Times, race, summarize
 
 # Layers, and channels of all layers: half of the "non-trainable parameters" that Keras prints for ResNet50 (53,120),
@@ -133,8 +142,8 @@ def test_copy_into_copies_all(threads):
 
 def test_summary_of_durations():
     durations = [float(i) for i in range(200, 0, -1)]
-    assert summarize(durations) == Times(np.median(durations), 198.0, 200)
-    assert summarize([3.0]) == Times(3.0, 3.0, 1)
+    assert summarize(durations) == Times(np.median(durations), 198.0, 200, 100 / np.median(durations))
+    assert summarize([3.0]) == Times(3.0, 3.0, 1, 0.0)
 
 
 def test_race_calls_everyone_in_turns():
@@ -148,6 +157,18 @@ def test_race_does_not_count_a_slow_first_call():
     waits = [0.1] + [0.0] * 1000
     times = race({"cold": lambda: sleep(waits.pop(0))}, 0.0)
     assert times["cold"].calls >= 5
+
+
+def test_race_times_each_contender_although_its_time_is_over():
+    times = race({"long": lambda: sleep(0.03)}, 1e-9)
+    assert times["long"].calls == 1
+
+
+def test_race_calls_what_comes_between_and_does_not_time_it():
+    order = []
+    times = race({"a": lambda: order.append("a")}, 0.0, between=lambda: (sleep(0.01), order.append("between")), shortest=2)
+    assert order[:4] == ["between", "a", "between", "a"]
+    assert times["a"].median < 0.01
 
 
 def test_budget_is_divided_over_the_work_left():
@@ -202,8 +223,9 @@ def test_main_writes_the_reports(tmp_path, capsys):
     found = json.loads(paths[0].read_text())
     assert found["machine"]["threads"] == 1
     assert found["machine"]["kernel"] == "reference"
-    assert len(found["rows"]) + found["skipped"] == 9
+    assert len(found["rows"]) + sum(found["left_out"].values()) == 9
     assert paths[1].read_text().startswith(capsys.readouterr().out.rstrip())
+    assert report.read_json(paths[0].read_text())[1][0].times["fastbn"].calls > 0
     for name in ("roofline.png", "roofline.svg", "roofline.md"):
         assert (tmp_path / "figures" / name).stat().st_size > 0
 
@@ -213,9 +235,138 @@ def test_main_says_that_there_was_no_time(capsys, tmp_path):
     from bench.__main__ import main
 
     with fastbn.use_kernel("reference"):
-        assert main(["--networks", "photographs", "--budget", "-1", "--json", str(tmp_path / "bench.json")]) == 1
+        assert main(["--networks", "tiny", "--budget", "1e-9", "--json", str(tmp_path / "bench.json")]) == 1
     assert "--budget" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+WRONG = {
+    "bench.__main__": (
+        ["--budget", "0"], ["--budget", "-1"], ["--budget", "nan"], ["--budget", "soon"], ["--threads", "0"], ["--threads", "-3"],
+        ["--threads", "1.5"], ["--json", "/proc/nothing/bench.json"], ["--markdown", "/dev/null/bench.md"], ["--json", "/"],
+        ["--json", "a", "--markdown", "./a"], ["--roofline", "/proc/nothing"],
+    ),
+    "bench.growth": (["--seconds", "0"], ["--largest", "1"], ["/proc/nothing"]),
+    "bench.busy": (["--threads", "0"], ["--seconds", "-1"], ["--processes", "-1"]),
+    "bench.same.__main__": ([".", "/nothing"], [".", ".", "--every", "0"], [".", ".", "--checks", "none"]),
+    "bench.roofline": (["/nothing.json"], ["pyproject.toml"], ["/nothing.json", "/dev/null"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "wrong"), [(module, wrong) for module, all_wrong in WRONG.items() for wrong in all_wrong])
+def test_commands_refuse_a_wrong_argument_with_one_line_before_they_measure(module, wrong, capsys):
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main(wrong)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in said
+
+
+@pytest.mark.parametrize("module", WRONG)
+def test_commands_have_help_for_every_option(module, capsys):
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main(["--help"])
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    assert "default: None" not in help_text
+    entries = re.split(r"\n  (?=-|\w)", help_text.split("options:")[1].split("\n\n")[0])[1:]
+    assert entries
+    assert all(re.search(r"\s{2,}\S.*\w", entry) for entry in entries), entries
+
+
+def test_main_writes_what_there_is_when_interrupted(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    main_module = import_module("bench.__main__")
+    answers = iter([[_row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)]])
+
+    def measured(*_):
+        try:
+            return next(answers)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(main_module, "measure", measured)
+    paths = tmp_path / "bench.json", tmp_path / "bench.md"
+    few = ["--networks", "tiny", "ppocr_cls", "--json", str(paths[0]), "--markdown", str(paths[1])]
+    assert main_module.main(few) == options.INTERRUPTED
+    assert "interrupted after 1 of " in capsys.readouterr().err
+    found = json.loads(paths[0].read_text())
+    assert len(found["rows"]) == 1
+    assert set(found["left_out"]) == {"tiny", "ppocr_cls"}
+    assert NETWORKS["ppocr_cls"].title in paths[1].read_text()
+
+
+def test_commands_end_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert options.run(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_commands_end_quietly_when_their_reader_has_gone():
+    command = "import sys; from bench import options; sys.exit(options.run(lambda: print('x\\n' * 10**6) or 0))"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_results_of_an_earlier_run_are_kept(tmp_path, capsys):
+    path = tmp_path / "bench.md"
+    for content in ("first", "second", "third"):
+        assert options.write({path: content})
+    assert path.read_text() == "third"
+    assert sorted(other.read_text() for other in tmp_path.iterdir()) == ["first", "second", "third"]
+    assert capsys.readouterr().err.count("kept the earlier") == 2
+
+
+def test_what_cannot_be_written_does_not_lose_the_rest(tmp_path, capsys):
+    assert not options.write({tmp_path: "a folder", tmp_path / "b": "text"})
+    assert (tmp_path / "b").read_text() == "text"
+    assert "could not write" in capsys.readouterr().err
+
+
+def test_cases_alternate_between_the_networks_and_start_with_the_largest():
+    pytest.importorskip("rich")
+    chosen = import_module("bench.__main__")._choose(["resnet50", "ppocr_cls", "resnet50"], ["NCHW", "NHWC"], few=True)
+    assert len(set(chosen)) == len(chosen) == 12
+    assert [case.network for case, _ in chosen[:6:2]] == ["resnet50", "ppocr_cls", "resnet50"]
+    sizes = [prod(case.shape) for case, _ in chosen if case.network == "ppocr_cls"]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_busy_machine_and_a_wide_spread_are_said():
+    quiet = [_row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0)]
+    wide = [quiet[0]._replace(times={"fastbn": Times(1.0, 2.0, 9, 0.5)})]
+    assert report.unstable({"load": 0.1, "cores": 2}, quiet) == []
+    assert "load 1.5 on 2 cores" in report.unstable({"load": 1.5, "cores": 2}, quiet)[0]
+    assert "fastbn's times" in report.unstable({"load": None, "cores": None}, wide)[0]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_tables_fit_the_terminal(width, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    row = _row("efficientnet_lite0", (32, 16, 112, 112), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)
+    text.show([text.Table(("network", *report._LAYER), [[row.network, *report._layer(row)]], report._DISPENSABLE)])
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("efficientnet_lite0" in line and "forward" in line for line in lines)
+    assert "PyTorch" not in lines[0] + lines[1]  # a column without a number
+    assert any(line.startswith("not shown") for line in lines)
+
+
+def test_roofline_draws_what_was_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [_row("tiny", (1, 8, 4, 4), 1, op, layout, copy=1.0, fastbn=2.0) for op in OPS for layout in data.LAYOUTS]
+    about = {"config": {"fastbn": "0"}, "dtype": "float32", "threads": 1, "processor": "some", "date": "today"}
+    (tmp_path / "bench.json").write_text(report.as_json(about, rows, {}))
+    assert roofline.main([str(tmp_path / "bench.json"), str(tmp_path / "new")]) == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"roofline.md", "roofline.png", "roofline.svg"}
 
 
 def test_growth_writes_a_table_and_drawings(tmp_path, capsys):
@@ -228,3 +379,100 @@ def test_growth_writes_a_table_and_drawings(tmp_path, capsys):
     assert capsys.readouterr().out.count("KiB | N") == 4
     for name in ("growth.png", "growth.svg", "growth.md"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+GATE = ["--checks", "bits", "--kernels", "reference", "--only", "forward, float32, 3x5x7, contiguous, leaky_relu"]
+
+
+@pytest.fixture
+def copied_build(tmp_path):
+    """A copy of the package, without its extension modules, that a test may change."""
+    package = Path(fastbn.__file__).parent
+    shutil.copytree(package, tmp_path / "fastbn", ignore=shutil.ignore_patterns("*.so", "*.cpp", "__pycache__"))
+    return tmp_path
+
+
+def test_gate_finds_a_build_equal_to_itself_and_to_its_copy(copied_build, capsys):
+    gate = import_module("bench.same.__main__")
+    build = str(Path(fastbn.__file__).parent.parent)
+    assert gate.main([build, str(copied_build), *GATE]) == 0
+    assert re.search(r"reference: (\d+) of \1 cases are equal", capsys.readouterr().out)
+
+
+def test_gate_finds_a_changed_constant_and_names_the_case(copied_build, capsys):
+    path = copied_build / "fastbn" / "activations.py"
+    changed = path.read_text().replace("0.01", "0.02")
+    assert changed != path.read_text()
+    path.write_text(changed)
+    build = str(Path(fastbn.__file__).parent.parent)
+    assert import_module("bench.same.__main__").main([build, str(copied_build), *GATE]) == 1
+    said = capsys.readouterr().out
+    assert re.search(r"first difference: forward, float32, 3x5x7, contiguous, leaky_relu.*: y: \d+ of 105 elements, the first at", said)
+
+
+def test_gate_names_the_case_that_ends_a_process_or_raises(copied_build, capsys):
+    path = copied_build / "fastbn" / "activations.py"
+    for fault, words in (("import os; os._exit(3)", "ended with status 3"), ("raise KeyError('no')", "raises: .*KeyError")):
+        path.write_text(path.read_text() + f"\n\ndef lookup(name):\n    {fault}\n")
+        build = str(Path(fastbn.__file__).parent.parent)
+        assert import_module("bench.same.__main__").main([build, str(copied_build), *GATE]) == 1
+        assert re.search(f"forward, float32, 3x5x7, contiguous, leaky_relu.*{words}", capsys.readouterr().out)
+
+
+def test_gate_imports_each_build_and_nothing_else(tmp_path, capsys):
+    gate = import_module("bench.same.__main__")
+    (tmp_path / "fastbn").mkdir()
+    (tmp_path / "fastbn" / "__init__.py").write_text("raise ImportError('of no use')")
+    build = str(Path(fastbn.__file__).parent.parent)
+    assert gate.main([build, str(tmp_path), *GATE]) == 1
+    assert "ended with status 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gate.main([build, str(tmp_path / "fastbn"), *GATE])
+    assert "holds no package fastbn" in capsys.readouterr().err
+
+
+def test_gate_runs_every_operation_dtype_and_order_of_memory():
+    listed = list(same_cases.cases())
+    assert len(set(listed)) == len(listed)
+    assert {case.op for case in listed} == set(same_cases.OPS)
+    some = [next(c for c in listed if (c.op, c.dtype, c.memory) == key) for key in product(same_cases.OPS, data.DTYPES, same_cases.MEMORY)]
+    if find_spec("ml_dtypes") is None:
+        some = [case for case in some if case.dtype != "bfloat16"]
+    with fastbn.use_kernel("reference"), np.errstate(all="ignore"):
+        for case in some:
+            assert same_cases.run(case)
+
+
+def test_which_nan_it_is_does_not_count_but_the_sign_of_zero_does():
+    one, other = np.array([0x7FC00000, 0xFFC00001], np.uint32).view(np.float32).reshape(2, 1)
+    assert worker.digest(one) == worker.digest(other)
+    assert worker.digest(np.float32([0.0])) != worker.digest(np.float32([-0.0]))
+    assert worker.digest(np.zeros((2, 3))) != worker.digest(np.zeros((3, 2)).T)
+
+
+def test_counts_that_grew_are_marked():
+    before = {"loops": {"a": 1.0, "b": 1.0}, "calls": {"c": 100.0}}
+    table, grown = instructions.compare(before, {"loops": {"a": 1.005, "b": 1.02}, "calls": {"c": 90.0, "new": 5.0}}, 1.01)
+    assert grown == 1
+    assert [line[1] for line in table.lines if line[-1]] == ["b"]
+
+
+def test_recorded_counts_are_of_the_calls_that_there_are():
+    pytest.importorskip("ml_dtypes")
+    record = json.loads(instructions.RECORD.read_text())
+    assert set(record["loops"]) == set(calls.loops())
+    assert set(record["calls"]) == set(calls.small())
+
+
+@pytest.mark.parametrize("name", calls.calls(calls.prepare((2, 8, 4, 4), "NCHW")))
+def test_named_calls_run(name):
+    with fastbn.use_kernel("reference"):
+        calls.calls(calls.prepare((2, 8, 4, 4), "NCHW", strides=True))[name]()
+
+
+def test_aligned_copies_keep_values_and_the_order_of_memory():
+    for a in (np.arange(24.0).reshape(2, 3, 4), np.arange(24.0).reshape(2, 3, 4).transpose(0, 2, 1)):
+        copy = calls.aligned(a)
+        assert np.array_equal(copy, a)
+        assert copy.strides == a.strides
+        assert copy.ctypes.data % 64 == 0
