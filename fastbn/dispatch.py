@@ -221,9 +221,9 @@ def _announce(name: str) -> None:
     message = f"fastbn runs its slower {name!r} kernel, because no compiled one can run ({reasons})"
     if mine and all(k.unusable() == NOT_BUILT for k in mine):
         message += _why_not_built()
-    package = str(Path(__file__).parent) + os.sep
+    package = Path(__file__).parent
     level, frame = 1, sys._getframe()
-    while frame.f_code.co_filename.startswith(package) and frame.f_back is not None:
+    while Path(frame.f_code.co_filename).is_relative_to(package) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
