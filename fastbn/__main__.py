@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -282,12 +283,15 @@ def info(as_json: bool = False) -> int:
     """Print what `fastbn.show_config` says, and what is wrong; 1 if anything is."""
     wrong = problems()
     report: Mapping[str, Any] = {"fastbn": fastbn.__version__}
-    try:
-        report = fastbn.show_config()
-    except Exception as error:  # whoever asks what is wrong needs an answer
-        wrong.append(str(error))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            report = fastbn.show_config()
+        except Exception as error:  # whoever asks what is wrong needs an answer
+            wrong.append(str(error))
+    said = [str(warning.message) for warning in caught]
     if as_json:
-        print(json.dumps({**report, "problems": wrong}, indent=2))
+        print(json.dumps({**report, "warnings": said, "problems": wrong}, indent=2))
         return 1 if wrong else 0
     sizes = {"caches": ("l1", "l2", "l3"), "memory": ("in_use", "idle", "limit")}
     for key, value in report.items():
@@ -297,6 +301,8 @@ def info(as_json: bool = False) -> int:
             if (key, name) == ("selected", "bfloat16") and find_spec("ml_dtypes") is None:
                 shown += ", once ml_dtypes is installed (pip install 'fastbn[bf16]')"
             print_within(f"{'' if i else key:<11}{f'{name}: ' if name else ''}", shown)
+    for warning in said:
+        print_within("warning    ", warning)
     for problem in wrong:
         print_within("problem    ", problem)
     return 1 if wrong else 0

@@ -221,10 +221,13 @@ def _announce(name: str) -> None:
     message = f"fastbn runs its slower {name!r} kernel, because no compiled one can run ({reasons})"
     if mine and all(k.unusable() == NOT_BUILT for k in mine):
         message += _why_not_built()
-    package = str(Path(__file__).parent) + os.sep
-    level, frame = 1, sys._getframe()
-    while frame.f_code.co_filename.startswith(package) and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
+    # The caller stands above the outermost frame of fastbn's; between those are frames of NumPy's decorators.
+    package, frame, depth, level = Path(__file__).parent, sys._getframe(), 1, 1
+    while (caller := frame.f_back) is not None:
+        depth += 1
+        if Path(frame.f_code.co_filename).is_relative_to(package):
+            level = depth
+        frame = caller
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
@@ -375,8 +378,10 @@ def show_config() -> Config:
     >>> fastbn.show_config()["kernels"]["reference"]
     'usable'
     """
+    from fastbn import __version__  # stands above this module; a packed application has no metadata
+
     return {
-        "fastbn": import_module("fastbn").__version__,  # it stands above this module; there may be no metadata
+        "fastbn": __version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "place": str(Path(__file__).resolve().parent),

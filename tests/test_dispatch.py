@@ -113,7 +113,7 @@ def test_the_slow_kernel_is_announced_once() -> None:
 @pytest.mark.usefixtures("_none_compiled")
 def test_the_announcement_points_at_the_caller_and_names_kernels_of_this_processor_only() -> None:
     with pytest.warns(RuntimeWarning) as caught:
-        fastbn.BatchNorm1d(3)(X)
+        fastbn.BatchNorm1d(3)(X)  # through NumPy's decorators
     assert [warning.filename for warning in caught] == [__file__]
     said = str(caught[0].message)
     assert [k.name for k in TABLE if k.level is not None and f"{k.name}: " in said] == _of_this_processor()

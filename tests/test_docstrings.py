@@ -31,8 +31,8 @@ EXAMPLES = [example for example in _examples() if example.examples]
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_docstring(example: doctest.DocTest) -> None:
-    if not NUMBA and "import numba" in (example.docstring or ""):
-        pytest.skip("numba is not installed (pip install 'fastbn[numba]')")
+    for package in re.findall(r"^ *>>> (?:import|from) (\w+)", example.docstring or "", re.MULTILINE):
+        pytest.importorskip(package)
     doctest.DebugRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
 
 

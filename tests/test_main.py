@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,14 @@ def test_info_shows_what_nobody_thought_of(monkeypatch, capsys):
     monkeypatch.setattr(fastbn, "show_config", fail)
     assert main(["info"]) == 1
     assert "problem    no such thing" in capsys.readouterr().out
+
+
+def test_info_shows_warnings_in_the_report(monkeypatch, capsys):
+    monkeypatch.setattr(fastbn, "show_config", lambda: warnings.warn("slow", RuntimeWarning, stacklevel=1) or {})
+    assert main(["info"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "warning    slow\n"
+    assert captured.err == ""
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # What builds, tests and git leave in a checkout.
 LEFT = ("*.so", "__pycache__", "build", "dist", "*.egg-info", ".*_cache", ".git*", ".hypothesis", ".venv", "results", "_*.cpp", "*.png")
 
-pytest.importorskip("setuptools")
-pytest.importorskip("Cython")
+pytest.importorskip("setuptools", minversion="77")
+pytest.importorskip("Cython", minversion="3.1")
 
 
 @pytest.fixture(scope="module")
