@@ -3,7 +3,7 @@
 Counted by valgrind's callgrind. Of the loops, what runs inside the thread pool's `parallel`, that is in the units of
 work and nothing else, for each element; of small calls, everything, Python included. A count repeats where a time does
 not, so a slower loop or a longer way to it shows without a quiet machine. ``--check`` compares with the recorded counts;
-another compiler changes the loops' counts and another Python the calls', so the record names both.
+another compiler changes the loops' counts, another Python or NumPy the calls', so the record names them.
 """
 
 from __future__ import annotations
@@ -120,7 +120,10 @@ def compiler() -> str:
 
 def about() -> dict[str, Any]:
     """What the counts depend on, apart from the code."""
-    return {"compiler": compiler(), "machine": platform.machine(), "python": ".".join(platform.python_version_tuple()[:2])}
+    import numpy as np
+
+    python, numpy = (".".join(version.split(".")[:2]) for version in (platform.python_version(), np.__version__))
+    return {"compiler": compiler(), "machine": platform.machine(), "python": python, "numpy": numpy}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{KERNEL}, {now['compiler']}, Python {now['python']}; counting, which takes about a minute", file=sys.stderr)
     counts = count()
     before = {kind: record.get(kind, {}) for kind in KINDS}
-    if before["calls"] and record["python"] != now["python"]:
-        print(f"calls are not compared: they were recorded with Python {record['python']}", file=sys.stderr)
+    if before["calls"] and (record["python"], record["numpy"]) != (now["python"], now["numpy"]):
+        print(f"calls are not compared: they were recorded with Python {record['python']}, NumPy {record['numpy']}", file=sys.stderr)
         before["calls"] = {}
     table, grown = compare(before, counts, GROWTH)
     show(["# Instructions", f"Of the loops for each element, else for each call. Recorded with {record.get('compiler')}.", table])

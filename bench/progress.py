@@ -15,7 +15,7 @@ def each(items: Sequence[Item], title: Callable[[Item], str], work: Callable[[It
     Returns
     -------
     results : list
-        Of all pieces that came to their end.
+        Of all pieces; of the one that Ctrl-C ended, what it had yielded.
     interrupted : bool
         Whether Ctrl-C ended it.
     """

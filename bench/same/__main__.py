@@ -43,7 +43,10 @@ class Build:
         """Start the process."""
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.folder)]
         environment = os.environ | {"PYTHONHASHSEED": "0"}  # or dictionaries would differ between the two
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603  our own file
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the other
+        )  # fmt: skip
 
     def stop(self) -> None:
         """End the process, which a crash may have done already."""
