@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import options
+from bench.build import use
 from bench.text import Table, show
 
 RECORD = Path(__file__).with_name("instructions.json")
@@ -51,8 +52,9 @@ def _marked(calls: dict[str, Callable[[], object]], repeats: int) -> list[str]:
     return list(calls)
 
 
-def child(kind: str) -> None:
+def child(kind: str, build: str) -> None:
     """What runs under valgrind: all calls of a kind; their names go to the standard output."""
+    use(build)
     import fastbn
     from bench import calls
 
@@ -77,8 +79,8 @@ def _count(kind: str, build: Path) -> dict[str, float]:
     valgrind = ["valgrind", "--tool=callgrind", "--dump-before=getppid", "--callgrind-out-file=out"]
     if kind == "loops":
         valgrind.append("--toggle-collect=fastbn::parallel*")
-    command = [*valgrind, sys.executable, "-c", f"from bench import instructions; instructions.child({kind!r})"]
-    environment = os.environ | {"PYTHONPATH": f"{build}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0"}
+    command = [*valgrind, sys.executable, "-c", f"from bench import instructions; instructions.child({kind!r}, {str(build)!r})"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
     with tempfile.TemporaryDirectory() as folder:  # also as the working folder, from which Python would import
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603  our own
         if result.returncode:

@@ -383,8 +383,10 @@ GATE = ["--checks", "bits", "--kernels", "reference", "--only", "forward, float3
 
 @pytest.fixture
 def copied_build(tmp_path):
-    """A copy of the package, without its extension modules, that a test may change."""
+    """A source tree that a test may change: a copy of the package without its extension modules, and another bench."""
     package = Path(fastbn.__file__).parent
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise ImportError('the wrong one')")
     shutil.copytree(package, tmp_path / "fastbn", ignore=shutil.ignore_patterns("*.so", "*.cpp", "__pycache__"))
     return tmp_path
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -98,7 +99,7 @@ def _first_difference(builds: Sequence[Build], kernel: str, index: int, name: st
     if not len(different):
         return "equal values, of another dtype or in another order of memory"
     where = tuple(different[0])
-    return f"{len(different)} of {a.size} elements, the first at {tuple(map(int, where))}: {a[where]!r} and {b[where]!r}"
+    return f"{len(different)} of {a.size} elements, the first at {tuple(map(int, where))}: {a[where].item()!r} and {b[where].item()!r}"
 
 
 def _differences(builds: Sequence[Build], kernel: str, indices: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -131,6 +132,7 @@ def _same_bits(builds: Sequence[Build], kernels: Sequence[str], every: int, only
         print(f"bits: {kernel}: {len(indices) - len(found)} of {len(indices)} cases are equal", flush=True)
         if found:
             index, name = found[0]
+            print("  different:", ", ".join(f"{op} ({n})" for op, n in Counter(listed[i].op for i, _ in found).items()))
             print(f"  first difference: {listed[index]}: {name}: {_first_difference(builds, kernel, index, name)}", flush=True)
         bad += len(found)
     return bad
