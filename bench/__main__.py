@@ -10,15 +10,13 @@ from itertools import chain, zip_longest
 from math import prod
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 import fastbn
 from bench import options, report, roofline, text
 from bench.cases import NETWORKS, Case, cases, quick
 from bench.data import DTYPES, LAYOUTS
 from bench.measure import Row, measure
 from bench.peers import CONTENDERS, OPS
+from bench.progress import each
 from bench.timing import Budget
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,31 +66,16 @@ def _choose(networks: Sequence[str], layouts: Sequence[str], few: bool) -> list[
 
 
 def _run(chosen: Sequence[tuple[Case, str]], dtype: str, seconds: float) -> tuple[list[Row], bool]:
-    """Measure every case in its layout, with a progress bar on the standard error.
-
-    Returns
-    -------
-    rows : list of Row
-    interrupted : bool
-        Whether Ctrl-C ended it.
-    """
-    rows: list[Row] = []
+    """Measure every case in its layout; also whether Ctrl-C ended it."""
     for contender in CONTENDERS:
         if contender.installed():
             contender.load()  # PyTorch takes seconds that are nobody's measurement
     budget = Budget(seconds, len(chosen) * len(OPS))
-    columns = TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # Without auto_refresh, whose thread would run during the measurements.
-    with Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress:
-        task = progress.add_task("", total=len(chosen))
-        try:
-            for case, layout in chosen:
-                progress.update(task, description=f"{case.network} {'x'.join(map(str, case.shape))} {layout}", refresh=True)
-                rows += measure(case, layout, dtype, budget)
-                progress.update(task, advance=1, refresh=True)
-        except KeyboardInterrupt:
-            return rows, True
-    return rows, False
+    return each(
+        chosen,
+        lambda item: f"{item[0].network} {'x'.join(map(str, item[0].shape))} {item[1]}",
+        lambda item: measure(*item, dtype, budget),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

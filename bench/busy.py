@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ SHAPES = {"25.7 MB": (32, 64, 56, 56), "3.2 MB": (1, 64, 112, 112), "0.4 MB": (1
 
 
 def _compute() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one
     while True:
         sum(range(10_000))
 

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 import fastbn
 from bench import options, text
 from bench.peers.copy_peer import copy_into
+from bench.progress import each
 from bench.timing import race
 
 CHANNELS = 64
@@ -92,13 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     options.need(parser, "the drawing", "matplotlib")
     cases = [(layout, size) for size in SIZES if size <= arguments.largest for layout in LAYOUTS]
-    found: dict[tuple[str, int], dict[str, float]] = {}
-    try:
-        for layout, size in track(cases, console=Console(stderr=True)):
-            found[layout, size] = measure(size, layout, arguments.seconds)
-    except KeyboardInterrupt:
+    measured, interrupted = each(
+        cases, lambda case: f"{case[0]} {case[1] >> 10} KiB", lambda case: [(case, measure(case[1], case[0], arguments.seconds))]
+    )
+    found = dict(measured)
+    if interrupted:
         print(f"interrupted after {len(found)} of {len(cases)} measurements", file=sys.stderr)
-    interrupted = len(found) < len(cases)
     if not found:
         return options.INTERRUPTED
     rows = [(f"{size >> 10} KiB", layout, *(times[name] for name in CONTENDERS)) for (layout, size), times in found.items()]

@@ -3,7 +3,7 @@
 Counted by valgrind's callgrind. Of the loops, what runs inside the thread pool's `parallel`, that is in the units of
 work and nothing else, for each element; of small calls, everything, Python included. A count repeats where a time does
 not, so a slower loop or a longer way to it shows without a quiet machine. ``--check`` compares with the recorded counts;
-another compiler changes the loops' counts and another Python the calls', so the record names both.
+another compiler changes the loops' counts, another Python or NumPy the calls', so the record names them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import options
+from bench.build import use
 from bench.text import Table, show
 
 RECORD = Path(__file__).with_name("instructions.json")
@@ -51,8 +52,9 @@ def _marked(calls: dict[str, Callable[[], object]], repeats: int) -> list[str]:
     return list(calls)
 
 
-def child(kind: str) -> None:
+def child(kind: str, build: str) -> None:
     """What runs under valgrind: all calls of a kind; their names go to the standard output."""
+    use(build)
     import fastbn
     from bench import calls
 
@@ -77,8 +79,8 @@ def _count(kind: str, build: Path) -> dict[str, float]:
     valgrind = ["valgrind", "--tool=callgrind", "--dump-before=getppid", "--callgrind-out-file=out"]
     if kind == "loops":
         valgrind.append("--toggle-collect=fastbn::parallel*")
-    command = [*valgrind, sys.executable, "-c", f"from bench import instructions; instructions.child({kind!r})"]
-    environment = os.environ | {"PYTHONPATH": f"{build}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "0"}
+    command = [*valgrind, sys.executable, "-c", f"from bench import instructions; instructions.child({kind!r}, {str(build)!r})"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
     with tempfile.TemporaryDirectory() as folder:  # also as the working folder, from which Python would import
         result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)  # noqa: S603  our own
         if result.returncode:
@@ -120,7 +122,10 @@ def compiler() -> str:
 
 def about() -> dict[str, Any]:
     """What the counts depend on, apart from the code."""
-    return {"compiler": compiler(), "machine": platform.machine(), "python": ".".join(platform.python_version_tuple()[:2])}
+    import numpy as np
+
+    python, numpy = (".".join(version.split(".")[:2]) for version in (platform.python_version(), np.__version__))
+    return {"compiler": compiler(), "machine": platform.machine(), "python": python, "numpy": numpy}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{KERNEL}, {now['compiler']}, Python {now['python']}; counting, which takes about a minute", file=sys.stderr)
     counts = count()
     before = {kind: record.get(kind, {}) for kind in KINDS}
-    if before["calls"] and record["python"] != now["python"]:
-        print(f"calls are not compared: they were recorded with Python {record['python']}", file=sys.stderr)
+    if before["calls"] and (record["python"], record["numpy"]) != (now["python"], now["numpy"]):
+        print(f"calls are not compared: they were recorded with Python {record['python']}, NumPy {record['numpy']}", file=sys.stderr)
         before["calls"] = {}
     table, grown = compare(before, counts, GROWTH)
     show(["# Instructions", f"Of the loops for each element, else for each call. Recorded with {record.get('compiler')}.", table])

@@ -135,15 +135,15 @@ _DISPENSABLE = (
 )  # fmt: skip
 
 
-def unstable(about: dict[str, Any], rows: Sequence[Row]) -> list[str]:
+def unstable(about: dict[str, Any], measured: Sequence[Mapping[str, Times]]) -> list[str]:
     """Say in words what speaks against the times: a busy machine before the start, times that differ from call to call."""
     found = []
     if (load := about["load"] or 0.0) > BUSY * (about["cores"] or 1):
         found.append(f"other processes were running (load {load:.1f} on {about['cores']} cores before the start)")
-    for name in dict.fromkeys(name for row in rows for name in row.times):
-        wide = sum(name in row.times and row.times[name].spread > WIDE for row in rows)
-        if wide > SOME * len(rows):
-            found.append(f"half of {name}'s times spread over more than {WIDE:.0%} of the median in {wide} of {len(rows)} measurements")
+    for name in dict.fromkeys(name for times in measured for name in times):
+        wide = sum(name in times and times[name].spread > WIDE for times in measured)
+        if wide > SOME * len(measured):
+            found.append(f"half of {name}'s times spread over more than {WIDE:.0%} of the median in {wide} of {len(measured)} measurements")
     return [f"Unstable: {'; '.join(found)}. Do not rely on these figures; measure again on a quiet machine"] if found else []
 
 
@@ -168,7 +168,7 @@ def _facts(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, in
     ]
     if about["versions"]["PyTorch"] is None:
         facts.append("No columns for PyTorch: it is not installed (`pip install torch`)")
-    return "\n".join(f"- {fact}" for fact in [*facts, *_left_out(left_out), *unstable(about, rows)])
+    return "\n".join(f"- {fact}" for fact in [*facts, *_left_out(left_out), *unstable(about, [row.times for row in rows])])
 
 
 def summary(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int], worst: int = 10) -> list[Part]:

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from bench import calls, data, instructions, options, report, roofline, text
+from bench import calls, data, instructions, options, report, roofline, situ, text
 from bench.cases import NETWORKS, Case, cases, quick
 from bench.measure import Row, measure
-from bench.peers import CONTENDERS, OPS, fastbn_peer
+from bench.peers import CONTENDERS, IN_SITU, OPS, fastbn_peer
 from bench.peers.copy_peer import copy_into
 from bench.same import cases as same_cases
 from bench.same import worker
@@ -204,7 +204,7 @@ def test_floor_is_a_copy_of_the_bytes_moved():
 
 def test_measure_reports_the_error():
     with fastbn.use_kernel("reference"):
-        rows = measure(CASE, "NHWC", "float32", Budget(0.3, 3))
+        rows = list(measure(CASE, "NHWC", "float32", Budget(0.3, 3)))
     assert [row.op for row in rows] == list(OPS)
     assert all(0 < row.error < 1e-6 for row in rows)
     assert all({"copy", "fastbn", "numpy"} <= row.times.keys() for row in rows)
@@ -248,6 +248,7 @@ WRONG = {
     ),
     "bench.growth": (["--seconds", "0"], ["--largest", "1"], ["/proc/nothing"]),
     "bench.busy": (["--threads", "0"], ["--seconds", "-1"], ["--processes", "-1"]),
+    "bench.situ": (["--threads", "0"], ["--budget", "0"], ["--batches", "0"], ["--markdown", "/"]),
     "bench.same.__main__": ([".", "/nothing"], [".", ".", "--every", "0"], [".", ".", "--checks", "none"]),
     "bench.roofline": (["/nothing.json"], ["pyproject.toml"], ["/nothing.json", "/dev/null"]),
 }  # fmt: skip
@@ -279,13 +280,10 @@ def test_commands_have_help_for_every_option(module, capsys):
 def test_main_writes_what_there_is_when_interrupted(tmp_path, capsys, monkeypatch):
     pytest.importorskip("rich")
     main_module = import_module("bench.__main__")
-    answers = iter([[_row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)]])
 
     def measured(*_):
-        try:
-            return next(answers)
-        except StopIteration:
-            raise KeyboardInterrupt from None
+        yield _row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(main_module, "measure", measured)
     paths = tmp_path / "bench.json", tmp_path / "bench.md"
@@ -339,8 +337,7 @@ def test_cases_alternate_between_the_networks_and_start_with_the_largest():
 
 
 def test_a_busy_machine_and_a_wide_spread_are_said():
-    quiet = [_row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0)]
-    wide = [quiet[0]._replace(times={"fastbn": Times(1.0, 2.0, 9, 0.5)})]
+    quiet, wide = ([{"fastbn": Times(1.0, 2.0, 9, spread)}] for spread in (0.1, 0.5))
     assert report.unstable({"load": 0.1, "cores": 2}, quiet) == []
     assert "load 1.5 on 2 cores" in report.unstable({"load": 1.5, "cores": 2}, quiet)[0]
     assert "fastbn's times" in report.unstable({"load": None, "cores": None}, wide)[0]
@@ -386,8 +383,10 @@ GATE = ["--checks", "bits", "--kernels", "reference", "--only", "forward, float3
 
 @pytest.fixture
 def copied_build(tmp_path):
-    """A copy of the package, without its extension modules, that a test may change."""
+    """A source tree that a test may change: a copy of the package without its extension modules, and another bench."""
     package = Path(fastbn.__file__).parent
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__init__.py").write_text("raise ImportError('the wrong one')")
     shutil.copytree(package, tmp_path / "fastbn", ignore=shutil.ignore_patterns("*.so", "*.cpp", "__pycache__"))
     return tmp_path
 
@@ -464,7 +463,7 @@ def test_recorded_counts_are_of_the_calls_that_there_are():
     assert set(record["calls"]) == set(calls.small())
 
 
-@pytest.mark.parametrize("name", calls.calls(calls.prepare((2, 8, 4, 4), "NCHW")))
+@pytest.mark.parametrize("name", calls.PLAIN + calls.FUSED + calls.OTHER)
 def test_named_calls_run(name):
     with fastbn.use_kernel("reference"):
         calls.calls(calls.prepare((2, 8, 4, 4), "NCHW", strides=True))[name]()
@@ -476,3 +475,56 @@ def test_aligned_copies_keep_values_and_the_order_of_memory():
         assert np.array_equal(copy, a)
         assert copy.strides == a.strides
         assert copy.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+@pytest.mark.parametrize("between", situ.NEIGHBORS)
+def test_neighbors_write_what_the_call_reads(between, layout):
+    if between == "torch":
+        pytest.importorskip("torch")
+    given = data.inputs(CASE, layout, "float32")
+    before = given.x.copy()
+    situ.NEIGHBORS[between](given, given.x)()
+    assert np.array_equal(given.x, before) == (between == "walk")
+    assert np.isfinite(given.x).all()
+    if between == "torch":
+        convolved = given.x.copy()
+        situ.by_numpy(given, given.x)()
+        np.testing.assert_allclose(given.x, convolved, atol=1e-5)
+
+
+@pytest.mark.parametrize("contender", IN_SITU, ids=lambda contender: contender.name)
+def test_contenders_in_situ_make_new_outputs(contender):
+    pytest.importorskip(contender.package)
+    given = data.inputs(CASE, "NHWC", "float32")
+    with fastbn.use_kernel("reference"):
+        call = contender.load().inference(given, None)
+        first, second = np.asarray(call()), np.asarray(call())
+        expected = fastbn_peer.inference(given, None)()
+    assert not np.shares_memory(first, second)
+    np.testing.assert_allclose(first if first.shape == expected.shape else np.moveaxis(first, 1, -1), expected, atol=1e-5)
+
+
+def test_situ_measures_each_operation_in_a_loop_and_in_situ():
+    with fastbn.use_kernel("reference"):
+        rows = list(situ.measure(CASE, "NCHW", "float32", situ.by_numpy, Budget(1.0, 3)))
+    assert [row.op for row in rows] == list(OPS)
+    assert all(row.loop.keys() == row.situ.keys() >= {"copy", "fastbn fresh"} for row in rows)
+    assert ["frozen fresh" in row.situ for row in rows] == [True, False, False]
+
+
+def test_situ_has_each_shape_once_and_small_ones_in_every_batch():
+    chosen = situ.choose(situ.NETWORKS, (8, 16), few=False)
+    shapes = [case.shape for case in chosen]
+    assert len(set(shapes)) == len(shapes)
+    assert {(1, 8, 4, 4), (2, 64, 4, 4), (8, 64, 112, 112), (16, 64, 112, 112)} <= set(shapes)
+    assert {shape[0] for shape in shapes} == {1, 2, 8, 16}
+
+
+def test_situ_writes_a_report(tmp_path, capsys):
+    pytest.importorskip("rich")
+    path = tmp_path / "situ.md"
+    few = ["--networks", "tiny", "--layouts", "NHWC", "--budget", "0.2", "--between", "walk", "--markdown", str(path)]
+    assert situ.main(few) == 0
+    assert path.read_text() == capsys.readouterr().out
+    assert "| 2x64x4x4 | NHWC | backward |" in path.read_text()

@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -21,3 +22,15 @@ def test_train_digits(tmp_path):
     # what the example is there to show, with room for other rounding
     assert float(results[0.1, "with batch norm"]) > 70 > 60 > float(results[0.1, "without"])
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--output", "/proc/nothing/plot.png"], ["--output", "plot.number"]], ids=str)
+def test_train_digits_refuses_a_wrong_argument_before_it_trains(wrong, tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, EXAMPLES / "train_digits.py", *wrong]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)})
+    assert ended.returncode == 2
+    assert f"error: argument {wrong[0]}: " in ended.stderr.splitlines()[-1]
+    assert ended.stdout == ""
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,7 +44,10 @@ class Build:
         """Start the process."""
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(self.folder)]
         environment = os.environ | {"PYTHONHASHSEED": "0"}  # or dictionaries would differ between the two
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)  # noqa: S603
+        self._process = subprocess.Popen(  # noqa: S603  our own file
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the other
+        )  # fmt: skip
 
     def stop(self) -> None:
         """End the process, which a crash may have done already."""
@@ -95,7 +99,7 @@ def _first_difference(builds: Sequence[Build], kernel: str, index: int, name: st
     if not len(different):
         return "equal values, of another dtype or in another order of memory"
     where = tuple(different[0])
-    return f"{len(different)} of {a.size} elements, the first at {tuple(map(int, where))}: {a[where]!r} and {b[where]!r}"
+    return f"{len(different)} of {a.size} elements, the first at {tuple(map(int, where))}: {a[where].item()!r} and {b[where].item()!r}"
 
 
 def _differences(builds: Sequence[Build], kernel: str, indices: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -128,6 +132,7 @@ def _same_bits(builds: Sequence[Build], kernels: Sequence[str], every: int, only
         print(f"bits: {kernel}: {len(indices) - len(found)} of {len(indices)} cases are equal", flush=True)
         if found:
             index, name = found[0]
+            print("  different:", ", ".join(f"{op} ({n})" for op, n in Counter(listed[i].op for i, _ in found).items()))
             print(f"  first difference: {listed[index]}: {name}: {_first_difference(builds, kernel, index, name)}", flush=True)
         bad += len(found)
     return bad

@@ -78,7 +78,7 @@ def _values(shape: tuple[int, ...], dtype: str, values: str) -> tuple[Array, Arr
             x[:, channel] = factor * x[:, channel] + offset
         for channel, value in enumerate((7, np.nan, np.inf)[: shape[1] * (x.size > 0)]):
             x[-1, channel].flat[0] = value
-    return tuple(a.astype(dtype) for a in (x, dy, residual))  # type: ignore[return-value]
+    return tuple(a.astype(dtype) for a in (x, dy, residual))
 
 
 def _place(a: Array, memory: str) -> Array:
@@ -143,10 +143,9 @@ def _frozen_layer(a: Arrays, case: Case) -> Results:
 
 
 def _forward(a: Arrays, case: Case, training: bool = True, mask: Array | None = None, plain: bool = False) -> tuple[Results, fastbn.Saved]:
-    weight, bias, mean, var = a.vectors
-    arguments = (None, None, None, None) if plain else (weight, bias, mean, var)
+    weight, bias, mean, var = (None,) * 4 if plain else a.vectors
     y, saved = fastbn.batch_norm_forward(
-        a.x, *arguments, training, 0.3, EPS,
+        a.x, weight, bias, mean, var, training, 0.3, EPS,
         layout=a.layout, activation=case.activation, residual=a.residual, mask=mask, out=a.x if case.in_place else None,
     )  # fmt: skip
     return {"y": y, "saved.mean": saved.mean, "saved.invstd": saved.invstd}, saved

@@ -104,18 +104,15 @@ class Worker:
 
 def serve(build: str) -> None:
     """Import the build's package, then answer until there is no more request."""
-    root = Path(__file__).resolve().parents[2]
-    sys.path[0] = str(root)  # where this file is, Python has put its folder
-    sys.path.insert(0, build)
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # where Python has put the folder of this file
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not come between the answers
     warnings.simplefilter("ignore")
     import numpy as np
 
-    import fastbn
+    from bench.build import use
 
-    if (found := Path(fastbn.__file__).resolve().parent.parent) != Path(build).resolve():
-        raise SystemExit(f"fastbn came from {found} and not from {build}")
+    use(build)
     np.seterr(all="ignore")
     worker = Worker()
     for line in sys.stdin:
