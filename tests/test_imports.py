@@ -21,7 +21,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 ORDER = (
     {"kernels"},
     {"reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
-    {"memory", "threads"},
+    {"memory", "threads", "extremes"},
     {"dispatch"},
     {"core"},
     {"functional"},
