@@ -180,7 +180,8 @@ def input_gradient(
     sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
     """Gradient of x from the two sums."""
-    g1 = invstd.astype(np.float64) ** 2 * sum_dy_xmu / count
+    wide = invstd.astype(np.float64)
+    g1 = wide * (wide * sum_dy_xmu / count)  # the square alone may leave the range
     g0 = sum_dy / count
     if mean_lo is not None:
         g0 = g0 - mean_lo * g1

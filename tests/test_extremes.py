@@ -150,3 +150,19 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
         x[2, 1] = value
         y = fastbn.batch_norm(x, None, None, training=True)
         np.testing.assert_array_equal(np.isnan(y), np.broadcast_to([False, True, False], y.shape))
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_gradients_from_given_sums_and_with_a_mask(size: float) -> None:
+    x, dy, exponents, units = _data("float64", size)
+    _, mean, var = reference.batch_norm_stats(units)
+    dx, dweight, dbias = reference.batch_norm_backward(dy, units, mean, var, eps=0.0)
+    dx = dx / columns(np.exp2(exponents), x, 1)
+    largest = np.abs(dx).max((0, 2, 3), keepdims=True)
+    wide_mean, invstd = np.ldexp(mean, exponents), np.ldexp(1 / np.sqrt(var), -exponents)
+    sums = fastbn.batch_norm_backward_reduce(dy, x, wide_mean, invstd)
+    within(fastbn.batch_norm_backward_elemt(dy, x, wide_mean, invstd, None, sums[0], sums[1], x.size // 3), dx, 1e-13 * largest)
+    _, saved = fastbn.batch_norm_forward(x, eps=0.0, mask=np.ones((8, 5, 4), bool))
+    got = fastbn.batch_norm_backward(dy, x, saved)
+    for gradient, truth, bound in zip(got[:3], (dx, dweight, dbias), (1e-13 * largest, 1e-12, 1e-12), strict=True):
+        within(np.asarray(gradient), truth, bound)
