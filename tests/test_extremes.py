@@ -17,7 +17,7 @@ from fastbn.layout import Array
 SHAPE = (8, 3, 5, 4)
 EXTREME = [0, 2]  # channels; the one between is ordinary
 SIZES = {
-    "float64": [1e150, 1e154, 1e200, 1e300, 1e306, 1e-150, 1e-170, 1e-300],
+    "float64": [1e150, 1e154, 1e200, 1e300, 1e306, 1e-150, 1e-160, 1e-170, 1e-300],
     "float32": [1e30, 5e37, 1e-30, 1e-37],
 }
 CASES = [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
@@ -108,6 +108,8 @@ def test_other_channels_keep_their_bits(dtype: str, size: float) -> None:
 def test_values_that_span_the_range() -> None:
     for dtype in ("float32", "float64"):
         largest = np.finfo(dtype).max
+        x = np.array([[-largest], [largest], [largest], [largest]])  # the first is more than the largest away from the mean
+        np.testing.assert_allclose(fastbn.batch_norm(x, None, None, training=True).ravel(), np.array([-3, 1, 1, 1]) / 3**0.5, rtol=1e-6)
         x = np.array([[-largest], [largest], [largest], [-largest]])
         y, saved = fastbn.batch_norm_forward(x)
         np.testing.assert_allclose(y, x / largest, rtol=1e-6)
