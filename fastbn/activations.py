@@ -181,7 +181,7 @@ def _slope(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"activation: the slope of leaky_relu must be a float64, got an int of {value.bit_length()} bits") from None
+        raise ValueError("activation: the slope of leaky_relu must be a float64, got an int beyond its range") from None
 
 
 def _hint(meant: object) -> str:

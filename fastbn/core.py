@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import dispatch, memory, threads
+from fastbn import dispatch, extremes, memory, threads
 from fastbn.activations import Epilogue
 from fastbn.dtypes import DType, lookup
 from fastbn.layout import Array, View, channel_axis, view
@@ -81,7 +81,9 @@ def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array
     shift = np.zeros_like(scale) if bias is None else bias.astype(np.float64)
     if mean_lo is not None:
         shift = shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)  # the scale may be infinite
-    return scale.astype(dtype), shift.astype(dtype)
+    # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
+    most = np.finfo(dtype).max
+    return np.where(np.isinf(scale), scale, np.clip(scale, -most, most)).astype(dtype), shift.astype(dtype)
 
 
 def update_running(running: Array, batch: Array, momentum: float) -> None:
@@ -108,7 +110,8 @@ def input_gradient(
     sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
     """Gradient of x from the two sums."""
-    g1 = invstd.astype(np.float64) ** 2 * sum_dy_xmu / count
+    wide = invstd.astype(np.float64)
+    g1 = wide * (wide * sum_dy_xmu / count)  # the square alone may leave the range
     g0 = sum_dy / count
     if mean_lo is not None:
         g0 = g0 - mean_lo * g1
@@ -136,7 +139,7 @@ class Composed:
 
     @np.errstate(all="ignore")
     def forward(
-        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None,
+        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float | Array, running_mean: Array | None,
         running_var: Array | None, momentum: float, correction: int, compute: np.dtype[Any], threads: int,
         epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
@@ -146,15 +149,29 @@ class Composed:
         """
         count = x.shape[0] * x.shape[2]
         mean, mean_lo, m2 = self.stats(x, threads)
+        var = m2 / (count - correction)
         high, low = split(mean, mean_lo, compute)
         invstd = 1.0 / np.sqrt(m2 / count + eps)
         scale, shift = fold(low, invstd, weight, bias, compute)
-        found = high, low.astype(compute), invstd.astype(compute), scale, shift
+        usual = extremes.are_usual(m2, m2 / count + eps, invstd if weight is None else invstd * weight, compute)
+        part = extremes.unusual(x, usual, eps)
+        again = None if part is None else (part, part.in_units(x), part.epilogue(epilogue))  # y may be x, or the residual
         self.normalize(x, y, high, scale, shift, threads, epilogue)
+        if again is not None:
+            part, rows, after = again
+            c, own_mean, own_var = part.channels, np.zeros(len(part.channels)), np.zeros(len(part.channels))
+            own_eps = part.from_units(np.broadcast_to(eps, c.shape), -2)
+            own = own_mean, own_var, 1.0, correction
+            found = self.forward(rows, rows, part.of(weight), part.of(bias), own_eps, *own, compute, threads, after)
+            y[:, c] = rows
+            mean[c], var[c] = part.from_units(own_mean), part.from_units(own_var, 2)
+            for vector, v, power in zip((high, low, invstd, scale, shift), found, (1, 1, -1, -1, 0), strict=True):
+                vector[c] = part.from_units(v.astype(np.float64), power)
+        found = high, low.astype(compute), invstd.astype(compute), scale, shift
         if running_mean is not None:
             update_running(running_mean, mean, momentum)
         if running_var is not None:
-            update_running(running_var, m2 / (count - correction), momentum)
+            update_running(running_var, var, momentum)
         return found
 
     @np.errstate(all="ignore")
@@ -163,6 +180,25 @@ class Composed:
         epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
+        part = extremes.far_from_one(invstd)
+        if part is None:
+            return self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)
+        rows = part.of(dy), part.in_units(x), None if dx is None else part.of(x)
+        vectors = part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1), part.of(scale)
+        after = part.epilogue(epilogue)
+        sums = self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)  # dx may be dy or x
+        sum_dy, sum_dy_xmu = self._backward(*rows, *vectors, threads, after)
+        sums[0][part.channels], sums[1][part.channels] = sum_dy, part.from_units(sum_dy_xmu)
+        if dx is not None:
+            dx[:, part.channels] = rows[2]
+        if epilogue is not None and epilogue.dresidual is not None and after is not None:
+            epilogue.dresidual[:, part.channels] = after.dresidual
+        return sums
+
+    def _backward(
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array, threads: int,
+        epilogue: Epilogue | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
         if epilogue is not None and dx is not None and (kept := self._place_to_keep(epilogue, dy, x, dx)) is not None:
             zero = np.zeros_like(mean)
             self.grad_input(dy, x, kept, mean, np.ones_like(mean), zero, zero, threads, epilogue._replace(dresidual=None))
@@ -178,7 +214,7 @@ class Composed:
     def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:
         """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative.
 
-        In place, memory of its own: other sums would have other bits.
+        In place, in memory of its own: other sums would have other bits.
         """
         if not self.keeps or epilogue.activation is None or not epilogue.activation.costly or epilogue.from_output:
             return None
@@ -357,9 +393,15 @@ def stats(r: Request) -> Stats:
         zero = np.zeros(r.x.shape[r.axis], compute)
         return Stats(0, zero, zero.copy(), zero.copy())
     count = rows.shape[0] * rows.shape[2]
-    mean, mean_lo, m2 = _module(r.dtype).stats(rows, threads.for_call("stats", rows.nbytes))
+    module, n = _module(r.dtype), threads.for_call("stats", rows.nbytes)
+    mean, mean_lo, m2 = module.stats(rows, n)
     high, low = split(mean, mean_lo, compute)
-    return Stats(count, high, (m2 / count).astype(compute), low.astype(compute))
+    var = m2 / count
+    if (part := extremes.unusual(rows, m2 < 2.0**1000)) is not None:
+        mean, mean_lo, m2 = module.stats(part.in_units(rows), n)
+        high[part.channels], low[part.channels] = (part.from_units(v) for v in split(mean, mean_lo, compute))
+        var[part.channels] = part.from_units(m2 / count, 2)
+    return Stats(count, high, var.astype(compute), low.astype(compute))
 
 
 @np.errstate(all="ignore")

@@ -21,7 +21,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"kernels"},
     {"environment", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
-    {"memory", "threads", "results"},
+    {"memory", "threads", "results", "extremes"},
     {"dispatch"},
     {"core"},
     {"checks"},

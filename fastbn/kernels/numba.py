@@ -300,7 +300,7 @@ class _Ticket:
             try:
                 if self._run is not None:
                     self._run()
-            except BaseException as error:  # noqa: BLE001  the caller's to handle: this thread goes on
+            except BaseException as error:  # the caller's to handle: this thread goes on
                 self._errors.append(error)
 
     def end(self) -> None:
@@ -348,13 +348,13 @@ def _share(run: Callable[[], Any], helpers: int) -> None:
             pending.append(_Ticket(run, errors))
             _tickets.put(pending[-1])
         run()
-    except BaseException as error:  # noqa: BLE001  raised below, when no thread writes to the caller's arrays any more
+    except BaseException as error:  # raised below, when no thread writes to the caller's arrays any more
         errors.append(error)
     while pending:
         try:
             pending[-1].end()
             pending.pop()
-        except BaseException as interrupt:  # noqa: BLE001  of a signal's handler
+        except BaseException as interrupt:  # noqa: PERF203  what a signal's handler raises; few tickets
             errors.append(interrupt)
     if errors:
         try:
