@@ -31,7 +31,7 @@ GENERATED = "build/generated"  # C++ that Cython writes: part of no distribution
 # No -ffast-math: it would set flush-to-zero for the whole process. No contraction: the same bits on every ISA.
 COMMON = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 # GCC takes its own AVX-512 header's undefined registers for a fault, 2,000 times. Clang does not know that warning.
-COMMON += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized"]
+COMMON += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-unused-function"]  # the last: Cython's own
 # What `fastbn.cpu` looks for before it chooses a module, and no more. Compilers older than -march=x86-64-v3 know these.
 V2 = ["-msse4.2", "-mpopcnt"]
 V3 = [*V2, "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
@@ -98,7 +98,8 @@ class BuildKernels(build_ext):
         made_by = repr((os.environ.get("CXX"), flags, numpy.__version__, cython_version))
         name = f"{self.plat_name}-{sys.implementation.cache_tag}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
         wanted, self.build_lib, self.build_temp = self.build_lib, f"build/{name}", f"build/{name}/objects"
-        inplace, self.inplace = self.inplace, True
+        # What is compiled for another machine does not belong beside the sources.
+        inplace, self.inplace = self.inplace, self.inplace or "_PYTHON_HOST_PLATFORM" not in os.environ
         super().run()
         kept, self.build_lib, self.inplace = self.build_lib, wanted, inplace
         for module in () if inplace else self.extensions:

@@ -59,6 +59,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         raise pytest.UsageError(f"kernels that must run here cannot ({reasons})")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A dtype that a kernel does not take makes no test of that kernel; `test_dispatch` holds which it must take."""
+
+    def declined(item: pytest.Item) -> bool:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        kernel, dtype = given.get("kernel"), given.get("dtype")
+        return isinstance(kernel, Kernel) and isinstance(dtype, str) and kernel.declines(dtype) is not None
+
+    items[:] = [item for item in items if not declined(item)]
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run that skipped more than it may."""
@@ -100,8 +111,6 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:
 @pytest.fixture(params=DTYPES)
 def dtype(request: pytest.FixtureRequest, kernel: Kernel) -> np.dtype[Any]:
     """Every dtype that the kernel takes; `indirect` parametrization chooses some of them."""
-    if reason := kernel.declines(request.param):
-        pytest.skip(f"{kernel.name}: {reason}")
     if request.param == "bfloat16":
         return np.dtype(pytest.importorskip("ml_dtypes").bfloat16)
     return np.dtype(request.param)

@@ -1,4 +1,4 @@
-"""Every example in a docstring, and those of the README: they run, and print what they say."""
+"""Every example in a docstring, and those in texts for users: they run, and print what they say."""
 
 from __future__ import annotations
 
@@ -42,8 +42,16 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-def test_readme() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md"])
+def test_text(file: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:
         exec(block, {})  # noqa: S102  our own text
+
+
+def test_deploying_names_every_variable_and_no_other() -> None:
+    from fastbn import environment
+
+    named = set(re.findall(r"FASTBN_[A-Z_]+", (ROOT / "docs" / "deploying.md").read_text()))
+    assert named == {*environment.EXPECTED, *environment.OF_THE_BUILD}
