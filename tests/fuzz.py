@@ -170,7 +170,8 @@ def agree(what: str, actual: Any, truth: Array, bound: Array | float, name: str)
     good |= np.isnan(bound) & ~(np.isnan(truth) & np.isfinite(a))
     largest = FORMATS[name].largest
     good |= (np.isnan(a) & np.isnan(truth)) | (a == truth) | np.isinf(bound)
-    good |= (np.abs(truth) >= largest * (1 - 1e-5)) & (np.abs(a) >= largest * (1 - 1e-4)) & (np.sign(a) == np.sign(truth))
+    good |= (np.abs(truth) >= largest * (1 - 1e-5)) & ~(np.abs(a) < largest * (1 - 1e-4))
+    good |= np.abs(a - truth) <= 256 * ulp(np.zeros_like(truth), name)  # of sums of the smallest numbers there are
     if good.all():
         return
     i = tuple(map(int, np.argwhere(~good)[0]))
@@ -185,7 +186,7 @@ def agree(what: str, actual: Any, truth: Array, bound: Array | float, name: str)
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing arguments.
 
-PAD = 64  # bytes of NaN around each array
+PAD = 64  # bytes of NaN around each array; none where a sanitizer watches what lies there
 POOL_SIZE = 4096
 
 
@@ -291,7 +292,7 @@ class Draw(random.Random):
     # --- places in memory
 
     def root(self, nbytes: int) -> Array:
-        root = np.full(nbytes + 2 * PAD + 64, 0xFF, np.uint8)
+        root = np.full(nbytes + 2 * PAD + (64 if PAD else 0), 0xFF, np.uint8)
         self.roots.append(root)
         return root
 
@@ -306,19 +307,19 @@ class Draw(random.Random):
         for i in reversed(order):
             strides[i] = size * steps[i]
             size *= max((shape[i] - 1) * steps[i] + 1, 1)
-        offset = PAD + item * self.randrange(0, 4)
+        offset, unaligned = PAD + item * self.randrange(0, 4 if PAD else 1), 0
         if how == "negative":
             for i in range(ndim):
                 if self.random() < 0.5:
                     offset += strides[i] * max(shape[i] - 1, 0)
                     strides[i] = -strides[i]
         elif how == "unaligned":
-            offset += self.choice((1, 1, item // 2))
+            unaligned = self.choice((1, 1, item // 2))
         elif how == "broadcast":
             for i in range(ndim):
                 if self.random() < 0.4:
                     strides[i] = 0
-        a = np.ndarray(shape, dtype, self.root(size), offset, strides)
+        a = np.ndarray(shape, dtype, self.root(size + unaligned), offset + unaligned, strides)
         if v is not None:
             a[...] = v
         return a
@@ -934,6 +935,9 @@ class Backward:
             xhat = (before - b) / w
             blur = np.where(w == 0, np.inf, 1) * (1e-15 if p.name == "float64" else 6e-7) * (np.abs(before) + np.abs(b)) / np.abs(w) + near / 10
             z = Z(before, np.zeros_like(before))
+            undone = w == 0
+        else:
+            undone = t.far > 1e3  # far beyond what is promised
         self.dz, unsure = dy, np.zeros_like(dy)
         if f is not None:
             slope = ACTIVATIONS[f[0]][1]
@@ -941,10 +945,8 @@ class Backward:
             low, high = slope(z.z - z.slack, k), slope(z.z + z.slack, k)
             unsure = np.abs(dy) * (np.maximum(np.abs(high - g), np.abs(low - g)) + near / 5)
             self.dz = np.where(g == 0, 0, dy * g)  # what is cut off counts as nothing, NaN too
-            undefined = ~np.isfinite(z.z)
-            self.undefined = undefined.any(1, keepdims=True)
-        else:
-            self.undefined = np.zeros((p.channels, 1), bool)
+            undone = undone | ~np.isfinite(z.z).all(1, keepdims=True)
+        self.undefined = undone
         self.unsure = unsure
         n = max(t.count, 1)
         m = np.ones(dy.shape[1], bool) if t.mask is None else t.mask
@@ -1759,14 +1761,20 @@ def one(d: Draw, seed: int, number: int, numba: bool, pinned: str | None, loud: 
     return found
 
 
-def work(options: argparse.Namespace) -> None:
-    """Make calls in this process, write the number of each before it, and each finding as a line."""
+def prepare(options: argparse.Namespace) -> None:
+    """Set this process up for calls: every warning is an error, and what the options say."""
+    global PAD
     faulthandler.enable()
     warnings.simplefilter("error")
-    if options.caches:
-        for k in TABLE:
-            if not k.unusable() and hasattr(k.module(), "set_caches"):
-                k.module().set_caches(*options.caches)
+    PAD = 0 if options.tight else 64
+    for kernel in TABLE:
+        if options.caches and not kernel.unusable() and hasattr(kernel.module(), "set_caches"):
+            kernel.module().set_caches(*options.caches)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Make calls in this process, write the number of each before it, and each finding as a line."""
+    prepare(options)
     d = Draw()
     with Path(options.record).open("r+b") as file, Path(options.findings).open("a") as findings:
         record = np.frombuffer(mmap.mmap(file.fileno(), 16), np.int64)
@@ -1774,7 +1782,8 @@ def work(options: argparse.Namespace) -> None:
         while made < options.calls and (made % 64 or time.monotonic() < end):
             record[0] = number
             for finding in one(d, options.seed, number, options.numba, options.kernel):
-                findings.write(json.dumps({"number": number, **finding._asdict()}) + "\n")
+                more = f"--caches {' '.join(map(str, options.caches))}; " if options.caches else ""
+                findings.write(json.dumps({"number": number, "kind": finding.kind, "text": more + finding.text}) + "\n")
                 findings.flush()
             number += options.stride
             made += 1
@@ -1800,10 +1809,12 @@ class Worker:
         self.left_before = self.left
         command = [sys.executable, __file__, "--worker", "--seed", o.seed, "--start", self.start, "--stride", self.jobs, "--calls", self.left]
         command += ["--seconds", max(self.end - time.monotonic(), 0.1), "--record", self.record, "--findings", self.findings]
-        command += ["--numba"] * o.numba + (["--kernel", o.kernel] if o.kernel else [])
+        command += ["--numba"] * o.numba + ["--tight"] * o.tight + (["--kernel", o.kernel] if o.kernel else [])
         caches = o.caches or ([512, 2048, 4096] if self.index % 2 and not o.kernel else None)
         command += ["--caches", *caches] if caches else []
-        return subprocess.Popen([str(c) for c in command], stderr=self.errors.open("wb"))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with self.errors.open("wb") as errors:
+            return subprocess.Popen([str(c) for c in command], stderr=errors, env=environment)
 
     def numbers(self) -> tuple[int, int]:
         current, made = np.frombuffer(self.record.read_bytes(), np.int64)
@@ -1836,6 +1847,16 @@ class Worker:
         self.last, self.since = -2, time.monotonic()
         self.process = self._launch()
         return True
+
+
+def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
+    """The findings by kind, most frequent first, with examples."""
+    lines = []
+    for kind, examples in sorted(found.items(), key=lambda item: -len(item[1])):
+        lines.append(f"{len(examples)} x {kind}")
+        lines += [f"    --seed {options.seed} --only {e['number']}: {e['text'][:1200]}" for e in examples[: options.examples]]
+    rate = options.made / max(options.took, 0.1)
+    return "\n".join([*lines, f"{options.made} numbers in {options.took:.0f} s ({rate:.0f}/s), {len(found)} kinds of findings"])
 
 
 def explore(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -1871,6 +1892,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes; every second one pretends that caches are tiny")
     parser.add_argument("--kernel", help="pin one kernel")
     parser.add_argument("--numba", action="store_true", help="the Numba kernels too, which compile for minutes")
+    parser.add_argument("--tight", action="store_true", help="nothing around the arrays: for a sanitizer, which sees the ends of memory")
     parser.add_argument("--caches", type=int, nargs=3, metavar="BYTES", help="what the kernels are told of L1, L2 and L3")
     parser.add_argument("--examples", type=int, default=2, help="how many of each kind to print")
     parser.add_argument("--patience", type=float, default=120, help="seconds after which a call counts as endless")
@@ -1893,20 +1915,11 @@ def main(arguments: list[str] | None = None) -> int:
         work(options)
         return 0
     if options.only is not None:
-        warnings.simplefilter("error")
-        faulthandler.enable()
-        if options.caches:
-            for k in TABLE:
-                if not k.unusable() and hasattr(k.module(), "set_caches"):
-                    k.module().set_caches(*options.caches)
+        prepare(options)
         return int(bool(one(Draw(), options.seed, options.only, options.numba, options.kernel, loud=True)))
     print(f"seed {options.seed}", flush=True)
     found = explore(options)
-    for kind, examples in sorted(found.items(), key=lambda item: -len(item[1])):
-        print(f"\n{len(examples)} x {kind}")
-        for e in examples[: options.examples]:
-            print(f"    --seed {options.seed} --only {e['number']}: {e['text'][:1200]}")
-    print(f"\n{options.made} numbers in {options.took:.0f} s ({options.made / max(options.took, 0.1):.0f}/s), {len(found)} kinds of findings")
+    print(report(found, options))
     return int(bool(found))
 
 
