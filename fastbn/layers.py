@@ -628,7 +628,7 @@ class FrozenBatchNorm:
         where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
         return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
-    def __call__(self, x: Array, residual: Array | None = None, *, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x.
 
         Parameters

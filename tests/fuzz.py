@@ -47,7 +47,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import fastbn
+try:
+    import fastbn
+except ModuleNotFoundError:  # run as a script in a clone
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    import fastbn
+
 from fastbn.dispatch import TABLE
 
 try:
@@ -162,9 +167,11 @@ def agree(what: str, actual: Any, truth: Array, bound: Array | float, name: str)
     good = np.abs(a - truth) <= bound
     if good.all():
         return
+    good |= np.isnan(bound) & ~(np.isnan(truth) & np.isfinite(a))
     largest = FORMATS[name].largest
     good |= (np.isnan(a) & np.isnan(truth)) | (a == truth) | np.isinf(bound)
-    good |= (np.abs(truth) >= largest * (1 - 1e-5)) & (np.abs(a) >= largest * (1 - 1e-4)) & (np.sign(a) == np.sign(truth))
+    good |= (np.abs(truth) >= largest * (1 - 1e-5)) & ~(np.abs(a) < largest * (1 - 1e-4))
+    good |= np.abs(a - truth) <= 256 * ulp(np.zeros_like(truth), name)  # of sums of the smallest numbers there are
     if good.all():
         return
     i = tuple(map(int, np.argwhere(~good)[0]))
@@ -179,7 +186,7 @@ def agree(what: str, actual: Any, truth: Array, bound: Array | float, name: str)
 # ---------------------------------------------------------------------------------------------------------------------
 # Drawing arguments.
 
-PAD = 64  # bytes of NaN around each array
+PAD = 64  # bytes of NaN around each array; none where a sanitizer watches what lies there
 POOL_SIZE = 4096
 
 
@@ -285,7 +292,7 @@ class Draw(random.Random):
     # --- places in memory
 
     def root(self, nbytes: int) -> Array:
-        root = np.full(nbytes + 2 * PAD + 64, 0xFF, np.uint8)
+        root = np.full(nbytes + 2 * PAD + (64 if PAD else 0), 0xFF, np.uint8)
         self.roots.append(root)
         return root
 
@@ -300,19 +307,19 @@ class Draw(random.Random):
         for i in reversed(order):
             strides[i] = size * steps[i]
             size *= max((shape[i] - 1) * steps[i] + 1, 1)
-        offset = PAD + item * self.randrange(0, 4)
+        offset, unaligned = PAD + item * self.randrange(0, 4 if PAD else 1), 0
         if how == "negative":
             for i in range(ndim):
                 if self.random() < 0.5:
                     offset += strides[i] * max(shape[i] - 1, 0)
                     strides[i] = -strides[i]
         elif how == "unaligned":
-            offset += self.choice((1, 1, item // 2))
+            unaligned = self.choice((1, 1, item // 2))
         elif how == "broadcast":
             for i in range(ndim):
                 if self.random() < 0.4:
                     strides[i] = 0
-        a = np.ndarray(shape, dtype, self.root(size), offset, strides)
+        a = np.ndarray(shape, dtype, self.root(size + unaligned), offset + unaligned, strides)
         if v is not None:
             a[...] = v
         return a
@@ -484,10 +491,10 @@ def counted(mask: Array | None, p: Place) -> Array | None:
     return None if mask is None else np.broadcast_to(np.asarray(mask), p.rest).reshape(-1)
 
 
-def slack_of(z: Array, terms: Array, name: str) -> Array:
+def slack_of(z: Array, terms: Array, unit: Array | int, name: str) -> Array:
     """How far z may be off, as an array of float32 or float64."""
     relative = FORMATS[name].relative
-    return np.maximum(relative * np.maximum(1, np.abs(z)), (1e-15 if name == "float64" else 3e-7) * terms)
+    return np.maximum(relative * np.maximum(np.maximum(1, np.abs(z)), unit / 10), (1e-15 if name == "float64" else 3e-7) * terms)
 
 
 def normalized(x: Array, mean: Array, invstd: Array, arguments: dict[str, Any], p: Place, unit: Array | int = 0) -> Z:
@@ -496,11 +503,11 @@ def normalized(x: Array, mean: Array, invstd: Array, arguments: dict[str, Any], 
     scale = invstd * w
     product = (x - mean) * scale
     z = product + b
-    terms = np.abs(product) + np.abs(b) + unit
+    terms = np.abs(product) + np.abs(b)
     if arguments.get("residual") is not None:
         r = flat(arguments["residual"], p)
         z, terms = z + r, terms + np.abs(r)
-    return Z(z, slack_of(z, terms, p.name))
+    return Z(z, slack_of(z, terms, unit, p.name))
 
 
 def output(zs: Z, activation: Any, p: Place) -> tuple[Array, Array]:
@@ -571,8 +578,8 @@ class Truth:
         self.zs = normalized(self.x, self.mean, self.invstd, arguments, p, np.abs(self.weight) if training else 0)
         # Beyond a mean of a million deviations, the promise ends step by step.
         far = np.abs(self.mean) * self.invstd / 1e6
-        if training and (far > 1).any():
-            self.zs = Z(self.zs.z, self.zs.slack * np.where(far > 1, far, 1))
+        self.far = np.where(far > 1, far, 1) if training else 1
+        self.zs = Z(self.zs.z, self.zs.slack * self.far)
 
     def judge_y(self, y: Any, call: Call, d: Draw) -> None:
         actual = same_array("y", y, self.p, call, d)
@@ -627,11 +634,15 @@ def short(v: Any) -> str:
 # Spoiling a call: an argument that must be refused, or memory that overlaps.
 
 
+class Asked(Exception):
+    """By what raises."""
+
+
 class Hostile:
     """What raises whenever it is asked to be a number, an array or a sequence."""
 
     def _no(self, *_: Any) -> Any:
-        raise RuntimeError("asked")
+        raise Asked
 
     __array__ = __float__ = __index__ = __len__ = __iter__ = __int__ = _no
 
@@ -687,7 +698,7 @@ def spoil(call: Call, d: Draw, p: Place) -> None:
         if name in ("x", "dy"):
             bad = (*bad, None)
     elif kind == "vector" or (kind == "running" and not call_training(call)):
-        bad = bad_vectors(p.channels, p.compute) if d.random() < 0.7 else tuple(v for v in ANYTHING if not (p.channels == 0 and v in ({}, range(0))))
+        bad = bad_vectors(p.channels, p.compute) if d.random() < 0.7 else ANYTHING
         if name in ("mean", "invstd", "sum_dy", "sum_dy_xmu") or kind == "running":
             bad = (*bad, None)
     elif kind == "running":
@@ -707,10 +718,8 @@ def spoil(call: Call, d: Draw, p: Place) -> None:
             "saved": (None, 5, "saved", (), {}, np.zeros(3), object(), Hostile(), fastbn.Saved),
         }[kind]  # fmt: skip
     value = d.choice(bad)
-    if kind == "array" and isinstance(value, np.ndarray) and value.ndim == len(p.shape) and name == "x":
-        pass
     a[name] = value
-    call.expect, call.blame, call.why = "error", (name,), f"{name}={short(value)}"
+    before, call.expect, call.blame, call.why = call.why, "error", (name,), f"{name}={short(value)}"
     if kind == "activation":
         call.blame = ("activation", "leaky_relu")
     if kind in ("array",):
@@ -743,6 +752,9 @@ def spoil(call: Call, d: Draw, p: Place) -> None:
         call.blame = (name,)
     if kind == "axis" and "layout" in a:
         call.blame = ("axis", "layout")
+    if before:  # another reason to refuse it
+        call.blame = tuple(a)
+    call.writes = tuple(a.get(k) for k in ("out", "running_mean", "running_var") if isinstance(a.get(k), np.ndarray))
     call.judge = None
 
 
@@ -913,7 +925,7 @@ class Backward:
         w = t.weight
         scale = t.invstd * w
         near = LD(1e-13 if p.name == "float64" else 1e-5)
-        xhat, blur = (t.x - t.mean) * t.invstd, near / 10
+        xhat, blur = (t.x - t.mean) * t.invstd, near / 10 * t.far
         f = t.activation
         z = t.zs
         if y is not None:  # from the output: x is what the stored y says
@@ -921,8 +933,11 @@ class Backward:
             before = stored if f is None else np.where(stored > 0, stored, stored / LD(f[1]))
             b = t.bias
             xhat = (before - b) / w
-            blur = (1e-15 if p.name == "float64" else 6e-7) * (np.abs(before) + np.abs(b)) / np.abs(w) + near / 10
+            blur = np.where(w == 0, np.inf, 1) * (1e-15 if p.name == "float64" else 6e-7) * (np.abs(before) + np.abs(b)) / np.abs(w) + near / 10
             z = Z(before, np.zeros_like(before))
+            undone = w == 0
+        else:
+            undone = t.far > 1e3  # far beyond what is promised
         self.dz, unsure = dy, np.zeros_like(dy)
         if f is not None:
             slope = ACTIVATIONS[f[0]][1]
@@ -930,10 +945,8 @@ class Backward:
             low, high = slope(z.z - z.slack, k), slope(z.z + z.slack, k)
             unsure = np.abs(dy) * (np.maximum(np.abs(high - g), np.abs(low - g)) + near / 5)
             self.dz = np.where(g == 0, 0, dy * g)  # what is cut off counts as nothing, NaN too
-            undefined = ~np.isfinite(z.z)
-            self.undefined = undefined.any(1, keepdims=True)
-        else:
-            self.undefined = np.zeros((p.channels, 1), bool)
+            undone = undone | ~np.isfinite(z.z).all(1, keepdims=True)
+        self.undefined = undone
         self.unsure = unsure
         n = max(t.count, 1)
         m = np.ones(dy.shape[1], bool) if t.mask is None else t.mask
@@ -942,7 +955,7 @@ class Backward:
         self.dbias = dz.sum(1, keepdims=True)
         self.dweight = (dz * xh).sum(1, keepdims=True)
         self.dbias_slack = un.sum(1, keepdims=True) + near / 5 * np.abs(dz).sum(1, keepdims=True) + near * np.abs(self.dbias)
-        bl = blur if isinstance(blur, (float, np.floating)) else blur[:, m]
+        bl = blur if np.ndim(blur) < 2 or blur.shape[1] == 1 else blur[:, m]
         self.dweight_slack = (
             (un * np.abs(xh)).sum(1, keepdims=True)
             + (np.abs(dz) * bl).sum(1, keepdims=True)
@@ -984,6 +997,8 @@ class Backward:
 
 def scenario_backward(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
     call, p, _ = draw_forward(d, dtypes, "forward")
+    if call.expect != "value":
+        return
     in_place = d.random() < 0.15
     a = call.arguments
     a.pop("out", None)
@@ -1405,11 +1420,12 @@ def scenario_layer(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
         call.out = b.get("out")
         call.writes = (call.out, *((layer.running_mean, layer.running_var) if track else ()))
         if uses_batch and not t.empty and t.count < 2 - (correction == 0):
-            call.expect, call.blame, call.why = "error", ("x", "mask"), "too few values"
+            call.expect, call.blame = "error", (*call.blame, "x", "mask", "out")
+            call.why = "too few values"
         want = None if seen is None else seen + (1 if track and not t.empty else 0)
         call.judge = layer_judge(t, call, d, layer, want)
         yield call
-        if call.result is None:
+        if call.result is None or call.why:
             continue
         # And back. From the output where the input was overwritten, which is another truth: left to the functions.
         if d.random() < 0.6:
@@ -1655,11 +1671,13 @@ def perform(call: Call, d: Draw, loud: bool) -> Finding | None:
             return Finding(f"{call.name}{spoiled}: the error names no argument: {type(error).__name__} {clean(str(error))}", f"{error}; {call.why}; {described()}")
         return None
     except Exception as error:
+        changed = any(root.tobytes() != b for root, b in zip(d.roots, before, strict=True))
+        if isinstance(error, Asked) and not changed:
+            return None  # what an argument itself raises may come through
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
         if loud:
             traceback.print_exc()
-        changed = any(root.tobytes() != b for root, b in zip(d.roots, before, strict=True))
         return Finding(
             f"{call.name}{spoiled}: {type(error).__name__} {clean(str(error))} at {where}{', something modified' if changed else ''}{extreme}",
             f"{error}; {call.why}; {described()}",
@@ -1743,14 +1761,20 @@ def one(d: Draw, seed: int, number: int, numba: bool, pinned: str | None, loud: 
     return found
 
 
-def work(options: argparse.Namespace) -> None:
-    """Make calls in this process, write the number of each before it, and each finding as a line."""
+def prepare(options: argparse.Namespace) -> None:
+    """Set this process up for calls: every warning is an error, and what the options say."""
+    global PAD
     faulthandler.enable()
     warnings.simplefilter("error")
-    if options.caches:
-        for k in TABLE:
-            if not k.unusable() and hasattr(k.module(), "set_caches"):
-                k.module().set_caches(*options.caches)
+    PAD = 0 if options.tight else 64
+    for kernel in TABLE:
+        if options.caches and not kernel.unusable() and hasattr(kernel.module(), "set_caches"):
+            kernel.module().set_caches(*options.caches)
+
+
+def work(options: argparse.Namespace) -> None:
+    """Make calls in this process, write the number of each before it, and each finding as a line."""
+    prepare(options)
     d = Draw()
     with Path(options.record).open("r+b") as file, Path(options.findings).open("a") as findings:
         record = np.frombuffer(mmap.mmap(file.fileno(), 16), np.int64)
@@ -1758,7 +1782,8 @@ def work(options: argparse.Namespace) -> None:
         while made < options.calls and (made % 64 or time.monotonic() < end):
             record[0] = number
             for finding in one(d, options.seed, number, options.numba, options.kernel):
-                findings.write(json.dumps({"number": number, **finding._asdict()}) + "\n")
+                more = f"--caches {' '.join(map(str, options.caches))}; " if options.caches else ""
+                findings.write(json.dumps({"number": number, "kind": finding.kind, "text": more + finding.text}) + "\n")
                 findings.flush()
             number += options.stride
             made += 1
@@ -1784,10 +1809,12 @@ class Worker:
         self.left_before = self.left
         command = [sys.executable, __file__, "--worker", "--seed", o.seed, "--start", self.start, "--stride", self.jobs, "--calls", self.left]
         command += ["--seconds", max(self.end - time.monotonic(), 0.1), "--record", self.record, "--findings", self.findings]
-        command += ["--numba"] * o.numba + (["--kernel", o.kernel] if o.kernel else [])
+        command += ["--numba"] * o.numba + ["--tight"] * o.tight + (["--kernel", o.kernel] if o.kernel else [])
         caches = o.caches or ([512, 2048, 4096] if self.index % 2 and not o.kernel else None)
         command += ["--caches", *caches] if caches else []
-        return subprocess.Popen([str(c) for c in command], stderr=self.errors.open("wb"))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with self.errors.open("wb") as errors:
+            return subprocess.Popen([str(c) for c in command], stderr=errors, env=environment)
 
     def numbers(self) -> tuple[int, int]:
         current, made = np.frombuffer(self.record.read_bytes(), np.int64)
@@ -1820,6 +1847,16 @@ class Worker:
         self.last, self.since = -2, time.monotonic()
         self.process = self._launch()
         return True
+
+
+def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> str:
+    """The findings by kind, most frequent first, with examples."""
+    lines = []
+    for kind, examples in sorted(found.items(), key=lambda item: -len(item[1])):
+        lines.append(f"{len(examples)} x {kind}")
+        lines += [f"    --seed {options.seed} --only {e['number']}: {e['text'][:1200]}" for e in examples[: options.examples]]
+    rate = options.made / max(options.took, 0.1)
+    return "\n".join([*lines, f"{options.made} numbers in {options.took:.0f} s ({rate:.0f}/s), {len(found)} kinds of findings"])
 
 
 def explore(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
@@ -1855,6 +1892,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes; every second one pretends that caches are tiny")
     parser.add_argument("--kernel", help="pin one kernel")
     parser.add_argument("--numba", action="store_true", help="the Numba kernels too, which compile for minutes")
+    parser.add_argument("--tight", action="store_true", help="nothing around the arrays: for a sanitizer, which sees the ends of memory")
     parser.add_argument("--caches", type=int, nargs=3, metavar="BYTES", help="what the kernels are told of L1, L2 and L3")
     parser.add_argument("--examples", type=int, default=2, help="how many of each kind to print")
     parser.add_argument("--patience", type=float, default=120, help="seconds after which a call counts as endless")
@@ -1877,20 +1915,11 @@ def main(arguments: list[str] | None = None) -> int:
         work(options)
         return 0
     if options.only is not None:
-        warnings.simplefilter("error")
-        faulthandler.enable()
-        if options.caches:
-            for k in TABLE:
-                if not k.unusable() and hasattr(k.module(), "set_caches"):
-                    k.module().set_caches(*options.caches)
+        prepare(options)
         return int(bool(one(Draw(), options.seed, options.only, options.numba, options.kernel, loud=True)))
     print(f"seed {options.seed}", flush=True)
     found = explore(options)
-    for kind, examples in sorted(found.items(), key=lambda item: -len(item[1])):
-        print(f"\n{len(examples)} x {kind}")
-        for e in examples[: options.examples]:
-            print(f"    --seed {options.seed} --only {e['number']}: {e['text'][:1200]}")
-    print(f"\n{options.made} numbers in {options.took:.0f} s ({options.made / max(options.took, 0.1):.0f}/s), {len(found)} kinds of findings")
+    print(report(found, options))
     return int(bool(found))
 
 

@@ -1,19 +1,53 @@
-"""Laws that hold for every input."""
+"""Laws that hold for every input.
+
+Each run tries the same examples. HYPOTHESIS_PROFILE=explore tries others, a thousand for each test, and prints the seed
+with which HYPOTHESIS_SEED tries them again; HYPOTHESIS_EXAMPLES is how many.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import hypothesis
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given as given_any
 from hypothesis import strategies as st
 from truth import SIZES, Problem, backward, forward, near, near_gradients, problem, rng, same_bits
 
 import fastbn
 from fastbn.layout import Array
 
-pytestmark = pytest.mark.usefixtures("kernel")
+pytestmark = pytest.mark.usefixtures("kernel", "seed_in_the_report")
+
+EXPLORE = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
+SEED = int(os.environ.get("HYPOTHESIS_SEED") or int.from_bytes(os.urandom(4), "little"))
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+def given(*args: Any, **kwargs: Any) -> Callable[[Test], Test]:
+    """Examples as the profile says: always the same ones, or new ones."""
+
+    def decorate(test: Test) -> Test:
+        test = given_any(*args, **kwargs)(test)
+        if not EXPLORE:
+            return test
+        examples = int(os.environ.get("HYPOTHESIS_EXAMPLES") or 1000)
+        return hypothesis.seed(SEED)(hypothesis.settings(derandomize=False, max_examples=examples, print_blob=True)(test))
+
+    return decorate
+
+
+@pytest.fixture(scope="session")
+def seed_in_the_report(request: pytest.FixtureRequest) -> None:
+    if EXPLORE:
+        with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+            print(f"\nexploring: HYPOTHESIS_PROFILE=explore HYPOTHESIS_SEED={SEED} tries the same again")
+
+
 single = pytest.mark.parametrize("dtype", ["float32"], indirect=True)
 wide = pytest.mark.parametrize("dtype", ["float32", "float64"], indirect=True)
 

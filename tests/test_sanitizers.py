@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, for odd sizes at odd addresses."""
+"""The kernels under AddressSanitizer and UndefinedBehaviorSanitizer: a build of their own, minutes to make."""
 
 from __future__ import annotations
 
@@ -10,48 +10,103 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FLAGS = "-fsanitize=address,undefined"
-
-# Arrays end where their memory ends and start one element late: an element too far is a finding.
-SCRIPT = """
-import itertools
-import numpy as np
-from fastbn.activations import Epilogue, lookup
 from fastbn.dispatch import TABLE
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+FLAGS = "-fsanitize=address,undefined"
+# What this machine can run, and so what must have run.
+KERNELS = [kernel.name for kernel in TABLE if kernel.level is not None and not kernel.unusable()]
+DTYPES = "float32,float64,float16,bfloat16"
+
+pytestmark = pytest.mark.slow
+
+# Arrays end where their memory ends and start one element late: an element too far is a finding. Caches are as they are,
+# and then tiny, so that whole arrays are streamed past them.
+OPERATIONS = """
+import itertools, sys
+import numpy as np
+from fastbn.activations import NAMES, Epilogue, lookup
+from fastbn.core import Composed
+from fastbn.dispatch import KERNELS
 try:
     from ml_dtypes import bfloat16
 except ImportError:
     bfloat16 = np.float16
-sizes = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)
-for kernel in TABLE:
-    if kernel.level is None or kernel.unusable():
-        continue
-    m = kernel.module()
-    for dtype, n, c, s in itertools.product((np.float32, np.float64, np.float16, bfloat16), (1, 3, 9), sizes, sizes):
-        if n * c * s > 30_000:
-            continue
+m = KERNELS[sys.argv[1]].module()
+assert not KERNELS[sys.argv[1]].unusable()
+sizes = (1, 2, 7, 8, 9, 17, 31, 33, 65, 97)
+grid = [shape for shape in itertools.product((1, 3, 9), sizes, sizes) if np.prod(shape) < 15_000]
+# Small planes of many images, of which some are taken together; rows; one channel; and enough for several units of work.
+grid += [(32, 3, 4), (33, 17, 9), (64, 2, 49), (100, 5, 2), (130, 1, 3), (700, 129, 1), (3, 5, 2000), (2, 3, 5000), (40, 33, 33), (300, 65, 1)]
+for caches in (None, (512, 2048, 4096)):
+    if caches is not None:
+        m.set_caches(*caches)
+        grid = grid[::7] + grid[-10:]
+    for dtype, (i, (n, c, s)) in itertools.product((np.float32, np.float64, np.float16, bfloat16), enumerate(grid)):
         compute = np.dtype(np.float64 if dtype is np.float64 else np.float32)
-        x, dy, y = (np.ones(n * c * s + 1, dtype)[1:].reshape(n, c, s) for _ in range(3))
+        x, dy, y, d = (np.ones(n * c * s + 1, dtype)[1:].reshape(n, c, s) for _ in range(4))
         w = np.ones(c, compute)
-        threads = 1 if (n + c + s) % 2 else 3
+        threads = 3 if i % 2 else 1
         m.stats(x, threads)
         m.normalize(x, y, w, w, w, threads)
         m.inference(x, y, w, None, w, None, w, 1e-5, threads)
-        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, 1, compute, threads)
+        if n * s == 1:
+            continue
+        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, compute, threads)
         m.grad_sums(dy, x, w, threads)
         m.grad_input(dy, x, y, w, w, w, w, threads)
         m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads)
-        for activation, residual in ((lookup("relu"), dy), (lookup("gelu"), None), (None, dy)):
-            after = Epilogue(activation, residual, scale, shift, y.copy())
+        m.backward(dy, x, None, mean, None, invstd, None, threads)
+        names = (NAMES[i % len(NAMES)], None) if i % 3 or c > 9 else (*NAMES, None)
+        for name, residual in itertools.product(names, (None, dy)):
+            if name is None and residual is None:
+                continue
+            after = Epilogue(name and lookup(name), residual, scale, shift, d if residual is not None else None)
             m.normalize(x, y, w, w, w, threads, after)
-            m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, after)
-    print(kernel.name, "done")
+            m.inference(x, y, w, None, w, w, w, 1e-5, threads, after)
+            m.forward(x, y, w, w, 1e-5, None, None, 0.1, compute, threads, after)
+            if name is not None:
+                m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, after)
+                m.backward(dy, x, None, mean, mean_lo, invstd, scale, threads, after._replace(dresidual=None))
+        slope = Epilogue(lookup(("leaky_relu", 0.5)), None, scale, shift, None, True)
+        m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, slope)
+print("done")
+"""
+
+# Vectors wherever they may start: at odd addresses, strided, backwards, in the other byte order.
+VECTORS = """
+import sys
+import numpy as np
+import fastbn
+for dtype in (np.float32, np.float64, np.float16):
+    compute = np.dtype(np.float64 if dtype is np.float64 else np.float32)
+    for c in (1, 3, 8, 17, 65):
+        odd = lambda k=compute: np.ones(c * k.itemsize + 1, np.uint8)[1:].view(k)
+        x = np.arange(5 * c * 3).astype(dtype).reshape(5, c, 3)
+        for make in (odd, lambda: np.ones(3 * c, compute)[::3], lambda: np.ones(c, compute)[::-1], lambda: np.ones(c, compute.newbyteorder())):
+            v = [make() for _ in range(6)]
+            for a in v:
+                a[...] = 1
+            for activation in (None, "silu"):
+                out = np.empty(x.nbytes + 1, np.uint8)[1:].view(dtype).reshape(x.shape)
+                fastbn.batch_norm(x, v[0], v[1], v[2], v[3], activation=activation, out=out)
+                fastbn.batch_norm(x, v[0], v[1], v[2], v[3], activation=activation)
+                if v[0].dtype.isnative:
+                    fastbn.batch_norm(x, v[0], v[1], v[2], v[3], training=True, activation=activation)
+                saved = fastbn.batch_norm_forward(x, v[2], v[3], activation=activation)[1]
+                fastbn.batch_norm_backward(x, x, saved, out=out)
+                fastbn.batch_norm_elemt(x, v[0], v[1], v[2], v[3], activation=activation)
+                fastbn.FrozenBatchNorm(v[0], v[1], v[2], v[3], activation=activation)(x)
+            sums = fastbn.batch_norm_backward_reduce(x, x, v[0], v[1])
+            fastbn.batch_norm_backward_elemt(x, x, v[0], v[1], v[2], v[3], v[4], 15)
+print("done")
 """
 
 
-@pytest.mark.slow
-def test_address_and_undefined_behavior(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which Python imports fastbn built with sanitizers."""
     pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
     for package in ("Cython", "setuptools"):
         pytest.importorskip(package)
@@ -61,7 +116,7 @@ def test_address_and_undefined_behavior(tmp_path: Path) -> None:
     # Without forced inlining, which makes instrumented code slow to compile.
     flags = f"{FLAGS} -fno-sanitize-recover=undefined -O1 -UCYTHON_INLINE -DCYTHON_INLINE=inline"
     environment = {**os.environ, "FASTBN_CXXFLAGS": flags, "FASTBN_LDFLAGS": FLAGS}
-    source = tmp_path / "source"
+    source = tmp_path_factory.mktemp("sanitized")
     built = shutil.ignore_patterns("*.so", "_*.cpp", "__pycache__")
     shutil.copytree(ROOT / "fastbn", source / "fastbn", ignore=built)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -74,9 +129,71 @@ def test_address_and_undefined_behavior(tmp_path: Path) -> None:
         subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=source, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(source), "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-5000:]
-    assert "done" in result.stdout
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(source), str(TESTS)]),
+        "PYTHONMALLOC": "malloc",
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def clean(environment: dict[str, str], *arguments: str) -> None:
+    """Run Python; it must import the sanitized modules, say "done", and its sanitizers nothing."""
+    where = Path(environment["PYTHONPATH"].partition(os.pathsep)[0])
+    # Not from the clone, where other modules lie.
+    result = subprocess.run([sys.executable, *arguments], cwd=where, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]
+    assert "runtime error" not in result.stderr, result.stderr[-5000:]
+    assert result.stdout.splitlines()[-1] == "done"
+
+
+def test_every_kernel_of_this_machine_is_built_with_sanitizers(sanitized: dict[str, str]) -> None:
+    script = (
+        "import fastbn, fastbn.kernels._pool, fastbn.kernels._cpu\n"
+        "from fastbn.dispatch import TABLE\n"
+        "usable = [k.name for k in TABLE if k.level is not None and not k.unusable()]\n"
+        f"assert usable == {KERNELS!r}, usable\n"
+        "import sys\n"
+        "files = [m.__file__ for name, m in sys.modules.items() if name.startswith('fastbn.kernels._') and m.__file__.endswith('.so')]\n"
+        "assert len(files) == len(usable) + 2, files\n"
+        "assert all(b'__asan_report_load' in open(f, 'rb').read() for f in files), files\n"
+        "print('done')\n"
+    )
+    clean(sanitized, "-c", script)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_operations(sanitized: dict[str, str], kernel: str) -> None:
+    clean(sanitized, "-c", OPERATIONS, kernel)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, ""])
+def test_calls_at_the_ends_of_memory(sanitized: dict[str, str], kernel: str) -> None:
+    clean(sanitized, str(TESTS / "test_guard_pages.py"), kernel, DTYPES)
+
+
+def test_vectors_at_odd_addresses(sanitized: dict[str, str]) -> None:
+    clean(sanitized, "-c", VECTORS)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, ""])
+def test_random_calls(sanitized: dict[str, str], kernel: str) -> None:
+    pin = ["--kernel", kernel, "--caches", "512", "2048", "4096"] if kernel else []
+    script = f"import fuzz, sys; sys.exit(fuzz.main(['--seed', '1', '--calls', '1500', '--tight', *{pin!r}]) or print('done'))"
+    clean(sanitized, "-c", script)
+
+
+def test_a_read_beyond_an_array_would_be_seen(sanitized: dict[str, str]) -> None:
+    """The Python callers check; so a shape that the memory does not have is what is left."""
+    script = (
+        "import numpy as np\n"
+        "from fastbn.dispatch import KERNELS\n"
+        f"m = KERNELS[{KERNELS[0]!r}].module()\n"
+        "x = np.lib.stride_tricks.as_strided(np.ones(1000, np.float32), (1, 1, 1001), (4004, 4004, 4))\n"
+        "m.stats(x, 1)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=sanitized)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
