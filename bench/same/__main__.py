@@ -19,7 +19,7 @@ from zlib import crc32
 
 import numpy as np
 
-from bench import instructions, options, text
+from bench import instructions, options, report, text
 from bench.same import cases
 
 CHECKS = ("bits", "instructions", "times", "sizes")
@@ -155,7 +155,7 @@ def _same_times(builds: Sequence[Build]) -> int:
 
     Where the code of a process lies in memory makes a small call faster or slower; so each trial has new processes.
     """
-    lines: dict[str, tuple[float, float]] = {}
+    before, lines = report.load(), dict[str, tuple[float, float]]()
     names = builds[0].call("small")
     for _ in range(TRIALS):
         for name in names:
@@ -169,7 +169,7 @@ def _same_times(builds: Sequence[Build]) -> int:
             build.stop()
             build.start()
     rows = [(name, a, b, b / a, "SLOWER" if name in names else "") for name, (a, b) in lines.items()]
-    text.show(["## Small calls", text.Table(("call", "A µs", "B µs", "B / A", "verdict"), rows)])
+    text.show(["## Small calls", *report.unstable(before), text.Table(("call", "A µs", "B µs", "B / A", "verdict"), rows)])
     print(f"times: {len(names)} of {len(lines)} small calls are slower by more than {SLOWER - 1:.0%}", flush=True)
     return len(names)
 
