@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import fastbn
-from bench import options, text
+from bench import options, report, text
 
 SHAPES = {"25.7 MB": (32, 64, 56, 56), "3.2 MB": (1, 64, 112, 112), "0.4 MB": (1, 128, 28, 28), "4 KiB": (1, 16, 8, 8)}
 
@@ -46,7 +46,7 @@ def busy(processes: int) -> Iterator[None]:
 
 def times(call: Callable[[], object], seconds: float) -> np.ndarray:
     """Seconds of each call, back to back."""
-    taken = []
+    taken: list[float] = []
     until = time.perf_counter() + seconds
     while (start := time.perf_counter()) < until or len(taken) < 20:
         call()
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     lines: list[tuple[object, ...]] = []
     single: dict[str, float] = {}
-    interrupted = False
+    interrupted, before = False, report.load()
     try:
         for size, n, neighbors, taken in measure(arguments.threads, arguments.processes, arguments.seconds):
             median = float(np.median(taken))
@@ -93,7 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"interrupted after {len(lines)} rows", file=sys.stderr)
         interrupted = True
     if lines:
-        text.show([text.Table(("x", "threads", "busy processes", "median µs", "p99 µs", "median / quiet single thread"), lines)])
+        text.show(
+            [
+                *report.unstable(before),
+                text.Table(("x", "threads", "busy processes", "median µs", "p99 µs", "median / quiet single thread"), lines),
+            ]
+        )
     return options.INTERRUPTED if interrupted else 0
 
 

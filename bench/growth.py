@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import fastbn
-from bench import options, text
+from bench import options, report, text
 from bench.peers.copy_peer import copy_into
 from bench.progress import each
 from bench.timing import race
@@ -91,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     options.need(parser, "the drawing", "matplotlib")
     cases = [(layout, size) for size in SIZES if size <= arguments.largest for layout in LAYOUTS]
+    before = report.load()
     measured, interrupted = each(
         cases, lambda case: f"{case[0]} {case[1] >> 10} KiB", lambda case: [(case, measure(case[1], case[0], arguments.seconds))]
     )
@@ -100,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not found:
         return options.INTERRUPTED
     rows = [(f"{size >> 10} KiB", layout, *(times[name] for name in CONTENDERS)) for (layout, size), times in found.items()]
-    parts: list[text.Part] = ["# Time per byte", text.Table(("x", "layout", *(f"{name}, ns per KiB" for name in CONTENDERS)), rows)]
+    parts: list[text.Part] = [
+        "# Time per byte",
+        *report.unstable(before),
+        text.Table(("x", "layout", *(f"{name}, ns per KiB" for name in CONTENDERS)), rows),
+    ]
     written = options.write({arguments.folder / "growth.md": text.markdown(parts)})
     print("wrote", *draw(found, arguments.folder), file=sys.stderr)
     text.show(parts)

@@ -51,6 +51,11 @@ class Summary(NamedTuple):
     error: float
 
 
+def load() -> dict[str, Any]:
+    """How busy the machine is before the start: processes that run, on average over a minute, and cores."""
+    return {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None, "cores": os.cpu_count()}
+
+
 def machine(dtype: str) -> dict[str, Any]:
     """Describe the machine, the versions, the moment, and what fastbn will run on a dtype."""
     model, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
@@ -59,10 +64,9 @@ def machine(dtype: str) -> dict[str, Any]:
     config = fastbn.show_config()
     return {
         "processor": model,
-        "cores": os.cpu_count(),
+        **load(),
         "system": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": fastbn.get_num_threads(),
         "dtype": dtype,
         "kernel": config["pinned"] or config["selected"][dtype],
@@ -135,11 +139,11 @@ _DISPENSABLE = (
 )  # fmt: skip
 
 
-def unstable(about: dict[str, Any], measured: Sequence[Mapping[str, Times]]) -> list[str]:
+def unstable(about: dict[str, Any], measured: Sequence[Mapping[str, Times]] = ()) -> list[str]:
     """Say in words what speaks against the times: a busy machine before the start, times that differ from call to call."""
     found = []
-    if (load := about["load"] or 0.0) > BUSY * (about["cores"] or 1):
-        found.append(f"other processes were running (load {load:.1f} on {about['cores']} cores before the start)")
+    if (running := about["load"] or 0.0) > BUSY * (about["cores"] or 1):
+        found.append(f"other processes were running (load {running:.1f} on {about['cores']} cores before the start)")
     for name in dict.fromkeys(name for times in measured for name in times):
         wide = sum(name in times and times[name].spread > WIDE for times in measured)
         if wide > SOME * len(measured):
@@ -161,7 +165,7 @@ def _facts(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, in
     facts = [
         f"{about['processor']}, {about['cores']} cores",
         ", ".join(f"{level.upper()} {size >> 10} KiB" for level, size in about["config"]["caches"].items()),
-        f"{about['system']}, {about['date']}, load before {about['load']}",
+        f"{about['system']}, {about['date']}, load before {about['load'] or 0:.1f}",
         ", ".join(f"{name} {number or 'not installed'}" for name, number in versions.items()),
         f"{about['threads']} threads, {about['dtype']}, kernel {about['kernel']}",
         "Parameters: " + ", ".join(dict.fromkeys(row.parameters for row in rows)),

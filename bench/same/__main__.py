@@ -15,10 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
-from bench import instructions, options, text
+from bench import instructions, options, report, text
 from bench.same import cases
 
 CHECKS = ("bits", "instructions", "times", "sizes")
@@ -118,9 +119,10 @@ def _differences(builds: Sequence[Build], kernel: str, indices: Sequence[int]) -
 def _same_bits(builds: Sequence[Build], kernels: Sequence[str], every: int, only: str) -> int:
     """Compare the bits of all results; say the first difference of each kernel, and count the cases that differ."""
     listed = list(cases.cases())
-    indices = [i for i, case in enumerate(listed) if only in str(case)][::every]
+    # Chosen by a checksum: steps of N would meet the steps in which the cases are listed.
+    indices = [i for i, case in enumerate(listed) if only in (name := str(case)) and crc32(name.encode()) % every == 0]
     if not indices:
-        raise SystemExit(f"no case has {only!r} in its name; one is: {listed[0]}")
+        raise SystemExit(f"bits: nothing to compare: no case has {only!r} in its description, or --every leaves none; one is: {listed[0]}")
     bad = 0
     for kernel in kernels:
         found: list[tuple[int, str]] = []
@@ -153,7 +155,7 @@ def _same_times(builds: Sequence[Build]) -> int:
 
     Where the code of a process lies in memory makes a small call faster or slower; so each trial has new processes.
     """
-    lines: dict[str, tuple[float, float]] = {}
+    before, lines = report.load(), dict[str, tuple[float, float]]()
     names = builds[0].call("small")
     for _ in range(TRIALS):
         for name in names:
@@ -167,7 +169,7 @@ def _same_times(builds: Sequence[Build]) -> int:
             build.stop()
             build.start()
     rows = [(name, a, b, b / a, "SLOWER" if name in names else "") for name, (a, b) in lines.items()]
-    text.show(["## Small calls", text.Table(("call", "A µs", "B µs", "B / A", "verdict"), rows)])
+    text.show(["## Small calls", *report.unstable(before), text.Table(("call", "A µs", "B µs", "B / A", "verdict"), rows)])
     print(f"times: {len(names)} of {len(lines)} small calls are slower by more than {SLOWER - 1:.0%}", flush=True)
     return len(names)
 
@@ -218,7 +220,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=options.whole(1),
         default=1,
         metavar="N",
-        help="every N-th case alone; all take about 4 minutes a kernel (default: 1)",
+        help="one of N cases, always the same ones; all take some 4 minutes a kernel (default: 1)",
     )
     add("--only", default="", metavar="TEXT", help="cases whose description has this text (default: all)")
     arguments = parser.parse_args(argv)

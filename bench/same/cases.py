@@ -64,21 +64,22 @@ class Arrays(NamedTuple):
 Results = dict[str, object]
 
 
-@lru_cache(64)
+@lru_cache(4)
 def _values(shape: tuple[int, ...], dtype: str, values: str) -> tuple[Array, Array, Array]:
     """x, dy and a residual in the order (N, C, ...)."""
     if dtype == "bfloat16":
         import ml_dtypes  # noqa: F401  makes NumPy know the name
     rng = np.random.default_rng(crc32(repr((shape, values)).encode()))
-    x, dy, residual = rng.standard_normal((3, *shape))
-    x += rng.normal(0.0, 3.0, (shape[1], *(1,) * (len(shape) - 2)))
+    wide = np.float64 if shape != LARGE else np.float32
+    x, dy, residual = (rng.standard_normal(shape, wide) for _ in range(3))
+    x += rng.normal(0.0, 3.0, (shape[1], *(1,) * (len(shape) - 2))).astype(wide)
     if values == "hostile":  # by channel: constant, NaN, infinite, huge, subnormal, far from 0
         huge, tiny = (3e4, 1e-7) if dtype == "float16" else (1e30, 1e-42)
         for channel, (factor, offset) in enumerate(((0, 7), (1, 0), (1, 0), (huge, 0), (tiny, 0), (1, 1e4))[: shape[1]]):
             x[:, channel] = factor * x[:, channel] + offset
         for channel, value in enumerate((7, np.nan, np.inf)[: shape[1] * (x.size > 0)]):
             x[-1, channel].flat[0] = value
-    return tuple(a.astype(dtype) for a in (x, dy, residual))
+    return x.astype(dtype, copy=False), dy.astype(dtype, copy=False), residual.astype(dtype, copy=False)
 
 
 def _place(a: Array, memory: str) -> Array:
