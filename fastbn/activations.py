@@ -176,7 +176,7 @@ def lookup(activation: object) -> Builtin | Activation:
 
 def _slope(value: Any) -> float:
     """Check the slope of leaky_relu: any number, as in PyTorch."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"activation: the slope of leaky_relu must be a number, got {value!r}")
     try:
         return float(value)

@@ -180,7 +180,7 @@ def number(name: str, value: object, least: float | None = None) -> float:
     """Check a number; one with a least value must be finite too."""
     if type(value) is float and least is None:
         return value
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {short(value)}")
     try:
         v = float(value)
@@ -201,7 +201,7 @@ def short(value: object, text: str | None = None) -> str:
 
 def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
     """Check an int between two bounds."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, got {short(value)}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {short(int(value))}")
@@ -211,8 +211,8 @@ def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
 
 
 def switch(name: str, value: object) -> bool:
-    """Check something that is on or off."""
-    if not isinstance(value, (bool, np.bool_)):
+    """Check something that is on or off; 1 and 0 will do."""
+    if not isinstance(value, (bool, np.bool_)) and not (type(value) is int and value in (0, 1)):
         raise TypeError(f"{name} must be True or False, got {short(value)}")
     return bool(value)
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from fastbn import cpu, memory, threads
 from fastbn.dtypes import DTYPES, lookup
-from fastbn.layout import Array, channel_axis, pattern, view
+from fastbn.layout import LAYOUTS, Array, LayoutName, channel_axis, pattern, view
 
 ALL = frozenset(DTYPES)
 NOT_BUILT = "it was not built"
@@ -265,6 +265,8 @@ def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW
 
     Raises
     ------
+    TypeError
+        If something else is given than names.
     ValueError
         If a layout or a dtype is unknown.
 
@@ -273,19 +275,29 @@ def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW
     >>> import fastbn
     >>> fastbn.warmup(["float32"], ["NCHW"])
     """
-    patterns = {pattern(layout) for layout in layouts}
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
+    patterns = {pattern(layout) for layout in _names("layouts", layouts, LAYOUTS)}
+    for dtype in _names("dtypes", dtypes, tuple(DTYPES)):
         module = select(dtype).module()
         if hasattr(module, "warmup"):
             module.warmup(np.dtype(dtype), patterns)
 
 
+def _names(name: str, given: object, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Check one name or several."""
+    try:
+        names = (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be names among {', '.join(known)}, got {given!r}") from None
+    for one in names:
+        if not isinstance(one, str) or one not in known:
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {one!r}")
+    return names
+
+
 OPS = ("stats", "normalize", "forward", "backward")
 
 
-def explain(op: str, x: Array, layout: str | None = None) -> str:
+def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | None = None) -> str:
     """Say how a call would run: which kernel, memory pattern, tiles and threads, and why not a better kernel.
 
     Parameters
@@ -294,7 +306,7 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
         "stats", "normalize" (inference), "forward" (training) or "backward".
     x : ndarray
         The input.
-    layout : str, optional
+    layout, axis
         As in `batch_norm_forward`.
 
     Returns
@@ -304,8 +316,8 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
 
     Raises
     ------
-    ValueError
-        If there is no such operation.
+    TypeError, ValueError
+        If there is no such operation, or x is no array that fastbn takes.
 
     Examples
     --------
@@ -317,16 +329,18 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
       threads: 1
       reference is pinned
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
     dtype = lookup(x.dtype)
     if dtype is None:
         raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
-    v = view(x, channel_axis(layout, x.ndim))
+    v = view(x, channel_axis(layout, x.ndim, axis))
     kernel = select(dtype.storage)
     n = threads.for_call(op, x.nbytes)
     outer, channels, inner = v.dims
-    copied = "" if v.dense else ", copied first: the strides follow no pattern"
+    copied = "" if v.dense else ", copied first: the memory is not dense"
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,

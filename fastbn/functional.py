@@ -389,7 +389,7 @@ def _can_be_inverted(saved: Saved) -> None:
     with np.errstate(all="ignore"):
         weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
         # The output is known to its last place, which is one of the bias; the input times the weight must be larger.
-        lost = np.abs(saved.shift) * _LAST_PLACE[saved.dtype.name] >= weight / 8
+        lost = np.isfinite(saved.shift) & (np.abs(saved.shift) * _LAST_PLACE[saved.dtype.name] >= weight / 8)
     if lost.any() and saved.count:
         c = int(np.argmax(lost))
         raise ValueError(

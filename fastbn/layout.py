@@ -80,7 +80,7 @@ def check(layout: object, axis: object = None) -> None:
         return
     if layout is not None:
         raise ValueError(f"give axis or layout, not both: got axis={axis!r} and layout={layout!r}")
-    if isinstance(axis, (bool, np.bool_)) or not isinstance(axis, (int, np.integer)):
+    if isinstance(axis, (bool, np.bool_, np.timedelta64)) or not isinstance(axis, (int, np.integer)):
         raise TypeError(f"axis must be an int, got {axis!r}")
 
 

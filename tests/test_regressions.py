@@ -227,7 +227,7 @@ def test_a_saved_with_wrong_vectors_is_refused(name: str, wrong: str, activation
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
-    [("count", None), ("count", 3), ("count", "6"), ("count", 10**400), ("training", None), ("training", 1), ("activation", "relu"),
+    [("count", None), ("count", 3), ("count", "6"), ("count", 10**400), ("training", None), ("training", 2), ("activation", "relu"),
      ("activation", 3), ("axis", None), ("axis", 7), ("axis", "1"), ("mask", 3), ("mask", np.ones(3, bool)), ("mask", np.zeros(6, bool)),
      ("shape", None), ("shape", (4, 6)), ("dtype", None), ("dtype", "f4"), ("residual", 3), ("has_residual", None)],
 )  # fmt: skip
@@ -447,6 +447,15 @@ HUGE = 10**400
         ("wrt", lambda x: fastbn.batch_norm_backward(x, x, fastbn.batch_norm_forward(x)[1], wrt=[1])),
         ("wrt", lambda x: fastbn.batch_norm_backward(x, x, fastbn.batch_norm_forward(x)[1], wrt=True)),
         ("merge", lambda x: fastbn.batch_norm_stats(x).merge(3)),
+        ("op", lambda x: fastbn.explain(x, x)),
+        ("op", lambda x: fastbn.explain(["stats"], x)),
+        ("x", lambda x: fastbn.explain("stats", None)),
+        ("x", lambda x: fastbn.explain("forward", [[1.0]])),
+        ("layout", lambda x: fastbn.explain("stats", x, ["NC"])),
+        ("dtypes", lambda x: fastbn.warmup(5)),
+        ("dtypes", lambda x: fastbn.warmup([5])),
+        ("layouts", lambda x: fastbn.warmup("float32", None)),
+        ("layouts", lambda x: fastbn.warmup("float32", [["NC"]])),
         ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked=2.7))),
         ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked=-1))),
         ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked=HUGE))),
@@ -458,7 +467,7 @@ HUGE = 10**400
         ("num_features", lambda x: fastbn.BatchNorm1d(None)),
         ("affine", lambda x: fastbn.BatchNorm1d(4, affine=None)),
         ("track_running_stats", lambda x: fastbn.BatchNorm1d(4, track_running_stats="no")),
-        ("skip_nonfinite", lambda x: fastbn.BatchNorm1d(4, skip_nonfinite=1)),
+        ("skip_nonfinite", lambda x: fastbn.BatchNorm1d(4, skip_nonfinite=2)),
         ("mode", lambda x: fastbn.BatchNorm1d(4).train("yes")),
         ("mode", lambda x: fastbn.BatchNorm1d(4).freeze(3)),
         ("dtype", lambda x: fastbn.BatchNorm1d(4, dtype=">f4")),
