@@ -259,7 +259,7 @@ def _recycled(out: object, x: Array) -> object:
 
 
 def _dense(a: Array, v: View) -> Array:
-    """`a` as (outer, channels, inner); a copy where its strides follow no pattern."""
+    """`a` as (outer, channels, inner); a copy where its memory is not dense."""
     return v.of(a if v.dense else _copy(a))
 
 
