@@ -389,6 +389,15 @@ def test_neighbors_write_what_the_call_reads(between, layout):
         np.testing.assert_allclose(given.x, convolved, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_another_layer_comes_before_the_one_that_writes_what_the_call_reads(layout):
+    given, order = data.inputs(CASE, layout, "float32"), []
+    situ.work(lambda given, target: lambda: order.append(target), given, given.dy)()
+    assert order[0].shape[data.LAYOUTS[layout]] == situ.OTHER[1]
+    assert order[0].nbytes > 2 << 20
+    assert order[1] is given.dy
+
+
 @pytest.mark.parametrize("contender", IN_SITU, ids=lambda contender: contender.name)
 def test_contenders_in_situ_make_new_outputs(contender):
     pytest.importorskip(contender.package)
