@@ -1,8 +1,9 @@
 """Each operation in situ, beside its time in a loop: ``python -m bench.situ``.
 
 In a loop a call finds its instructions in the caches, and often its data. In a program it comes after other work. Here
-that is a convolution that has just written x, or dy for the backward; or a walk through other code and memory that
-evicts what a call left in the caches. Only the call is timed. Outputs are new on each call, as they are in a model.
+that is another layer, large enough to evict what the call before left in the caches, and then the convolution that
+writes x, or dy for the backward; or a walk through other code and memory. Only the call is timed. Outputs are new on
+each call, as they are in a model.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("tiny", "resnet50", "mobilenet_v2", "densenet121")
 BATCHES = (8, 16)
 WIDEST = 64  # channels that the convolution reads: enough that it is one, and few enough that it does not take the time
+OTHER = (1, 64, 112, 112)  # output of the other layer: with its input 6 MB, more than most second-level caches
 EVICTED = 8 << 20  # bytes that a walk reads: more than a second-level cache and its share of the last one
 TURN = 3  # calls of one contender in a row, of which the first does not count
 
@@ -46,6 +48,7 @@ class Row(NamedTuple):
     situ: dict[str, Times]
 
 
+# From the inputs of a call, of which it takes the layout, and an array: a function that writes the array.
 Neighbor = Callable[[data.Inputs, data.Array], Callable[[], object]]
 
 
@@ -112,6 +115,13 @@ def by_walk(given: data.Inputs, target: data.Array) -> Callable[[], object]:
 NEIGHBORS: dict[str, Neighbor] = {"numpy": by_numpy, "torch": by_torch, "walk": by_walk}
 
 
+def work(neighbor: Neighbor, given: data.Inputs, target: data.Array) -> Callable[[], object]:
+    """What comes before each call: another layer, then the one that writes what the call reads."""
+    other = np.empty([OTHER[axis] for axis in ((0, 1, 2, 3) if given.layout == "NCHW" else (0, 2, 3, 1))], np.float32)
+    first, second = neighbor(given, other), neighbor(given, target)
+    return lambda: (first(), second())
+
+
 def choose(networks: Sequence[str], batches: Sequence[int], few: bool) -> list[Case]:
     """List the different shapes of networks, one of each network in turn, the largest first."""
     found: dict[tuple[int, int, int, int], Case] = {}
@@ -138,7 +148,7 @@ def measure(case: Case, layout: str, dtype: str, neighbor: Neighbor, budget: Bud
         }
         share = budget.share()
         loop = race(calls, share / 3)
-        between = neighbor(given, given.dy if op == "backward" else given.x)
+        between = work(neighbor, given, given.dy if op == "backward" else given.x)
         yield Row(case.network, case.shape, layout, op, loop, race(calls, share * 2 / 3, between, TURN))
 
 

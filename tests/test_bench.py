@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 from time import sleep
 
 import numpy as np
@@ -32,6 +33,7 @@ PUBLISHED = {
     "yolov5s": (57, 9_504),
     "ppocr_cls": (35, 2_136),
 }
+ROOT = Path(__file__).parent.parent
 CASE = Case("resnet50-b1", "layer4.0.bn1", (2, 5, 3, 4), 3)
 
 
@@ -301,7 +303,7 @@ def test_commands_end_without_a_traceback(capsys):
 
 def test_commands_end_quietly_when_their_reader_has_gone():
     command = "import sys; from bench import options; sys.exit(options.run(lambda: print('x\\n' * 10**6) or 0))"
-    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
@@ -387,6 +389,15 @@ def test_neighbors_write_what_the_call_reads(between, layout):
         convolved = given.x.copy()
         situ.by_numpy(given, given.x)()
         np.testing.assert_allclose(given.x, convolved, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_another_layer_comes_before_the_one_that_writes_what_the_call_reads(layout):
+    given, order = data.inputs(CASE, layout, "float32"), []
+    situ.work(lambda given, target: lambda: order.append(target), given, given.dy)()
+    assert order[0].shape[data.LAYOUTS[layout]] == situ.OTHER[1]
+    assert order[0].nbytes > 2 << 20
+    assert order[1] is given.dy
 
 
 @pytest.mark.parametrize("contender", IN_SITU, ids=lambda contender: contender.name)
