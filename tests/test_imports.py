@@ -20,7 +20,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
     {"kernels"},
-    {"reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
+    {"reference", "activations", "dtypes", "cpu", "cgroup", "environment", "layout"},
     {"memory", "threads"},
     {"dispatch"},
     {"core"},
@@ -38,6 +38,7 @@ OPTIONAL = {
     "keras": {"keras", "tensorflow"},
     "kernels.numba": {"numba"},
     "kernels.numba_math": {"numba", "llvmlite"},
+    "threads": {"threadpoolctl"},
     "__main__": {"rich"},
 }
 
@@ -99,7 +100,7 @@ def _python(code: str) -> str:
 def test_importing_imports_no_framework() -> None:
     loaded = _python("import sys, fastbn; print(*sys.modules)").split()
     assert "fastbn.functional" in loaded
-    unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "ml_dtypes", "rich"}
+    unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "ml_dtypes", "rich", "threadpoolctl"}
     assert not unwanted & {module.split(".")[0] for module in loaded}
     assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.kernels.numba"} & set(loaded)
 
