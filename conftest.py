@@ -1,4 +1,4 @@
-"""Doctests whose example needs an extra run where it is installed."""
+"""Doctests whose example needs an optional package run where it is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ collect_ignore = [] if find_spec("numba") else ["fastbn/kernels/numba.py", "fast
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip an example that imports Numba where there is none."""
-    needed = isinstance(item, pytest.DoctestItem) and item.dtest is not None and "import numba" in (item.dtest.docstring or "")
-    if needed and find_spec("numba") is None:
-        pytest.skip("numba is not installed (pip install 'fastbn[numba]')")
+    """Skip an example that imports an optional package where there is none."""
+    text = item.dtest.docstring or "" if isinstance(item, pytest.DoctestItem) and item.dtest is not None else ""
+    for package, command in {"numba": "pip install 'fastbn[numba]'", "threadpoolctl": "pip install threadpoolctl"}.items():
+        if f"import {package}" in text and find_spec(package) is None:
+            pytest.skip(f"{package} is not installed ({command})")
