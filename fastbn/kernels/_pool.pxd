@@ -1,6 +1,11 @@
 """The thread pool, for the other compiled modules."""
 
+cdef extern from "pool.hpp" namespace "fastbn" nogil:
+    cdef cppclass FloatMode:
+        pass
+
 ctypedef void (*unit_fn)(void* job, Py_ssize_t unit) noexcept nogil
 
 cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept nogil
 cdef void* scratch(size_t nbytes) noexcept nogil
+cdef void end_scratch() noexcept nogil
