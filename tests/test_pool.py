@@ -334,8 +334,8 @@ def test_the_callers_floating_point_mode_changes_nothing(n: int, change: Callabl
     assert all(np.array_equal(result.view(np.int32), expected.view(np.int32)) for result in results)
 
 
-def test_any_number_may_be_given_back_as_a_floating_point_mode() -> None:
-    """Bits that the processor knows nothing of would end the process."""
+def test_bits_that_the_processor_knows_nothing_of_are_left_out() -> None:
+    """They would end the process."""
     before = pool.set_float_mode()
     pool.set_float_mode(0xFFFFFFFF)
     pool.set_float_mode()
