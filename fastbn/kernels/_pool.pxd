@@ -1,8 +1,10 @@
 """The thread pool, for the other compiled modules."""
 
+from libc.stdint cimport uint32_t
+
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
-    cdef cppclass FloatMode:
-        pass
+    uint32_t enter_default_mode() noexcept
+    void leave_default_mode(uint32_t before) noexcept
 
 ctypedef void (*unit_fn)(void* job, Py_ssize_t unit) noexcept nogil
 

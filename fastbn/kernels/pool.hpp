@@ -38,21 +38,26 @@ inline std::uint32_t read_mode() noexcept { return DEFAULT_MODE; }
 inline void write_mode(std::uint32_t) noexcept {}
 #endif
 
-// The default mode for as long as this lives. To read the mode costs a nanosecond or two; it is written, which waits
-// for all arithmetic under way, only where the program has set another.
+// The default mode from here on, and the mode until now, to be given back at the end. To read the mode costs a nanosecond
+// or two; it is written, which waits for all arithmetic under way, only where the program has set another.
+inline std::uint32_t enter_default_mode() noexcept {
+    const std::uint32_t before = read_mode();
+    if ((before & ~RAISED) != DEFAULT_MODE) write_mode(DEFAULT_MODE);
+    return before;
+}
+inline void leave_default_mode(std::uint32_t before) noexcept {
+    if ((before & ~RAISED) != DEFAULT_MODE) write_mode(before);
+}
+
+// The default mode for as long as this lives.
 class FloatMode {
 public:
-    FloatMode() noexcept : before_(read_mode()) {
-        if (changed()) write_mode(DEFAULT_MODE);
-    }
-    ~FloatMode() {
-        if (changed()) write_mode(before_);
-    }
+    FloatMode() noexcept : before_(enter_default_mode()) {}
+    ~FloatMode() { leave_default_mode(before_); }
     FloatMode(const FloatMode&) = delete;
     FloatMode& operator=(const FloatMode&) = delete;
 
 private:
-    bool changed() const noexcept { return (before_ & ~RAISED) != DEFAULT_MODE; }
     const std::uint32_t before_;
 };
 
