@@ -38,7 +38,7 @@ w, f32 = np.ones(shape[1], np.float32), np.dtype(np.float32)
 {
     "stats": lambda: module.stats(x, 1),
     "normalize": lambda: module.normalize(x, y, w, w, w, 1),
-    "forward": lambda: module.forward(x, y, w, w, 1e-5, None, None, 0.1, f32, 1),
+    "forward": lambda: module.forward(x, y, w, w, 1e-5, None, None, 0.1, 1, f32, 1),
     "backward": lambda: module.backward(dy, x, y, w, w, w, w, 1),
 }[op]()
 """

@@ -207,7 +207,8 @@ class Composed:
     @np.errstate(all="ignore")
     def forward(
         self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None,
-        running_var: Array | None, momentum: float, compute: np.dtype[Any], threads: int, epilogue: Epilogue | None = None,
+        running_var: Array | None, momentum: float, correction: int, compute: np.dtype[Any], threads: int,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
         """Normalize with the batch's statistics; return the mean, what it rounds away, invstd, scale and shift."""
         count = x.shape[0] * x.shape[2]
@@ -219,7 +220,7 @@ class Composed:
         if running_mean is not None:
             update_running(running_mean, mean, momentum)
         if running_var is not None:
-            update_running(running_var, m2 / (count - 1), momentum)
+            update_running(running_var, m2 / (count - correction), momentum)
         return high, low.astype(compute), invstd.astype(compute), scale, shift
 
     @np.errstate(all="ignore")
@@ -424,12 +425,12 @@ def forward(
     new = _as_compute(running_mean, compute), _as_compute(running_var, compute)
     if mask is None:
         count = x.size // x.shape[axis]
-        vectors = module.forward(_dense(x, v), v.of(y), weight, bias, eps, *new, momentum, compute, n, epilogue)
+        vectors = module.forward(_dense(x, v), v.of(y), weight, bias, eps, *new, momentum, 1, compute, n, epilogue)
     else:
         # One pass over the positions that count, written to a scratch array: its output is not used.
         rows = _counted(x, axis, mask)
         count = len(rows)
-        mean, low, invstd, _, _ = module.forward(rows, rows, None, None, eps, *new, momentum, compute, n, None)
+        mean, low, invstd, _, _ = module.forward(rows, rows, None, None, eps, *new, momentum, 1, compute, n, None)
         with np.errstate(all="ignore"):
             vectors = mean, low, invstd, *fold(low, invstd, weight, bias, compute)
         module.normalize(_dense(x, v), v.of(y), mean, *vectors[3:], n, epilogue)
@@ -441,7 +442,7 @@ def forward(
 
 
 def _as_compute(a: Array | None, compute: np.dtype[Any]) -> Array | None:
-    return None if a is None else np.ascontiguousarray(a, compute)
+    return None if a is None else np.require(a, compute, ["C", "A"])
 
 
 def backward(

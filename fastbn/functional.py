@@ -44,14 +44,14 @@ def _same(name: str, a: object, x: Array) -> Array:
 
 def _vector(name: str, a: object, x: Array, axis: int, dtype: np.dtype[Any] | None = None) -> Array:
     """Check a vector of channels; return it contiguous and, where given, in `dtype`."""
-    if type(a) is np.ndarray and a.dtype is dtype and a.ndim == 1 and len(a) == x.shape[axis] and a.flags.c_contiguous:
+    if type(a) is np.ndarray and a.dtype is dtype and a.ndim == 1 and len(a) == x.shape[axis] and a.flags.c_contiguous and a.flags.aligned:
         return a  # as it nearly always is; the rest takes longer than a small call
     v = np.asarray(a)
     if v.shape != (x.shape[axis],):
         raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but {name} has shape {v.shape}")
     if v.dtype.kind not in "fiu" and lookup(v.dtype) is None:
         raise TypeError(f"{name} must hold real numbers, got dtype {v.dtype}")
-    return np.ascontiguousarray(v, dtype)
+    return np.require(v, dtype, ["C", "A"])
 
 
 def _optional(name: str, a: object, x: Array, axis: int, dtype: np.dtype[Any]) -> Array | None:
@@ -227,7 +227,7 @@ def batch_norm_forward(
     array([0., 0.])
     """
     if activation is None and residual is None and mask is None and training:
-        found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, eps)
+        found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, 1, eps)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
             return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, None, None, None)
@@ -309,7 +309,7 @@ def batch_norm(
     if activation is None and residual is None and mask is None:
         y: Array | None
         if training:
-            found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, eps)
+            found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, 1, eps)
             y = found and found[0]
         else:
             y = core.plain("normalize", x, layout, out, running_mean, running_var, weight, bias, eps)

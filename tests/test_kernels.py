@@ -44,7 +44,7 @@ def test_whole_calls_equal_composed_ones(kernel: Kernel, shape: tuple[int, int, 
     def whole(module: object) -> list[bytes]:
         y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
         running = m.copy(), v.copy()
-        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, compute, 1)  # type: ignore[attr-defined]
+        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, 1, compute, 1)  # type: ignore[attr-defined]
         sums = module.backward(dy, x, dx, *saved[:2], saved[2], w, 1)  # type: ignore[attr-defined]
         module.inference(x, z, m, None, v, w, b, 1e-3, 1)  # type: ignore[attr-defined]
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
@@ -98,7 +98,7 @@ def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
         assert module.plain_normalize(x, 1, None, 1, v, w, None, None, 1e-5) is None
         assert module.plain_normalize(x, 1, None, 1, w, v, None, None, 1e-5) is None
-        assert v is None or module.plain_forward(x, 1, None, 1, v, None, None, None, 0.1, 1e-5) is None
+        assert v is None or module.plain_forward(x, 1, None, 1, v, None, None, None, 0.1, 1, 1e-5) is None
     for axis in (-1, 0, 3):
         assert module.plain_normalize(x, axis, None, 1, w, w, None, None, 1e-5) is None
     locked = x.copy()
@@ -108,11 +108,11 @@ def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     for out in (locked, x[:1], np.ones((2, 3, 4)), shifted):
         assert module.plain_normalize(both[:24].reshape(2, 3, 4), 1, out, 1, w, w, None, None, 1e-5) is None
     assert module.plain_normalize(x, 1, None, 1, w, w, None, None, 1) is None
-    assert module.plain_forward(x, 1, None, 1, None, None, None, None, 1, 1e-5) is None
-    assert module.plain_forward(x[:1, :, :1].copy(), 1, None, 1, None, None, None, None, 0.1, 1e-5) is None
+    assert module.plain_forward(x, 1, None, 1, None, None, None, None, 1, 1, 1e-5) is None
+    assert module.plain_forward(x[:1, :, :1].copy(), 1, None, 1, None, None, None, None, 0.1, 1, 1e-5) is None
     fixed = w.copy()
     fixed.flags.writeable = False
-    assert module.plain_forward(x, 1, None, 1, None, None, fixed, None, 0.1, 1e-5) is None
+    assert module.plain_forward(x, 1, None, 1, None, None, fixed, None, 0.1, 1, 1e-5) is None
     assert module.plain_backward(x, 1, None, 1, None, w, None, w, w) is None
     assert module.plain_backward(x, 1, None, 1, x[:1], w, None, w, w) is None
 

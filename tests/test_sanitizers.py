@@ -38,7 +38,7 @@ for kernel in TABLE:
         m.stats(x, threads)
         m.normalize(x, y, w, w, w, threads)
         m.inference(x, y, w, None, w, None, w, 1e-5, threads)
-        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, compute, threads)
+        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, 1, compute, threads)
         m.grad_sums(dy, x, w, threads)
         m.grad_input(dy, x, y, w, w, w, w, threads)
         m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads)
