@@ -299,7 +299,8 @@ def batch_norm_backward(
         What `batch_norm_forward` returned. After ``training=False`` the statistics are constants, and so the
         gradient is the cheaper frozen one.
     wrt : sequence of str
-        Which gradients to compute: "x", "weight", "bias", "residual".
+        Which gradients to compute: "x", "weight", "bias", "residual". Where the forward was given `stats` of a larger
+        batch, those of weight and bias are sums over x alone, and that of x cannot be had here.
     from_output : bool
         Whether `x` is what the forward returned. So the forward may write its output over its input
         (``out=x``), and training keeps one array for each layer where it would keep two. Only for no activation

@@ -21,6 +21,7 @@ Function = Builtin | Activation | None  # an activation
 
 
 _NARROW, _WIDE = np.dtype(np.float32), np.dtype(np.float64)
+_LARGEST = 10**30  # count: far from where a float overflows
 
 
 class Stats:
@@ -51,7 +52,7 @@ class Stats:
     TypeError
         If the count is no int, or a vector holds no real numbers.
     ValueError
-        If the count or a variance is negative, or the vectors are not of one shape (C,).
+        If the count or a variance is negative, the count is above 1e30, or the vectors are not of one shape (C,).
 
     Examples
     --------
@@ -67,7 +68,7 @@ class Stats:
     _vectors: Array  # mean, var, mean_lo and var_lo, one below the other: many Stats become one array in one call
 
     def __init__(self, count: int, mean: ArrayLike, var: ArrayLike, mean_lo: ArrayLike | None = None, var_lo: ArrayLike | None = None):
-        n, m, v = checks.integer("count", count, 0), checks.real("mean", mean), checks.real("var", var)
+        n, m, v = checks.integer("count", count, 0, _LARGEST), checks.real("mean", mean), checks.real("var", var)
         if m.ndim != 1:
             raise ValueError(f"mean must have shape (C,), got {m.shape}")
         channels, dtype = (m.size, f"mean has {m.size} channels"), _wider(_digits(m.dtype), _digits(v.dtype))
@@ -201,8 +202,8 @@ class Stats:
         base = halves[shares.argmax()]
         offsets = (halves - base) + halves_lo
         offset = np.add.reduce(shares * offsets)
-        between = np.square((2.0 * np.sqrt(shares)) * (offsets - offset))
-        var = np.add.reduce(shares * (variances + variances_lo) + between)
+        distances = 2.0 * (offsets - offset)
+        var = np.add.reduce(shares * (variances + variances_lo) + (shares * distances) * distances)
         mean, mean_lo = _sum(base, offset)
         return rounded(count, 2.0 * mean, 2.0 * mean_lo, var, _wider(*(s._vectors.dtype for s in batches)))
 
@@ -271,7 +272,8 @@ class Stats:
         >>> Stats.running([1.0], [2.0], 4)
         Stats(count=4, mean=array([1.]), var=array([1.5]))
         """
-        given, n = cls(count, mean, var), checks.integer("count", count, 0)
+        given = cls(count, mean, var)
+        n = given.count
         if n == 0:
             return cls.identity(given.mean.size, given.mean.dtype)
         if checks.switch("unbiased", unbiased):
