@@ -45,7 +45,7 @@ class Stats:
     count : int
         A Python int, which does not overflow.
     mean, var, mean_lo, var_lo : ndarray of shape (C,)
-        float64 for float64 input, else float32. With the low parts a million merges in a row lose no digit of the others.
+        float64 for float64 input, else float32. With the low parts, a million merges in a row stay within 1e-6.
 
     Raises
     ------
