@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastbn import activations
 from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.layout import Array, channel_axis
-from fastbn.results import Function
+
+if TYPE_CHECKING:
+    from fastbn.results import Function
 
 # Subclasses change what an array's buffer means (masked arrays, units) or how it is indexed (matrices). This one does not.
 _PLAIN = (np.ndarray, np.memmap)

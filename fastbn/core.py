@@ -17,7 +17,7 @@ from fastbn import dispatch, extremes, memory, threads
 from fastbn.activations import Epilogue
 from fastbn.dtypes import DType, lookup
 from fastbn.layout import Array, View, channel_axis, view
-from fastbn.results import Function, Gradients, Saved, Stats
+from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
 
 
 class Request(NamedTuple):
@@ -388,20 +388,17 @@ class Folded:
 def stats(r: Request) -> Stats:
     """Statistics of x, of which only the positions in the mask count."""
     rows = _dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
-    compute = r.dtype.compute
     if rows.size == 0:
-        zero = np.zeros(r.x.shape[r.axis], compute)
-        return Stats(0, zero, zero.copy(), zero.copy())
+        return Stats.identity(r.x.shape[r.axis], r.dtype.compute)
     count = rows.shape[0] * rows.shape[2]
     module, n = _module(r.dtype), threads.for_call("stats", rows.nbytes)
     mean, mean_lo, m2 = module.stats(rows, n)
-    high, low = split(mean, mean_lo, compute)
     var = m2 / count
     if (part := extremes.unusual(rows, m2 < 2.0**1000)) is not None:
-        mean, mean_lo, m2 = module.stats(part.in_units(rows), n)
-        high[part.channels], low[part.channels] = (part.from_units(v) for v in split(mean, mean_lo, compute))
-        var[part.channels] = part.from_units(m2 / count, 2)
-    return Stats(count, high, var.astype(compute), low.astype(compute))
+        found = module.stats(part.in_units(rows), n)
+        mean[part.channels], mean_lo[part.channels] = (part.from_units(v) for v in found[:2])
+        var[part.channels] = part.from_units(found[2] / count, 2)
+    return rounded(count, mean, mean_lo, var, r.dtype.compute)
 
 
 @np.errstate(all="ignore")
@@ -437,6 +434,29 @@ def forward(
     for old, moved in ((running.mean, mean), (running.var, var)):
         if old is not None and moved is not None and moved is not old:
             old[...] = moved  # nothing that can fail comes after it
+    return y, saved
+
+
+@np.errstate(all="ignore")
+def forward_with(
+    r: Request, batch: Stats, weight: Array | None, bias: Array | None, eps: float, running: Running, keep: bool = True
+) -> tuple[Array, Saved | None]:
+    """As `forward`, with the statistics of the batch of which x is all or a part."""
+    compute, y = r.dtype.compute, _target(r)
+    high, low = split(batch.mean.astype(np.float64), batch.mean_lo.astype(np.float64), compute)
+    invstd = deviation(variance(batch), eps)
+    vectors = high, low.astype(compute), invstd.astype(compute), *fold(low, invstd, weight, bias, compute)
+    kept = _copy(r.residual) if keep and r.residual is not None and r.activation is not None else None
+    if r.x.size:
+        epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
+        n = threads.for_call("normalize", r.x.nbytes)
+        _module(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
+    saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
+    y = _deliver(y, r.out)
+    if batch.count:
+        for old, new in ((running.mean, batch.mean.astype(np.float64) + batch.mean_lo), (running.var, variance(batch, running.correction))):
+            if old is not None:
+                update_running(old, new, running.momentum)  # nothing that can fail comes after it
     return y, saved
 
 

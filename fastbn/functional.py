@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -55,9 +55,25 @@ def _more_than_one(r: Request, correction: int) -> None:
         raise ValueError(f"Expected more than {correction} value per channel when training, got {what}")
 
 
+def _of_batch(stats: object, r: Request, channels: tuple[int, str], correction: int) -> Stats:
+    """Check the statistics of a batch of which x is all or a part."""
+    if not isinstance(stats, Stats):
+        raise TypeError(f"stats must be a Stats, as batch_norm_stats returns, got {type(stats).__name__}")
+    if stats.mean.size != channels[0]:
+        raise ValueError(f"{channels[1]} but stats have {stats.mean.size}")
+    if r.mask is not None:
+        raise ValueError("stats and mask cannot both be given: stats are those of the positions that count")
+    held = _held(r.x, r.axis)
+    if stats.count < held:
+        raise ValueError(f"stats must be of a batch that holds x: they count {stats.count} values per channel, but x has {held}")
+    if 0 < stats.count < 1 + correction:
+        raise ValueError(f"Expected more than {correction} value per channel when training, got stats with a count of {stats.count}")
+    return stats
+
+
 def _forward(
     r: Request, channels: tuple[int, str], vectors: tuple[object, object, object, object], numbers: tuple[object, object, object],
-    training: object, out: object, keep: bool,
+    training: object, stats: object, out: object, keep: bool,
 ) -> tuple[Array, Saved | None]:  # fmt: skip
     """Check what `batch_norm` and `batch_norm_forward` are given, then run; `vectors` in the order of the latter."""
     weight, bias, running_mean, running_var = vectors
@@ -70,8 +86,13 @@ def _forward(
         mean, var = (checks.running(name, used[name], channels) for name in ("running_mean", "running_var"))
         r = _into(r, out, None, **used)
         checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})
+        running = Running(mean, var, momentum, correction)
+        if stats is not None:
+            return core.forward_with(r, _of_batch(stats, r, channels, correction), w, b, eps, running, keep)
         _more_than_one(r, correction)
-        return core.forward(r, w, b, eps, Running(mean, var, momentum, correction), keep)
+        return core.forward(r, w, b, eps, running, keep)
+    if stats is not None:
+        raise ValueError("stats are of the batch, and training is False; give training=True, or running_mean and running_var alone")
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     mean, var = (checks.precise(name, used[name], channels, compute) for name in ("running_mean", "running_var"))
@@ -97,6 +118,7 @@ def batch_norm_forward(
     residual: Array | None = None,
     mask: Array | None = None,
     correction: int = 1,
+    stats: Stats | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Batch normalization that also returns what the backward pass needs.
@@ -134,6 +156,10 @@ def batch_norm_forward(
     correction : int
         1: the running variance moves towards the batch's unbiased one, as in PyTorch, and training needs two values per
         channel. 0: towards the population's, as in ONNX, Keras and Flax, and one value per channel will do.
+    stats : Stats, optional
+        The statistics of the batch, where they are known already: training then uses these. They may be of a larger batch
+        of which x is a part, as over several processes; the gradient of x then needs sums over all of that, see
+        `batch_norm_backward_reduce`.
     out : ndarray of the shape and dtype of x, optional
         Where to write the result; may be x.
 
@@ -149,8 +175,9 @@ def batch_norm_forward(
         If an argument has the wrong type or dtype.
     ValueError
         If a shape does not fit, if a number is out of range, if `out` is read-only, overlaps an array like x in part, or
-        shares memory with any other argument, if running statistics are missing when not training, or if training has too
-        few values per channel. Nothing is modified then.
+        shares memory with any other argument, if running statistics are missing when not training, if training has too few
+        values per channel, or if `stats` are given when not training, with a mask, or of fewer values than x has. Nothing
+        is modified then.
 
     Notes
     -----
@@ -169,7 +196,7 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    if activation is None and residual is None and mask is None and training is True and _is_bit(correction):
+    if activation is None and residual is None and mask is None and stats is None and training is True and _is_bit(correction):
         found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
@@ -177,7 +204,7 @@ def batch_norm_forward(
             return y, Saved.of(x, count=count, training=True, axis=checks.channel(x, layout, axis), **vectors)
     r, channels = _request(x, layout, axis, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
-    y, saved = _forward(r, channels, *given, training, out, keep=True)
+    y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
     assert saved is not None  # noqa: S101  it was asked for
     return y, saved
 
@@ -198,6 +225,7 @@ def batch_norm(
     residual: Array | None = None,
     mask: Array | None = None,
     correction: int = 1,
+    stats: Stats | None = None,
     out: Array | None = None,
 ) -> Array:
     """Batch normalization, with the arguments of ``torch.nn.functional.batch_norm``.
@@ -216,7 +244,7 @@ def batch_norm(
         Weight of the batch in the update of the running statistics, as in PyTorch.
     eps : float
         Added to the variance.
-    layout, axis, activation, residual, mask, correction, out
+    layout, axis, activation, residual, mask, correction, stats, out
         As in `batch_norm_forward`.
 
     Returns
@@ -236,7 +264,7 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    if activation is None and residual is None and mask is None:
+    if activation is None and residual is None and mask is None and stats is None:
         y: Array | None = None
         if training is True and _is_bit(correction):
             found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
@@ -247,7 +275,7 @@ def batch_norm(
             return y
     r, channels = _request(x, layout, axis, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
-    return _forward(r, channels, *given, training, out, keep=False)[0]
+    return _forward(r, channels, *given, training, stats, out, keep=False)[0]
 
 
 def batch_norm_backward(
@@ -271,7 +299,8 @@ def batch_norm_backward(
         What `batch_norm_forward` returned. After ``training=False`` the statistics are constants, and so the
         gradient is the cheaper frozen one.
     wrt : sequence of str
-        Which gradients to compute: "x", "weight", "bias", "residual".
+        Which gradients to compute: "x", "weight", "bias", "residual". Where the forward was given `stats` of a larger
+        batch, those of weight and bias are sums over x alone, and that of x cannot be had here.
     from_output : bool
         Whether `x` is what the forward returned. So the forward may write its output over its input
         (``out=x``), and training keeps one array for each layer where it would keep two. Only for no activation
@@ -292,8 +321,9 @@ def batch_norm_backward(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, `wrt` has an unknown name or "residual" without there being one, the forward's input
-        cannot be had from its output, or `out` is read-only or overlaps an input in part.
+        If a shape does not fit, `wrt` has an unknown name, "residual" without there being one, or "x" where the forward was
+        given statistics of more values than x has, if the forward's input cannot be had from its output, or if `out` is
+        read-only or overlaps an input in part.
 
     Notes
     -----
@@ -323,6 +353,11 @@ def batch_norm_backward(
     r, saved = _of_saved(x, saved)
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
+    if "x" in wanted and saved.training and saved.mask is None and saved.count != _held(r.x, r.axis):
+        raise ValueError(
+            f"the forward was given stats of {saved.count} values per channel, of which x has {_held(r.x, r.axis)}: the gradient of x "
+            "needs sums over all of them. Add up those of batch_norm_backward_reduce, and give them to batch_norm_backward_elemt"
+        )
     if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
         raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
     if "residual" in wanted and not saved.has_residual:
@@ -336,7 +371,9 @@ def batch_norm_backward(
 
 
 def _fits(saved: Saved, x: object) -> bool:
-    return isinstance(x, np.ndarray) and saved.shape == x.shape and saved.dtype == x.dtype
+    if not isinstance(x, np.ndarray) or saved.shape != x.shape or saved.dtype != x.dtype:
+        return False
+    return type(saved.mean) is np.ndarray and type(saved.count) is int and saved.count * saved.mean.size == x.size
 
 
 def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
@@ -374,9 +411,14 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
         mask = None
     elif mask is not None and np.count_nonzero(mask) != saved.count:
         raise ValueError(f"saved.mask has {np.count_nonzero(mask)} True positions, but saved.count is {saved.count}")
-    elif mask is None and array.size and saved.count != array.size // channels[0]:
-        raise ValueError(f"saved.count is {saved.count}, but x has {array.size // channels[0]} values per channel")
+    elif mask is None and saved.count < _held(array, axis):
+        raise ValueError(f"saved.count is {saved.count}, but x has {_held(array, axis)} values per channel")
     return Request(array, axis, dtype, view(array, axis)), saved
+
+
+def _held(x: Array, axis: int) -> int:
+    """How many values per channel x has."""
+    return int(x.size // max(x.shape[axis], 1))
 
 
 def _can_be_inverted(saved: Saved) -> None:
@@ -401,16 +443,20 @@ def _can_be_inverted(saved: Saved) -> None:
 _LAST_PLACE = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
-def batch_norm_stats(x: Array, *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None) -> Stats:
+def batch_norm_stats(
+    x: Array | Iterable[Array], *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None
+) -> Stats:
     """Count, mean and population variance of each channel.
 
     Parameters
     ----------
-    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C); or an iterable of these
+        An iterable of batches with the same channels is read once, one batch at a time, and may be larger than memory.
     layout, axis
         As in `batch_norm_forward`.
     mask : ndarray of bool, optional
-        Positions that count, broadcastable to the shape of x without the channel axis.
+        Positions that count, broadcastable to the shape of x without the channel axis. Only for a single array: of several,
+        merge ``batch_norm_stats(x, mask=mask)`` of each.
 
     Returns
     -------
@@ -420,7 +466,8 @@ def batch_norm_stats(x: Array, *, layout: LayoutName | None = None, axis: int | 
     Raises
     ------
     TypeError, ValueError
-        If an argument has the wrong type, dtype or shape.
+        If an argument has the wrong type, dtype or shape; if an iterable is empty or comes with a mask, or the channels of its
+        batches differ.
 
     Notes
     -----
@@ -429,10 +476,29 @@ def batch_norm_stats(x: Array, *, layout: LayoutName | None = None, axis: int | 
     Examples
     --------
     >>> import fastbn
-    >>> fastbn.batch_norm_stats(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    >>> fastbn.batch_norm_stats(x)
+    Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
+    >>> fastbn.batch_norm_stats(x[i : i + 1] for i in range(2))
     Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
-    return core.stats(_request(x, layout, axis, mask=mask)[0])
+    # What can turn into an array is meant as one.
+    if not isinstance(x, Iterable) or isinstance(x, (str, bytes, bytearray, Mapping)) or hasattr(type(x), "__array__"):
+        return core.stats(_request(x, layout, axis, mask=mask)[0])
+    if mask is not None:
+        raise ValueError("mask goes with a single array x; merge the statistics of each batch and its mask")
+    found: Stats | None = None
+    for i, batch in enumerate(x):
+        try:
+            r, channels = _request(batch, layout, axis)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"item {i} of x: {error}") from None
+        if found is not None and found.mean.size != channels[0]:
+            raise ValueError(f"item {i} of x: {channels[1]}, but those before it have {found.mean.size}")
+        found = core.stats(r) if found is None else found.merge(core.stats(r))
+    if found is None:
+        raise ValueError("x is an iterable without any array, so that its channels are not known")
+    return found
 
 
 def batch_norm_elemt(

@@ -2,32 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from fastbn import checks
 from fastbn.activations import Activation, Builtin
+from fastbn.dtypes import lookup, resolve
 from fastbn.layout import Array
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 Function = Builtin | Activation | None  # an activation
 
 
-@dataclass(frozen=True, eq=False)
+_NARROW, _WIDE = np.dtype(np.float32), np.dtype(np.float64)
+_LARGEST = 10**30  # count: far from where a float overflows
+
+
 class Stats:
     """Statistics of a batch, mergeable with those of other batches.
 
-    Two are equal where all their numbers are.
+    A value: its arrays are its own and read-only, two are equal where all their numbers are, and it can be hashed.
+    `merge` has the empty batch as its zero and gives the same whatever the order or the grouping, up to rounding;
+    in the same order and grouping, the same bits.
+
+    Parameters
+    ----------
+    count : int
+        Number of values per channel.
+    mean, var : array_like of shape (C,)
+        Mean and population variance. They are kept in float32 where both have no more digits, else in float64.
+    mean_lo, var_lo : array_like of shape (C,), optional
+        What `mean` and `var` round away; None means zero.
 
     Attributes
     ----------
     count : int
-        Number of values per channel.
-    mean, var : ndarray of shape (C,)
-        Mean and population variance; float64 for float64 input, else float32.
-    mean_lo : ndarray of shape (C,) or None
-        What `mean` rounds away, so that merging and centering lose no digits; None means zero.
+        A Python int, which does not overflow.
+    mean, var, mean_lo, var_lo : ndarray of shape (C,)
+        float64 for float64 input, else float32. With the low parts, a million merges in a row stay within 1e-6.
+
+    Raises
+    ------
+    TypeError
+        If the count is no int, or a vector holds no real numbers.
+    ValueError
+        If the count or a variance is negative, the count is above 1e30, or the vectors are not of one shape (C,).
 
     Examples
     --------
@@ -37,10 +62,58 @@ class Stats:
     Stats(count=3, mean=array([3.]), var=array([2.66666667]))
     """
 
-    count: int
-    mean: Array
-    var: Array
-    mean_lo: Array | None = field(default=None, repr=False)
+    __slots__ = ("__weakref__", "_count", "_vectors")
+
+    _count: int
+    _vectors: Array  # mean, var, mean_lo and var_lo, one below the other: many Stats become one array in one call
+
+    def __init__(self, count: int, mean: ArrayLike, var: ArrayLike, mean_lo: ArrayLike | None = None, var_lo: ArrayLike | None = None):
+        n, m, v = checks.integer("count", count, 0, _LARGEST), checks.real("mean", mean), checks.real("var", var)
+        if m.ndim != 1:
+            raise ValueError(f"mean must have shape (C,), got {m.shape}")
+        channels, dtype = (m.size, f"mean has {m.size} channels"), _wider(_digits(m.dtype), _digits(v.dtype))
+        given = {"mean": m, "var": v, "mean_lo": mean_lo, "var_lo": var_lo}
+        rows = [np.zeros(m.size) if a is None else checks.vector(name, a, channels, dtype) for name, a in given.items()]
+        if (rows[1] < 0).any():
+            c = int(np.argmax(rows[1] < 0))
+            raise ValueError(f"var must not be negative, but var[{c}] is {rows[1][c]:g}")
+        self._set(n, np.array(rows, dtype))
+
+    def _set(self, count: int, vectors: Array) -> None:
+        vectors.setflags(write=False)
+        self._count, self._vectors = count, vectors
+
+    @property
+    def count(self) -> int:
+        """Number of values per channel."""
+        return self._count
+
+    @property
+    def mean(self) -> Array:
+        """Mean of each channel."""
+        return self._vectors[0]  # type: ignore[no-any-return]
+
+    @property
+    def var(self) -> Array:
+        """Population variance of each channel."""
+        return self._vectors[1]  # type: ignore[no-any-return]
+
+    @property
+    def mean_lo(self) -> Array:
+        """What `mean` rounds away."""
+        return self._vectors[2]  # type: ignore[no-any-return]
+
+    @property
+    def var_lo(self) -> Array:
+        """What `var` rounds away."""
+        return self._vectors[3]  # type: ignore[no-any-return]
+
+    def __repr__(self) -> str:
+        return f"Stats(count={self.count}, mean={self.mean!r}, var={self.var!r})"
+
+    def __reduce__(self) -> tuple[type[Stats], tuple[Any, ...]]:
+        """Only the arrays, and of the low parts only those that say something."""
+        return type(self), (self.count, self.mean, self.var, *(v if v.any() else None for v in (self.mean_lo, self.var_lo)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stats) and self._key() == other._key()
@@ -48,10 +121,37 @@ class Stats:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def _key(self) -> tuple[int, str, bytes, bytes, bytes]:
-        low = np.zeros_like(self.mean) if self.mean_lo is None else self.mean_lo
-        # -0.0 + 0.0 is 0.0: zeros of either sign are one number.
-        return (self.count, self.mean.dtype.str, *((a + 0.0).tobytes() for a in (self.mean, self.var, low)))
+    def _key(self) -> tuple[Any, ...]:
+        # NaN is NaN, whatever its bits, so that a copy is equal; and -0.0 + 0.0 is 0.0, as zeros of either sign are one number.
+        v = self._vectors
+        return self.count, v.shape, v.dtype.str, np.where(np.isnan(v), np.nan, v + 0.0).tobytes()
+
+    @classmethod
+    def identity(cls, channels: int, dtype: DTypeLike = np.float32) -> Stats:
+        """Statistics of no values, which change nothing that they are merged with.
+
+        Parameters
+        ----------
+        channels : int
+        dtype : dtype
+            Of the input; the statistics are float64 for float64, else float32.
+
+        Returns
+        -------
+        Stats
+
+        Raises
+        ------
+        TypeError, ValueError
+            If `channels` is no int or negative, or the dtype is none that fastbn computes with.
+
+        Examples
+        --------
+        >>> Stats.identity(2)
+        Stats(count=0, mean=array([0., 0.], dtype=float32), var=array([0., 0.], dtype=float32))
+        """
+        zero = np.zeros(checks.integer("channels", channels, 0), _digits(resolve(dtype)))
+        return cls(0, zero, zero)
 
     @np.errstate(all="ignore")
     def merge(self, *others: Stats) -> Stats:
@@ -65,6 +165,7 @@ class Stats:
         Returns
         -------
         Stats
+            In float64 if any batch with values is, else in float32.
 
         Raises
         ------
@@ -77,6 +178,11 @@ class Stats:
         -----
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
         Stanford 1979, generalized from two batches to any number.
+
+        Examples
+        --------
+        >>> Stats(1, [0.0], [0.0]).merge(Stats(1, [2.0], [0.0]), Stats(2, [1.0], [0.0]))
+        Stats(count=4, mean=array([1.]), var=array([0.5]))
         """
         for other in others:
             if not isinstance(other, Stats):
@@ -86,21 +192,239 @@ class Stats:
         batches = [s for s in (self, *others) if s.count > 0]
         if len(batches) < 2:
             return batches[0] if batches else self
-        dtype, base = self.mean.dtype, batches[0].mean.astype(np.float64)
         count = sum(s.count for s in batches)
-        shares = [s.count / count for s in batches]
-        # Means as offsets from the first one: the difference of two near means is exact.
-        offsets = [(s.mean - base) + (0.0 if s.mean_lo is None else s.mean_lo) for s in batches]
-        offset = _weighted(shares, offsets)
-        # Shares of the count instead of counts: nothing overflows whose result does not.
-        var = _weighted(shares, [s.var + np.square(o - offset) for s, o in zip(batches, offsets, strict=True)])
-        mean = (base + offset).astype(dtype)
-        return Stats(count, mean, var.astype(dtype), ((base - mean) + offset).astype(dtype))
+        # Shares of the count instead of counts, and halves of the means: nothing overflows whose result does not.
+        shares = np.array([s.count / count for s in batches])[:, None]
+        vectors = np.array([s._vectors for s in batches], np.float64)
+        vectors[:, ::2] *= 0.5
+        halves, variances, halves_lo, variances_lo = vectors.swapaxes(0, 1)
+        # Means as offsets from that of the largest batch: the difference of two near means is exact.
+        base = halves[shares.argmax()]
+        offsets = (halves - base) + halves_lo
+        offset = np.add.reduce(shares * offsets)
+        distances = 2.0 * (offsets - offset)
+        var = np.add.reduce(shares * (variances + variances_lo) + (shares * distances) * distances)
+        mean, mean_lo = _sum(base, offset)
+        return rounded(count, 2.0 * mean, 2.0 * mean_lo, var, _wider(*(s._vectors.dtype for s in batches)))
+
+    @staticmethod
+    def concat(parts: Iterable[Stats]) -> Stats:
+        """Statistics of arrays that are joined along the channels.
+
+        Parameters
+        ----------
+        parts : iterable of Stats
+            At least one, all with the same count.
+
+        Returns
+        -------
+        Stats
+            The channels of the first, then those of the second, and so on.
+
+        Raises
+        ------
+        TypeError
+            If something else is given.
+        ValueError
+            If the counts differ, or there are no parts.
+
+        Examples
+        --------
+        >>> Stats.concat([Stats(4, [1.0], [0.0]), Stats(4, [2.0, 3.0], [0.0, 5.0])])
+        Stats(count=4, mean=array([1., 2., 3.]), var=array([0., 0., 5.]))
+        """
+        if not isinstance(parts, Iterable):
+            raise TypeError(f"concat takes an iterable of Stats, got {type(parts).__name__}")
+        given = list(parts)
+        for part in given:
+            if not isinstance(part, Stats):
+                raise TypeError(f"concat takes an iterable of Stats, got {type(part).__name__} in it")
+            if part.count != given[0].count:
+                raise ValueError(f"concat needs statistics with one count, got {given[0].count} and {part.count}")
+        if not given:
+            raise ValueError("concat needs at least one Stats, got none")
+        return Stats(given[0].count, *np.concatenate([part._vectors for part in given], 1))
+
+    @classmethod
+    @np.errstate(all="ignore")
+    def running(cls, mean: ArrayLike, var: ArrayLike, count: int, *, unbiased: bool = True) -> Stats:
+        """Running statistics as those of a batch.
+
+        Parameters
+        ----------
+        mean, var : array_like of shape (C,)
+        count : int
+            As how many values per channel they are to weigh in a merge. With 0, they say nothing.
+        unbiased : bool
+            Whether `var` is the unbiased variance, as in PyTorch; the population's is that times (count - 1) / count.
+
+        Returns
+        -------
+        Stats
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `Stats`, and if the count is 1 and `unbiased`.
+
+        Examples
+        --------
+        >>> Stats.running([1.0], [2.0], 4)
+        Stats(count=4, mean=array([1.]), var=array([1.5]))
+        """
+        given = cls(count, mean, var)
+        n = given.count
+        if n == 0:
+            return cls.identity(given.mean.size, given.mean.dtype)
+        if checks.switch("unbiased", unbiased):
+            given._has_unbiased()
+        wide = given.var.astype(np.float64)
+        return rounded(n, given.mean.astype(np.float64), np.zeros(1), wide * ((n - 1) / n) if unbiased else wide, given.mean.dtype)
+
+    @np.errstate(all="ignore")
+    def to_running(self, *, unbiased: bool = True) -> tuple[Array, Array]:
+        """Mean and variance as running statistics hold them.
+
+        Parameters
+        ----------
+        unbiased : bool
+            Whether the variance is to be the unbiased one, as in PyTorch, or the population's, as in ONNX, Keras and Flax.
+
+        Returns
+        -------
+        mean, var : ndarray of shape (C,)
+            New arrays, which may be written.
+
+        Raises
+        ------
+        TypeError
+            If `unbiased` is not True or False.
+        ValueError
+            If the count is 0, or 1 and `unbiased`.
+
+        Examples
+        --------
+        >>> Stats(4, [1.0], [1.5]).to_running()
+        (array([1.]), array([2.]))
+        """
+        if checks.switch("unbiased", unbiased):
+            self._has_unbiased()
+        if self.count == 0:
+            raise ValueError("statistics of no values have no mean and no variance")
+        return self.mean.copy(), variance(self, 1 if unbiased else 0).astype(self.var.dtype)
+
+    def _has_unbiased(self) -> None:
+        if self.count < 2:
+            raise ValueError(f"an unbiased variance needs a count of at least 2, got {self.count}; use unbiased=False")
+
+    @property
+    @np.errstate(all="ignore")
+    def standard_error(self) -> Array:
+        """Of the mean, of shape (C,): the root of the unbiased variance over the count; infinite for fewer than two values.
+
+        Examples
+        --------
+        >>> Stats(5, [1.0], [16.0]).standard_error
+        array([2.])
+        """
+        if self.count < 2:
+            return np.full_like(self.mean, np.inf)
+        return np.sqrt(variance(self) / (self.count - 1)).astype(self.mean.dtype)
+
+    def to_arrays(self) -> tuple[Array, Array, Array, Array, Array]:
+        """Everything as plain arrays, as MPI, Flower and Arrow carry them.
+
+        Returns
+        -------
+        count : ndarray of int64, shape (1,)
+        mean, var, mean_lo, var_lo : ndarray of shape (C,)
+            New arrays, which may be written.
+
+        Raises
+        ------
+        OverflowError
+            If the count is larger than an int64 holds.
+
+        Examples
+        --------
+        >>> Stats(2, [1.0], [0.25]).to_arrays()
+        (array([2]), array([1.]), array([0.25]), array([0.]), array([0.]))
+        """
+        if self.count >= 2**63:
+            raise OverflowError(f"the count must be below 2**63 to be an int64, got {checks.short(self.count)}")
+        return np.array([self.count], np.int64), self.mean.copy(), self.var.copy(), self.mean_lo.copy(), self.var_lo.copy()
+
+    @classmethod
+    def from_arrays(cls, arrays: Iterable[ArrayLike]) -> Stats:
+        """Statistics from what `to_arrays` gives.
+
+        Parameters
+        ----------
+        arrays : iterable of array_like
+            count, of one element, mean, var, and if they are known mean_lo and var_lo.
+
+        Returns
+        -------
+        Stats
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `Stats`, and if there are fewer than three arrays or more than five.
+
+        Examples
+        --------
+        >>> Stats.from_arrays(Stats(2, [1.0], [0.25]).to_arrays())
+        Stats(count=2, mean=array([1.]), var=array([0.25]))
+        """
+        if not isinstance(arrays, Iterable):
+            raise TypeError(f"arrays must be an iterable of arrays, got {type(arrays).__name__}")
+        given: list[Any] = list(arrays)
+        if not 3 <= len(given) <= 5:
+            raise ValueError(f"arrays must be count, mean, var, mean_lo and var_lo, got {len(given)} of them")
+        count = checks.real("count", given[0])
+        if count.size != 1:
+            raise ValueError(f"count must have one element, got shape {count.shape}")
+        n = count.item()
+        return cls(int(n) if isinstance(n, float) and n.is_integer() else n, *given[1:])
 
 
-def _weighted(shares: Sequence[float], values: Sequence[Array]) -> Array:
-    total: Array = np.sum([share * value for share, value in zip(shares, values, strict=True)], 0)
-    return total
+def rounded(count: int, mean: Array, mean_lo: Array, var: Array, dtype: np.dtype[Any]) -> Stats:
+    """Statistics found in float64, rounded to `dtype`; without the checks of what users give."""
+    wide = np.array([mean, var])
+    vectors = np.empty((4, mean.size), dtype)
+    vectors[:2] = wide
+    wide -= vectors[:2]
+    wide[0] += mean_lo
+    if not (finite := np.isfinite(wide)).all():
+        wide[~finite] = 0.0  # of what is not finite, nothing is rounded away
+    vectors[2:] = wide
+    stats = object.__new__(Stats)
+    stats._set(count, vectors)
+    return stats
+
+
+def variance(stats: Stats, correction: int = 0) -> Array:
+    """Variance in float64, with `correction` taken from the count under it."""
+    wide: Array = stats.var.astype(np.float64) + stats.var_lo
+    return wide if correction == 0 else wide * (stats.count / (stats.count - correction))
+
+
+def _digits(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The dtype that statistics given in another have."""
+    row = lookup(dtype.newbyteorder("="))
+    return _WIDE if row is None else row.compute
+
+
+def _wider(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    return _WIDE if _WIDE in dtypes else _NARROW
+
+
+def _sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """Sum of two vectors, and what it rounds away (Knuth)."""
+    high = a + b
+    back = high - a
+    return high, (a - (high - back)) + (b - back)
 
 
 @dataclass(frozen=True, eq=False)

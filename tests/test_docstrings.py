@@ -42,12 +42,13 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md"])
 def test_text(file: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
+    names: dict[str, object] = {}  # a block may go on where the one before it ended
     for block in blocks:
-        exec(block, {})  # noqa: S102  our own text
+        exec(block, names)  # noqa: S102  our own text
 
 
 def test_deploying_names_every_variable_and_no_other() -> None:
