@@ -364,7 +364,9 @@ def test_a_level_needs_all_its_features(monkeypatch: pytest.MonkeyPatch, feature
 
 
 def test_caches_as_the_system_describes_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for i, (level, kind, size) in enumerate([("1", "Data", "48K"), ("1", "Instruction", "64K"), ("2", "Unified", "2048K"), ("3", "Unified", "24576K")]):
+    for i, (level, kind, size) in enumerate(
+        [("1", "Data", "48K"), ("1", "Instruction", "64K"), ("2", "Unified", "2048K"), ("3", "Unified", "24576K")]
+    ):
         folder = tmp_path / f"index{i}"
         folder.mkdir()
         for name, text in {"level": level, "type": kind, "size": size}.items():
