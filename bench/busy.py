@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 import fastbn
+from bench import options, report, text
 
 SHAPES = {"25.7 MB": (32, 64, 56, 56), "3.2 MB": (1, 64, 112, 112), "0.4 MB": (1, 128, 28, 28), "4 KiB": (1, 16, 8, 8)}
 
 
 def _compute() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that ends this one
     while True:
         sum(range(10_000))
 
@@ -44,7 +46,7 @@ def busy(processes: int) -> Iterator[None]:
 
 def times(call: Callable[[], object], seconds: float) -> np.ndarray:
     """Seconds of each call, back to back."""
-    taken = []
+    taken: list[float] = []
     until = time.perf_counter() + seconds
     while (start := time.perf_counter()) < until or len(taken) < 20:
         call()
@@ -71,22 +73,34 @@ def measure(threads: int, processes: int, seconds: float) -> Iterator[tuple[str,
                         yield size, n, neighbors, times(call, seconds)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser("python -m bench.busy", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--threads", type=int, default=fastbn.get_num_threads())
-    parser.add_argument("--processes", type=int, default=1, help="processes that compute all the time")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print a table; after Ctrl-C, what there is."""
+    parser = argparse.ArgumentParser("python -m bench.busy", description="Training forward on a quiet and on a busy machine.")
+    add = parser.add_argument
+    add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="beside one (default: %(default)s)")
+    add("--processes", type=options.whole(0), default=1, help="processes that compute all the time (default: %(default)s)")
+    add("--seconds", type=options.seconds, default=5.0, help="for each row (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    table = Table("x", "threads", "busy processes", "median ms", "p99 ms", "median / quiet single thread")
+    lines: list[tuple[object, ...]] = []
     single: dict[str, float] = {}
-    for size, n, neighbors, taken in measure(arguments.threads, arguments.processes, arguments.seconds):
-        median = float(np.median(taken))
-        single.setdefault(size, median)
-        p99 = float(np.percentile(taken, 99))
-        table.add_row(size, str(n), str(neighbors), f"{median * 1e3:.4f}", f"{p99 * 1e3:.4f}", f"{median / single[size]:.2f}")
-    Console().print(table)
+    interrupted, before = False, report.load()
+    try:
+        for size, n, neighbors, taken in measure(arguments.threads, arguments.processes, arguments.seconds):
+            median = float(np.median(taken))
+            single.setdefault(size, median)
+            lines.append((size, n, neighbors, median * 1e6, float(np.percentile(taken, 99)) * 1e6, median / single[size]))
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(lines)} rows", file=sys.stderr)
+        interrupted = True
+    if lines:
+        text.show(
+            [
+                *report.unstable(before),
+                text.Table(("x", "threads", "busy processes", "median µs", "p99 µs", "median / quiet single thread"), lines),
+            ]
+        )
+    return options.INTERRUPTED if interrupted else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(options.run(main))

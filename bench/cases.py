@@ -214,6 +214,10 @@ NETWORKS = {
         "Sizes", 1e-5, tuple(Layer("x".join(map(str, shape)), shape) for shape in _FLOOR), _RESNET50_SOURCE,
         "ResNet-50 from 0.1 to 103 MB: where time per byte changes with the caches",
     ),
+    "tiny": Network(
+        "Tiny", 1e-5, tuple(Layer("x".join(map(str, shape)), shape) for shape in ((1, 8, 4, 4), (2, 64, 4, 4))),
+        "made up", "where nothing but the cost of a call counts",
+    ),
 }  # fmt: skip
 
 

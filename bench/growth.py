@@ -8,16 +8,16 @@ Steps are expected where the arrays of a call no longer fit a cache.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 import fastbn
+from bench import options, report, text
 from bench.peers.copy_peer import copy_into
-from bench.report import table
+from bench.progress import each
 from bench.timing import race
 
 CHANNELS = 64
@@ -71,27 +71,46 @@ def draw(found: dict[tuple[str, int], dict[str, float]], folder: Path) -> list[P
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"growth.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
+        options.keep(path)
         figure.savefig(path, dpi=150)
     return paths
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print a table and draw."""
-    parser = argparse.ArgumentParser("python -m bench.growth", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("bench/results"), help="where the drawings go")
-    parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of the largest array; four of them are needed")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each size and layout")
+    parser = argparse.ArgumentParser(
+        "python -m bench.growth", description="Time per byte from 4 KiB to 1 GiB. Ctrl-C ends it early and writes what there is."
+    )
+    add, folder = parser.add_argument, "bench/results"
+    add("folder", type=options.output_folder, nargs="?", default=folder, help="where the drawings go (default: %(default)s)")
+    add(
+        "--largest", type=options.whole(SIZES[0]), default=SIZES[-1], metavar="BYTES",
+        help="of the largest array; four of them are needed (default: %(default)s)",
+    )  # fmt: skip
+    add("--seconds", type=options.seconds, default=2.0, help="for each size and layout (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    cases = [(layout, size) for layout in LAYOUTS for size in SIZES if size <= arguments.largest]
-    progress = track(cases, console=Console(stderr=True))
-    found = {(layout, size): measure(size, layout, arguments.seconds) for layout, size in progress}
-    rows = [(f"{size >> 10} KiB", layout, *(found[layout, size][name] for name in CONTENDERS)) for layout, size in cases]
-    text = table(("x", "layout", *(f"{name}, ns per KiB" for name in CONTENDERS)), rows)
-    paths = draw(found, arguments.folder)
-    (arguments.folder / "growth.md").write_text(f"# Time per byte\n\n{text}\n", encoding="utf-8")
-    print(text)
-    print("wrote", arguments.folder / "growth.md", *paths)
+    options.need(parser, "the drawing", "matplotlib")
+    cases = [(layout, size) for size in SIZES if size <= arguments.largest for layout in LAYOUTS]
+    before = report.load()
+    measured, interrupted = each(
+        cases, lambda case: f"{case[0]} {case[1] >> 10} KiB", lambda case: [(case, measure(case[1], case[0], arguments.seconds))]
+    )
+    found = dict(measured)
+    if interrupted:
+        print(f"interrupted after {len(found)} of {len(cases)} measurements", file=sys.stderr)
+    if not found:
+        return options.INTERRUPTED
+    rows = [(f"{size >> 10} KiB", layout, *(times[name] for name in CONTENDERS)) for (layout, size), times in found.items()]
+    parts: list[text.Part] = [
+        "# Time per byte",
+        *report.unstable(before),
+        text.Table(("x", "layout", *(f"{name}, ns per KiB" for name in CONTENDERS)), rows),
+    ]
+    written = options.write({arguments.folder / "growth.md": text.markdown(parts)})
+    print("wrote", *draw(found, arguments.folder), file=sys.stderr)
+    text.show(parts)
+    return options.INTERRUPTED if interrupted else int(not written)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(options.run(main))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +76,7 @@ def _error(op: str, inputs: data.Inputs, result: data.Array, channels: data.Arra
     return float(np.max(np.abs(found - expected) / np.maximum(1.0, np.abs(expected))))
 
 
-def measure(case: Case, layout: str, dtype: str, budget: Budget) -> list[Row]:
+def measure(case: Case, layout: str, dtype: str, budget: Budget) -> Iterator[Row]:
     """Measure the operations on one layer, with the threads that fastbn is set to.
 
     Parameters
@@ -86,19 +87,17 @@ def measure(case: Case, layout: str, dtype: str, budget: Budget) -> list[Row]:
     budget : Budget
         Each operation is one part of its work.
 
-    Returns
-    -------
-    list of Row
+    Yields
+    ------
+    Row
         One for each of `OPS`; none where the time is over.
     """
     if not budget.left():
-        return []
+        return
     inputs, origin = data.inputs(case, layout, dtype), data.parameters(case).origin
     channels = data.sample(inputs.x, layout)
     out = np.empty_like(inputs.x)  # the same for all, so that no one has the better place in memory
-    rows = []
     for op in OPS:
         calls = {c.name: getattr(c.load(), op)(inputs, None if c.fresh else out) for c in CONTENDERS if c.installed()}
         error = _error(op, inputs, calls["fastbn"](), channels)
-        rows.append(Row(*case, layout, dtype, op, inputs.x.nbytes, origin, error, len(channels), race(calls, budget.share())))
-    return rows
+        yield Row(*case, layout, dtype, op, inputs.x.nbytes, origin, error, len(channels), race(calls, budget.share()))

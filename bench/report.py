@@ -1,14 +1,14 @@
-"""The report: the machine, a summary of each network, the worst layers and a table of all, as Markdown and JSON."""
+"""The report: the machine, a summary of each network, the worst layers and a table of all; and the same as JSON."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
-from math import isnan, log
+from math import log
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,14 @@ import numpy as np
 import fastbn
 from bench.cases import NETWORKS
 from bench.measure import Row
-from fastbn import dispatch
+from bench.text import Part, Table
+from bench.timing import Times
 
 # Tensors that any implementation must read or write once, whatever the layout: for GB/s.
 TENSORS = {"inference": 2, "forward": 2, "backward": 3}
+
+# A load of others per core, and a spread of times, above which figures mean little; and in how many rows.
+BUSY, WIDE, SOME = 0.25, 0.25, 0.25
 
 _NOTES = """\
 Times are medians; the contenders took turns in one process. *copy* is a copy of x into an array already there, with as
@@ -47,22 +51,27 @@ class Summary(NamedTuple):
     error: float
 
 
+def load() -> dict[str, Any]:
+    """How busy the machine is before the start: processes that run, on average over a minute, and cores."""
+    return {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None, "cores": os.cpu_count()}
+
+
 def machine(dtype: str) -> dict[str, Any]:
     """Describe the machine, the versions, the moment, and what fastbn will run on a dtype."""
     model, cpuinfo = platform.processor(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next((line.split(": ", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), model)
+    config = fastbn.show_config()
     return {
         "processor": model,
-        "cores": os.cpu_count(),
+        **load(),
         "system": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": fastbn.get_num_threads(),
         "dtype": dtype,
-        "kernel": dispatch.select(dtype).name,
+        "kernel": config["pinned"] or config["selected"][dtype],
         "versions": {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": _version("torch")},
-        "config": fastbn.show_config(),
+        "config": config,
     }
 
 
@@ -103,22 +112,6 @@ def summarize(rows: Iterable[Row]) -> list[Summary]:
     ]
 
 
-def table(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """Write a Markdown table: numbers to the right, rounded; a dash for NaN."""
-    rule = ["---:" if all(isinstance(value, (int, float)) for value in column) else "---" for column in zip(*lines, strict=True)]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in (header, rule, *lines))
-
-
-def _cell(value: object) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    if isnan(value):
-        return "-"
-    if 0 < abs(value) < 0.005:
-        return f"{value:.0e}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
 def _layer(row: Row) -> list[object]:
     """One line of the table of layers."""
     us, fast = 1e6, row.times["fastbn"]
@@ -139,48 +132,96 @@ _SUMMARY = (
 )  # fmt: skip
 
 
-def summary(about: dict[str, Any], rows: Sequence[Row], skipped: int, worst: int = 10) -> str:
-    """Write the first part of the report: the machine, the summary and the worst layers."""
+# What a narrow terminal does without, the last one first.
+_DISPENSABLE = (
+    "NCHW shape", "x copy", "fastbn µs", "over PyTorch", "over NumPy", "fastbn ms", "copy µs", "PyTorch ms", "fresh over PyTorch", "layers",
+    "p99 µs", "GB/s", "fresh µs", "error", "layer",
+)  # fmt: skip
+
+
+def unstable(about: dict[str, Any], measured: Sequence[Mapping[str, Times]] = ()) -> list[str]:
+    """Say in words what speaks against the times: a busy machine before the start, times that differ from call to call."""
+    found = []
+    if (running := about["load"] or 0.0) > BUSY * (about["cores"] or 1):
+        found.append(f"other processes were running (load {running:.1f} on {about['cores']} cores before the start)")
+    for name in dict.fromkeys(name for times in measured for name in times):
+        wide = sum(name in times and times[name].spread > WIDE for times in measured)
+        if wide > SOME * len(measured):
+            found.append(f"half of {name}'s times spread over more than {WIDE:.0%} of the median in {wide} of {len(measured)} measurements")
+    return [f"Unstable: {'; '.join(found)}. Do not rely on these figures; measure again on a quiet machine"] if found else []
+
+
+def _left_out(left_out: Mapping[str, int]) -> list[str]:
+    """Say what was not measured."""
+    if not left_out:
+        return []
+    names = ", ".join(f"{NETWORKS[name].title} ({count})" for name, count in left_out.items())
+    return [f"{sum(left_out.values())} measurements left out, because the time was over or Ctrl-C came: {names}"]
+
+
+def _facts(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]) -> str:
+    """Items about the machine, the versions, and what may be wrong with the figures."""
     versions = {"fastbn": about["config"]["fastbn"], **about["versions"]}
     facts = [
         f"{about['processor']}, {about['cores']} cores",
         ", ".join(f"{level.upper()} {size >> 10} KiB" for level, size in about["config"]["caches"].items()),
-        f"{about['system']}, {about['date']}, load before {about['load']}",
+        f"{about['system']}, {about['date']}, load before {about['load'] or 0:.1f}",
         ", ".join(f"{name} {number or 'not installed'}" for name, number in versions.items()),
         f"{about['threads']} threads, {about['dtype']}, kernel {about['kernel']}",
         "Parameters: " + ", ".join(dict.fromkeys(row.parameters for row in rows)),
     ]
-    if skipped:
-        facts.append(f"{skipped} measurements left out, because the time was over")
+    if about["versions"]["PyTorch"] is None:
+        facts.append("No columns for PyTorch: it is not installed (`pip install torch`)")
+    return "\n".join(f"- {fact}" for fact in [*facts, *_left_out(left_out), *unstable(about, [row.times for row in rows])])
+
+
+def summary(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int], worst: int = 10) -> list[Part]:
+    """Write the first part of the report: the machine, the summary and the worst layers."""
     slow = sorted(rows, key=lambda row: row.ratio("fastbn", "copy"), reverse=True)[:worst]
     behind = sorted((row for row in rows if row.ratio("torch", "fastbn") < 1), key=lambda row: row.ratio("torch", "fastbn"))[:worst]
-    parts = [
+    parts: list[Part] = [
         "# fastbn on the layers of real networks",
-        "\n".join(f"- {fact}" for fact in facts),
+        _facts(about, rows, left_out),
         _NOTES,
         "## Networks",
         "Sums over all layers of a network that were measured, a shape as often as the network has it; geometric means of the ratios.",
-        table(_SUMMARY, summarize(rows)),
+        Table(_SUMMARY, [_line(found) for found in summarize(rows)], _DISPENSABLE),
         "## Farthest from the copy",
-        table(("network", *_LAYER), [[row.network, *_layer(row)] for row in slow]),
+        Table(("network", *_LAYER), [[row.network, *_layer(row)] for row in slow], _DISPENSABLE),
     ]
     if behind:
-        parts += ["## Slower than PyTorch", table(("network", *_LAYER), [[row.network, *_layer(row)] for row in behind])]
-    return "\n\n".join(parts) + "\n"
+        parts += ["## Slower than PyTorch", Table(("network", *_LAYER), [[row.network, *_layer(row)] for row in behind], _DISPENSABLE)]
+    return parts
 
 
-def layers(rows: Sequence[Row]) -> str:
+def _line(found: Summary) -> list[object]:
+    """One line of the table of networks; where layers are missing, how many there are."""
+    total = len(NETWORKS[found.network].layers)
+    return [f"{found.layers} of {total}" if name == "layers" and found.layers < total else value for name, value in found._asdict().items()]
+
+
+def layers(rows: Sequence[Row]) -> list[Part]:
     """Write the second part of the report: every layer of every network."""
-    parts = []
+    parts: list[Part] = []
     for name in dict.fromkeys(row.network for row in rows):
         network = NETWORKS[name]
         about = f"{network.reason[0].upper()}{network.reason[1:]}. Source: {network.source}."
-        parts += [f"## {network.title}", about, table(_LAYER, [_layer(row) for row in rows if row.network == name])]
-    return "\n\n".join(parts) + "\n"
+        parts += [f"## {network.title}", about, Table(_LAYER, [_layer(row) for row in rows if row.network == name])]
+    return parts
 
 
-def as_json(about: dict[str, Any], rows: Sequence[Row], skipped: int) -> str:
+def as_json(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]) -> str:
     """Write everything that was measured, with the machine and the summary, as JSON; null for NaN."""
     results = [row._asdict() | {"times": {name: times._asdict() for name, times in row.times.items()}} for row in rows]
     summaries = [{key: None if value != value else value for key, value in s._asdict().items()} for s in summarize(rows)]
-    return json.dumps({"machine": about, "skipped": skipped, "summary": summaries, "rows": results}, indent=1) + "\n"
+    return json.dumps({"machine": about, "left_out": dict(left_out), "summary": summaries, "rows": results}, indent=1) + "\n"
+
+
+def read_json(text: str) -> tuple[dict[str, Any], list[Row]]:
+    """Read the machine and the rows back from what `as_json` wrote."""
+    found = json.loads(text)
+    rows = [
+        Row(**row | {"shape": tuple(row["shape"]), "times": {name: Times(**times) for name, times in row["times"].items()}})
+        for row in found["rows"]
+    ]
+    return found["machine"], rows

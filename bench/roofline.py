@@ -1,20 +1,29 @@
 """Time against bytes, beside the line that a copy draws; and how far each layer is from the floor.
 
+``python -m bench.roofline`` draws what ``python -m bench`` has written; so does its option ``--roofline``.
+
 The floor of a call is the time a copy would take for as many bytes as the call must move when nothing stays in a cache
 between two passes over the tensor, except that channels-first memory can be worked through a few channels at a time.
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
 from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bench import options
 from bench.measure import Row
 from bench.peers import OPS
-from bench.report import table
+from bench.report import read_json
+from bench.text import table
+
+RESULTS = Path(__file__).parent / "results"
 
 # Tensors read and written: statistics need a pass of their own over memory in which the channels are interleaved.
 MOVED = {
@@ -56,11 +65,13 @@ def ratios(rows: Sequence[Row]) -> str:
     )) + "\n"  # fmt: skip
 
 
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+def draw(about: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw one panel for each operation, one point for each layer, and save it as PNG and SVG.
 
     Parameters
     ----------
+    about : dict
+        The machine.
     rows : sequence of Row
     folder : Path
         Made if it is not there.
@@ -84,10 +95,38 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             panel.scatter(moves, times, s=18, alpha=0.7, marker=marker, label=layout)
         panel.set(title=op, xscale="log", yscale="log", xlabel="MB moved")
         panel.grid(visible=True, alpha=0.3)
+        panel.legend()
     panels[0].set_ylabel("µs, median")
-    panels[0].legend()
+    version, threads = about["config"]["fastbn"], f"{about['threads']} threads"
+    figure.suptitle(", ".join((f"fastbn {version}", about["dtype"], threads, about["processor"], about["date"])))
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"roofline.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
+        options.keep(path)
         figure.savefig(path, dpi=150)
     return paths
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw what was measured, and write the table."""
+    parser = argparse.ArgumentParser("python -m bench.roofline", description="Draw time against bytes, as python -m bench has measured it.")
+    add = parser.add_argument
+    add("results", type=Path, nargs="?", default=RESULTS / "bench.json", help="what python -m bench wrote (default: %(default)s)")
+    add("folder", type=options.output_folder, nargs="?", default=str(RESULTS), help="for the drawings (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    options.need(parser, "the drawing", "matplotlib")
+    try:
+        about, rows = read_json(arguments.results.read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(f"cannot read {arguments.results}: {error.strerror}; python -m bench writes it")
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"{arguments.results} is not what python -m bench writes")
+    if not rows:
+        parser.error(f"{arguments.results} holds no measurements")
+    written = options.write({arguments.folder / "roofline.md": ratios(rows)})
+    print("wrote", *draw(about, rows, arguments.folder), file=sys.stderr)
+    return int(not written)
+
+
+if __name__ == "__main__":
+    sys.exit(options.run(main))

@@ -12,27 +12,44 @@ from typing import NamedTuple
 
 TURN = 2e-3  # seconds of one contender's turn: long against waking its threads and refilling the caches after the others
 MOST = 1000  # calls that are enough
-FEW, LEAST = 5, 0.05  # calls that a contender gets even where its time is over, unless they take this many seconds
+FEW, LEAST = 5, 0.02  # calls that a contender gets even where its time is over, unless they take this many seconds
 
 _TASKS = Path("/proc/self/task")
 
 
 class Times(NamedTuple):
-    """Seconds of one call: the median and the 99th percentile, over `calls` calls."""
+    """Seconds of one call over `calls` calls.
+
+    Attributes
+    ----------
+    median, p99 : float
+        The median and the 99th percentile.
+    calls : int
+    spread : float
+        Between the quartiles, over the median.
+    """
 
     median: float
     p99: float
     calls: int
+    spread: float = 0.0
 
 
-def race(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
+def race(
+    contenders: Mapping[str, Callable[[], object]], seconds: float, between: Callable[[], object] | None = None, shortest: int = 1
+) -> dict[str, Times]:
     """Time several functions, turn by turn.
 
     Parameters
     ----------
     contenders : mapping of str to callable
     seconds : float
-        For all of them together, in equal parts; contenders whose calls are long may take more.
+        For all of them together, in equal parts; contenders whose calls are long may take more. However little it is,
+        each is timed once.
+    between : callable, optional
+        Called before each call, and not timed.
+    shortest : int
+        Calls of a turn, at least.
 
     Returns
     -------
@@ -40,38 +57,47 @@ def race(contenders: Mapping[str, Callable[[], object]], seconds: float) -> dict
     """
     part = seconds / len(contenders)
     spent: dict[str, float] = {}
-    fastest: dict[str, float] = {}
+    cost: dict[str, float] = {}  # of one call and what comes between
     samples: dict[str, list[float]] = {}
 
     def racing(name: str) -> bool:
         calls = len(samples[name])
-        return (spent[name] < part and calls < MOST) or (spent[name] < LEAST and calls < FEW)
+        return calls == 0 or (spent[name] < part and calls < MOST) or (spent[name] < LEAST and calls < FEW)
 
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for name, call in contenders.items():  # the first calls do not count: they find no pages, no threads, no caches
+        for name in contenders:  # the first calls do not count: they find no pages, no threads, no caches
             start = perf_counter()
-            call()
-            fastest[name] = perf_counter() - start
+            _turn(contenders[name], 1, between)
+            cost[name] = perf_counter() - start
             spent[name], samples[name] = 0, []
             settle()
         while names := [name for name in contenders if racing(name)]:
             for name in names:
-                call, turn, start = contenders[name], [], perf_counter()
-                for _ in range(max(1, min(100, int(TURN / fastest[name])))):
-                    before = perf_counter()
-                    call()
-                    turn.append(perf_counter() - before)
+                start = perf_counter()
+                durations = _turn(contenders[name], max(shortest, min(100, int(TURN / cost[name]))), between)
+                cost[name] = min(cost[name], (perf_counter() - start) / len(durations))
                 settle()
                 spent[name] += perf_counter() - start
-                fastest[name] = min(fastest[name], *turn)
                 # The first of several calls finds sleeping threads, and in the caches what the others left there.
-                samples[name] += turn[1:] or turn
+                samples[name] += durations[1:] or durations
     finally:
         if collecting:
             gc.enable()
     return {name: summarize(durations) for name, durations in samples.items()}
+
+
+def _turn(call: Callable[[], object], calls: int, between: Callable[[], object] | None) -> list[float]:
+    """Seconds of each of some calls."""
+    durations = []
+    for _ in range(calls):
+        if between is not None:
+            between()
+        before = perf_counter()
+        call()
+        durations.append(perf_counter() - before)
+    return durations
 
 
 def settle(most: float = 0.05) -> None:
@@ -92,9 +118,11 @@ def _runs(task: Path) -> bool:
 
 
 def summarize(durations: list[float]) -> Times:
-    """Median and 99th percentile of some durations."""
+    """Median, 99th percentile and spread of some durations."""
     ordered, n = sorted(durations), len(durations)
-    return Times((ordered[(n - 1) // 2] + ordered[n // 2]) / 2, ordered[ceil(0.99 * n) - 1], n)
+    median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    spread = (ordered[ceil(0.75 * n) - 1] - ordered[ceil(0.25 * n) - 1]) / median if median else 0.0
+    return Times(median, ordered[ceil(0.99 * n) - 1], n, spread)
 
 
 class Budget:

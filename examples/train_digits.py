@@ -7,7 +7,9 @@ normalization (forward and backward by fastbn) and without, at several learning 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -152,9 +154,17 @@ def plot(results: dict[tuple[float, bool], list[float]], epochs: int, path: str)
 def main() -> None:
     """Train all the networks, print their accuracies, and write the plot."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=12, help="over the training images (default: %(default)s)")
     parser.add_argument("--output", default="train_digits.png", help="file for the plot (default: %(default)s)")
     args = parser.parse_args()
+    if args.epochs < 1:
+        parser.error(f"argument --epochs: must be at least 1, got {args.epochs}")
+    if (suffix := Path(args.output).suffix[1:]) not in (known := Figure().canvas.get_supported_filetypes()):
+        parser.error(f"argument --output: must end in one of {', '.join(known)}, got {suffix!r}")
+    try:  # the plot comes last, and should not fail then
+        Path(args.output).open("ab").close()
+    except OSError as error:
+        parser.error(f"argument --output: cannot write {args.output}: {error.strerror}")
 
     digits = load_digits()
     images = (digits.images[..., None] / 16 - 0.5).astype(np.float32)
@@ -174,5 +184,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with threadpool_limits(1, "blas"):  # small matrices: threads gain little, and lose much where a core is busy
-        main()
+    try:
+        with threadpool_limits(1, "blas"):  # small matrices: threads gain little, and lose much where a core is busy
+            main()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,7 +1,6 @@
 """Batch normalization for CPUs at the speed of memory."""
 
 from fastbn.activations import Activation
-from fastbn.core import Gradients, Saved, Stats
 from fastbn.dispatch import explain, show_config, use_kernel, warmup
 from fastbn.functional import (
     batch_norm,
@@ -14,6 +13,7 @@ from fastbn.functional import (
 )
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from fastbn.memory import release as release_memory
+from fastbn.results import Gradients, Saved, Stats
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -44,3 +44,8 @@ __all__ = [
     "use_kernel",
     "warmup",
 ]
+
+
+def __dir__() -> list[str]:
+    """Leave out the modules that fastbn is made of."""
+    return __all__

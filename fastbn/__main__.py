@@ -8,18 +8,24 @@ that fastbn promises. It needs NumPy alone.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import fastbn
-from fastbn import dispatch, reference
+from fastbn import dispatch, environment, reference
 from fastbn.dtypes import DTYPES
-from fastbn.layout import Array
+from fastbn.layout import Array, LayoutName
 
 LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
 SHAPES = (
@@ -31,7 +37,11 @@ SHAPES = (
     (1, 5, 141, 141),
 )
 # By name: the layout, and whether the channels are last in memory.
-MEMORIES = {"NCHW": ("NCHW", False), "NHWC": ("NHWC", True), "NCHW with channels-last strides": ("NCHW", True)}
+MEMORIES: dict[str, tuple[LayoutName, bool]] = {
+    "NCHW": ("NCHW", False),
+    "NHWC": ("NHWC", True),
+    "NCHW with channels-last strides": ("NCHW", True),
+}
 MODES = ("inference", "training")
 EPS = 1e-5
 MOMENTUM = 0.25
@@ -220,30 +230,82 @@ def verify(names: Sequence[str]) -> int:
             tallies[kernel, dtype.name] = Tally(before.cases + 1, *max((error, where), before[1:]))
         show_progress(done, len(problems))
 
-    print(f"{'kernel':<11}{'dtype':<10}{'cases':>5}  {'worst':>6}  {'':<8}where")
+    print(f"{'kernel':<11}{'dtype':<9}{'cases':>5} {'worst':>6}  {'':<8}where")
     for (kernel, dtype_name), t in tallies.items():
         verdict = "ok" if t.error <= 1 else "DIFFERS"
-        print(f"{kernel:<11}{dtype_name:<10}{t.cases:>5}  {t.error:6.2g}  {verdict:<8}{t.where}")
+        print_within(f"{kernel:<11}{dtype_name:<9}{t.cases:>5} {t.error:6.2g}  {verdict:<8}", t.where)
     for kernel, reason in unusable.items():
-        print(f"{kernel:<11}cannot run: {reason}")
+        print_within(f"{kernel:<11}", f"cannot run: {reason}")
     print("\nworst: the largest error, as a fraction of what fastbn promises.")
     return 1 if not tallies or any(t.error > 1 for t in tallies.values()) else 0
 
 
-def info() -> int:
-    """Print what `fastbn.show_config` says."""
+def print_within(start: str, text: str) -> None:
+    """Print text after a start, in lines of 80 characters; further lines are indented by the start's length."""
+    lines = textwrap.wrap(text, 79 - len(start), break_long_words=False, break_on_hyphens=False) or [""]
+    print(start + f"\n{' ' * len(start)}".join(lines))
 
-    def text(value: object) -> str:
-        if value in (None, []):
-            return "none"
-        return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    for key, value in fastbn.show_config().items():
+def size(count: float) -> str:
+    """Bytes for people: "32 KiB", "3.2 GB"; powers of 1024 where they leave no more than three digits, as for caches."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30)):
+        if count % (1 << power) == 0 and count < 1000 << power:
+            return f"{int(count) >> power} {unit}"
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1e3:.1f} KB"
+
+
+def text_of(value: object) -> str:
+    """A value of the report for people."""
+    if value is None or value == [] or value == {}:
+        return "none"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def problems() -> list[str]:
+    """What is wrong with the environment, a sentence each."""
+    found: list[str] = environment.problems()
+    name = dispatch.pinned()
+    if name is not None and name not in dispatch.KERNELS:
+        found.append(f"FASTBN_KERNEL must be one of {', '.join(dispatch.KERNELS)}, got {name!r}")
+    elif name is not None and (reason := dispatch.KERNELS[name].unusable()):
+        found.append(f"FASTBN_KERNEL is {name}, which cannot run here: {reason}")
+    return found
+
+
+def info(as_json: bool = False) -> int:
+    """Print what `fastbn.show_config` says, and what is wrong; 1 if anything is."""
+    wrong = problems()
+    report: Mapping[str, Any] = {"fastbn": fastbn.__version__}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            report = fastbn.show_config()
+        except Exception as error:  # whoever asks what is wrong needs an answer
+            wrong.append(str(error))
+    said = [str(warning.message) for warning in caught]
+    if as_json:
+        print(json.dumps({**report, "warnings": said, "problems": wrong}, indent=2))
+        return 1 if wrong else 0
+    sizes = {"caches": ("l1", "l2", "l3"), "memory": ("in_use", "idle", "limit")}
+    for key, value in report.items():
         entries = value if isinstance(value, dict) else {"": value}
         for i, (name, entry) in enumerate(entries.items()):
-            shown = f"{entry >> 10} KiB" if key == "caches" else text(entry)
-            print(f"{'' if i else key:<11}{f'{name}: ' if name else ''}{shown}")
-    return 0
+            shown = size(entry) if name in sizes.get(key, ()) and entry is not None else text_of(entry)
+            if (key, name) == ("selected", "bfloat16") and find_spec("ml_dtypes") is None:
+                shown += ", once ml_dtypes is installed (pip install 'fastbn[bf16]')"
+            print_within(f"{'' if i else key:<11}{f'{name}: ' if name else ''}", shown)
+    for warning in said:
+        print_within("warning    ", warning)
+    for problem in wrong:
+        print_within("problem    ", problem)
+    return 1 if wrong else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,17 +319,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        1 if a kernel differs from the reference, or none could be tested; else 0.
+        0 where all is well; 1 if a kernel differs from the reference, none could be tested, something is wrong with the
+        environment or the report could not be written; 128 and the signal's number after Ctrl-C and a closed pipe.
     """
-    parser = argparse.ArgumentParser(prog="python -m fastbn", description="What fastbn runs on this machine, and whether it is right.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="processor, caches, threads and kernels")
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbn", description="What fastbn runs on this machine, and whether it is right. Without a command: info."
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"fastbn {fastbn.__version__}")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("info", parents=[as_json], help="processor, caches, threads, kernels, problems; exit status 1 if there are any")
     verifier = commands.add_parser("verify", help="compare the kernels with the reference; exit status 1 if any differs")
     verifier.add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
     args = parser.parse_args(argv)
-    if args.command == "info":
-        return info()
-    return verify([args.kernel] if args.kernel else list(dispatch.KERNELS))
+    if args.command == "verify":
+        if args.json:
+            parser.error("--json is for info")
+        return to_the_end(lambda: verify([args.kernel] if args.kernel else list(dispatch.KERNELS)))
+    return to_the_end(lambda: info(args.json))
+
+
+def to_the_end(command: Callable[[], int]) -> int:
+    """Run a command; where its reader, its disk or its user gives up, say so in a line at most."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except OSError as error:
+        # Python would try again to write what is left, at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # as after `| head`
+            return 128 + signal.SIGPIPE
+        print(f"python -m fastbn: {error.strerror}", file=sys.stderr)
+        return 1
+    return status
 
 
 if __name__ == "__main__":

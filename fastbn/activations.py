@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ class Builtin(NamedTuple):
     @property
     def invertible(self) -> bool:
         """Whether the input can be had from the output."""
-        return self.name == "leaky_relu" and self.parameter > 0
+        return self.name == "leaky_relu" and 0 < self.parameter < inf
 
 
 class Activation:
@@ -123,6 +124,11 @@ class Epilogue(NamedTuple):
     from_output: bool = False
 
 
+_EXPECTED = "activation must be None, a name, a tuple of a name and a parameter, a function compiled by numba.njit, or a fastbn.Activation"
+_PARAMETERS = "activation takes a parameter as ('leaky_relu', slope), ('gelu', 'tanh') or ('gelu', 'none')"
+_ALIASES = {"swish": "silu", "logistic": "sigmoid", "expit": "sigmoid", "hardsilu": "hardswish", "lrelu": "leaky_relu"}
+
+
 def lookup(activation: object) -> Builtin | Activation:
     """The activation that a user means.
 
@@ -146,19 +152,43 @@ def lookup(activation: object) -> Builtin | Activation:
     if isinstance(activation, Activation):
         return activation
     if callable(activation):
-        return Activation(activation)
+        if hasattr(activation, "py_func") or (find_spec("numba") is None and not _hint(activation)):
+            return Activation(activation)
+        raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(activation)}")
     name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str):
-        raise TypeError(f"activation must be None, a name, a tuple of a name and a parameter, or a function, got {activation!r}")
+        raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(name)}")
     if name not in _ALL:
-        raise ValueError(f"activation must be one of {', '.join(NAMES)} or None, got {name!r}")
+        raise ValueError(f"activation must be one of {', '.join(NAMES)} or None, got {name!r}{_hint(name)}")
     if not parameters:
         return _ALL[name]
-    if name == "gelu" and parameters in (["none"], ["tanh"]):
-        return _ALL["gelu" if parameters == ["none"] else "gelu_tanh"]
-    if name != "leaky_relu" or len(parameters) > 1:
-        raise ValueError(f"activation takes a parameter as ('leaky_relu', slope) or ('gelu', 'tanh'), got {activation!r}")
-    slope = parameters[0]
-    if isinstance(slope, bool) or not isinstance(slope, (int, float, np.integer, np.floating)):
-        raise TypeError(f"the slope of leaky_relu must be a number, got {slope!r}")
-    return _ALL[name]._replace(parameter=float(slope))
+    if name not in ("leaky_relu", "gelu") or len(parameters) > 1:
+        raise ValueError(f"{_PARAMETERS}, got {activation!r}")
+    (parameter,) = parameters
+    if name == "leaky_relu":
+        return _ALL[name]._replace(parameter=_slope(parameter))
+    if not isinstance(parameter, str):
+        raise TypeError(f"{_PARAMETERS}, got {activation!r}")
+    if parameter not in ("none", "tanh"):
+        raise ValueError(f"{_PARAMETERS}, got {activation!r}")
+    return _ALL["gelu" if parameter == "none" else "gelu_tanh"]
+
+
+def _slope(value: Any) -> float:
+    """Check the slope of leaky_relu: any number, as in PyTorch."""
+    if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"activation: the slope of leaky_relu must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("activation: the slope of leaky_relu must be a float64, got an int beyond its range") from None
+
+
+def _hint(meant: object) -> str:
+    """The name that was meant by the function, module or class of another library, or by another spelling."""
+    words = [meant] if isinstance(meant, str) else [getattr(meant, "__name__", None), type(meant).__name__]
+    names = {name.replace("_", ""): name for name in NAMES} | _ALIASES
+    for word in words:
+        if isinstance(word, str) and (name := names.get(word.lower().replace("_", "").replace("-", ""))):
+            return f'; did you mean "{name}"?'
+    return ""

@@ -7,140 +7,64 @@ more than a small tensor; `Composed` does the same with NumPy for modules that o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Collection
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import dispatch, memory, threads
-from fastbn.activations import Activation, Builtin, Epilogue
+from fastbn import dispatch, extremes, memory, threads
+from fastbn.activations import Epilogue
 from fastbn.dtypes import DType, lookup
 from fastbn.layout import Array, View, channel_axis, view
+from fastbn.results import Function, Gradients, Saved, Stats
 
-Function = Builtin | Activation | None  # an activation
 
-
-@dataclass(frozen=True)
-class Stats:
-    """Statistics of a batch, mergeable with those of other batches.
+class Request(NamedTuple):
+    """One call, checked: its array, how that lies in memory, and what follows the normalization.
 
     Attributes
     ----------
-    count : int
-        Number of values per channel.
-    mean, var : ndarray of shape (C,)
-        Mean and population variance; float64 for float64 input, else float32.
-    mean_lo : ndarray of shape (C,) or None
-        What `mean` rounds away, so that merging and centering lose no digits; None means zero.
-
-    Examples
-    --------
-    >>> from fastbn import batch_norm_stats
-    >>> x = np.array([[1.0], [3.0], [5.0]])
-    >>> batch_norm_stats(x[:1]).merge(batch_norm_stats(x[1:]))
-    Stats(count=3, mean=array([3.]), var=array([2.66666667]))
-    """
-
-    count: int
-    mean: Array
-    var: Array
-    mean_lo: Array | None = field(default=None, repr=False)
-
-    def merge(self, *others: Stats) -> Stats:
-        """Statistics of all the batches together.
-
-        Parameters
-        ----------
-        *others : Stats
-            Statistics of other batches with the same channels.
-
-        Returns
-        -------
-        Stats
-
-        Raises
-        ------
-        ValueError
-            If the numbers of channels differ.
-
-        Notes
-        -----
-        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances",
-        Stanford 1979, generalized from two batches to any number.
-        """
-        batches = [s for s in (self, *others) if s.count > 0]
-        for other in others:
-            if other.mean.shape != self.mean.shape:
-                raise ValueError(f"merge needs statistics of {self.mean.size} channels, got {other.mean.size}")
-        if len(batches) < 2:
-            return batches[0] if batches else self
-        dtype, base = self.mean.dtype, batches[0].mean.astype(np.float64)
-        count = sum(s.count for s in batches)
-        # Means as offsets from the first one: the difference of two near means is exact.
-        offsets = [(s.mean - base) + (0.0 if s.mean_lo is None else s.mean_lo) for s in batches]
-        offset = np.sum([s.count * o for s, o in zip(batches, offsets, strict=True)], 0) / count
-        m2 = np.sum([s.count * (s.var + np.square(o - offset)) for s, o in zip(batches, offsets, strict=True)], 0)
-        mean = (base + offset).astype(dtype)
-        return Stats(count, mean, (m2 / count).astype(dtype), ((base - mean) + offset).astype(dtype))
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What the forward keeps for the backward.
-
-    Attributes
-    ----------
-    mean, invstd : ndarray of shape (C,)
-        The statistics the forward used: the mean, and one over the standard deviation.
-    mean_lo : ndarray of shape (C,) or None
-        What `mean` rounds away; None means zero.
-    count : int
-        Number of values per channel in the statistics.
-    training : bool
-        Whether the statistics are the batch's own, so that the gradient flows through them.
-    scale, shift : ndarray of shape (C,)
-        Of the normalization: ``(x - mean) * scale + shift``.
-    layout : str or None
-    mask : ndarray of bool or None
+    x : ndarray
+    axis : int
+        Of the channels.
+    dtype : DType
+    view : View
+    out : ndarray or None
+        Where the result goes.
     activation : Builtin, Activation or None
-    residual : ndarray of the shape of x, or None
-        The array itself: it must not be changed before the backward, unless there is no activation.
+    residual : ndarray or None
+    mask : ndarray of bool, or None
+        Of the shape of x without the channels.
     """
 
-    mean: Array
-    invstd: Array
-    mean_lo: Array | None
-    count: int
-    training: bool
-    scale: Array
-    shift: Array
-    layout: str | None
-    mask: Array | None
-    activation: Function
-    residual: Array | None
-
-    @property
-    def invertible(self) -> bool:
-        """Whether the input of the forward can be had from its output."""
-        return self.residual is None and (self.activation is None or self.activation.invertible)
+    x: Array
+    axis: int
+    dtype: DType
+    view: View
+    out: Array | None = None
+    activation: Function = None
+    residual: Array | None = None
+    mask: Array | None = None
 
 
-class Gradients(NamedTuple):
-    """Gradients of one backward pass; None where not asked for.
+class Running(NamedTuple):
+    """Running statistics that training moves, and how.
 
     Attributes
     ----------
-    dx : ndarray, shape and memory order of x
-    dweight, dbias : ndarray of shape (C,)
-    dresidual : ndarray, shape of x
-        dy itself where there is no activation.
+    mean, var : ndarray or None
+        Changed in place.
+    momentum : float
+        Weight of the batch.
+    correction : int
+        What is taken from the count under the variance: 1 for the unbiased one, 0 for the population's.
     """
 
-    dx: Array | None
-    dweight: Array | None
-    dbias: Array | None
-    dresidual: Array | None
+    mean: Array | None
+    var: Array | None
+    momentum: float
+    correction: int
 
 
 def split(mean: Array, mean_lo: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
@@ -157,7 +81,9 @@ def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array
     shift = np.zeros_like(scale) if bias is None else bias.astype(np.float64)
     if mean_lo is not None:
         shift = shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)  # the scale may be infinite
-    return scale.astype(dtype), shift.astype(dtype)
+    # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
+    most = np.finfo(dtype).max
+    return np.where(np.isinf(scale), scale, np.clip(scale, -most, most)).astype(dtype), shift.astype(dtype)
 
 
 def update_running(running: Array, batch: Array, momentum: float) -> None:
@@ -165,11 +91,17 @@ def update_running(running: Array, batch: Array, momentum: float) -> None:
     running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
 
 
-@np.errstate(all="ignore")
-def fixed(var: Array, eps: float, weight: Array | None, bias: Array | None) -> tuple[Array, Array, Array]:
-    """One over the standard deviation, scale and shift of given statistics, in the type of `var`."""
-    invstd = 1.0 / np.sqrt(var.astype(np.float64) + eps)
-    return invstd.astype(var.dtype), *fold(None, invstd, weight, bias, var.dtype)
+def deviation(var: Array, eps: float) -> Array:
+    """One over the standard deviation, in float64."""
+    return 1.0 / np.sqrt(var.astype(np.float64) + eps)
+
+
+def parameters(
+    mean: Array, invstd: Array, weight: Array | None, bias: Array | None, dtype: np.dtype[Any]
+) -> tuple[Array, Array, Array, Array]:
+    """Mean, what it rounds away, scale and shift of given statistics, from all the digits these have."""
+    high, low = split(mean.astype(np.float64), np.zeros(1), dtype)
+    return high, low.astype(dtype), *fold(low, invstd, weight, bias, dtype)
 
 
 @np.errstate(all="ignore")
@@ -178,7 +110,8 @@ def input_gradient(
     sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
     """Gradient of x from the two sums."""
-    g1 = invstd.astype(np.float64) ** 2 * sum_dy_xmu / count
+    wide = invstd.astype(np.float64)
+    g1 = wide * (wide * sum_dy_xmu / count)  # the square alone may leave the range
     g0 = sum_dy / count
     if mean_lo is not None:
         g0 = g0 - mean_lo * g1
@@ -206,21 +139,40 @@ class Composed:
 
     @np.errstate(all="ignore")
     def forward(
-        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None,
-        running_var: Array | None, momentum: float, compute: np.dtype[Any], threads: int, epilogue: Epilogue | None = None,
+        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float | Array, running_mean: Array | None,
+        running_var: Array | None, momentum: float, correction: int, compute: np.dtype[Any], threads: int,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
-        """Normalize with the batch's statistics; return the mean, what it rounds away, invstd, scale and shift."""
+        """Normalize with the batch's statistics; return the mean, what it rounds away, invstd, scale and shift.
+
+        The running statistics, in the type of the arithmetic or in float64, are moved last.
+        """
         count = x.shape[0] * x.shape[2]
         mean, mean_lo, m2 = self.stats(x, threads)
+        var = m2 / (count - correction)
         high, low = split(mean, mean_lo, compute)
         invstd = 1.0 / np.sqrt(m2 / count + eps)
         scale, shift = fold(low, invstd, weight, bias, compute)
+        usual = extremes.are_usual(m2, m2 / count + eps, invstd if weight is None else invstd * weight, compute)
+        part = extremes.unusual(x, usual, eps)
+        again = None if part is None else (part, part.in_units(x), part.epilogue(epilogue))  # y may be x, or the residual
         self.normalize(x, y, high, scale, shift, threads, epilogue)
+        if again is not None:
+            part, rows, after = again
+            c, own_mean, own_var = part.channels, np.zeros(len(part.channels)), np.zeros(len(part.channels))
+            own_eps = part.from_units(np.broadcast_to(eps, c.shape), -2)
+            own = own_mean, own_var, 1.0, correction
+            found = self.forward(rows, rows, part.of(weight), part.of(bias), own_eps, *own, compute, threads, after)
+            y[:, c] = rows
+            mean[c], var[c] = part.from_units(own_mean), part.from_units(own_var, 2)
+            for vector, v, power in zip((high, low, invstd, scale, shift), found, (1, 1, -1, -1, 0), strict=True):
+                vector[c] = part.from_units(v.astype(np.float64), power)
+        found = high, low.astype(compute), invstd.astype(compute), scale, shift
         if running_mean is not None:
             update_running(running_mean, mean, momentum)
         if running_var is not None:
-            update_running(running_var, m2 / (count - 1), momentum)
-        return high, low.astype(compute), invstd.astype(compute), scale, shift
+            update_running(running_var, var, momentum)
+        return found
 
     @np.errstate(all="ignore")
     def backward(
@@ -228,6 +180,25 @@ class Composed:
         epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
+        part = extremes.far_from_one(invstd)
+        if part is None:
+            return self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)
+        rows = part.of(dy), part.in_units(x), None if dx is None else part.of(x)
+        vectors = part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1), part.of(scale)
+        after = part.epilogue(epilogue)
+        sums = self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)  # dx may be dy or x
+        sum_dy, sum_dy_xmu = self._backward(*rows, *vectors, threads, after)
+        sums[0][part.channels], sums[1][part.channels] = sum_dy, part.from_units(sum_dy_xmu)
+        if dx is not None:
+            dx[:, part.channels] = rows[2]
+        if epilogue is not None and epilogue.dresidual is not None and after is not None:
+            epilogue.dresidual[:, part.channels] = after.dresidual
+        return sums
+
+    def _backward(
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array, threads: int,
+        epilogue: Epilogue | None,
+    ) -> tuple[Array, Array]:  # fmt: skip
         if epilogue is not None and dx is not None and (kept := self._place_to_keep(epilogue, dy, x, dx)) is not None:
             zero = np.zeros_like(mean)
             self.grad_input(dy, x, kept, mean, np.ones_like(mean), zero, zero, threads, epilogue._replace(dresidual=None))
@@ -241,13 +212,16 @@ class Composed:
         return sum_dy, sum_dy_xmu
 
     def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:
-        """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative."""
+        """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative.
+
+        In place, in memory of its own: other sums would have other bits.
+        """
         if not self.keeps or epilogue.activation is None or not epilogue.activation.costly or epilogue.from_output:
             return None
         if epilogue.dresidual is not None:
             return epilogue.dresidual
         inputs = (dy, x, epilogue.residual)
-        return None if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx
+        return memory.empty_like(x) if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx
 
 
 @cache
@@ -262,19 +236,21 @@ def _module(dtype: DType, activation: Function = None) -> Any:
     return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
 
 
-def plain(op: str, x: object, layout: str | None, out: object, *arguments: object) -> Any:
+def plain(op: str, x: object, layout: str | None, axis: int | None, out: object, *arguments: object) -> Any:
     """Run an operation by one call of a kernel, checks and all; None where `x` or an argument is not plain."""
     if type(x) is not np.ndarray or dispatch.pinned() is not None:
         return None
-    run, axis = _plain(op, x.dtype, layout, x.ndim)
+    if not (axis is None or type(axis) is int) or not (layout is None or type(layout) is str):
+        return None
+    run, axis = _plain(op, x.dtype, layout, axis, x.ndim)
     return None if run is None else run(x, axis, _recycled(out, x), threads.for_call(op, x.nbytes), *arguments)
 
 
-@cache
-def _plain(op: str, dtype: np.dtype[Any], layout: str | None, ndim: int) -> tuple[Any, int]:
+@lru_cache(maxsize=1024)
+def _plain(op: str, dtype: np.dtype[Any], layout: str | None, axis: int | None, ndim: int) -> tuple[Any, int]:
     row = lookup(dtype)
     run = None if row is None else getattr(dispatch.select(row.storage).module(), f"plain_{op}", None)
-    return run, channel_axis(layout, ndim)
+    return run, channel_axis(layout, ndim, axis)
 
 
 def _recycled(out: object, x: Array) -> object:
@@ -283,34 +259,34 @@ def _recycled(out: object, x: Array) -> object:
 
 
 def _dense(a: Array, v: View) -> Array:
-    """`a` as (outer, channels, inner); a copy where its strides follow no pattern."""
-    return v.of(a if v.dense else np.ascontiguousarray(a))
+    """`a` as (outer, channels, inner); a copy where its memory is not dense."""
+    return v.of(a if v.dense else _copy(a))
 
 
-def _like(a: Array, x: Array, v: View) -> Array:
-    """`a`, of the shape of `x`, in the memory order that `v` describes."""
-    va = view(a, v.axis)
-    if va.dense and (va.perm, va.dims) == (v.perm, v.dims):
-        return v.of(a)
-    ordered = _empty(x, v)
+def _copy(a: Array) -> Array:
+    """A dense copy, in the same order of memory."""
+    copy = memory.empty_like(a)
+    copy[...] = a
+    return copy
+
+
+def _like(a: Array, r: Request) -> Array:
+    """`a`, of the shape of x, as (outer, channels, inner) in the memory order of x."""
+    va = view(a, r.axis)
+    if va.dense and (va.perm, va.dims) == (r.view.perm, r.view.dims):
+        return r.view.of(a)
+    ordered = memory.empty_like(r.x)
     ordered[...] = a
-    return v.of(ordered)
+    return r.view.of(ordered)
 
 
-def _empty(x: Array, v: View) -> Array:
-    """New array of the shape and dtype of `x`, in the memory order that `v` describes."""
-    return memory.empty_like(x, "K" if v.dense else "C")
-
-
-def _target(out: Array | None, x: Array, v: View) -> Array:
-    """The array that the kernel writes: `out` where its memory order is that of `v`, else a new one."""
-    if out is not None:
-        if v.dense and out.strides == x.strides and out.flags.aligned:
-            return out
-        vo = view(out, v.axis)
-        if vo.dense and (vo.perm, vo.dims) == (v.perm, v.dims):
-            return out
-    return _empty(x, v)
+def _target(r: Request) -> Array:
+    """The array that the kernel writes: `out` where its memory order is that of x, else a new one."""
+    if r.out is not None:
+        vo = view(r.out, r.axis)
+        if vo.dense and (vo.perm, vo.dims) == (r.view.perm, r.view.dims):
+            return r.out
+    return memory.empty_like(r.x)
 
 
 def _deliver(y: Array, out: Array | None) -> Array:
@@ -325,26 +301,28 @@ def _counted(a: Array, axis: int, mask: Array) -> Array:
     return np.moveaxis(a, axis, -1)[mask][:, :, None]
 
 
-def _epilogue(activation: Function, residual: Array | None, x: Array, v: View) -> Epilogue | None:
-    """What follows the normalization, the residual in the memory order of `x`."""
-    if activation is None and residual is None:
-        return None
-    return Epilogue(activation, None if residual is None else _like(residual, x, v))
+def _epilogue(r: Request, residual: Array | None) -> Epilogue | None:
+    """What follows the normalization; the residual lies in memory as x does."""
+    return None if r.activation is None and residual is None else Epilogue(r.activation, residual)
 
 
-def inference(
-    x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None,
-    bias: Array | None, eps: float | None, activation: Function, residual: Array | None, out: Array | None,
-) -> Array:  # fmt: skip
-    """Normalize `x` with given statistics."""
-    v = view(x, axis)
-    y = _target(out, x, v)
-    if x.size:
-        module = _module(dtype, activation)
-        n = threads.for_call("normalize", x.nbytes)
-        epilogue = _epilogue(activation, residual, x, v)
-        module.inference(_dense(x, v), v.of(y), mean, mean_lo, spread, weight, bias, eps, n, epilogue)
-    return _deliver(y, out)
+@np.errstate(all="ignore")
+def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias: Array | None, eps: float | None) -> Array:
+    """Normalize with given statistics; `spread` is the variance, or with eps None one over the deviation.
+
+    Each vector is in the type of the arithmetic, or in float64, of which no digit is lost.
+    """
+    y, compute = _target(r), r.dtype.compute
+    if r.x.size:
+        module = _module(r.dtype, r.activation)
+        x, n = _dense(r.x, r.view), threads.for_call("normalize", r.x.nbytes)
+        epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
+        if all(v is None or v.dtype == compute for v in (mean, spread, weight, bias)):
+            module.inference(x, r.view.of(y), mean, None, spread, weight, bias, eps, n, epilogue)
+        else:
+            high, _, scale, shift = parameters(mean, spread if eps is None else deviation(spread, eps), weight, bias, compute)
+            module.normalize(x, r.view.of(y), high, scale, shift, n, epilogue)
+    return _deliver(y, r.out)
 
 
 class Folded:
@@ -352,10 +330,28 @@ class Folded:
 
     def __init__(self, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float):
         with np.errstate(all="ignore"):
-            self._invstd = 1.0 / np.sqrt(var + eps)
+            self._invstd = deviation(var, eps)
         self._mean, self._weight, self._bias = mean, weight, bias
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
         self._plain: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is found again when it is needed is no part of the state, and could not be pickled."""
+        return self.__dict__ | {"_parameters": {}, "_plain": None}
+
+    @property
+    @np.errstate(all="ignore")
+    def scale(self) -> Array:
+        """Of ``y = x * scale + shift``, in float64."""
+        scale: Array = self._invstd if self._weight is None else self._invstd * self._weight
+        return scale.copy()
+
+    @property
+    @np.errstate(all="ignore")
+    def shift(self) -> Array:
+        """Of ``y = x * scale + shift``, in float64."""
+        shift: Array = (0.0 if self._bias is None else self._bias) - self._mean * self.scale
+        return shift
 
     def plain(self, x: object, residual: object, out: object) -> Array | None:
         """Normalize by one call of a kernel a plain array like the last one of `apply`; None where it is not like that."""
@@ -366,110 +362,138 @@ class Folded:
             y = self._plain(x, residual, _recycled(out, x), threads.for_call("normalize", x.nbytes))
         return y
 
+    @np.errstate(all="ignore")
     def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Mean, scale and shift for arithmetic in `compute`."""
         if compute not in self._parameters:
-            with np.errstate(all="ignore"):
-                high, low = split(self._mean, np.zeros_like(self._mean), compute)
-                self._parameters[compute] = (high, *fold(low, self._invstd, self._weight, self._bias, compute))
+            mean, _, scale, shift = parameters(self._mean, self._invstd, self._weight, self._bias, compute)
+            self._parameters[compute] = mean, scale, shift
         return self._parameters[compute]
 
-
-def apply(
-    folded: Folded, x: Array, axis: int, dtype: DType, activation: Function, residual: Array | None, out: Array | None
-) -> Array:  # fmt: skip
-    """Normalize `x` with folded statistics."""
-    v = view(x, axis)
-    y = _target(out, x, v)
-    if x.size:
-        module = _module(dtype, activation)
-        parameters = folded.parameters(dtype.compute)
-        n = threads.for_call("normalize", x.nbytes)
-        module.normalize(_dense(x, v), v.of(y), *parameters, n, _epilogue(activation, residual, x, v))
-        if x.flags.c_contiguous and dispatch.pinned() is None and hasattr(module, "Plain"):
-            folded._plain = module.Plain(*parameters, activation, x, axis, threads.WORTH_THREADS["normalize"])
-    return _deliver(y, out)
+    def apply(self, r: Request) -> Array:
+        """Normalize an array."""
+        y = _target(r)
+        if r.x.size:
+            module = _module(r.dtype, r.activation)
+            vectors = self.parameters(r.dtype.compute)
+            n = threads.for_call("normalize", r.x.nbytes)
+            epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
+            module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
+            if r.x.flags.c_contiguous and dispatch.pinned() is None and hasattr(module, "Plain"):
+                self._plain = module.Plain(*vectors, r.activation, r.x, r.axis, threads.WORTH_THREADS["normalize"])
+        return _deliver(y, r.out)
 
 
-def stats(x: Array, axis: int, dtype: DType, mask: Array | None) -> Stats:
-    """Statistics of `x`, of which only the positions in the mask count."""
-    v = view(x, axis)
-    rows = _dense(x, v) if mask is None else _counted(x, axis, mask)
-    channels = x.shape[axis]
+@np.errstate(all="ignore")
+def stats(r: Request) -> Stats:
+    """Statistics of x, of which only the positions in the mask count."""
+    rows = _dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
+    compute = r.dtype.compute
     if rows.size == 0:
-        zero = np.zeros(channels, dtype.compute)
+        zero = np.zeros(r.x.shape[r.axis], compute)
         return Stats(0, zero, zero.copy(), zero.copy())
     count = rows.shape[0] * rows.shape[2]
-    mean, mean_lo, m2 = _module(dtype).stats(rows, threads.for_call("stats", rows.nbytes))
-    with np.errstate(all="ignore"):
-        high, low = split(mean, mean_lo, dtype.compute)
-        return Stats(count, high, (m2 / count).astype(dtype.compute), low.astype(dtype.compute))
+    module, n = _module(r.dtype), threads.for_call("stats", rows.nbytes)
+    mean, mean_lo, m2 = module.stats(rows, n)
+    high, low = split(mean, mean_lo, compute)
+    var = m2 / count
+    if (part := extremes.unusual(rows, m2 < 2.0**1000)) is not None:
+        mean, mean_lo, m2 = module.stats(part.in_units(rows), n)
+        high[part.channels], low[part.channels] = (part.from_units(v) for v in split(mean, mean_lo, compute))
+        var[part.channels] = part.from_units(m2 / count, 2)
+    return Stats(count, high, var.astype(compute), low.astype(compute))
 
 
+@np.errstate(all="ignore")
 def forward(
-    x: Array, axis: int, dtype: DType, weight: Array | None, bias: Array | None, running_mean: Array | None,
-    running_var: Array | None, momentum: float, eps: float, activation: Function, residual: Array | None,
-    mask: Array | None, out: Array | None,
-) -> tuple[Array, Array, Array | None, Array, Array, Array, int]:  # fmt: skip
-    """Normalize `x` with its own statistics; return y, mean, mean_lo, invstd, scale, shift and count."""
-    compute = dtype.compute
-    v = view(x, axis)
-    y = _target(out, x, v)
+    r: Request, weight: Array | None, bias: Array | None, eps: float, running: Running, keep: bool = True
+) -> tuple[Array, Saved | None]:
+    """Normalize x with its own statistics; return the output and, where it is to be kept, what the backward needs."""
+    compute, x = r.dtype.compute, r.x
+    y = _target(r)
     if x.size == 0:
-        zero = np.zeros(x.shape[axis], compute)
-        return _deliver(y, out), zero, None, zero.copy(), zero.copy(), zero.copy(), 0
-    module = _module(dtype, activation)
+        zero = np.zeros(x.shape[r.axis], compute)
+        vectors, count = (zero, None, zero.copy(), zero.copy(), zero.copy()), 0
+        return _deliver(y, r.out), keep_for_backward(r, vectors, count, True, r.residual) if keep else None
+    module = _module(r.dtype, r.activation)
     n = threads.for_call("forward", x.nbytes)
-    epilogue = _epilogue(activation, residual, x, v)
-    new = _as_compute(running_mean, compute), _as_compute(running_var, compute)
-    if mask is None:
-        count = x.size // x.shape[axis]
-        vectors = module.forward(_dense(x, v), v.of(y), weight, bias, eps, *new, momentum, compute, n, epilogue)
+    residual = None if r.residual is None else _like(r.residual, r)
+    kept = _copy(r.residual) if keep and r.residual is not None and r.activation is not None else None
+    mean, var = (_own(a, compute, r.mask is not None) for a in (running.mean, running.var))
+    new = mean, var, running.momentum, running.correction
+    epilogue = _epilogue(r, residual)
+    if r.mask is None:
+        count = x.size // x.shape[r.axis]
+        vectors = module.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue)
     else:
         # One pass over the positions that count, written to a scratch array: its output is not used.
-        rows = _counted(x, axis, mask)
+        rows = _counted(x, r.axis, r.mask)
         count = len(rows)
-        mean, low, invstd, _, _ = module.forward(rows, rows, None, None, eps, *new, momentum, compute, n, None)
-        with np.errstate(all="ignore"):
-            vectors = mean, low, invstd, *fold(low, invstd, weight, bias, compute)
-        module.normalize(_dense(x, v), v.of(y), mean, *vectors[3:], n, epilogue)
-    if running_mean is not None and new[0] is not running_mean:
-        running_mean[...] = new[0]
-    if running_var is not None and new[1] is not running_var:
-        running_var[...] = new[1]
-    return _deliver(y, out), *vectors, count
+        high, low, invstd, _, _ = module.forward(rows, rows, None, None, eps, *new, compute, n, None)
+        vectors = high, low, invstd, *fold(low, invstd, weight, bias, compute)
+        module.normalize(_dense(x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
+    saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
+    y = _deliver(y, r.out)
+    for old, moved in ((running.mean, mean), (running.var, var)):
+        if old is not None and moved is not None and moved is not old:
+            old[...] = moved  # nothing that can fail comes after it
+    return y, saved
 
 
-def _as_compute(a: Array | None, compute: np.dtype[Any]) -> Array | None:
-    return None if a is None else np.ascontiguousarray(a, compute)
+def _own(a: Array | None, compute: np.dtype[Any], copy: bool) -> Array | None:
+    """Running statistics as a kernel can move them: contiguous, in the type of the arithmetic or in float64."""
+    if a is None or (not copy and a.flags.carray and a.dtype in (compute, np.float64)):
+        return a
+    return np.array(a, compute if a.dtype == compute else np.float64)
 
 
-def backward(
-    dy: Array, x: Array, axis: int, dtype: DType, saved: Saved, from_output: bool, want_x: bool, want_sums: bool,
-    want_residual: bool, out: Array | None,
-) -> Gradients:  # fmt: skip
+def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training: bool, residual: Array | None) -> Saved:
+    """What the backward needs, from the mean, what it rounds away, invstd, scale and shift."""
+    mean, low, invstd, scale, shift = vectors
+    mask = None if r.mask is None or not training else r.mask.copy()
+    kept = residual if r.activation is not None else None
+    return Saved.of(
+        r.x, mean=mean, invstd=invstd, mean_lo=low, count=count, training=training, scale=scale, shift=shift, axis=r.axis,
+        mask=mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
+    )  # fmt: skip
+
+
+@np.errstate(all="ignore")
+def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Saved:
+    """What a backward through given statistics needs."""
+    compute, invstd = r.dtype.compute, deviation(var, eps)
+    high, lost, scale, shift = parameters(mean, invstd, weight, bias, compute)
+    low = None if mean.dtype == compute else lost
+    kept = None if r.residual is None or r.activation is None else _copy(r.residual)
+    count = r.x.size // max(r.x.shape[r.axis], 1)
+    return keep_for_backward(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
+
+
+@np.errstate(all="ignore")
+def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_output: bool) -> Gradients:
     """Gradients of x, weight, bias and residual; only what is wanted is computed."""
-    v = view(x, axis)
-    compute = saved.mean.dtype
-    active = saved.activation is not None
-    dx = _target(out, x, v) if want_x or (want_residual and active) else None
-    dresidual = None if not want_residual else _empty(x, v) if active else dy
+    x, v, compute = r.x, r.view, r.dtype.compute
+    active, want_sums = saved.activation is not None, "weight" in wanted or "bias" in wanted
+    dx = _target(r) if "x" in wanted or ("residual" in wanted and active) else None
+    dresidual = None
+    if "residual" in wanted:
+        # dy itself is the gradient of a sum, unless dx is about to be written over it.
+        dresidual = memory.empty_like(x) if active else dy if r.out is None or not np.may_share_memory(r.out, dy) else _copy(dy)
     if x.size == 0:
-        nothing = np.zeros((2, x.shape[axis]), compute) if want_sums else (None, None)
-        return Gradients(None if dx is None else _deliver(dx, out), nothing[0], nothing[1], dresidual)
-    module = _module(dtype, saved.activation)
+        nothing = np.zeros((2, x.shape[r.axis]), compute)
+        return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)
+    module = _module(r.dtype, saved.activation)
     n = threads.for_call("backward", x.nbytes)
-    arrays = _like(dy, x, v), _dense(x, v)
+    arrays = _like(dy, r), _dense(x, v)
     mean, mean_lo, invstd, scale = saved.mean, saved.mean_lo, saved.invstd, saved.scale
     if from_output:
         # Before the activation, the output is z = (x - mean) scale + shift: statistics of z in place of those of x.
         mean = saved.shift
-        with np.errstate(all="ignore"):
-            invstd = (saved.invstd / saved.scale.astype(np.float64)).astype(compute)
-            mean_lo = None if mean_lo is None else (mean_lo * saved.scale).astype(compute)
+        invstd = (saved.invstd / saved.scale.astype(np.float64)).astype(compute)
+        mean_lo = None if mean_lo is None else (mean_lo * saved.scale).astype(compute)
     epilogue = None
     if active:
-        residual = None if saved.residual is None else _like(saved.residual, x, v)
+        residual = None if saved.residual is None else _like(saved.residual, r)
         target = None if dresidual is None else v.of(dresidual)
         epilogue = Epilogue(saved.activation, residual, saved.scale, saved.shift, target, from_output)
 
@@ -479,15 +503,15 @@ def backward(
     elif want_sums or (saved.training and dx is not None):
         counted, after = arrays, epilogue and epilogue._replace(dresidual=None)
         if saved.mask is not None:
-            counted = _counted(dy, axis, saved.mask), _counted(x, axis, saved.mask)
+            counted = _counted(dy, r.axis, saved.mask), _counted(x, r.axis, saved.mask)
             if after is not None and saved.residual is not None:
-                after = after._replace(residual=_counted(saved.residual, axis, saved.mask))
+                after = after._replace(residual=_counted(saved.residual, r.axis, saved.mask))
         totals = module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
     if dx is not None and (saved.mask is not None or not saved.training):
         # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,
         # because dx may be x or dy.
-        direct = dx if not saved.training else _empty(x, v)
-        zero = np.zeros(x.shape[axis], compute)
+        direct = dx if not saved.training else memory.empty_like(x)
+        zero = np.zeros(x.shape[r.axis], compute)
         if epilogue is None:
             module.normalize(arrays[0], v.of(direct), zero, scale, zero, n)
         else:
@@ -495,37 +519,49 @@ def backward(
         if saved.mask is not None and totals is not None:
             sum_dy, sum_dy_xmu = totals
             input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
-            np.copyto(np.moveaxis(dx, axis, -1), np.moveaxis(direct, axis, -1), where=~saved.mask[..., None])
+            np.copyto(np.moveaxis(dx, r.axis, -1), np.moveaxis(direct, r.axis, -1), where=~saved.mask[..., None])
     dweight = dbias = None
     if want_sums and totals is not None:
-        with np.errstate(all="ignore"):
-            dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)
-    return Gradients(_deliver(dx, out) if want_x and dx is not None else None, dweight, dbias, dresidual)
+        dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)
+    return _only(wanted, _deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
 
 
-def backward_reduce(dy: Array, x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, invstd: Array) -> tuple[Array, Array]:
-    """Sums over each channel of dy and of dy (x - mean), in the type of `mean`."""
-    v = view(x, axis)
-    if x.size == 0:
-        return np.zeros_like(mean), np.zeros_like(mean)
-    module = _module(dtype)
-    n = threads.for_call("backward", x.nbytes)
-    sums = module.backward(_like(dy, x, v), _dense(x, v), None, mean, mean_lo, invstd, None, n, None)
-    return sums[0].astype(mean.dtype), sums[1].astype(mean.dtype)
+def _only(wanted: Collection[str], dx: Array | None, dweight: Array | None, dbias: Array | None, dresidual: Array | None) -> Gradients:
+    return Gradients(
+        dx if "x" in wanted else None, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, dresidual
+    )
 
 
+def centered(mean: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
+    """A mean in the type of the arithmetic, and what that rounds away."""
+    if mean.dtype == dtype:
+        return mean, None
+    high, low = split(mean, np.zeros(1), dtype)
+    return high, low.astype(dtype)
+
+
+@np.errstate(all="ignore")
+def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[Array, Array]:
+    """Sums over each channel of dy and of dy (x - mean), in the type of the arithmetic."""
+    compute = r.dtype.compute
+    high, low = centered(mean, compute)
+    if r.x.size == 0:
+        return np.zeros_like(high), np.zeros_like(high)
+    n = threads.for_call("backward", r.x.nbytes)
+    sums = _module(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, high, low, invstd, None, n, None)
+    return sums[0].astype(compute), sums[1].astype(compute)
+
+
+@np.errstate(all="ignore")
 def backward_elemt(
-    dy: Array, x: Array, axis: int, dtype: DType, mean: Array, mean_lo: Array | None, invstd: Array, weight: Array | None,
-    sum_dy: Array, sum_dy_xmu: Array, count: int, out: Array | None,
-) -> Array:  # fmt: skip
+    r: Request, dy: Array, mean: Array, invstd: Array, weight: Array | None, sum_dy: Array, sum_dy_xmu: Array, count: int
+) -> Array:
     """Gradient of x from sums that may come from several processes."""
-    v = view(x, axis)
-    dx = _target(out, x, v)
-    if x.size:
-        module = _module(dtype)
-        n = threads.for_call("backward", x.nbytes)
-        with np.errstate(all="ignore"):
-            scale, _ = fold(None, invstd, weight, None, mean.dtype)
-        arrays = _like(dy, x, v), _dense(x, v), v.of(dx)
-        input_gradient(module, *arrays, mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, count, n, None)
-    return _deliver(dx, out)
+    dx = _target(r)
+    if r.x.size:
+        high, low = centered(mean, r.dtype.compute)
+        n = threads.for_call("backward", r.x.nbytes)
+        scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
+        arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
+        input_gradient(_module(r.dtype), *arrays, high, low, invstd, scale, sum_dy, sum_dy_xmu, count, n, None)
+    return _deliver(dx, r.out)

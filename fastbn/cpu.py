@@ -1,25 +1,51 @@
-"""What the processor is: its ISA level and the sizes of its caches."""
+"""What the processor is: its family, its ISA level and the sizes of its caches."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+_unknown: str | None = None  # why features cannot be looked up
 try:
     import fastbn.kernels._cpu as _cpu
-except ImportError:  # built without a compiler
+except ImportError as error:  # built without a compiler
     _cpu = None
+    _unknown = str(error)
 
 
-# psABI levels, as far as the kernels use them; NEON is part of every aarch64.
+# psABI levels, as far as the kernels use them; NEON is part of every aarch64. setup.py compiles for these, no more.
 LEVELS = {
     "v4": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "v3": {"avx2", "fma", "f16c", "bmi2"},
     "v2": {"sse4.2", "popcnt"},
     "neon": {"neon"},
 }
+_FAMILIES = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "ARM", "arm64": "ARM"}
+
+
+def family() -> str:
+    """The processor's family as the kernels know it, "x86-64" or "ARM"; else what the machine calls itself."""
+    machine = platform.machine()
+    return _FAMILIES.get(machine.lower(), machine or "unknown")
+
+
+def family_of(level: str) -> str:
+    """The family of processors that an ISA level belongs to."""
+    return "ARM" if level == "neon" else "x86-64"
+
+
+@cache
+def model() -> str | None:
+    """The processor's name as Linux knows it, or None."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.*\S)", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return None
+    return found and found[1]
 
 
 def features() -> frozenset[str]:
@@ -27,10 +53,13 @@ def features() -> frozenset[str]:
     return frozenset() if _cpu is None else frozenset(_cpu.features())
 
 
-def missing(level: str) -> frozenset[str]:
-    """Features that the kernels of an ISA level need and this processor lacks."""
+def unsupported(level: str) -> str | None:
+    """Why this processor cannot run the kernels of an ISA level, or None where it can."""
+    if _unknown is not None:
+        return f"what this processor supports could not be looked up ({_unknown})"
     needed = {"v4": LEVELS["v4"] | LEVELS["v3"]}.get(level, LEVELS[level])
-    return frozenset(needed) - features()
+    missing = sorted(needed - features())
+    return f"this processor lacks {', '.join(missing)}" if missing else None
 
 
 class Caches(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,17 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 
 from fastbn import cpu, memory, threads
 from fastbn.dtypes import DTYPES, lookup
-from fastbn.layout import Array, channel_axis, pattern, view
+from fastbn.layout import LAYOUTS, Array, LayoutName, channel_axis, pattern, view
 
 ALL = frozenset(DTYPES)
+NOT_BUILT = "it was not built"
 
 
 class Kernel:
@@ -56,15 +59,17 @@ class Kernel:
     def unusable(self) -> str | None:
         """Why this kernel cannot run on this machine, or None where it can."""
         if self.level is not None:
+            if cpu.family() != cpu.family_of(self.level):
+                return f"it is for {cpu.family_of(self.level)}"
             if find_spec(self.path) is None:
-                return "it was not built"
-            if missing := cpu.missing(self.level):
-                return f"this processor lacks {', '.join(sorted(missing))}"
+                return NOT_BUILT
+            if reason := cpu.unsupported(self.level):
+                return reason
         if self.package is not None and find_spec(self.package) is None:
             return f"{self.package} is not installed (pip install 'fastbn[{self.package}]')"
         try:
             self.module()
-        except ImportError as error:
+        except Exception as error:  # a broken package of another's may raise anything
             return f"it cannot be imported: {error}"
         return None
 
@@ -92,6 +97,21 @@ TABLE = (
     Kernel("reference", "fastbn.reference"),
 )
 KERNELS = {kernel.name: kernel for kernel in TABLE}
+
+
+def _imports_for_packagers() -> None:
+    """Import what TABLE names, in words that PyInstaller and its like can read; nothing calls this.
+
+    The Numba kernels are not among them, or every application would be packed with Numba.
+    """
+    import fastbn.kernels._cpu
+    import fastbn.kernels._pool
+    import fastbn.kernels._simd_neon
+    import fastbn.kernels._simd_v2
+    import fastbn.kernels._simd_v3
+    import fastbn.kernels._simd_v4
+    import fastbn.reference  # noqa: F401
+
 
 _pinned: ContextVar[str | None] = ContextVar("fastbn_kernel", default=None)
 
@@ -163,6 +183,8 @@ def select(dtype: str, custom: bool = False) -> Kernel:
         If the pinned kernel does not exist, cannot run here or does not take the dtype or the function.
     TypeError
         If no kernel takes functions of the user's for the dtype.
+    ImportError
+        If not even the reference can be imported, as in an application that was packed without it.
     """
     name = pinned()
     return _best(dtype, custom) if name is None else _pin(name, dtype, custom)
@@ -179,14 +201,47 @@ def _pin(name: str, dtype: str, custom: bool) -> Kernel:
 @cache
 def _best(dtype: str, custom: bool) -> Kernel:
     kernel = next((k for k in TABLE if not (k.unusable() or k.declines(dtype, custom))), None)
-    if kernel is None:
+    if kernel is None and custom:
         reasons = "; ".join(f"{k.name}: {k.unusable() or k.declines(dtype, custom)}" for k in TABLE if k.custom)
         raise TypeError(f"no kernel can run a function as activation on {dtype} ({reasons})")
+    if kernel is None:
+        reasons = "; ".join(f"{k.name}: {k.unusable() or k.declines(dtype)}" for k in TABLE)
+        raise ImportError(f"no kernel of fastbn can run ({reasons})")
     if kernel.level is None and not custom:
-        reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in TABLE if k.level is not None)
-        message = f"fastbn runs its slower {kernel.name!r} kernel, because no compiled one can run ({reasons})"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        _announce(kernel.name)
     return kernel
+
+
+@cache  # once
+def _announce(name: str) -> None:
+    """Warn that no compiled kernel can run, at the line that called fastbn."""
+    # Those for other processors would not run here if they had been built.
+    mine = [k for k in TABLE if k.level is not None and cpu.family() == cpu.family_of(k.level)]
+    reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in mine) or f"there is none for {cpu.family()} processors"
+    message = f"fastbn runs its slower {name!r} kernel, because no compiled one can run ({reasons})"
+    if mine and all(k.unusable() == NOT_BUILT for k in mine):
+        message += _why_not_built()
+    # The caller stands above the outermost frame of fastbn's; between those are frames of NumPy's decorators.
+    package, frame, depth, level = Path(__file__).parent, sys._getframe(), 1, 1
+    while (caller := frame.f_back) is not None:
+        depth += 1
+        if Path(frame.f_code.co_filename).is_relative_to(package):
+            level = depth
+        frame = caller
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+def _why_not_built() -> str:
+    """A sentence about where this package lies and how to have its kernels; empty if nothing is known."""
+    here = Path(__file__).resolve().parents[1]
+    if not (here / "setup.py").is_file():
+        return ". Was there a C++ compiler when it was installed?"
+    others = (Path(entry).resolve() for entry in sys.path)
+    installed = next((other for other in others if other != here and (other / "fastbn" / "dispatch.py").is_file()), None)
+    advice = "run `pip install -e .` there"
+    if installed is not None:
+        advice = f"start Python in another folder to import the fastbn in {installed}, or {advice}"
+    return f". It was imported from the source tree {here}, where nothing was compiled: {advice}"
 
 
 def passed_over(dtype: str) -> list[str]:
@@ -210,6 +265,8 @@ def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW
 
     Raises
     ------
+    TypeError
+        If something else is given than names.
     ValueError
         If a layout or a dtype is unknown.
 
@@ -218,19 +275,29 @@ def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW
     >>> import fastbn
     >>> fastbn.warmup(["float32"], ["NCHW"])
     """
-    patterns = {pattern(layout) for layout in layouts}
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtypes must be among {', '.join(DTYPES)}, got {dtype!r}")
+    patterns = {pattern(layout) for layout in _names("layouts", layouts, LAYOUTS)}
+    for dtype in _names("dtypes", dtypes, tuple(DTYPES)):
         module = select(dtype).module()
         if hasattr(module, "warmup"):
             module.warmup(np.dtype(dtype), patterns)
 
 
+def _names(name: str, given: object, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Check one name or several."""
+    try:
+        names = (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be names among {', '.join(known)}, got {given!r}") from None
+    for one in names:
+        if not isinstance(one, str) or one not in known:
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {one!r}")
+    return names
+
+
 OPS = ("stats", "normalize", "forward", "backward")
 
 
-def explain(op: str, x: Array, layout: str | None = None) -> str:
+def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | None = None) -> str:
     """Say how a call would run: which kernel, memory pattern, tiles and threads, and why not a better kernel.
 
     Parameters
@@ -239,7 +306,7 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
         "stats", "normalize" (inference), "forward" (training) or "backward".
     x : ndarray
         The input.
-    layout : str, optional
+    layout, axis
         As in `batch_norm_forward`.
 
     Returns
@@ -249,8 +316,8 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
 
     Raises
     ------
-    ValueError
-        If there is no such operation.
+    TypeError, ValueError
+        If there is no such operation, or x is no array that fastbn takes.
 
     Examples
     --------
@@ -262,16 +329,18 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
       threads: 1
       reference is pinned
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if not isinstance(x, np.ndarray):
+        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
     dtype = lookup(x.dtype)
     if dtype is None:
         raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
-    v = view(x, channel_axis(layout, x.ndim))
+    v = view(x, channel_axis(layout, x.ndim, axis))
     kernel = select(dtype.storage)
     n = threads.for_call(op, x.nbytes)
     outer, channels, inner = v.dims
-    copied = "" if v.dense else ", copied first: the strides follow no pattern"
+    copied = "" if v.dense else ", copied first: the memory is not dense"
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
@@ -283,14 +352,39 @@ def explain(op: str, x: Array, layout: str | None = None) -> str:
     return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
 
 
-def show_config() -> dict[str, Any]:
+class Config(TypedDict):
+    """What `show_config` returns."""
+
+    fastbn: str
+    numpy: str
+    python: str
+    place: str
+    processor: Processor
+    caches: dict[str, int]
+    threads: dict[str, Any]
+    memory: dict[str, Any]
+    kernels: dict[str, str]
+    selected: dict[str, str]
+    pinned: str | None
+
+
+class Processor(TypedDict):
+    """What is known of the processor."""
+
+    machine: str
+    model: str | None
+    features: list[str]
+
+
+def show_config() -> Config:
     """What fastbn found on this machine and what it will use.
 
     Returns
     -------
     dict
-        Version, processor features, caches in bytes, threads, recycled memory, and for each kernel "usable" or the
-        reason why not.
+        Versions, the folder of the package, the processor and its features, caches in bytes, threads, recycled memory,
+        for each kernel "usable" or the reason why not, for each dtype the kernel that is selected (empty while one is
+        pinned), and the pinned kernel or None.
 
     Examples
     --------
@@ -298,12 +392,14 @@ def show_config() -> dict[str, Any]:
     >>> fastbn.show_config()["kernels"]["reference"]
     'usable'
     """
-    from importlib.metadata import version  # takes longer to import than the rest of fastbn
+    from fastbn import __version__  # stands above this module; a packed application has no metadata
 
     return {
-        "fastbn": version("fastbn"),
+        "fastbn": __version__,
         "numpy": np.__version__,
-        "processor": {"machine": platform.machine(), "features": sorted(cpu.features())},
+        "python": platform.python_version(),
+        "place": str(Path(__file__).resolve().parent),
+        "processor": {"machine": platform.machine(), "model": cpu.model(), "features": sorted(cpu.features())},
         "caches": cpu.caches()._asdict(),
         "threads": {"used": threads.get_num_threads(), **threads.limits()},
         "memory": memory.statistics(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,9 @@ DTYPES = {
     )
 }
 
-_rows: dict[np.dtype[Any], DType | None] = {}  # a dtype's name takes longer to find than a small call
+# A dtype's name takes longer to find than a small call. Strangers may choose the dtype: so many are remembered, and no more.
+_rows: dict[np.dtype[Any], DType | None] = {}
+_MOST = 64
 
 
 def lookup(dtype: np.dtype[Any]) -> DType | None:
@@ -45,4 +48,28 @@ def lookup(dtype: np.dtype[Any]) -> DType | None:
     try:
         return _rows[dtype]
     except KeyError:
-        return _rows.setdefault(dtype, DTYPES.get(dtype.name) if dtype.isnative else None)
+        row = DTYPES.get(dtype.name) if dtype.isnative else None
+        if row is not None or len(_rows) < _MOST:
+            _rows[dtype] = row
+        return row
+
+
+def resolve(dtype: Any) -> np.dtype[Any]:
+    """The NumPy dtype that a user means.
+
+    Raises
+    ------
+    TypeError
+        If it is none of the table, or "bfloat16" and ml_dtypes is not installed.
+    """
+    try:
+        if isinstance(dtype, str) and dtype == "bfloat16":
+            dtype = import_module("ml_dtypes").bfloat16
+        found: np.dtype[Any] = np.dtype(dtype)
+    except ImportError:
+        raise TypeError("dtype bfloat16 needs ml_dtypes, which is not installed (pip install 'fastbn[bf16]')") from None
+    except (TypeError, ValueError, SyntaxError):
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}") from None
+    if dtype is None or lookup(found) is None:  # NumPy takes None for float64
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)} in native byte order, got {None if dtype is None else str(found)}")
+    return found

@@ -1,165 +1,102 @@
-"""The functions users call: argument checks and documentation. The work is in `core`."""
+"""The functions users call, documented. What arguments must be is in `checks`, the work in `core`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from fastbn import activations, core
-from fastbn.activations import Activation
-from fastbn.core import Function, Gradients, Saved, Stats
-from fastbn.dtypes import DTYPES, DType, lookup
-from fastbn.layout import Array, channel_axis
+from fastbn import checks, core
+from fastbn.activations import Activation, Builtin
+from fastbn.core import Request, Running
+from fastbn.layout import Array, LayoutName, view
+from fastbn.results import Gradients, Saved, Stats
 
-ActivationLike = str | tuple[str, float | str] | Activation | Callable[[float], float] | None
-
-
-def _array(name: str, a: object) -> Array:
-    if not isinstance(a, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
-    return a
+ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"]
+ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callable[[float], float] | None
+Number = float | np.floating | np.integer
+GRADIENTS = ("x", "weight", "bias", "residual")
 
 
-def _input(x: object, layout: str | None) -> tuple[Array, int, DType]:
-    """Check x; return it with the axis of its channels and its row in the table of dtypes."""
-    x = _array("x", x)
-    dtype = lookup(x.dtype)
-    if dtype is None:
-        came = x.dtype.str if x.dtype.kind == "f" else x.dtype
-        raise TypeError(f"x must have dtype {', '.join(DTYPES)} in native byte order, got {came}")
-    return x, channel_axis(layout, x.ndim), dtype
+def _is_bit(correction: object) -> bool:
+    return type(correction) is int and -1 < correction < 2
 
 
-def _same(name: str, a: object, x: Array) -> Array:
-    """Check an array that must be like x."""
-    a = _array(name, a)
-    if a.shape != x.shape:
-        raise ValueError(f"{name} must have the shape of x, {x.shape}, got {a.shape}")
-    if a.dtype != x.dtype:
-        raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {a.dtype}")
-    return a
+def _request(
+    x: object, layout: object, axis: object, activation: object = None, residual: object = None, mask: object = None
+) -> tuple[Request, tuple[int, str]]:
+    """Check the array of a call and what goes with it; with the channels it has."""
+    array, dtype = checks.array(x)
+    channels = checks.channel(array, layout, axis)
+    f = checks.activation(activation)
+    r = None if residual is None else checks.same("residual", residual, array)
+    m = checks.mask(mask, array, channels)
+    return Request(array, channels, dtype, view(array, channels), None, f, r, m), checks.channels_of(array, channels)
 
 
-def _vector(name: str, a: object, x: Array, axis: int, dtype: np.dtype[Any] | None = None) -> Array:
-    """Check a vector of channels; return it contiguous and, where given, in `dtype`."""
-    if type(a) is np.ndarray and a.dtype is dtype and a.ndim == 1 and len(a) == x.shape[axis] and a.flags.c_contiguous:
-        return a  # as it nearly always is; the rest takes longer than a small call
-    v = np.asarray(a)
-    if v.shape != (x.shape[axis],):
-        raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but {name} has shape {v.shape}")
-    if v.dtype.kind not in "fiu" and lookup(v.dtype) is None:
-        raise TypeError(f"{name} must hold real numbers, got dtype {v.dtype}")
-    return np.ascontiguousarray(v, dtype)
-
-
-def _optional(name: str, a: object, x: Array, axis: int, dtype: np.dtype[Any]) -> Array | None:
-    return None if a is None else _vector(name, a, x, axis, dtype)
-
-
-def _running(name: str, a: object, x: Array, axis: int) -> Array | None:
-    """Check running statistics that training will update in place."""
-    if a is None:
-        return None
-    a = _array(name, a)
-    _vector(name, a, x, axis, a.dtype)
-    if lookup(a.dtype) is None:
-        raise TypeError(f"{name} is updated in place and must have a floating dtype, got {a.dtype}")
-    if not a.flags.writeable:
-        raise ValueError(f"{name} is updated in place but is read-only")
-    return a
-
-
-def _output(out: object, x: Array, /, **inputs: Array | None) -> Array | None:
-    """Check `out`: like x, writable, and either exactly one of the inputs or apart from all of them."""
+def _into(r: Request, out: object, dy: Array | None = None, **used: object) -> Request:
+    """Check where the result goes, against all that the call uses."""
     if out is None:
-        return None
-    out = _same("out", out, x)
-    if not out.flags.writeable:
-        raise ValueError("out is read-only")
-    if 0 in out.strides and out.size and any(n > 1 and s == 0 for n, s in zip(out.shape, out.strides, strict=True)):
-        raise ValueError(f"out has several elements in one place of memory: shape {out.shape}, strides {out.strides}")
-    for name, a in inputs.items():
-        if a is None or a is out or not np.may_share_memory(out, a):
-            continue
-        if (a.ctypes.data, a.strides, a.shape, a.dtype) != (out.ctypes.data, out.strides, out.shape, out.dtype) and _overlap(out, a):
-            raise ValueError(f"out overlaps {name} in part; give {name} itself or memory of its own")
-    return out
+        return r
+    target = checks.output(out, r.x, {"dy": dy, "x": r.x, "residual": r.residual})
+    checks.apart({"out": target}, {"mask": r.mask} | used)
+    return r._replace(out=target)
 
 
-def _overlap(a: Array, b: Array) -> bool:
-    try:
-        return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]  # any int, says NumPy's documentation
-    except np.exceptions.TooHardError:
-        return True
-
-
-def _mask(mask: object, x: Array, axis: int) -> Array | None:
-    """Check a mask; return it with the shape of x without the channel axis."""
-    if mask is None:
-        return None
-    mask = _array("mask", mask)
-    if mask.dtype != np.bool_:
-        raise TypeError(f"mask must be boolean, got dtype {mask.dtype}")
-    shape = x.shape[:axis] + x.shape[axis + 1 :]
-    try:
-        return np.broadcast_to(mask, shape)
-    except ValueError:
-        raise ValueError(f"mask must broadcast to {shape}, the shape of x without the channel axis, got {mask.shape}") from None
-
-
-def _number(name: str, value: object) -> float:
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def _activation(activation: object) -> Function:
-    return None if activation is None else activations.lookup(activation)
-
-
-def _residual(residual: object, x: Array) -> Array | None:
-    return None if residual is None else _same("residual", residual, x)
-
-
-def _more_than_one(x: Array, axis: int, mask: Array | None) -> None:
-    """Training needs a variance, and so more than one value per channel, unless there is nothing at all."""
-    if x.size == 0:
+def _more_than_one(r: Request, correction: int) -> None:
+    """An unbiased variance needs more than one value per channel, unless there is nothing at all."""
+    if r.x.size == 0 or (correction == 0 and r.mask is None):
         return
-    count = x.size // x.shape[axis] if mask is None else int(np.count_nonzero(mask))
-    if count < 2:
-        what = f"x of shape {x.shape}" if mask is None else f"x of shape {x.shape} with {count} True positions in mask"
-        raise ValueError(f"Expected more than 1 value per channel when training, got {what}")
+    count = r.x.size // r.x.shape[r.axis] if r.mask is None else int(np.count_nonzero(r.mask))
+    if count < 1 + correction:
+        what = f"x of shape {r.x.shape}" if r.mask is None else f"x of shape {r.x.shape} with {count} True positions in mask"
+        raise ValueError(f"Expected more than {correction} value per channel when training, got {what}")
 
 
-def _train(
-    x: Array, axis: int, dtype: DType, weight: Array | None, bias: Array | None, running_mean: Array | None,
-    running_var: Array | None, momentum: float, eps: float, activation: Function, residual: Array | None,
-    mask: Array | None, out: Array | None,
-) -> tuple[Array, Array, Array | None, Array, Array, Array, int]:  # fmt: skip
-    """Make the checks of training, then train."""
-    mean, var = _running("running_mean", running_mean, x, axis), _running("running_var", running_var, x, axis)
-    _more_than_one(x, axis, mask)
-    return core.forward(x, axis, dtype, weight, bias, mean, var, momentum, eps, activation, residual, mask, out)
+def _forward(
+    r: Request, channels: tuple[int, str], vectors: tuple[object, object, object, object], numbers: tuple[object, object, object],
+    training: object, out: object, keep: bool,
+) -> tuple[Array, Saved | None]:  # fmt: skip
+    """Check what `batch_norm` and `batch_norm_forward` are given, then run; `vectors` in the order of the latter."""
+    weight, bias, running_mean, running_var = vectors
+    momentum, eps = checks.number("momentum", numbers[0]), checks.number("eps", numbers[1], 0.0)
+    correction = checks.integer("correction", numbers[2], 0, 1)
+    compute = r.dtype.compute
+    used = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    if checks.switch("training", training):
+        w, b = (checks.optional(name, used[name], channels, compute) for name in ("weight", "bias"))
+        mean, var = (checks.running(name, used[name], channels) for name in ("running_mean", "running_var"))
+        r = _into(r, out, None, **used)
+        checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})
+        _more_than_one(r, correction)
+        return core.forward(r, w, b, eps, Running(mean, var, momentum, correction), keep)
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var must be given when training is False")
+    mean, var = (checks.precise(name, used[name], channels, compute) for name in ("running_mean", "running_var"))
+    w, b = (None if used[name] is None else checks.precise(name, used[name], channels, compute) for name in ("weight", "bias"))
+    r = _into(r, out, None, **used)._replace(mask=None)
+    saved = core.fixed(r, mean, var, w, b, eps) if keep else None
+    return core.inference(r, mean, var, w, b, eps), saved
 
 
 def batch_norm_forward(
     x: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
-    running_mean: Array | None = None,
-    running_var: Array | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
     training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
     *,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
     activation: ActivationLike = None,
     residual: Array | None = None,
     mask: Array | None = None,
+    correction: int = 1,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Batch normalization that also returns what the backward pass needs.
@@ -171,17 +108,19 @@ def batch_norm_forward(
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     running_mean, running_var : ndarray of shape (C,), optional
-        Statistics to use when not training, to update in place when training (the unbiased variance, as in
-        PyTorch). May be None when training.
+        Statistics to update in place when training, in any floating dtype; may be None then. When not training, the
+        statistics to use, array_like; those in float64 are used to all their digits.
     training : bool
         Whether to use the batch's own statistics.
     momentum : float
         Weight of the batch in the update of the running statistics, as in PyTorch.
     eps : float
-        Added to the variance.
+        Added to the variance; not negative.
     layout : str, optional
         "NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC", "channels_first" or "channels_last"; None means
         channels first.
+    axis : int, optional
+        The axis of the channels, any one of x, in place of a layout.
     activation : str, tuple, function or Activation, optional
         Function that is applied to the result: "relu", "relu6", "leaky_relu" (a slope of 0.01, or
         ``("leaky_relu", slope)``), "hardswish", "sigmoid", "silu", "tanh", "gelu" or "gelu_tanh" (also
@@ -192,6 +131,9 @@ def batch_norm_forward(
     mask : ndarray of bool, optional
         Broadcastable to the shape of x without the channel axis. False positions are left out of the statistics
         and of the sums in the gradient; they are normalized all the same. Only used when training.
+    correction : int
+        1: the running variance moves towards the batch's unbiased one, as in PyTorch, and training needs two values per
+        channel. 0: towards the population's, as in ONNX, Keras and Flax, and one value per channel will do.
     out : ndarray of the shape and dtype of x, optional
         Where to write the result; may be x.
 
@@ -206,14 +148,15 @@ def batch_norm_forward(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, if `out` is read-only or overlaps an input in part, if running statistics are
-        missing when not training, or if training has one value per channel. Nothing is modified then.
+        If a shape does not fit, if a number is out of range, if `out` is read-only, overlaps an array like x in part, or
+        shares memory with any other argument, if running statistics are missing when not training, or if training has too
+        few values per channel. Nothing is modified then.
 
     Notes
     -----
     ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: Ioffe and Szegedy, "Batch
     Normalization", ICML 2015; the activations are those of ``torch.nn.functional``. The backward computes the
-    activation's derivative anew from x: no mask and no copy is kept.
+    activation's derivative anew from x; only a residual that it depends on is copied.
 
     Examples
     --------
@@ -226,47 +169,35 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    if activation is None and residual is None and mask is None and training:
-        found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, eps)
+    if activation is None and residual is None and mask is None and training is True and _is_bit(correction):
+        found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
         if found is not None:
             y, mean, mean_lo, invstd, scale, shift, count = found
-            return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, None, None, None)
-    x, axis, dtype = _input(x, layout)
-    compute = dtype.compute
-    w = _optional("weight", weight, x, axis, compute)
-    b = _optional("bias", bias, x, axis, compute)
-    momentum, eps = _number("momentum", momentum), _number("eps", eps)
-    f, r = _activation(activation), _residual(residual, x)
-    m = _mask(mask, x, axis)
-    out = _output(out, x, x=x, residual=r)
-    if training:
-        y, mean, mean_lo, invstd, scale, shift, count = _train(
-            x, axis, dtype, w, b, running_mean, running_var, momentum, eps, f, r, m, out
-        )
-        return y, Saved(mean, invstd, mean_lo, count, True, scale, shift, layout, m, f, r)
-    if running_mean is None or running_var is None:
-        raise ValueError("running_mean and running_var must be given when training is False")
-    mean, var = _vector("running_mean", running_mean, x, axis, compute), _vector("running_var", running_var, x, axis, compute)
-    y = core.inference(x, axis, dtype, mean, None, var, w, b, eps, f, r, out)
-    invstd, scale, shift = core.fixed(var, eps, w, b)
-    count = x.size // max(x.shape[axis], 1)
-    return y, Saved(mean.copy(), invstd, None, count, False, scale, shift, layout, None, f, r)
+            vectors = {"mean": mean, "mean_lo": mean_lo, "invstd": invstd, "scale": scale, "shift": shift}
+            return y, Saved.of(x, count=count, training=True, axis=checks.channel(x, layout, axis), **vectors)
+    r, channels = _request(x, layout, axis, activation, residual, mask)
+    given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
+    y, saved = _forward(r, channels, *given, training, out, keep=True)
+    assert saved is not None  # noqa: S101  it was asked for
+    return y, saved
 
 
 def batch_norm(
     x: Array,
-    running_mean: Array | None,
-    running_var: Array | None,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
     *,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
     activation: ActivationLike = None,
     residual: Array | None = None,
     mask: Array | None = None,
+    correction: int = 1,
     out: Array | None = None,
 ) -> Array:
     """Batch normalization, with the arguments of ``torch.nn.functional.batch_norm``.
@@ -276,8 +207,7 @@ def batch_norm(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var : ndarray of shape (C,) or None
-        Statistics to use when not training, to update in place when training (the unbiased variance, as in
-        PyTorch). May be None when training.
+        Statistics to use when not training, array_like then; to update in place when training, or None.
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     training : bool
@@ -286,7 +216,7 @@ def batch_norm(
         Weight of the batch in the update of the running statistics, as in PyTorch.
     eps : float
         Added to the variance.
-    layout, activation, residual, mask, out
+    layout, axis, activation, residual, mask, correction, out
         As in `batch_norm_forward`.
 
     Returns
@@ -307,28 +237,17 @@ def batch_norm(
            [ 1.,  1.]], dtype=float32)
     """
     if activation is None and residual is None and mask is None:
-        y: Array | None
-        if training:
-            found = core.plain("forward", x, layout, out, weight, bias, running_mean, running_var, momentum, eps)
+        y: Array | None = None
+        if training is True and _is_bit(correction):
+            found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
             y = found and found[0]
-        else:
-            y = core.plain("normalize", x, layout, out, running_mean, running_var, weight, bias, eps)
+        elif training is False:
+            y = core.plain("normalize", x, layout, axis, out, running_mean, running_var, weight, bias, eps)
         if y is not None:
             return y
-    x, axis, dtype = _input(x, layout)
-    compute = dtype.compute
-    w = _optional("weight", weight, x, axis, compute)
-    b = _optional("bias", bias, x, axis, compute)
-    momentum, eps = _number("momentum", momentum), _number("eps", eps)
-    f, r = _activation(activation), _residual(residual, x)
-    m = _mask(mask, x, axis)
-    out = _output(out, x, x=x, residual=r)
-    if training:
-        return _train(x, axis, dtype, w, b, running_mean, running_var, momentum, eps, f, r, m, out)[0]
-    if running_mean is None or running_var is None:
-        raise ValueError("running_mean and running_var must be given when training is False")
-    mean, var = _vector("running_mean", running_mean, x, axis, compute), _vector("running_var", running_var, x, axis, compute)
-    return core.inference(x, axis, dtype, mean, None, var, w, b, eps, f, r, out)
+    r, channels = _request(x, layout, axis, activation, residual, mask)
+    given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
+    return _forward(r, channels, *given, training, out, keep=False)[0]
 
 
 def batch_norm_backward(
@@ -394,48 +313,101 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    plain = saved.training and saved.activation is None and saved.residual is None and saved.mask is None and not from_output
-    if plain and type(wrt) is tuple and wrt == ("x", "weight", "bias"):
-        found = core.plain("backward", x, saved.layout, out, dy, saved.mean, saved.mean_lo, saved.invstd, saved.scale)
+    plain = saved.training is True and saved.activation is None and saved.mask is None and not saved.has_residual
+    if plain and from_output is False and type(wrt) is tuple and wrt == ("x", "weight", "bias") and _fits(saved, x):
+        vectors = saved.mean, saved.mean_lo, saved.invstd, saved.scale
+        found = core.plain("backward", x, None, saved.axis, out, dy, *vectors)
         if found is not None:
             dx, dweight, dbias = found
             return Gradients(dx, dweight, dbias, None)
-    x, axis, dtype = _input(x, saved.layout)
-    dy = _same("dy", dy, x)
-    _vector("saved.mean", saved.mean, x, axis)
-    if saved.mean.dtype != dtype.compute:
-        raise TypeError(f"saved is for x with statistics in {saved.mean.dtype}, but x has dtype {x.dtype}")
-    wanted = (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    for name in wanted:
-        if name not in ("x", "weight", "bias", "residual"):
-            raise ValueError(f"wrt may name 'x', 'weight', 'bias' and 'residual', got {name!r}")
+    r, saved = _of_saved(x, saved)
+    dy = checks.same("dy", dy, r.x)
+    wanted = checks.names("wrt", wrt, GRADIENTS)
     if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
         raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
-    if saved.residual is not None:
-        _same("saved.residual", saved.residual, x)
-    elif "residual" in wanted:
+    if "residual" in wanted and not saved.has_residual:
         raise ValueError("wrt names 'residual', but the forward had none")
-    if from_output and not saved.invertible:
-        raise ValueError(
-            "from_output needs a forward without a residual, and without an activation or with a leaky_relu whose slope is "
-            f"above 0, got {saved.activation} {'with' if saved.residual is not None else 'without'} a residual"
-        )
-    _mask(saved.mask, x, axis)
+    if checks.switch("from_output", from_output):
+        _can_be_inverted(saved)
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
-    out = _output(out, x, dy=dy, x=x, residual=saved.residual)
-    sums = "weight" in wanted or "bias" in wanted
-    found = core.backward(dy, x, axis, dtype, saved, from_output, "x" in wanted, sums, "residual" in wanted, out)
-    return Gradients(found.dx, found.dweight if "weight" in wanted else None, found.dbias if "bias" in wanted else None, found.dresidual)
+    kept = {f"saved.{name}": getattr(saved, name) for name in ("mean", "mean_lo", "invstd", "scale", "shift", "mask", "residual")}
+    return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output))
 
 
-def batch_norm_stats(x: Array, *, layout: str | None = None, mask: Array | None = None) -> Stats:
+def _fits(saved: Saved, x: object) -> bool:
+    return isinstance(x, np.ndarray) and saved.shape == x.shape and saved.dtype == x.dtype
+
+
+def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
+    """Check x against what a forward saved, and that itself: kernels read it without looking."""
+    array, dtype = checks.array(x)
+    if saved.shape != array.shape:
+        raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
+    if saved.dtype != array.dtype:
+        had = checks.short(saved.dtype, str(saved.dtype))
+        raise TypeError(f"saved is of a forward whose x had dtype {had}, but x has dtype {array.dtype}")
+    axis = checks.channel(array, None, saved.axis)
+    channels = checks.channels_of(array, axis)
+    for name in ("mean", "invstd", "mean_lo", "scale", "shift"):
+        v = getattr(saved, name)
+        if v is None and name == "mean_lo":
+            continue
+        checks.plain(f"saved.{name}", v)
+        if v.shape != channels[:1]:
+            raise ValueError(f"{channels[1]} but saved.{name} has shape {v.shape}")
+        if v.dtype != dtype.compute:
+            raise TypeError(f"saved.{name} must have dtype {dtype.compute}, got {checks.came(v.dtype)}")
+        if not (v.flags.aligned and v.flags.c_contiguous):
+            raise ValueError(f"saved.{name} must be aligned and contiguous")
+    for name in ("training", "has_residual"):
+        checks.switch(f"saved.{name}", getattr(saved, name))
+    checks.integer("saved.count", saved.count, 0)
+    if not (saved.activation is None or isinstance(saved.activation, (Activation, Builtin))):
+        raise TypeError(f"saved.activation must be what the forward made of it, got {checks.short(saved.activation)}")
+    if saved.residual is not None:
+        checks.same("saved.residual", saved.residual, array)
+    elif saved.has_residual and saved.activation is not None:
+        raise ValueError("saved.residual must not be None: the activation's derivative depends on it")
+    mask = checks.mask(saved.mask, array, axis)
+    if not saved.training:
+        mask = None
+    elif mask is not None and np.count_nonzero(mask) != saved.count:
+        raise ValueError(f"saved.mask has {np.count_nonzero(mask)} True positions, but saved.count is {saved.count}")
+    elif mask is None and array.size and saved.count != array.size // channels[0]:
+        raise ValueError(f"saved.count is {saved.count}, but x has {array.size // channels[0]} values per channel")
+    return Request(array, axis, dtype, view(array, axis)), saved
+
+
+def _can_be_inverted(saved: Saved) -> None:
+    """Check that the forward's input can be had from its output, to some digits at least."""
+    if not saved.invertible:
+        raise ValueError(
+            "from_output needs a forward without a residual, and without an activation or with a leaky_relu whose slope is "
+            f"above 0, got {saved.activation} {'with' if saved.has_residual else 'without'} a residual"
+        )
+    with np.errstate(all="ignore"):
+        weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
+        # The output is known to its last place, which is one of the bias; the input times the weight must be larger.
+        lost = np.isfinite(saved.shift) & (np.abs(saved.shift) * _LAST_PLACE[saved.dtype.name] >= weight / 8)
+    if lost.any() and saved.count:
+        c = int(np.argmax(lost))
+        raise ValueError(
+            f"from_output needs weights that are not 0 and not tiny beside the biases, or the input cannot be had from the "
+            f"output: weight[{c}] is {weight[c]:g}, bias[{c}] about {saved.shift[c]:g}"
+        )
+
+
+_LAST_PLACE = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def batch_norm_stats(x: Array, *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None) -> Stats:
     """Count, mean and population variance of each channel.
 
     Parameters
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
-    layout : str, optional
+    layout, axis
         As in `batch_norm_forward`.
     mask : ndarray of bool, optional
         Positions that count, broadcastable to the shape of x without the channel axis.
@@ -460,28 +432,18 @@ def batch_norm_stats(x: Array, *, layout: str | None = None, mask: Array | None 
     >>> fastbn.batch_norm_stats(np.array([[1.0, 5.0], [3.0, 5.0]]))
     Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
-    x, axis, dtype = _input(x, layout)
-    return core.stats(x, axis, dtype, _mask(mask, x, axis))
-
-
-def _centered(mean: object, invstd: object, x: Array, axis: int, dtype: DType) -> tuple[Array, Array | None, Array]:
-    """Check given statistics; a float64 mean keeps the digits that float32 arithmetic would lose."""
-    m = _vector("mean", mean, x, axis)
-    scale = _vector("invstd", invstd, x, axis, dtype.compute)
-    if m.dtype == np.float64 != dtype.compute:
-        high, low = core.split(m, np.zeros(1), dtype.compute)
-        return high, low.astype(dtype.compute), scale
-    return m.astype(dtype.compute, copy=False), None, scale
+    return core.stats(_request(x, layout, axis, mask=mask)[0])
 
 
 def batch_norm_elemt(
     x: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None = None,
-    bias: Array | None = None,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
     activation: ActivationLike = None,
     residual: Array | None = None,
     out: Array | None = None,
@@ -492,8 +454,8 @@ def batch_norm_elemt(
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
     mean, invstd : array_like of shape (C,)
-        Mean and one over the standard deviation. A float64 mean is used to all its digits, for float32 x too.
-    weight, bias, layout, activation, residual, out
+        Mean and one over the standard deviation. Those in float64 are used to all their digits, for float32 x too.
+    weight, bias, layout, axis, activation, residual, out
         As in `batch_norm_forward`.
 
     Returns
@@ -513,18 +475,20 @@ def batch_norm_elemt(
            [ 0.5]])
     """
     if activation is None and residual is None:
-        y: Array | None = core.plain("normalize", x, layout, out, mean, invstd, weight, bias, None)
+        y: Array | None = core.plain("normalize", x, layout, axis, out, mean, invstd, weight, bias, None)
         if y is not None:
             return y
-    x, axis, dtype = _input(x, layout)
-    f, r = _activation(activation), _residual(residual, x)
-    high, low, scale = _centered(mean, invstd, x, axis, dtype)
-    w = _optional("weight", weight, x, axis, dtype.compute)
-    b = _optional("bias", bias, x, axis, dtype.compute)
-    return core.inference(x, axis, dtype, high, low, scale, w, b, None, f, r, _output(out, x, x=x, residual=r))
+    r, channels = _request(x, layout, axis, activation, residual)
+    compute = r.dtype.compute
+    m, scale = checks.precise("mean", mean, channels, compute), checks.precise("invstd", invstd, channels, compute)
+    w = None if weight is None else checks.precise("weight", weight, channels, compute)
+    b = None if bias is None else checks.precise("bias", bias, channels, compute)
+    return core.inference(_into(r, out, mean=mean, invstd=invstd, weight=weight, bias=bias), m, scale, w, b, None)
 
 
-def batch_norm_backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array, *, layout: str | None = None) -> tuple[Array, Array]:
+def batch_norm_backward_reduce(
+    dy: Array, x: Array, mean: ArrayLike, invstd: ArrayLike, *, layout: LayoutName | None = None, axis: int | None = None
+) -> tuple[Array, Array]:
     """Sums over each channel that the gradients need.
 
     Parameters
@@ -533,7 +497,7 @@ def batch_norm_backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array, 
         Gradient of y, and the input of the forward pass.
     mean, invstd : array_like of shape (C,)
         The statistics the forward used.
-    layout : str, optional
+    layout, axis
         As in `batch_norm_forward`.
 
     Returns
@@ -553,22 +517,24 @@ def batch_norm_backward_reduce(dy: Array, x: Array, mean: Array, invstd: Array, 
     >>> fastbn.batch_norm_backward_reduce(np.ones_like(x), x, [2.0], [1.0])
     (array([2.]), array([0.]))
     """
-    x, axis, dtype = _input(x, layout)
-    dy = _same("dy", dy, x)
-    return core.backward_reduce(dy, x, axis, dtype, *_centered(mean, invstd, x, axis, dtype))
+    r, channels = _request(x, layout, axis)
+    dy = checks.same("dy", dy, r.x)
+    compute = r.dtype.compute
+    return core.backward_reduce(r, dy, checks.precise("mean", mean, channels, compute), checks.vector("invstd", invstd, channels, compute))
 
 
 def batch_norm_backward_elemt(
     dy: Array,
     x: Array,
-    mean: Array,
-    invstd: Array,
-    weight: Array | None,
-    sum_dy: Array,
-    sum_dy_xmu: Array,
+    mean: ArrayLike,
+    invstd: ArrayLike,
+    weight: ArrayLike | None,
+    sum_dy: ArrayLike,
+    sum_dy_xmu: ArrayLike,
     count: int,
     *,
-    layout: str | None = None,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
     out: Array | None = None,
 ) -> Array:
     """Gradient of x from the sums of `batch_norm_backward_reduce`.
@@ -583,7 +549,7 @@ def batch_norm_backward_elemt(
         Over all processes that share the statistics.
     count : int
         Number of values per channel in the statistics, over all processes.
-    layout, out
+    layout, axis, out
         As in `batch_norm_backward`.
 
     Returns
@@ -605,15 +571,12 @@ def batch_norm_backward_elemt(
     array([[0.],
            [0.]])
     """
-    x, axis, dtype = _input(x, layout)
-    dy = _same("dy", dy, x)
-    statistics = _centered(mean, invstd, x, axis, dtype)
-    w = _optional("weight", weight, x, axis, dtype.compute)
-    wide = np.dtype(np.float64)
-    sums = _vector("sum_dy", sum_dy, x, axis, wide), _vector("sum_dy_xmu", sum_dy_xmu, x, axis, wide)
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)):
-        raise TypeError(f"count must be an int, got {count!r}")
-    if count < 1 and x.size:
-        raise ValueError(f"count must be at least 1, got {count}")
-    out = _output(out, x, dy=dy, x=x)
-    return core.backward_elemt(dy, x, axis, dtype, *statistics, w, *sums, int(count), out)
+    r, channels = _request(x, layout, axis)
+    dy = checks.same("dy", dy, r.x)
+    compute, wide = r.dtype.compute, np.dtype(np.float64)
+    m, scale = checks.precise("mean", mean, channels, compute), checks.vector("invstd", invstd, channels, compute)
+    w = checks.optional("weight", weight, channels, compute)
+    sums = checks.vector("sum_dy", sum_dy, channels, wide), checks.vector("sum_dy_xmu", sum_dy_xmu, channels, wide)
+    n = checks.integer("count", count, 1 if r.x.size else 0)
+    r = _into(r, out, dy, mean=mean, invstd=invstd, weight=weight, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu)
+    return core.backward_elemt(r, dy, m, scale, w, *sums, n)

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from fastbn import core, functional
-from fastbn.core import Gradients, Saved
-from fastbn.dtypes import DTYPES, lookup
-from fastbn.layout import Array, channel_axis
+from fastbn import checks, core, functional
+from fastbn import layout as layouts
+from fastbn.core import Request
+from fastbn.dtypes import lookup, resolve
+from fastbn.functional import ActivationLike, Number
+from fastbn.layout import Array, LayoutName, channel_axis, view
+from fastbn.results import Gradients, Saved
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
     from typing_extensions import Self
+
+
+class LoadedKeys(NamedTuple):
+    """What `load_state_dict` did not find, and what it did not use.
+
+    Attributes
+    ----------
+    missing_keys, unexpected_keys : list of str
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class _Context(NamedTuple):
+    """What a backward needs of the forward before it."""
+
+    x: Array | weakref.ref[Array]  # a layer in eval keeps no array alive
+    residual: weakref.ref[Array] | None
+    saved: Saved
+    from_output: bool
 
 
 class _BatchNorm:
@@ -25,60 +52,70 @@ class _BatchNorm:
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        eps: Number = 1e-5,
+        momentum: Number | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         *,
-        layout: str | None = None,
-        activation: functional.ActivationLike = None,
+        layout: LayoutName | None = None,
+        axis: int | None = None,
+        activation: ActivationLike = None,
+        correction: int = 1,
+        skip_nonfinite: bool = False,
         dtype: DTypeLike = np.float32,
     ):
-        if isinstance(num_features, bool) or not isinstance(num_features, (int, np.integer)):
-            raise TypeError(f"num_features must be an int, got {num_features!r}")
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
-        row = lookup(np.dtype(dtype))
-        if row is None:
-            raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {np.dtype(dtype)}")
-        functional._activation(activation)
-        self._check_layout(layout)
-        compute = row.compute
-        self.num_features = int(num_features)
-        self.eps = functional._number("eps", eps)
-        self.momentum = None if momentum is None else functional._number("momentum", momentum)
-        self.affine = affine
-        self.track_running_stats = track_running_stats
-        self.layout = layout
+        checks.activation(activation)
+        self.dtype = resolve(dtype)
+        self.num_features = checks.integer("num_features", num_features, 1)
+        self.eps = checks.number("eps", eps, 0.0)
+        self.momentum = None if momentum is None else checks.number("momentum", momentum)
+        self.track_running_stats = checks.switch("track_running_stats", track_running_stats)
+        self.layout, self.axis = layout, axis
+        self._check_layout()
         self.activation = activation
-        self.dtype = np.dtype(dtype)
+        self.correction = checks.integer("correction", correction, 0, 1)
+        self.skip_nonfinite = checks.switch("skip_nonfinite", skip_nonfinite)
         self.training = True
         self.frozen = False
-        self.weight: Array | None = np.ones(num_features, compute) if affine else None
-        self.bias: Array | None = np.zeros(num_features, compute) if affine else None
-        self.running_mean: Array | None = None
-        self.running_var: Array | None = None
-        self.num_batches_tracked: Array | None = None
-        if track_running_stats:
-            self.running_mean = np.zeros(num_features, compute)
-            self.running_var = np.ones(num_features, compute)
-            self.num_batches_tracked = np.array(0, np.int64)
-        self._context: tuple[Array, Saved, bool] | None = None
+        self.num_batches_skipped = 0
+        row = lookup(self.dtype)
+        assert row is not None  # noqa: S101  resolve has seen it
+        vectors = np.ones((2, self.num_features), row.compute), np.zeros((2, self.num_features), row.compute)
+        tracked = self.track_running_stats
+        self.weight: Array | None = vectors[0][0].copy() if checks.switch("affine", affine) else None
+        self.bias: Array | None = vectors[1][0].copy() if affine else None
+        self.running_mean: Array | None = vectors[1][1].copy() if tracked else None
+        self.running_var: Array | None = vectors[0][1].copy() if tracked else None
+        self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
+        self._context: _Context | None = None
+
+    @property
+    def affine(self) -> bool:
+        """Whether there are a weight and a bias."""
+        return self.weight is not None or self.bias is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arrays of the last forward are no part of a layer's state."""
+        return self.__dict__ | {"_context": None}
 
     def __repr__(self) -> str:
-        return (
+        text = (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, layout={self.layout!r}, activation={self.activation!r})"
+            f"track_running_stats={self.track_running_stats}, layout={self.layout!r}, activation={self.activation!r}"
         )
+        unusual = {"axis": None, "correction": 1, "skip_nonfinite": False}
+        text += "".join(f", {name}={getattr(self, name)!r}" for name, usual in unusual.items() if getattr(self, name) != usual)
+        text += "" if self.dtype == np.float32 else f", dtype='{self.dtype}'"
+        return f"{text}){'' if self.training else '.eval()'}{'.freeze()' if self.frozen else ''}"
 
-    def _check_layout(self, layout: str | None) -> None:
+    def _check_layout(self) -> None:
         for rank in self._ranks:
             try:
-                channel_axis(layout, rank)
+                channel_axis(self.layout, rank, self.axis)
             except ValueError:
                 continue
             return
-        channel_axis(layout, self._ranks[-1])  # raises the reason
+        channel_axis(self.layout, self._ranks[-1], self.axis)  # raises the reason
 
     def forward(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x, and remember it for `backward`.
@@ -103,30 +140,62 @@ class _BatchNorm:
         ------
         TypeError, ValueError
             If x is not for this layer, or as `batch_norm_forward`.
+
+        Notes
+        -----
+        In training x itself is kept: it must not be changed before the backward. In eval it is not kept alive; a
+        backward is possible as long as the caller has it.
         """
         if isinstance(x, np.ndarray):
             if x.ndim not in self._ranks:
                 ranks = " or ".join(map(str, self._ranks))
                 raise ValueError(f"{type(self).__name__} takes arrays with {ranks} axes, but x has shape {x.shape}")
             if x.dtype != self.dtype:
-                raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {x.dtype}")
-            axis = channel_axis(self.layout, x.ndim)
+                raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {checks.came(x.dtype)}")
+            axis = channel_axis(self.layout, x.ndim, self.axis)
             if x.shape[axis] != self.num_features:
                 raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has num_features={self.num_features}")
-        batch = self.running_mean is None or (self.training and not self.frozen)
-        track = batch and self.running_mean is not None
-        statistics = (self.running_mean, self.running_var) if track or not batch else (None, None)
+        batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
+        statistics: tuple[Array | None, Array | None] = (None, None)
+        if not batch or (self.track_running_stats and self.training and not self.frozen):
+            statistics = self.running_mean, self.running_var
+        mean, var = (None if v is None else v.copy() for v in statistics) if batch and self.skip_nonfinite else statistics
         y, saved = functional.batch_norm_forward(
-            x, self.weight, self.bias, *statistics, training=batch, momentum=self._weight_of_new(), eps=self.eps,
-            layout=self.layout, activation=self.activation, residual=residual, mask=mask, out=out,
+            x, self.weight, self.bias, mean, var, training=batch, momentum=self._weight_of_new(), eps=self.eps,
+            layout=self.layout, axis=self.axis, activation=self.activation, residual=residual, mask=mask,
+            correction=self.correction, out=out,
         )  # fmt: skip
-        if track and x.size and self.num_batches_tracked is not None:
-            self.num_batches_tracked += 1
-        overwritten = out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
-        self._context = None if overwritten and not saved.invertible else (x, saved, overwritten)
+        if batch and x.size:
+            self._count(statistics, (mean, var))
+        self._remember(x, residual, saved, out)
         return y
 
-    __call__ = forward
+    def __call__(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
+        """As `forward`."""
+        return self.forward(x, residual, mask=mask, out=out)
+
+    def _count(self, statistics: tuple[Array | None, ...], moved: tuple[Array | None, ...]) -> None:
+        """Take over statistics that were moved on the side, if they may be, and count the batch."""
+        for old, new in zip(statistics, moved, strict=True):
+            if new is not old and new is not None and not np.isfinite(new).all():
+                self.num_batches_skipped += 1
+                return
+        for old, new in zip(statistics, moved, strict=True):
+            if old is not None and new is not None and new is not old:
+                old[...] = new
+        if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+
+    def _remember(self, x: Array, residual: Array | None, saved: Saved, out: Array | None) -> None:
+        """Keep what the backward needs."""
+        overwritten = out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
+        if overwritten and not saved.invertible:
+            self._context = None
+        elif self.training:
+            self._context = _Context(x, None, saved, overwritten)
+        else:
+            kept = None if residual is None else weakref.ref(residual)
+            self._context = _Context(weakref.ref(x), kept, replace(saved, residual=None), overwritten)
 
     def _weight_of_new(self) -> float:
         """Momentum of the next batch; None is the cumulative average."""
@@ -154,16 +223,24 @@ class _BatchNorm:
         Raises
         ------
         RuntimeError
-            If `forward` was not called before, or overwrote an input that cannot be had from its output.
+            If `forward` was not called before, or overwrote an input that cannot be had from its output, or if its input
+            in eval is gone.
         TypeError, ValueError
             As `batch_norm_backward`.
         """
         if self._context is None:
             raise RuntimeError("backward needs a forward before it, whose input was not overwritten or can be had from its output")
-        x, saved, from_output = self._context
+        kept, residual, saved, from_output = self._context
+        x = kept() if isinstance(kept, weakref.ref) else kept
+        if isinstance(kept, weakref.ref):
+            r = None if residual is None else residual()
+            if x is None or (saved.has_residual and r is None):
+                raise RuntimeError("a layer in eval keeps no arrays: hold x and residual until the backward, or use freeze() in training")
+            saved = replace(saved, residual=r)
+        assert x is not None  # noqa: S101  training keeps it
         if wrt is None:
             parameters = ("weight", "bias") if self.affine and not self.frozen else ()
-            wrt = ("x", *parameters, *(("residual",) if saved.residual is not None else ()))
+            wrt = ("x", *parameters, *(("residual",) if saved.has_residual else ()))
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
 
     def train(self, mode: bool = True) -> Self:
@@ -178,7 +255,7 @@ class _BatchNorm:
         -------
         The layer itself.
         """
-        self.training = mode
+        self.training = checks.switch("mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -207,10 +284,23 @@ class _BatchNorm:
         ValueError
             If the layer has no running statistics.
         """
-        if mode and self.running_mean is None:
+        if checks.switch("mode", mode) and (self.running_mean is None or self.running_var is None):
             raise ValueError("a layer with track_running_stats=False has no running statistics to freeze")
-        self.frozen = mode
+        self.frozen = bool(mode)
         return self
+
+    def reset_running_stats(self) -> None:
+        """Forget the running statistics: mean 0, variance 1, no batches."""
+        for vector, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
+            if vector is not None:
+                vector[...] = value
+
+    def reset_parameters(self) -> None:
+        """Forget the running statistics, and set the weight to 1 and the bias to 0."""
+        self.reset_running_stats()
+        for vector, value in ((self.weight, 1), (self.bias, 0)):
+            if vector is not None:
+                vector[...] = value
 
     _keys = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -223,32 +313,57 @@ class _BatchNorm:
         """
         return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
         """Load parameters and running statistics.
 
         Parameters
         ----------
-        state : mapping of str to array_like
-            With the keys of `state_dict`; "num_batches_tracked" may be missing, as in old PyTorch files.
+        state_dict : mapping of str to array_like
+            With the keys of `state_dict`; "num_batches_tracked" may be missing, as in old PyTorch files, and may have
+            the shape (1,).
+        strict : bool
+            Whether a missing or an unknown key is an error.
+
+        Returns
+        -------
+        LoadedKeys
+            The keys that were missing, and those that were not used.
 
         Raises
         ------
         KeyError
-            If a key is missing or unknown.
-        ValueError
+            If a key is missing or unknown, and strict.
+        TypeError, ValueError
             If a shape does not fit or a value is no number. Nothing is loaded then.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
         own = {key: value for key in self._keys if (value := getattr(self, key)) is not None}
-        missing = own.keys() - state.keys() - {"num_batches_tracked"}
-        unknown = state.keys() - own.keys()
-        if missing or unknown:
-            raise KeyError(f"state_dict lacks {sorted(missing)} and has unknown {sorted(unknown)}")
-        loaded = {key: np.asarray(state[key], value.dtype) for key, value in own.items() if key in state}
-        for key, value in loaded.items():
-            if value.shape != own[key].shape:
-                raise ValueError(f"{key} must have shape {own[key].shape}, got {value.shape}")
+        missing = [key for key in own if key not in state_dict and key != "num_batches_tracked"]
+        unknown = [key for key in state_dict if key not in own]
+        if checks.switch("strict", strict) and (missing or unknown):
+            raise KeyError(f"state_dict lacks {sorted(missing)} and has unknown {sorted(map(str, unknown))}")
+        loaded = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
         for key, value in loaded.items():
             own[key][...] = value
+        return LoadedKeys(missing, unknown)
+
+
+def _loaded(key: str, value: Any, own: Array) -> Array:
+    """A copy of what is loaded, in the type of what it replaces."""
+    if own.ndim:
+        try:
+            return checks.vector(key, value, (len(own), f"{key} must have shape {own.shape}"), own.dtype).copy()
+        except ValueError:
+            shape = np.shape(value)
+            raise ValueError(f"{key} must have shape {own.shape}, got {shape}") from None
+    n = np.asarray(value)
+    if n.shape not in ((), (1,)):
+        raise ValueError(f"{key} must have shape (), got {n.shape}")
+    number = n.reshape(()).item()
+    if n.dtype.kind == "f" and isinstance(number, float) and number.is_integer():
+        number = int(number)
+    return np.array(checks.integer(key, number, 0), own.dtype)
 
 
 class BatchNorm1d(_BatchNorm):
@@ -268,8 +383,15 @@ class BatchNorm1d(_BatchNorm):
         Whether there are running statistics; without them, the batch's own are always used.
     layout : str, optional
         "NC", "NCL" or "channels_first" (as None), "NLC" or "channels_last".
+    axis : int, optional
+        The axis of the channels, in place of a layout.
     activation : str, tuple, function or Activation, optional
         As in `batch_norm_forward`.
+    correction : int
+        As in `batch_norm_forward`: 0 for the running variance of ONNX, Keras and Flax.
+    skip_nonfinite : bool
+        Whether a batch that would make a running statistic infinite or NaN leaves all of them alone;
+        ``num_batches_skipped`` counts these.
     dtype : dtype
         Of the input; parameters and statistics are float64 for float64, else float32.
 
@@ -292,7 +414,7 @@ class BatchNorm2d(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCHW" or "channels_first" (as None), "NHWC" or "channels_last".
@@ -313,7 +435,7 @@ class BatchNorm3d(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCDHW" or "channels_first" (as None), "NDHWC" or "channels_last".
@@ -338,16 +460,21 @@ class FrozenBatchNorm:
     weight, bias : array_like of shape (C,), optional
         None means 1 and 0.
     eps : float
-        Added to the variance.
-    layout : str, optional
+        Added to the variance; not negative.
+    layout, axis
         As in `batch_norm_forward`.
     activation : str, tuple, function or Activation, optional
         As in `batch_norm_forward`.
 
+    Attributes
+    ----------
+    scale, shift : ndarray of shape (C,)
+        Of ``y = x * scale + shift``, in float64: what a convolution before it can take in.
+
     Raises
     ------
-    ValueError
-        If the vectors have different shapes.
+    TypeError, ValueError
+        If the vectors have different shapes or hold no real numbers, or another argument is not as it must be.
 
     Examples
     --------
@@ -356,36 +483,150 @@ class FrozenBatchNorm:
     >>> bn(np.array([[1.0], [3.0]], np.float32))
     array([[-0.5],
            [ 0.5]], dtype=float32)
+    >>> bn.scale, bn.shift
+    (array([0.5]), array([-1.]))
     """
 
     def __init__(
         self,
-        running_mean: Array,
-        running_var: Array,
-        weight: Array | None = None,
-        bias: Array | None = None,
-        eps: float = 1e-5,
+        running_mean: ArrayLike,
+        running_var: ArrayLike,
+        weight: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
         *,
-        layout: str | None = None,
-        activation: functional.ActivationLike = None,
+        eps: Number = 1e-5,
+        layout: LayoutName | None = None,
+        axis: int | None = None,
+        activation: ActivationLike = None,
     ):
         self.activation = activation
-        self._activation = functional._activation(activation)
-        mean = np.array(running_mean, np.float64)
+        self._activation = checks.activation(activation)
+        given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+        mean = checks.real("running_mean", running_mean)
         if mean.ndim != 1:
             raise ValueError(f"running_mean must have shape (C,), got {mean.shape}")
-        var = np.array(running_var, np.float64)
-        w, b = (None if v is None else np.array(v, np.float64) for v in (weight, bias))
-        for name, vector in {"running_var": var, "weight": w, "bias": b}.items():
-            if vector is not None and vector.shape != mean.shape:
-                raise ValueError(f"running_mean has {mean.size} channels but {name} has shape {vector.shape}")
-        self.eps = functional._number("eps", eps)
-        self.layout = layout
+        channels = mean.size, f"running_mean has {mean.size} channels"
+        wide = np.dtype(np.float64)
+        w, b = (None if given[name] is None else checks.vector(name, given[name], channels, wide).copy() for name in ("weight", "bias"))
+        m, v = (checks.vector(name, given[name], channels, wide).copy() for name in ("running_mean", "running_var"))
+        self.eps = checks.number("eps", eps, 0.0)
+        self.layout, self.axis = layout, axis
+        layouts.check(layout, axis)
         self.num_features = mean.size
-        self._folded = core.Folded(mean, var, w, b, self.eps)
+        self._folded = core.Folded(m, v, w, b, self.eps)
+
+    @classmethod
+    def from_torch(cls, module: Any, **options: Any) -> Self:
+        """One that computes what a layer in eval does.
+
+        Parameters
+        ----------
+        module : torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or a layer of fastbn
+            With the attributes running_mean, running_var, weight, bias and eps.
+        **options
+            layout, axis and activation.
+
+        Returns
+        -------
+        FrozenBatchNorm
+
+        Raises
+        ------
+        TypeError
+            If the attributes are not there.
+
+        Examples
+        --------
+        >>> import fastbn
+        >>> fastbn.FrozenBatchNorm.from_torch(fastbn.BatchNorm2d(3))
+        FrozenBatchNorm(3 channels, eps=1e-05, layout=None, activation=None)
+        """
+        mean, var, weight, bias = (_detached(module, name) for name in ("running_mean", "running_var", "weight", "bias"))
+        return cls(mean, var, weight, bias, eps=_detached(module, "eps"), **options)
+
+    @classmethod
+    def from_keras(
+        cls, gamma: ArrayLike | None, beta: ArrayLike | None, moving_mean: ArrayLike, moving_variance: ArrayLike, *,
+        epsilon: Number = 1e-3, axis: int | None = -1, activation: ActivationLike = None,
+    ) -> Self:  # fmt: skip
+        """One from the weights of a Keras layer, in Keras' order, with Keras' defaults.
+
+        Parameters
+        ----------
+        gamma, beta, moving_mean, moving_variance : array_like of shape (C,)
+            As ``layer.get_weights()`` lists them; gamma or beta is None where the layer has none.
+        epsilon : float
+            Added to the variance.
+        axis : int
+            Of the channels: the last one, as in Keras.
+        activation
+            As in `batch_norm_forward`.
+
+        Returns
+        -------
+        FrozenBatchNorm
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> bn = FrozenBatchNorm.from_keras([2.0], [5.0], [1.0], [4.0], epsilon=0.0)
+        >>> bn(np.array([[3.0]]))
+        array([[7.]])
+        """
+        return cls(moving_mean, moving_variance, gamma, beta, eps=epsilon, axis=axis, activation=activation)
+
+    @classmethod
+    def from_onnx(
+        cls, scale: ArrayLike, B: ArrayLike, input_mean: ArrayLike, input_var: ArrayLike, *,  # noqa: N803  ONNX's name
+        epsilon: Number = 1e-5, activation: ActivationLike = None,
+    ) -> Self:  # fmt: skip
+        """One from the inputs of an ONNX BatchNormalization node, in ONNX' order.
+
+        Parameters
+        ----------
+        scale, B, input_mean, input_var : array_like of shape (C,)
+            The inputs of the node after X.
+        epsilon : float
+            Added to the variance.
+        activation
+            As in `batch_norm_forward`.
+
+        Returns
+        -------
+        FrozenBatchNorm
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the constructor.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> bn = FrozenBatchNorm.from_onnx([2.0], [5.0], [1.0], [4.0], epsilon=0.0)
+        >>> bn(np.array([[3.0]]))
+        array([[7.]])
+        """
+        return cls(input_mean, input_var, scale, B, eps=epsilon, activation=activation)
+
+    @property
+    def scale(self) -> Array:
+        """Of ``y = x * scale + shift``, in float64."""
+        return self._folded.scale
+
+    @property
+    def shift(self) -> Array:
+        """Of ``y = x * scale + shift``, in float64."""
+        return self._folded.shift
 
     def __repr__(self) -> str:
-        return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, layout={self.layout!r}, activation={self.activation!r})"
+        where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
+        return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
     def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x.
@@ -410,8 +651,20 @@ class FrozenBatchNorm:
         """
         if (y := self._folded.plain(x, residual, out)) is not None:
             return y
-        x, axis, dtype = functional._input(x, self.layout)
-        if x.shape[axis] != self.num_features:
-            raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has {self.num_features}")
-        r = functional._residual(residual, x)
-        return core.apply(self._folded, x, axis, dtype, self._activation, r, functional._output(out, x, x=x, residual=r))
+        array, dtype = checks.array(x)
+        axis = channel_axis(self.layout, array.ndim, self.axis)
+        if array.shape[axis] != self.num_features:
+            raise ValueError(f"x has {array.shape[axis]} channels on axis {axis} but the layer has {self.num_features}")
+        r = None if residual is None else checks.same("residual", residual, array)
+        target = checks.output(out, array, {"x": array, "residual": r})
+        return self._folded.apply(Request(array, axis, dtype, view(array, axis), target, self._activation, r))
+
+
+def _detached(module: Any, name: str) -> Any:
+    """An attribute of a layer; where it is a tensor that records gradients, without these."""
+    try:
+        value = getattr(module, name)
+    except AttributeError:
+        raise TypeError(f"module must have running_mean, running_var, weight, bias and eps, got {type(module).__name__}") from None
+    detach = getattr(value, "detach", None)
+    return value if detach is None else detach()

@@ -2,30 +2,32 @@
 
 Every dense array is a view of ``(outer, channels, inner)`` in memory order:
 
-- ``ncsp``, channels first: outer = N, inner = the product of the spatial sizes, more than 1;
-- ``nspc``, channels last: outer = N times the spatial sizes, inner = 1.
+- ``ncsp``: inner, the product of the sizes of the axes that vary faster than the channels, is more than 1; so it is
+  for channels first;
+- ``nspc``: inner = 1, the channels vary fastest, as for channels last.
 
-The shape says which axis holds the channels, the strides say which pattern the memory follows. So an
-array of shape (N, C, H, W) with channels-last strides is ``nspc`` without a copy.
+The shape says which axis holds the channels, the strides say in which order the axes lie in memory. So an array of
+shape (N, C, H, W) with channels-last strides is ``nspc`` without a copy, and one in Fortran order is ``ncsp``.
 """
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+
+LayoutName = Literal["NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC", "channels_first", "channels_last"]
 
 _CHANNELS_FIRST = {"NC": 2, "NCL": 3, "NCHW": 4, "NCDHW": 5}
 _CHANNELS_LAST = {"NLC": 3, "NHWC": 4, "NDHWC": 5}
 LAYOUTS = (*_CHANNELS_FIRST, *_CHANNELS_LAST, "channels_first", "channels_last")
 
 
-@cache
-def channel_axis(layout: str | None, ndim: int) -> int:
+def channel_axis(layout: str | None, ndim: int, axis: int | None = None) -> int:
     """Axis of the channels in an array of `ndim` axes.
 
     Parameters
@@ -34,6 +36,8 @@ def channel_axis(layout: str | None, ndim: int) -> int:
         One of `LAYOUTS`; None means channels first.
     ndim : int
         Number of axes of the array.
+    axis : int, optional
+        The axis itself, in place of a layout; negative ones count from the end.
 
     Returns
     -------
@@ -42,17 +46,42 @@ def channel_axis(layout: str | None, ndim: int) -> int:
 
     Raises
     ------
+    TypeError
+        If axis is no int.
     ValueError
-        If the layout is unknown or is for another number of axes.
+        If the layout is unknown or is for another number of axes, if there is no such axis, or if both are given.
     """
+    check(layout, axis)
+    if axis is not None:
+        if not -ndim <= axis < ndim:
+            raise ValueError(f"axis must be one of the {ndim} axes of x, got {axis}")
+        return int(axis) % ndim
     rank = _CHANNELS_FIRST.get(layout or "", 0) or _CHANNELS_LAST.get(layout or "", 0)
-    if rank == 0 and layout not in (None, "channels_first", "channels_last"):
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or None, got {layout!r}")
     if rank and ndim != rank:
         raise ValueError(f"layout {layout!r} is for arrays with {rank} axes, but x has {ndim}")
     if ndim < 2:
         raise ValueError(f"x must have at least 2 axes (batch and channels), got {ndim}")
     return ndim - 1 if layout in _CHANNELS_LAST or layout == "channels_last" else 1
+
+
+def check(layout: object, axis: object = None) -> None:
+    """Check what says where the channels are, as far as that can be done before there is an array.
+
+    Raises
+    ------
+    TypeError
+        If axis is no int.
+    ValueError
+        If the layout is unknown, or if both are given.
+    """
+    if layout is not None and (not isinstance(layout, str) or layout not in LAYOUTS):
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or None, got {layout!r}")
+    if axis is None:
+        return
+    if layout is not None:
+        raise ValueError(f"give axis or layout, not both: got axis={axis!r} and layout={layout!r}")
+    if isinstance(axis, (bool, np.bool_, np.timedelta64)) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"axis must be an int, got {axis!r}")
 
 
 def pattern(layout: str) -> str:
@@ -74,8 +103,8 @@ class View(NamedTuple):
     perm : tuple of int or None
         Order of the axes that makes the array C-contiguous; None if it is so already.
     dense : bool
-        False where the strides follow neither pattern: the array must be copied first, and `dims` and `perm`
-        describe the copy.
+        False where the memory has gaps, repeats, runs backwards or is not aligned: the array must be copied first,
+        in NumPy's order "K", and `dims` and `perm` describe the copy.
     """
 
     axis: int
@@ -104,13 +133,14 @@ def view(x: Array, axis: int) -> View:
 
 @lru_cache(maxsize=4096)
 def _view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, aligned: bool, axis: int) -> View:
-    spatial = [i for i in range(1, len(shape)) if i != axis]
-    first, last = (0, axis, *spatial), (0, *spatial, axis)
     identity = tuple(range(len(shape)))
-    for order in (identity, last, first):
-        if aligned and _contiguous(shape, strides, itemsize, order):
-            return View(axis, _dims(shape, axis, order == last), None if order == identity else order, True)
-    return View(axis, _dims(shape, axis, identity == last), None, False)
+    order = identity
+    if not _contiguous(shape, strides, itemsize, identity):
+        # As NumPy's order "K". Axes of one may have any stride; they stand where they do not part others.
+        order = tuple(sorted(identity, key=lambda i: (shape[i] != 1, -abs(strides[i]), i)))
+        order = identity if order == (*(i for i in identity if shape[i] == 1), *(i for i in identity if shape[i] != 1)) else order
+    dense = aligned and _contiguous(shape, strides, itemsize, order)
+    return View(axis, _dims(shape, axis, order), None if order == identity else order, dense)
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, order: tuple[int, ...]) -> bool:
@@ -124,11 +154,8 @@ def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int,
     return True
 
 
-def _dims(shape: tuple[int, ...], axis: int, channels_last: bool) -> tuple[int, int, int]:
-    channels = shape[axis]
-    inner = prod(shape[i] for i in range(1, len(shape)) if i != axis)
-    if channels == 1:  # one channel is one long run, however it is called
-        return 1, 1, shape[0] * inner
-    if channels_last:
-        return shape[0] * inner, channels, 1
-    return shape[0], channels, inner
+def _dims(shape: tuple[int, ...], axis: int, order: tuple[int, ...]) -> tuple[int, int, int]:
+    """What lies before the channels in memory, the channels, and what lies within each."""
+    at = order.index(axis)
+    outer, channels, inner = prod(shape[i] for i in order[:at]), shape[axis], prod(shape[i] for i in order[at + 1 :])
+    return (1, 1, outer * inner) if channels == 1 else (outer, channels, inner)  # one channel is one long run

@@ -1,18 +1,23 @@
 """The benchmark's tables against published numbers, its statistics against NumPy, and a run of a second."""
 
 import json
+import re
+import subprocess
+import sys
+from importlib import import_module
 from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 from time import sleep
 
 import numpy as np
 import pytest
 
 import fastbn
-from bench import data, report, roofline
+from bench import data, options, report, roofline, situ, text
 from bench.cases import NETWORKS, Case, cases, quick
 from bench.measure import Row, measure
-from bench.peers import CONTENDERS, OPS, fastbn_peer
+from bench.peers import CONTENDERS, IN_SITU, OPS, fastbn_peer
 from bench.peers.copy_peer import copy_into
 from bench.timing import Budget, Times, race, summarize
 
@@ -28,6 +33,7 @@ PUBLISHED = {
     "yolov5s": (57, 9_504),
     "ppocr_cls": (35, 2_136),
 }
+ROOT = Path(__file__).parent.parent
 CASE = Case("resnet50-b1", "layer4.0.bn1", (2, 5, 3, 4), 3)
 
 
@@ -133,8 +139,8 @@ def test_copy_into_copies_all(threads):
 
 def test_summary_of_durations():
     durations = [float(i) for i in range(200, 0, -1)]
-    assert summarize(durations) == Times(np.median(durations), 198.0, 200)
-    assert summarize([3.0]) == Times(3.0, 3.0, 1)
+    assert summarize(durations) == Times(np.median(durations), 198.0, 200, 100 / np.median(durations))
+    assert summarize([3.0]) == Times(3.0, 3.0, 1, 0.0)
 
 
 def test_race_calls_everyone_in_turns():
@@ -148,6 +154,18 @@ def test_race_does_not_count_a_slow_first_call():
     waits = [0.1] + [0.0] * 1000
     times = race({"cold": lambda: sleep(waits.pop(0))}, 0.0)
     assert times["cold"].calls >= 5
+
+
+def test_race_times_each_contender_although_its_time_is_over():
+    times = race({"long": lambda: sleep(0.03)}, 1e-9)
+    assert times["long"].calls == 1
+
+
+def test_race_calls_what_comes_between_and_does_not_time_it():
+    order = []
+    times = race({"a": lambda: order.append("a")}, 0.0, between=lambda: (sleep(0.01), order.append("between")), shortest=2)
+    assert order[:4] == ["between", "a", "between", "a"]
+    assert times["a"].median < 0.01
 
 
 def test_budget_is_divided_over_the_work_left():
@@ -183,7 +201,7 @@ def test_floor_is_a_copy_of_the_bytes_moved():
 
 def test_measure_reports_the_error():
     with fastbn.use_kernel("reference"):
-        rows = measure(CASE, "NHWC", "float32", Budget(0.3, 3))
+        rows = list(measure(CASE, "NHWC", "float32", Budget(0.3, 3)))
     assert [row.op for row in rows] == list(OPS)
     assert all(0 < row.error < 1e-6 for row in rows)
     assert all({"copy", "fastbn", "numpy"} <= row.times.keys() for row in rows)
@@ -202,8 +220,9 @@ def test_main_writes_the_reports(tmp_path, capsys):
     found = json.loads(paths[0].read_text())
     assert found["machine"]["threads"] == 1
     assert found["machine"]["kernel"] == "reference"
-    assert len(found["rows"]) + found["skipped"] == 9
+    assert len(found["rows"]) + sum(found["left_out"].values()) == 9
     assert paths[1].read_text().startswith(capsys.readouterr().out.rstrip())
+    assert report.read_json(paths[0].read_text())[1][0].times["fastbn"].calls > 0
     for name in ("roofline.png", "roofline.svg", "roofline.md"):
         assert (tmp_path / "figures" / name).stat().st_size > 0
 
@@ -213,9 +232,135 @@ def test_main_says_that_there_was_no_time(capsys, tmp_path):
     from bench.__main__ import main
 
     with fastbn.use_kernel("reference"):
-        assert main(["--networks", "photographs", "--budget", "-1", "--json", str(tmp_path / "bench.json")]) == 1
+        assert main(["--networks", "tiny", "--budget", "1e-9", "--json", str(tmp_path / "bench.json")]) == 1
     assert "--budget" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+WRONG = {
+    "bench.__main__": (
+        ["--budget", "0"], ["--budget", "-1"], ["--budget", "nan"], ["--budget", "soon"], ["--threads", "0"], ["--threads", "-3"],
+        ["--threads", "1.5"], ["--json", "/proc/nothing/bench.json"], ["--markdown", "/dev/null/bench.md"], ["--json", "/"],
+        ["--json", "a", "--markdown", "./a"], ["--roofline", "/proc/nothing"],
+    ),
+    "bench.growth": (["--seconds", "0"], ["--largest", "1"], ["/proc/nothing"]),
+    "bench.busy": (["--threads", "0"], ["--seconds", "-1"], ["--processes", "-1"]),
+    "bench.situ": (["--threads", "0"], ["--budget", "0"], ["--batches", "0"], ["--markdown", "/"]),
+    "bench.same.__main__": ([".", "/nothing"], [".", ".", "--every", "0"], [".", ".", "--checks", "none"]),
+    "bench.roofline": (["/nothing.json"], ["pyproject.toml"], ["/nothing.json", "/dev/null"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "wrong"), [(module, wrong) for module, all_wrong in WRONG.items() for wrong in all_wrong])
+def test_commands_refuse_a_wrong_argument_with_one_line_before_they_measure(module, wrong, capsys):
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main(wrong)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in said
+
+
+@pytest.mark.parametrize("module", WRONG)
+def test_commands_have_help_for_every_option(module, capsys):
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main(["--help"])
+    assert ended.value.code == 0
+    help_text = capsys.readouterr().out
+    assert "default: None" not in help_text
+    entries = re.split(r"\n  (?=-|\w)", help_text.split("options:")[1].split("\n\n")[0])[1:]
+    assert entries
+    assert all(re.search(r"\s{2,}\S.*\w", entry) for entry in entries), entries
+
+
+def test_main_writes_what_there_is_when_interrupted(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    main_module = import_module("bench.__main__")
+
+    def measured(*_):
+        yield _row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module, "measure", measured)
+    paths = tmp_path / "bench.json", tmp_path / "bench.md"
+    few = ["--networks", "tiny", "ppocr_cls", "--json", str(paths[0]), "--markdown", str(paths[1])]
+    assert main_module.main(few) == options.INTERRUPTED
+    assert "interrupted after 1 of " in capsys.readouterr().err
+    found = json.loads(paths[0].read_text())
+    assert len(found["rows"]) == 1
+    assert set(found["left_out"]) == {"tiny", "ppocr_cls"}
+    assert NETWORKS["ppocr_cls"].title in paths[1].read_text()
+
+
+def test_commands_end_without_a_traceback(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert options.run(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_commands_end_quietly_when_their_reader_has_gone():
+    command = "import sys; from bench import options; sys.exit(options.run(lambda: print('x\\n' * 10**6) or 0))"
+    with subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_results_of_an_earlier_run_are_kept(tmp_path, capsys):
+    path = tmp_path / "bench.md"
+    for content in ("first", "second", "third"):
+        assert options.write({path: content})
+    assert path.read_text() == "third"
+    assert sorted(other.read_text() for other in tmp_path.iterdir()) == ["first", "second", "third"]
+    assert capsys.readouterr().err.count("kept the earlier") == 2
+
+
+def test_what_cannot_be_written_does_not_lose_the_rest(tmp_path, capsys):
+    assert not options.write({tmp_path: "a folder", tmp_path / "b": "text"})
+    assert (tmp_path / "b").read_text() == "text"
+    assert "could not write" in capsys.readouterr().err
+
+
+def test_cases_alternate_between_the_networks_and_start_with_the_largest():
+    pytest.importorskip("rich")
+    chosen = import_module("bench.__main__")._choose(["resnet50", "ppocr_cls", "resnet50"], ["NCHW", "NHWC"], few=True)
+    assert len(set(chosen)) == len(chosen) == 12
+    assert [case.network for case, _ in chosen[:6:2]] == ["resnet50", "ppocr_cls", "resnet50"]
+    sizes = [prod(case.shape) for case, _ in chosen if case.network == "ppocr_cls"]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_busy_machine_and_a_wide_spread_are_said():
+    quiet, wide = ([{"fastbn": Times(1.0, 2.0, 9, spread)}] for spread in (0.1, 0.5))
+    assert report.unstable({"load": 0.1, "cores": 2}, quiet) == []
+    assert "load 1.5 on 2 cores" in report.unstable({"load": 1.5, "cores": 2}, quiet)[0]
+    assert "fastbn's times" in report.unstable({"load": None, "cores": None}, wide)[0]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_tables_fit_the_terminal(width, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(width))
+    row = _row("efficientnet_lite0", (32, 16, 112, 112), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)
+    text.show([text.Table(("network", *report._LAYER), [[row.network, *report._layer(row)]], report._DISPENSABLE)])
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= width
+    assert any("efficientnet_lite0" in line and "forward" in line for line in lines)
+    assert "PyTorch" not in lines[0] + lines[1]  # a column without a number
+    assert any(line.startswith("not shown") for line in lines)
+
+
+def test_roofline_draws_what_was_written(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    rows = [_row("tiny", (1, 8, 4, 4), 1, op, layout, copy=1.0, fastbn=2.0) for op in OPS for layout in data.LAYOUTS]
+    about = {"config": {"fastbn": "0"}, "dtype": "float32", "threads": 1, "processor": "some", "date": "today"}
+    (tmp_path / "bench.json").write_text(report.as_json(about, rows, {}))
+    assert roofline.main([str(tmp_path / "bench.json"), str(tmp_path / "new")]) == 0
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"roofline.md", "roofline.png", "roofline.svg"}
 
 
 def test_growth_writes_a_table_and_drawings(tmp_path, capsys):
@@ -228,3 +373,65 @@ def test_growth_writes_a_table_and_drawings(tmp_path, capsys):
     assert capsys.readouterr().out.count("KiB | N") == 4
     for name in ("growth.png", "growth.svg", "growth.md"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+@pytest.mark.parametrize("between", situ.NEIGHBORS)
+def test_neighbors_write_what_the_call_reads(between, layout):
+    if between == "torch":
+        pytest.importorskip("torch")
+    given = data.inputs(CASE, layout, "float32")
+    before = given.x.copy()
+    situ.NEIGHBORS[between](given, given.x)()
+    assert np.array_equal(given.x, before) == (between == "walk")
+    assert np.isfinite(given.x).all()
+    if between == "torch":
+        convolved = given.x.copy()
+        situ.by_numpy(given, given.x)()
+        np.testing.assert_allclose(given.x, convolved, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", data.LAYOUTS)
+def test_another_layer_comes_before_the_one_that_writes_what_the_call_reads(layout):
+    given, order = data.inputs(CASE, layout, "float32"), []
+    situ.work(lambda given, target: lambda: order.append(target), given, given.dy)()
+    assert order[0].shape[data.LAYOUTS[layout]] == situ.OTHER[1]
+    assert order[0].nbytes > 2 << 20
+    assert order[1] is given.dy
+
+
+@pytest.mark.parametrize("contender", IN_SITU, ids=lambda contender: contender.name)
+def test_contenders_in_situ_make_new_outputs(contender):
+    pytest.importorskip(contender.package)
+    given = data.inputs(CASE, "NHWC", "float32")
+    with fastbn.use_kernel("reference"):
+        call = contender.load().inference(given, None)
+        first, second = np.asarray(call()), np.asarray(call())
+        expected = fastbn_peer.inference(given, None)()
+    assert not np.shares_memory(first, second)
+    np.testing.assert_allclose(first if first.shape == expected.shape else np.moveaxis(first, 1, -1), expected, atol=1e-5)
+
+
+def test_situ_measures_each_operation_in_a_loop_and_in_situ():
+    with fastbn.use_kernel("reference"):
+        rows = list(situ.measure(CASE, "NCHW", "float32", situ.by_numpy, Budget(1.0, 3)))
+    assert [row.op for row in rows] == list(OPS)
+    assert all(row.loop.keys() == row.situ.keys() >= {"copy", "fastbn fresh"} for row in rows)
+    assert ["frozen fresh" in row.situ for row in rows] == [True, False, False]
+
+
+def test_situ_has_each_shape_once_and_small_ones_in_every_batch():
+    chosen = situ.choose(situ.NETWORKS, (8, 16), few=False)
+    shapes = [case.shape for case in chosen]
+    assert len(set(shapes)) == len(shapes)
+    assert {(1, 8, 4, 4), (2, 64, 4, 4), (8, 64, 112, 112), (16, 64, 112, 112)} <= set(shapes)
+    assert {shape[0] for shape in shapes} == {1, 2, 8, 16}
+
+
+def test_situ_writes_a_report(tmp_path, capsys):
+    pytest.importorskip("rich")
+    path = tmp_path / "situ.md"
+    few = ["--networks", "tiny", "--layouts", "NHWC", "--budget", "0.2", "--between", "walk", "--markdown", str(path)]
+    assert situ.main(few) == 0
+    assert path.read_text() == capsys.readouterr().out
+    assert "| 2x64x4x4 | NHWC | backward |" in path.read_text()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
+import re
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import dispatch
+from fastbn import cpu, dispatch
 from fastbn.dispatch import KERNELS, TABLE, Kernel
 from fastbn.dtypes import DTYPES
 
@@ -25,9 +28,11 @@ X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No pin from outside, and no memory of earlier choices."""
     monkeypatch.setattr(dispatch, "_from_environment", None)
-    dispatch._best.cache_clear()
+    for remembered in (dispatch._best, dispatch._announce):
+        remembered.cache_clear()
     yield
-    dispatch._best.cache_clear()
+    for remembered in (dispatch._best, dispatch._announce):
+        remembered.cache_clear()
 
 
 @pytest.fixture
@@ -66,6 +71,12 @@ def test_the_reference_is_last_and_takes_everything() -> None:
     assert not any(TABLE[-1].declines(dtype) for dtype in DTYPES)
 
 
+def test_only_numba_declines_dtypes() -> None:
+    """Tests are made for the dtypes that a kernel takes: what it declines must be what it is meant to decline."""
+    declined = {(k.name, dtype) for k in TABLE for dtype in DTYPES if k.declines(dtype)}
+    assert declined == {("numba", "float16"), ("numba", "bfloat16")}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_first_that_accepts_wins(dtype: str) -> None:
     chosen = _chosen(dtype)
@@ -84,12 +95,17 @@ def test_unusable_kernels_say_why_when_pinned() -> None:
 
 @pytest.mark.usefixtures("_none_compiled")
 def test_reasons() -> None:
-    with pytest.raises(RuntimeError, match="kernel 'simd_v3' cannot run here: it was not built"):
-        fastbn.use_kernel("simd_v3").__enter__()
+    mine = _of_this_processor()[0]
+    with pytest.raises(RuntimeError, match=f"kernel '{mine}' cannot run here: it was not built"):
+        fastbn.use_kernel(mine).__enter__()
     assert Kernel("far", "fastbn.reference", package="no_such_package").unusable() == (
         "no_such_package is not installed (pip install 'fastbn[no_such_package]')"
     )
     assert Kernel("narrow", "fastbn.reference", dtypes=frozenset({"float32"})).declines("float16") == "it has no f16"
+
+
+def _of_this_processor() -> list[str]:
+    return [k.name for k in TABLE if k.level is not None and cpu.family_of(k.level) == cpu.family()]
 
 
 @pytest.mark.usefixtures("_none_compiled")
@@ -97,6 +113,92 @@ def test_the_slow_kernel_is_announced_once() -> None:
     with pytest.warns(RuntimeWarning, match="runs its slower '(numba|reference)' kernel, because no compiled one .*it was not built"):
         fastbn.batch_norm_stats(X)
     fastbn.batch_norm_stats(X)  # warnings are errors here
+    fastbn.batch_norm_stats(X.astype(np.float64))
+
+
+@pytest.mark.usefixtures("_none_compiled")
+def test_the_announcement_points_at_the_caller_and_names_kernels_of_this_processor_only() -> None:
+    with pytest.warns(RuntimeWarning) as caught:
+        fastbn.BatchNorm1d(3)(X)  # through NumPy's decorators
+    assert [warning.filename for warning in caught] == [__file__]
+    said = str(caught[0].message)
+    assert [k.name for k in TABLE if k.level is not None and f"{k.name}: " in said] == _of_this_processor()
+
+
+@pytest.mark.usefixtures("_none_compiled")
+def test_the_announcement_names_the_source_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Python started in a clone imports the sources, although a wheel is installed."""
+    clone, site = tmp_path / "clone", tmp_path / "site-packages"
+    for folder in (clone, site):
+        (folder / "fastbn").mkdir(parents=True)
+        (folder / "fastbn" / "dispatch.py").touch()
+    monkeypatch.setattr(dispatch, "__file__", str(clone / "fastbn" / "dispatch.py"))
+    monkeypatch.setattr(sys, "path", [str(clone)])
+    assert "Was there a C++ compiler" in dispatch._why_not_built()
+    (clone / "setup.py").touch()
+    said = dispatch._why_not_built()
+    assert str(clone) in said
+    assert "`pip install -e .`" in said
+    assert "another folder" not in said
+    monkeypatch.setattr(sys, "path", ["", str(clone), str(site)])
+    said = dispatch._why_not_built()
+    assert f"start Python in another folder to import the fastbn in {site}, or run `pip install -e .` there" in said
+
+
+def test_where_no_kernel_runs_the_reasons_are_those_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an application whose packer saw no kernel, not even the reference."""
+    table = tuple(Kernel(k.name, "fastbn.kernels._missing", level=k.level, custom=k.custom) for k in TABLE)
+    monkeypatch.setattr(dispatch, "TABLE", table)
+    with pytest.raises(ImportError, match=r"no kernel of fastbn can run \(.*reference: it cannot be imported: No module named") as caught:
+        fastbn.batch_norm_stats(X)
+    assert all(f"{k.name}: " in str(caught.value) for k in TABLE)
+
+
+def test_packers_see_the_import_of_every_kernel() -> None:
+    """PyInstaller and others follow import statements, and no names in strings."""
+    tree = ast.parse(Path(dispatch.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {k.path for k in TABLE if k.package is None} | {"fastbn.kernels._cpu", "fastbn.kernels._pool"} <= imported
+
+
+def test_a_processor_that_cannot_be_asked_lacks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_cpu", None)
+    monkeypatch.setattr(cpu, "_unknown", "No module named 'fastbn.kernels._cpu'")
+    for level in cpu.LEVELS:
+        reason = cpu.unsupported(level)
+        assert reason == "what this processor supports could not be looked up (No module named 'fastbn.kernels._cpu')"
+
+
+def test_avx512_needs_what_avx2_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_unknown", None)
+    monkeypatch.setattr(cpu, "features", lambda: frozenset(cpu.LEVELS["v4"] | cpu.LEVELS["v3"]) - {"fma"})
+    assert cpu.unsupported("v4") == cpu.unsupported("v3") == "this processor lacks fma"
+
+
+@pytest.mark.parametrize(("machine", "foreign"), [("x86_64", {"simd_neon"}), ("aarch64", {"simd_v4", "simd_v3", "simd_v2"})])
+def test_kernels_for_other_processors_say_so(monkeypatch: pytest.MonkeyPatch, machine: str, foreign: set[str]) -> None:
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    for k in TABLE:
+        if k.level is not None:
+            reason = Kernel(k.name, k.path, level=k.level).unusable() or ""
+            assert reason.startswith("it is for ") == (k.name in foreign)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs /proc/cpuinfo")
+@pytest.mark.skipif(cpu._unknown is not None or cpu.family() != "x86-64", reason="no CPUID")
+def test_features_are_those_that_the_kernel_of_the_system_sees() -> None:
+    flags = set(re.findall(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[0].replace("_", ".").split())
+    known = set().union(*(cpu.LEVELS[level] for level in ("v2", "v3", "v4")))
+    assert cpu.features() == known & flags
+
+
+@pytest.mark.parametrize("error", [ImportError("broken"), AttributeError("of another version")])
+def test_a_broken_package_makes_a_kernel_unusable(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(path: str) -> None:
+        raise error
+
+    monkeypatch.setattr(dispatch, "import_module", fail)
+    assert Kernel("numba", "fastbn.kernels.numba").unusable() == f"it cannot be imported: {error}"
 
 
 def test_a_pinned_reference_is_not_announced() -> None:
@@ -189,7 +291,7 @@ def test_explain(op: str) -> None:
         ]
         assert fastbn.explain(op, X, "NLC").startswith(f"{op}_nspc_f32")
         assert fastbn.explain(op, X.astype(np.float64)).startswith(f"{op}_ncsp_f64")
-        assert "copied first: the strides follow no pattern" in fastbn.explain(op, X[..., ::2])
+        assert "copied first: the memory is not dense" in fastbn.explain(op, X[..., ::2])
 
 
 def test_explain_says_why_better_kernels_were_passed_over() -> None:

@@ -45,7 +45,7 @@ INPUTS: dict[str, tuple[type[Exception], Sequence[str], dict[str, Any]]] = {
     "x-int": (TypeError, ["x must have dtype float32, float64, float16, bfloat16", "int64"], {"x": X.astype(np.int64)}),
     "x-complex": (TypeError, ["x must have dtype", "complex64"], {"x": X.astype(np.complex64)}),
     "x-bool": (TypeError, ["x must have dtype", "bool"], {"x": X > 1}),
-    "x-longdouble": (TypeError, ["x must have dtype", "<f16"], {"x": X.astype(np.longdouble)}),
+    "x-longdouble": (TypeError, ["x must have dtype", f"got {np.dtype(np.longdouble)}"], {"x": X.astype(np.longdouble)}),
     "x-big-endian": (TypeError, ["x must have dtype", "native byte order", ">f4"], {"x": X.astype(">f4")}),
     "x-vector": (ValueError, ["x must have at least 2 axes", "got 1"], {"x": ZEROS}),
     "x-scalar": (ValueError, ["x must have at least 2 axes", "got 0"], {"x": np.array(1, F32)}),
@@ -176,7 +176,7 @@ def test_stats(error: type[Exception], holds: Sequence[str], wrong: dict[str, An
 
 STATISTICS = {
     "mean-shape": (ValueError, ["x has 4 channels on axis 1", "mean has shape (8,)"], {"mean": EIGHT}),
-    "mean-none": (ValueError, ["x has 4 channels on axis 1", "mean has shape ()"], {"mean": None}),
+    "mean-none": (ValueError, ["mean must not be None", "x has 4 channels on axis 1"], {"mean": None}),
     "invstd-shape": (ValueError, ["x has 4 channels on axis 1", "invstd has shape (8,)"], {"invstd": EIGHT}),
     "invstd-complex": (TypeError, ["invstd must hold real numbers", "complex"], {"invstd": ONES + 1j}),
 }
@@ -227,22 +227,22 @@ BACKWARD: dict[str, Case] = {
     ),
     "saved-dtype": (
         TypeError,
-        ["saved is for x with statistics in float32", "x has dtype float64"],
+        ["saved is of a forward whose x had dtype float32", "x has dtype float64"],
         lambda: fastbn.batch_norm_backward(X.astype(np.float64), X.astype(np.float64), saved()),
     ),
     "saved-channels": (
         ValueError,
-        ["x has 3 channels on axis 1", "saved.mean has shape (4,)"],
+        ["saved is of a forward whose x had shape (2, 4, 3, 3)", "x has shape (2, 3, 3, 3)"],
         lambda: fastbn.batch_norm_backward(X[:, :3], X[:, :3], saved()),
     ),
     "saved-mask": (
         ValueError,
-        ["mask must broadcast to (1, 3, 3)", "(2, 3, 3)"],
+        ["saved is of a forward whose x had shape (2, 4, 3, 3)", "x has shape (1, 4, 3, 3)"],
         lambda: fastbn.batch_norm_backward(X[:1], X[:1], fastbn.batch_norm_forward(X, mask=np.ones((2, 3, 3), np.bool_))[1]),
     ),
     "saved-layout": (
         ValueError,
-        ["layout 'NHWC' is for arrays with 4 axes", "x has 2"],
+        ["saved is of a forward whose x had shape (2, 4, 3, 3)", "x has shape (4, 4)"],
         lambda: fastbn.batch_norm_backward(SQUARE, SQUARE, fastbn.batch_norm_forward(X, layout="NHWC")[1]),
     ),
     "wrt-unknown": (
@@ -314,7 +314,7 @@ LAYERS: dict[str, Case] = {
     ),
     "frozen-mean": (ValueError, ["running_mean must have shape (C,)", "(4, 4)"], lambda: fastbn.FrozenBatchNorm(SQUARE, ONES)),
     "frozen-var": (ValueError, ["running_mean has 4 channels", "running_var has shape (8,)"], lambda: fastbn.FrozenBatchNorm(ZEROS, EIGHT)),
-    "frozen-no-var": (ValueError, ["running_mean has 4 channels", "running_var has shape ()"], lambda: fastbn.FrozenBatchNorm(ZEROS, None)),
+    "frozen-no-var": (ValueError, ["running_var must not be None", "has 4 channels"], lambda: fastbn.FrozenBatchNorm(ZEROS, None)),
     "frozen-weight": (
         ValueError,
         ["running_mean has 4 channels", "weight has shape (1,)"],

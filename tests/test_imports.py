@@ -15,15 +15,16 @@ import pytest
 import fastbn
 
 PACKAGE = Path(fastbn.__file__).parent
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
     {"kernels"},
-    {"reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
-    {"memory", "threads"},
+    {"environment", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
+    {"memory", "threads", "results", "extremes"},
     {"dispatch"},
     {"core"},
+    {"checks"},
     {"functional"},
     {"layers"},
     {"torch", "onnx", "keras"},
@@ -33,6 +34,7 @@ ORDER = (
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Where a framework may be imported at all; never by `import fastbn`.
 OPTIONAL = {
+    "threads": {"threadpoolctl"},
     "torch": {"torch"},
     "onnx": {"onnx"},
     "keras": {"keras", "tensorflow"},
@@ -74,7 +76,7 @@ def test_nothing_imports_upward(path: Path) -> None:
     assert name in RANK, f"{name} has no place in the order of modules"
     for imported in _imports(path):
         first, _, rest = imported.partition(".")
-        if first != "fastbn":
+        if first != "fastbn" or rest == "__version__":
             continue
         other = rest.split(".")[0] or "fastbn"
         other = other if other in RANK else "fastbn"  # a name of the package itself
@@ -116,6 +118,10 @@ def test_public_names_exist_and_are_sorted() -> None:
     assert sorted(fastbn.__all__) == fastbn.__all__
     for name in fastbn.__all__:
         assert getattr(fastbn, name).__doc__, name
+
+
+def test_the_package_lists_public_names_only() -> None:
+    assert dir(fastbn) == fastbn.__all__
 
 
 def test_no_text_names_a_place_on_this_machine() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import fastbn
 from fastbn import core, reference
+from fastbn.activations import Epilogue, lookup
 from fastbn.dispatch import TABLE, Kernel
 from fastbn.dtypes import DTYPES
 
@@ -44,7 +46,7 @@ def test_whole_calls_equal_composed_ones(kernel: Kernel, shape: tuple[int, int, 
     def whole(module: object) -> list[bytes]:
         y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
         running = m.copy(), v.copy()
-        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, compute, 1)  # type: ignore[attr-defined]
+        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, 1, compute, 1)  # type: ignore[attr-defined]
         sums = module.backward(dy, x, dx, *saved[:2], saved[2], w, 1)  # type: ignore[attr-defined]
         module.inference(x, z, m, None, v, w, b, 1e-3, 1)  # type: ignore[attr-defined]
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
@@ -83,7 +85,7 @@ def test_plain_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layou
 
     with fastbn.use_kernel(selected):
         checked = step()
-    taken = core.plain("normalize", x, layout, None, m, v, w, b, None)
+    taken = core.plain("normalize", x, layout, None, None, m, v, w, b, None)
     assert (taken is None) == (fastbn.dispatch.pinned() is not None)
     assert step() == checked
 
@@ -98,7 +100,7 @@ def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
         assert module.plain_normalize(x, 1, None, 1, v, w, None, None, 1e-5) is None
         assert module.plain_normalize(x, 1, None, 1, w, v, None, None, 1e-5) is None
-        assert v is None or module.plain_forward(x, 1, None, 1, v, None, None, None, 0.1, 1e-5) is None
+        assert v is None or module.plain_forward(x, 1, None, 1, v, None, None, None, 0.1, 1, 1e-5) is None
     for axis in (-1, 0, 3):
         assert module.plain_normalize(x, axis, None, 1, w, w, None, None, 1e-5) is None
     locked = x.copy()
@@ -108,11 +110,11 @@ def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     for out in (locked, x[:1], np.ones((2, 3, 4)), shifted):
         assert module.plain_normalize(both[:24].reshape(2, 3, 4), 1, out, 1, w, w, None, None, 1e-5) is None
     assert module.plain_normalize(x, 1, None, 1, w, w, None, None, 1) is None
-    assert module.plain_forward(x, 1, None, 1, None, None, None, None, 1, 1e-5) is None
-    assert module.plain_forward(x[:1, :, :1].copy(), 1, None, 1, None, None, None, None, 0.1, 1e-5) is None
+    assert module.plain_forward(x, 1, None, 1, None, None, None, None, 1, 1, 1e-5) is None
+    assert module.plain_forward(x[:1, :, :1].copy(), 1, None, 1, None, None, None, None, 0.1, 1, 1e-5) is None
     fixed = w.copy()
     fixed.flags.writeable = False
-    assert module.plain_forward(x, 1, None, 1, None, None, fixed, None, 0.1, 1e-5) is None
+    assert module.plain_forward(x, 1, None, 1, None, None, fixed, None, 0.1, 1, 1e-5) is None
     assert module.plain_backward(x, 1, None, 1, None, w, None, w, w) is None
     assert module.plain_backward(x, 1, None, 1, x[:1], w, None, w, w) is None
 
@@ -153,3 +155,199 @@ def test_explain_names_tiles_and_traffic() -> None:
         text = fastbn.explain("forward", x)
     for word in ("forward_ncsp_f32", "threads", "tiles", "units", "streaming", "traffic"):
         assert word in text
+
+
+def _doors(module: Any, dtype: Any = np.float32) -> dict[str, tuple[Any, dict[str, Any], set[str]]]:
+    """Every door of a module, the arguments of a right call, and those of them that may be None."""
+    compute = np.float64 if dtype == np.float64 else np.float32
+    x, dy, out = (np.random.default_rng(i).normal(size=(4, 3, 5)).astype(dtype) for i in range(3))
+    mean, scale, shift, low, weight, bias = (np.random.default_rng(i).uniform(0.5, 2, 3).astype(compute) for i in range(6))
+    running_mean, running_var = np.zeros(3, compute), np.ones(3, compute)
+    running = {"running_mean": running_mean, "running_var": running_var}
+    given = {"weight": weight, "bias": bias, "eps": 1e-5, "threads": 1}
+    train = {**given, **running, "momentum": 0.1, "correction": 1}
+    back = {"mean": mean, "mean_lo": low, "invstd": scale, "scale": scale, "threads": 1}
+    return {
+        "stats": (module.stats, {"x": x, "threads": 1}, set()),
+        "normalize": (module.normalize, {"x": x, "y": out, "mean": mean, "scale": scale, "shift": shift, "threads": 1}, set()),
+        "grad_sums": (module.grad_sums, {"dy": dy, "x": x, "mean": mean, "threads": 1}, set()),
+        "grad_input": (
+            module.grad_input,
+            {"dy": dy, "x": x, "dx": out, "mean": mean, "scale": scale, "g0": shift, "g1": shift, "threads": 1},
+            set(),
+        ),
+        "inference": (
+            module.inference,
+            {"x": x, "y": out, "mean": mean, "mean_lo": low, "spread": scale, **given},
+            {"mean_lo", "weight", "bias", "eps"},
+        ),
+        "forward": (
+            module.forward,
+            {"x": x, "y": out, **train, "compute": np.dtype(compute)},
+            {"weight", "bias", "compute", *running},
+        ),
+        "backward": (module.backward, {"dy": dy, "x": x, "dx": out, **back}, {"dx", "mean_lo"}),
+    }
+
+
+ARRAYS = ("x", "y", "dx", "dy")
+WRITTEN = ("y", "dx", "running_mean", "running_var")
+
+
+def _unaligned(a: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    raw = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    raw[...] = a
+    assert not raw.flags.aligned
+    return raw
+
+
+def _wrong(name: str, a: Any) -> list[Any]:
+    """What a caller may not give in place of an array."""
+    locked = a.copy()
+    locked.flags.writeable = False
+    strided = np.repeat(a, 2, axis=-1)[..., ::2]
+    other = np.float32 if a.dtype == np.float64 else np.float64
+    wrong: list[Any] = [a.tolist(), 1.0, "x", object(), a[None], a[:0], strided, _unaligned(a)]
+    wrong += [a.astype(a.dtype.newbyteorder()), a.astype(np.int32), a.astype(complex), a.astype(object)]
+    wrong += [a.astype(other)] if name not in ("x", "running_mean", "running_var") else []
+    wrong += [a[..., :-1].copy()] if name != "x" else []  # another x may fit the others
+    return wrong + ([locked] if name in WRITTEN else [])
+
+
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+@pytest.mark.parametrize("door", ["stats", "normalize", "grad_sums", "grad_input", "inference", "forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_doors_refuse_what_they_cannot_take(kernel: Kernel, door: str, dtype: str) -> None:
+    """None or a wrong array in the place of each argument: an error, and never a crash or a result."""
+    call, right, may_be_none = _doors(kernel.module(), np.dtype(dtype))[door]
+    call(**right)
+    before = {name: np.copy(right[name]) for name in WRITTEN if name in right}
+    for name, value in right.items():
+        if name in ("threads", "eps", "momentum", "correction", "compute"):
+            continue
+        for wrong in [] if value is None else _wrong(name, value):
+            with pytest.raises((TypeError, ValueError)):
+                call(**{**right, name: wrong})
+        if name not in may_be_none:
+            with pytest.raises((TypeError, ValueError)):
+                call(**{**right, name: None})
+    for name, a in before.items():
+        np.testing.assert_array_equal(right[name], a)
+    for name in may_be_none - {"dx", "eps", "compute"}:
+        call(**{**right, name: None})
+
+
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_doors_of_gradients_need_the_parameters_of_an_activation(kernel: Kernel) -> None:
+    module = kernel.module()
+    w = np.ones(3, np.float32)
+    for door in ("grad_sums", "grad_input", "backward"):
+        call, right, _ = _doors(module)[door]
+        call(**right, epilogue=Epilogue(lookup("silu"), None, w, w))
+        for wrong in ((None, w), (w, None), (w, w[:2]), (w.astype(np.float64), w), (_unaligned(w), w)):
+            with pytest.raises((TypeError, ValueError)):
+                call(**right, epilogue=Epilogue(lookup("silu"), None, *wrong))
+        for arrays in ({"residual": right["x"][:2]}, {"dresidual": right["x"].astype(np.float64)}):
+            with pytest.raises(ValueError, match="one shape and dtype"):
+                call(**right, epilogue=Epilogue(lookup("silu"), scale=w, shift=w)._replace(**arrays))
+    for epilogue in (1, (), Epilogue("relu"), Epilogue(object())):  # type: ignore[arg-type]
+        with pytest.raises((TypeError, ValueError)):
+            module.normalize(**_doors(module)["normalize"][1], epilogue=epilogue)
+
+
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_any_number_of_threads_is_taken(kernel: Kernel) -> None:
+    for call, right, _ in _doors(kernel.module()).values():
+        for threads in (0, -1, 2**29, 2**30, 2**31, 2**64, 10**400, -(10**400)):
+            call(**{**right, "threads": threads})
+        for wrong in (None, "2", 1.5j):
+            with pytest.raises(TypeError):
+                call(**{**right, "threads": wrong})
+    x = np.ones((8, 64, 40, 64), np.float32)
+    with fastbn.use_kernel(kernel.name), fastbn.num_threads(2**30):
+        assert not fastbn.batch_norm_stats(x).var.any()
+
+
+@needs_simd
+def test_plain_calls_leave_missing_vectors_to_others() -> None:
+    """Where they are NULL in C, they are read all the same."""
+    x, w = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32), np.ones(3, np.float32)
+    module = MODULES[0].module()
+    assert module.plain_backward(x, 1, None, 1, x, w, None, w, w) is not None
+    for missing in range(3):
+        vectors: list[Any] = [w, w, w]
+        for wrong in (None, _unaligned(w), w.astype(">f4"), w[:2], [1.0] * 3):
+            vectors[missing] = wrong
+            assert module.plain_backward(x, 1, None, 1, x, vectors[0], None, *vectors[1:]) is None
+    assert module.plain_normalize(_unaligned(x), 1, None, 1, w, w, None, None, 1e-5) is None
+    assert module.plain_forward(x, 1, None, 1, _unaligned(w), None, None, None, 0.1, 1, 1e-5) is None
+    y, saved = fastbn.batch_norm_forward(x)
+    for name in ("mean", "invstd", "scale"):
+        with pytest.raises((TypeError, ValueError)):
+            fastbn.batch_norm_backward(y, x, dataclasses.replace(saved, **{name: None}))
+
+
+@needs_simd
+def test_unaligned_vectors_give_the_same_bits() -> None:
+    x, w = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32), np.linspace(1, 2, 3, dtype=np.float32)
+    for training in (False, True):
+        one, other = (w.copy(), w + 1), (_unaligned(w), _unaligned(w + 1))
+        want = fastbn.batch_norm(x, *one, w, w, training)
+        np.testing.assert_array_equal(fastbn.batch_norm(x, *other, _unaligned(w), _unaligned(w), training), want)
+        np.testing.assert_array_equal(other, one)
+
+
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+@pytest.mark.parametrize("plain", [False, True], ids=["checked", "plain"])
+@pytest.mark.parametrize("wide", [False, True], ids=["own type", "double"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_running_statistics_in_double_keep_their_digits(kernel: Kernel, plain: bool, wide: bool, dtype: str) -> None:
+    """And the correction says what the sum of squares is divided by."""
+    module = kernel.module()
+    x = np.random.default_rng(0).normal(3, 2, (6, 4, 7)).astype(dtype)
+    compute = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    kept = np.dtype(np.float64) if wide else compute
+    _, mean, var = reference.batch_norm_stats(x)
+    for correction in (0, 1):
+        running = np.linspace(0, 1, 4).astype(kept), np.linspace(1, 2, 4).astype(kept)
+        batch = mean, var * 42 / (42 - correction)
+        want = [0.75 * r.astype(np.float64) + 0.25 * b for r, b in zip(running, batch, strict=True)]
+        if plain:
+            assert module.plain_forward(x, 1, None, 1, None, None, *running, 0.25, correction, 1e-5) is not None
+        else:
+            module.forward(x, np.empty_like(x), None, None, 1e-5, *running, 0.25, correction, compute, 1)
+        for r, truth in zip(running, want, strict=True):
+            # In double, the statistics are not rounded to float: only their sums are.
+            np.testing.assert_allclose(r, truth, rtol=2e-7 if kept == np.float32 else 5e-8 if compute == np.float32 else 1e-14)
+
+
+@needs_simd
+def test_one_value_per_channel_is_enough_without_a_correction() -> None:
+    module = MODULES[0].module()
+    x, var = np.array([[1.0, 2.0]]), np.ones(2)
+    assert module.plain_forward(x, 1, None, 1, None, None, None, var, 0.5, 1, 1e-5) is None
+    y, *_ = module.plain_forward(x, 1, None, 1, None, None, None, var, 0.5, 0, 1e-5)
+    np.testing.assert_array_equal(y, [[0, 0]])
+    np.testing.assert_array_equal(var, [0.5, 0.5])
+
+
+@needs_simd
+def test_a_direct_call_checks_its_sample() -> None:
+    module = MODULES[0].module()
+    w, x = np.ones(3, np.float32), np.ones((2, 3, 4), np.float32)
+    assert module.Plain(w, w, w, None, x, 1, 1 << 20)(x, None, None, 2**40) is not None
+    for wrong in ((None, w, w, None, x, 1), (w, None, w, None, x, 1), (w, w, w[:2], None, x, 1), (w, w, w, None, None, 1),
+                  (w, w, w, None, x, 0), (w, w, w, None, x, 7), (w, w, w, None, w, 0), (w, w, w, "relu", x, 1)):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)):
+            module.Plain(*wrong, 1 << 20)
+    with pytest.raises(TypeError):
+        module.Plain.__new__(module.Plain)
+
+
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+@pytest.mark.parametrize("op", ["normalize", "forward", "backward"])
+def test_the_plan_says_that_large_outputs_are_streamed(kernel: Kernel, op: str) -> None:
+    """Outputs of their own, larger than any cache."""
+    for inner in (112 * 112, 1):
+        assert kernel.module().plan(op, (1 << 20, 64, inner), 4, 2)["streaming"] == "yes"
+        assert kernel.module().plan(op, (2, 64, inner), 4, 2)["streaming"] == "no"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -125,26 +126,55 @@ def test_without_space_memory_is_channels_last(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", STRIDES)
 def test_only_dense_aligned_memory_is_used_as_it_is(name: str) -> None:
-    dense = name in ("contiguous", "channels_last", "read_only")
-    v = view(STRIDES[name](problem((2, 4, 5, 3)).x), 1)
+    dense = name in ("contiguous", "channels_last", "read_only", "fortran", "transposed", "spatial_swapped")
+    x = STRIDES[name](problem((2, 4, 5, 3)).x)
+    v = view(x, 1)
     assert v.dense == dense
-    if not dense:  # then this describes a C-contiguous copy
+    if dense:
+        assert np.shares_memory(v.of(x), x)
+    else:  # then this describes a copy in the same order
         assert (v.perm, v.dims) == (None, (2, 4, 15))
 
 
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_every_order_of_memory_is_used_as_it_is(order: tuple[int, ...], axis: int) -> None:
+    x = np.ascontiguousarray(problem((2, 4, 5, 3)).x.transpose(order)).transpose(np.argsort(order))
+    v = view(x, axis)
+    assert v.dense
+    assert np.shares_memory(v.of(x), x)
+    assert v.of(x).flags.c_contiguous
+    mean = np.float64(v.of(x)).mean((0, 2))
+    np.testing.assert_allclose(mean, np.float64(x).mean(tuple(i for i in range(4) if i != axis)), rtol=1e-12)
+
+
 @kernels
-@pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", STRIDES)
 def test_results_keep_the_memory_order(name: str) -> None:
     p = problem((2, 4, 5, 3))
+    for x in (STRIDES[name](p.x), STRIDES[name](_channels_last(p.x))):
+        y, saved = fastbn.batch_norm_forward(x, p.weight, p.bias)
+        dx = fastbn.batch_norm_backward(p.dy, x, saved).dx
+        evaluated = fastbn.batch_norm(x, p.mean, p.var)
+        frozen = fastbn.FrozenBatchNorm(p.mean, p.var)(x)
+        assert dx is not None
+        for result in (y, dx, evaluated, frozen):
+            assert result.strides == np.empty_like(x).strides
+            assert not np.shares_memory(result, x)
+
+
+@kernels
+@pytest.mark.parametrize("axis", [0, 1, 2, 3, -1, -2, -3, -4])
+@pytest.mark.parametrize("name", STRIDES)
+def test_channels_on_any_axis(name: str, axis: int) -> None:
+    p = problem((4, 5, 3, 6), axis=axis)
     x = STRIDES[name](p.x)
-    y, saved = fastbn.batch_norm_forward(x, p.weight, p.bias)
-    dx = fastbn.batch_norm_backward(p.dy, x, saved).dx
-    evaluated = fastbn.batch_norm(x, p.mean, p.var)
-    frozen = fastbn.FrozenBatchNorm(p.mean, p.var)(x)
-    assert dx is not None
-    for result in (y, dx, evaluated, frozen):
-        assert result.strides == x.strides
-        assert not np.shares_memory(result, x)
+    y, saved = fastbn.batch_norm_forward(x, p.weight, p.bias, axis=axis)
+    near(y, forward(p.x, p.weight, p.bias, axis=axis))
+    near_gradients(fastbn.batch_norm_backward(p.dy, x, saved), backward(p.dy, p.x, p.weight, axis=axis))
+    given = fastbn.batch_norm(x, p.mean, p.var, axis=axis)
+    same_bits(fastbn.FrozenBatchNorm(p.mean, p.var, axis=axis)(x), given)
+    assert given.strides == np.empty_like(x).strides
 
 
 @kernels

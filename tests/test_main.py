@@ -1,11 +1,20 @@
+import json
+import os
+import re
+import signal
+import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from fastbn import dispatch, reference
+import fastbn
+from fastbn import __main__ as command
+from fastbn import cpu, dispatch, reference
 from fastbn.__main__ import main
 
 
@@ -16,9 +25,111 @@ def test_info_names_what_matters(capsys):
         assert word in printed
 
 
+def python_m_fastbn(*arguments, stdout=subprocess.PIPE, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTBN_")} | environment
+    command = [sys.executable, "-m", "fastbn", *arguments]
+    return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=clean)
+
+
+def test_info_is_what_a_bare_call_shows(capsys):
+    assert main([]) == 0
+    assert "reference: usable" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["info", "--json"], ["--json", "info"]])
+def test_info_as_json(capsys, arguments):
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["kernels"] == fastbn.show_config()["kernels"]
+    assert report["problems"] == []
+
+
+@pytest.mark.parametrize("option", ["-V", "--version"])
+def test_version(capsys, option):
+    with pytest.raises(SystemExit) as end:
+        main([option])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fastbn {fastbn.__version__}\n"
+
+
+def test_lines_fit_a_terminal(capsys):
+    main(["info"])
+    main(["verify", "--kernel", "reference"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 bytes"), (1000, "1000 bytes"), (32 << 10, "32 KiB"), (1280 << 10, "1.3 MB"), (2 << 20, "2 MiB"),
+        (3159564288, "3.2 GB"), (1500, "1.5 KB"), (1 << 34, "16 GiB"), (10**12, "1000.0 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_are_for_people(count, shown):
+    assert command.size(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("FASTBN_NUM_THREADS", "0"), ("FASTBN_NUM_THREADS", "two"), ("FASTBN_POOL_BYTES", "1XB"), ("FASTBN_KERNEL", "avx2"),
+        ("FASTBN_KERNEL", "simd_neon" if dispatch.KERNELS["simd_neon"].unusable() else "simd_v4"),
+    ],
+)  # fmt: skip
+def test_info_shows_what_is_wrong_with_the_environment(variable, value):
+    done = python_m_fastbn("info", **{variable: value})
+    assert done.stderr == ""
+    assert done.returncode == 1
+    assert re.search(rf"^problem +{variable} ", done.stdout, re.MULTILINE)
+    assert "reference: usable" in done.stdout
+
+
+def test_info_shows_what_nobody_thought_of(monkeypatch, capsys):
+    def fail():
+        raise OSError("no such thing")
+
+    monkeypatch.setattr(fastbn, "show_config", fail)
+    assert main(["info"]) == 1
+    assert "problem    no such thing" in capsys.readouterr().out
+
+
+def test_info_shows_warnings_in_the_report(monkeypatch, capsys):
+    monkeypatch.setattr(fastbn, "show_config", lambda: warnings.warn("slow", RuntimeWarning, stacklevel=1) or {})
+    assert main(["info"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "warning    slow\n"
+    assert captured.err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line():
+    with Path("/dev/full").open("w") as full:
+        done = python_m_fastbn("info", stdout=full)
+    assert done.stderr == "python -m fastbn: No space left on device\n"
+    assert done.returncode == 1
+
+
+def test_a_closed_pipe_is_quiet():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = python_m_fastbn("info", stdout=writing)
+    os.close(writing)
+    assert done.stderr == ""
+    assert done.returncode == 128 + signal.SIGPIPE
+
+
+def test_an_interrupt_is_one_line(monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "draw", interrupt)
+    assert main(["verify"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_verify_passes(capsys):
     assert main(["verify"]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     for kernel in dispatch.TABLE:
         assert kernel.name in printed
         assert kernel.unusable() is None or kernel.unusable() in printed
@@ -86,7 +197,7 @@ def test_verify_finds_a_broken_kernel(monkeypatch, capsys, operation, wrong):
 
 
 def test_verify_fails_where_the_kernel_cannot_run(monkeypatch, capsys):
-    kernel = dispatch.Kernel("absent", "fastbn.kernels.absent", level="v2")
+    kernel = dispatch.Kernel("absent", "fastbn.kernels.absent", level="neon" if cpu.family() == "ARM" else "v2")
     monkeypatch.setitem(dispatch.KERNELS, "absent", kernel)
     assert main(["verify", "--kernel", "absent"]) == 1
     assert "cannot run: it was not built" in capsys.readouterr().out

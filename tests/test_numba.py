@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def test_exact(shape: tuple[int, int, int]) -> None:
     mean, low, m2 = kernel.stats(x, 3)
     exact = pairs.sum((0, 2)) / (shape[0] * shape[2])
     np.testing.assert_allclose(mean + low, 1000 + exact, rtol=1e-15)
-    np.testing.assert_allclose(m2, np.square(pairs - exact[:, None]).sum((0, 2)), rtol=1e-12)
+    np.testing.assert_allclose(m2, np.square(pairs).sum((0, 2)) - pairs.sum((0, 2)) * exact, rtol=2e-15)
     sum_dy, sum_dy_xmu = kernel.grad_sums(pairs.astype(np.float32), x, np.full(shape[1], 1000, np.float32), 3)
     np.testing.assert_array_equal(sum_dy, pairs.sum((0, 2)))
     np.testing.assert_array_equal(sum_dy_xmu, np.square(pairs).sum((0, 2)))
@@ -70,6 +73,24 @@ def test_exact(shape: tuple[int, int, int]) -> None:
     assert set(mean) == {123456.7}
     assert not low.any()
     assert not m2.any()
+
+
+@pytest.mark.parametrize("name", ["relu", "exponential", "lognormal", "spike"])
+@pytest.mark.parametrize("shape", [(256, 512, 1), (2, 64, 1024), (200, 16, 3)], ids=str)
+def test_variance_of_skewed_data(shape: tuple[int, int, int], name: str) -> None:
+    """No element of it is near the mean; the variance is right to the last bits of float64 all the same."""
+    rng = np.random.default_rng(1)
+    x = {
+        "relu": lambda: np.maximum(rng.normal(size=shape), 0),
+        "exponential": lambda: rng.exponential(1, shape),
+        "lognormal": lambda: rng.lognormal(0, 1.5, shape),
+        "spike": lambda: np.where(rng.random(shape) < 0.01, 1e4, rng.random(shape)),
+    }[name]().astype(np.float32)
+    mean, low, m2 = kernel.stats(x, 2)
+    wide = x.astype(np.longdouble)
+    exact = wide.mean((0, 2))
+    np.testing.assert_allclose(mean + low, exact.astype(np.float64), rtol=1e-15)
+    np.testing.assert_allclose(m2, np.square(wide - exact[:, None]).sum((0, 2)).astype(np.float64), rtol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -83,19 +104,34 @@ def test_16_bits_are_declined(dtype: str) -> None:
 # ---- Threads ----
 
 
-def test_a_busy_pool_is_not_waited_for() -> None:
+def test_a_busy_thread_is_not_waited_for() -> None:
     expected = kernel.stats(X.reshape(16, 32, -1), 1)[0]
-    with kernel._busy:
-        np.testing.assert_array_equal(kernel.stats(X.reshape(16, 32, -1), 4)[0], expected)
+    begun, end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        end.wait()
+
+    others = [threading.Thread(target=kernel._share, args=(work, 1)) for _ in range(2)]
+    for other in others:
+        other.start()
+    begun.wait()
+    np.testing.assert_array_equal(kernel.stats(X.reshape(16, 32, -1), 4)[0], expected)
+    end.set()
+    for other in others:
+        other.join()
 
 
 def test_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
+    expected = kernel.stats(X.reshape(16, 32, -1), 1)
     monkeypatch.setattr(threading.Thread, "start", fail)
     monkeypatch.setattr(kernel, "_workers", 0)
-    np.testing.assert_allclose(kernel.stats(X.reshape(16, 32, -1), 4)[0], X.mean((0, 2, 3)), rtol=1e-4)
+    for got, want in zip(kernel.stats(X.reshape(16, 32, -1), 4), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert kernel._tickets.empty()
 
 
 def test_threads_keep_no_array() -> None:
@@ -108,6 +144,93 @@ def test_threads_keep_no_array() -> None:
             break
         threading.Event().wait(0.01)
     assert gone() is None
+
+
+class TooLargeError(Exception):
+    pass
+
+
+def in_both(where: str) -> Callable[[], None]:
+    """Work that two threads begin, and that raises in one or in both."""
+    caller, both = threading.current_thread(), threading.Barrier(2)
+
+    def work() -> None:
+        both.wait()
+        if where in ("both", "caller" if threading.current_thread() is caller else "helper"):
+            raise TooLargeError(where)
+
+    return work
+
+
+@pytest.mark.parametrize("where", ["caller", "helper", "both"])
+def test_what_a_thread_raises_reaches_the_caller(where: str) -> None:
+    kernel._share(in_both("none"), 1)
+    threads = threading.active_count()
+    for _ in range(5):  # the threads go on
+        with pytest.raises(TooLargeError, match=where):
+            kernel._share(in_both(where), 1)
+    assert threading.active_count() == threads
+    with pytest.raises(TooLargeError):
+        kernel._share(lambda: kernel._share(in_both(where), 1), 0)
+    kernel._share(in_both("none"), 1)
+
+
+def test_an_exception_keeps_no_array() -> None:
+    work = in_both("helper")
+    gone = weakref.ref(work)
+    with pytest.raises(TooLargeError) as caught:
+        kernel._share(work, 1)
+    del work, caught
+    assert gone() is None
+
+
+def test_shared_work_may_share_work() -> None:
+    """And raise from within it, in whichever thread."""
+    count = []
+
+    def inner() -> None:
+        count.append(1)
+        raise TooLargeError
+
+    def outer() -> None:
+        with pytest.raises(TooLargeError):
+            kernel._share(inner, 3)
+
+    for _ in range(20):
+        count.clear()
+        kernel._share(outer, 3)
+        assert count
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no signals to threads here")
+@pytest.mark.parametrize("also", [None, TooLargeError])
+def test_an_interrupt_waits_for_the_other_threads(also: type[Exception] | None) -> None:
+    """They still write to arrays of the caller's; and the pool is as good as before."""
+    caller, both, ended = threading.current_thread(), threading.Barrier(2), []
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    def work() -> None:
+        both.wait()
+        if threading.current_thread() is caller:
+            return
+        for _ in range(3):
+            time.sleep(0.01)  # the caller is waiting by now
+            signal.pthread_kill(caller.ident or 0, signal.SIGUSR1)
+        time.sleep(0.01)
+        ended.append(1)
+        if also is not None:
+            raise also
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kernel._share(work, 1)
+        assert ended
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    kernel._share(in_both("none"), 1)
 
 
 def python(code: str, *arguments: str, cwd: Path | None = None, **environment: str) -> str:
@@ -233,6 +356,43 @@ assert os.waitpid(pid, 0)[1] == 0
 fastbn.batch_norm_stats(np.ones((2, 3)))
 """
     python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_an_activation_that_raises() -> None:
+    """In whichever thread, every time, before a fork and after: the call never returns what was not written."""
+    code = """
+import numba
+
+@numba.njit
+def positive(z):
+    if z < 0:
+        raise ValueError("negative")
+    return z
+
+x = np.ones((16, 32, 30, 30), np.float32)
+x[3, 5, 0, 0] = -1
+zero, one = np.zeros(32, np.float32), np.ones(32, np.float32)
+
+def check():
+    for threads in (1, 2, 4) * 5:
+        out = np.full_like(x, np.nan)
+        with fastbn.num_threads(threads):
+            try:
+                fastbn.batch_norm(x, zero, one, activation=positive, out=out)
+                return 1
+            except ValueError as error:
+                assert str(error) == "negative"
+            assert not np.isnan(fastbn.batch_norm(abs(x), zero, one, activation=positive, out=out)).any()
+    return 0
+
+assert check() == 0
+pid = os.fork()
+if pid == 0:
+    os._exit(check())
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    python(code)
 
 
 def test_numba_starts_no_threads() -> None:

@@ -68,8 +68,18 @@ def test_errors(example: Any) -> None:
     _, saved = fastbn.batch_norm_forward(x, activation=example.mish)
     with pytest.raises(ValueError, match=r"the backward needs the derivative of Activation\(mish, None\)"):
         fastbn.batch_norm_backward(x, x, saved)
-    with pytest.raises(TypeError, match=r"forward must be a function compiled by numba.njit"):
-        fastbn.batch_norm_forward(x, activation=abs)
+    import numba
+
+    for other in (abs, numba.vectorize(lambda z: z), numba.cfunc("float64(float64)")(lambda z: z)):
+        with pytest.raises(TypeError, match=r"activation must be .*, a function compiled by numba.njit, or a fastbn.Activation, got <"):
+            fastbn.batch_norm_forward(x, activation=other)
+        with pytest.raises(TypeError, match=r"forward must be a function compiled by numba.njit"):
+            fastbn.Activation(other)
+    running = np.zeros(3, np.float32), np.ones(3, np.float32)
+    for other in (lambda z: z.real(), lambda z, slope: z, lambda z: "z"):
+        with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):
+            fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
+    assert not running[0].any()
     with pytest.raises(TypeError, match=r"no kernel can run a function as activation on float16 \(numba: it has no f16\)"):
         fastbn.batch_norm_forward(x.astype(np.float16), activation=example.mish)
     with fastbn.use_kernel("reference"), pytest.raises(RuntimeError, match="it takes no functions of the user's"):
@@ -79,6 +89,8 @@ def test_errors(example: Any) -> None:
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setattr("fastbn.activations.find_spec", lambda name: None)
+    with pytest.raises(TypeError, match='did you mean "tanh"'):
+        fastbn.batch_norm_forward(np.ones((2, 3)), activation=np.tanh)
     with pytest.raises(ImportError, match=r"pip install 'fastbn\[numba\]'"):
         fastbn.batch_norm_forward(np.ones((2, 3)), activation=lambda z: z)
 

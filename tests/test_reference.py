@@ -64,6 +64,21 @@ def test_statistics_are_numpys(layout: str) -> None:
     np.testing.assert_allclose(var, x.var(rest), rtol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["relu", "exponential", "lognormal"])
+def test_variance_of_skewed_data(name: str) -> None:
+    r = rng(1)
+    x = {
+        "relu": lambda: np.maximum(r.normal(size=(256, 64, 2)), 0),
+        "exponential": lambda: r.exponential(1, (256, 64, 2)),
+        "lognormal": lambda: r.lognormal(0, 1.5, (256, 64, 2)),
+    }[name]()
+    wide = x.astype(np.longdouble)
+    mean = wide.mean((0, 2))
+    m2 = np.square(wide - mean[:, None]).sum((0, 2)).astype(np.float64)
+    np.testing.assert_allclose(reference.stats(x)[2], m2, rtol=1e-13)
+    np.testing.assert_allclose(reference.batch_norm_stats(x)[2], m2 / 512, rtol=1e-13)
+
+
 @pytest.mark.parametrize("layout", SHAPES)
 def test_output_has_the_mean_and_variance_it_should(layout: str) -> None:
     axis = axis_of(layout)

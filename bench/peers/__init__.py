@@ -30,11 +30,18 @@ class Contender(NamedTuple):
         return import_module(f"bench.peers.{self.module}")
 
 
+COPY = Contender("copy", "numpy", "copy_peer", fresh=False)
 CONTENDERS = (
-    Contender("copy", "numpy", "copy_peer", fresh=False),
+    COPY,
     Contender("fastbn", "fastbn", "fastbn_peer", fresh=False),
     Contender("numpy", "numpy", "numpy_peer", fresh=False),
     Contender("torch", "torch", "torch_peer", fresh=False),
     Contender("fastbn fresh", "fastbn", "fastbn_peer", fresh=True),
+    Contender("torch fresh", "torch", "torch_peer", fresh=True),
+)
+# What takes part between convolutions, where outputs are new as in a model. FrozenBatchNorm knows inference alone.
+IN_SITU = (
+    Contender("fastbn fresh", "fastbn", "fastbn_peer", fresh=True),
+    Contender("frozen fresh", "fastbn", "frozen_peer", fresh=True),
     Contender("torch fresh", "torch", "torch_peer", fresh=True),
 )

@@ -1,33 +1,55 @@
 # cython: freethreading_compatible=True
-"""What the processor and the operating system support, by code compiled for the baseline."""
+"""What the processor and the operating system support, by code compiled for the baseline.
+
+The processor is asked itself: what compilers offer for it knows other names in each of them.
+"""
 
 cdef extern from *:
     """
-    #include <cstddef>
-    #if defined(__x86_64__)
-    #define FASTBN_FEATURE(name) { name, __builtin_cpu_supports(name) != 0 }
-    #endif
     struct Feature { const char* name; bool present; };
-    static size_t fastbn_features(const Feature** found) {
     #if defined(__x86_64__)
-        static const Feature all[] = {
-            FASTBN_FEATURE("sse4.2"), FASTBN_FEATURE("popcnt"), FASTBN_FEATURE("avx2"), FASTBN_FEATURE("fma"),
-            FASTBN_FEATURE("f16c"), FASTBN_FEATURE("bmi2"), FASTBN_FEATURE("avx512f"), FASTBN_FEATURE("avx512bw"),
-            FASTBN_FEATURE("avx512dq"), FASTBN_FEATURE("avx512vl"),
+    #include <cpuid.h>
+    static int fastbn_features(Feature* found) {
+        unsigned a, b, c, d, b7, c7, d7;
+        // Leaves the processor does not have read as 0.
+        if (!__get_cpuid(1, &a, &b, &c, &d)) c = 0;
+        if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) b7 = 0;
+        const auto bit = [](unsigned word, int i) { return (word >> i & 1) != 0; };
+        // Registers that the operating system does not save for a process must not be used: it says so in XCR0, which
+        // may be read where OSXSAVE is set.
+        unsigned saved = 0, high = 0;
+        if (bit(c, 27)) __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+        const bool ymm = (saved & 0x06) == 0x06;  // xmm and the upper halves of ymm
+        const bool zmm = (saved & 0xe6) == 0xe6;  // and masks, the upper halves of zmm, 16 more registers
+        const Feature all[] = {
+            { "sse4.2", bit(c, 20) },
+            { "popcnt", bit(c, 23) },
+            { "avx2", ymm && bit(c, 28) && bit(b7, 5) },
+            { "fma", ymm && bit(c, 12) },
+            { "f16c", ymm && bit(c, 29) },
+            { "bmi2", bit(b7, 8) },
+            { "avx512f", zmm && bit(b7, 16) },
+            { "avx512dq", zmm && bit(b7, 17) },
+            { "avx512bw", zmm && bit(b7, 30) },
+            { "avx512vl", zmm && bit(b7, 31) },
         };
-    #elif defined(__aarch64__)
-        static const Feature all[] = { { "neon", true } };
-    #else
-        static const Feature all[] = { { "", false } };
-    #endif
-        *found = all;
-        return sizeof all / sizeof all[0];
+        int count = 0;
+        for (const Feature& feature : all) found[count++] = feature;
+        return count;
     }
+    #elif defined(__aarch64__)
+    static int fastbn_features(Feature* found) {
+        found[0] = { "neon", true };  // part of every one
+        return 1;
+    }
+    #else
+    static int fastbn_features(Feature*) { return 0; }
+    #endif
     """
     cdef struct Feature:
         const char* name
         bint present
-    size_t fastbn_features(const Feature** found)
+    int fastbn_features(Feature* found)
 
 
 def features():
@@ -37,6 +59,6 @@ def features():
     -------
     frozenset of str
     """
-    cdef const Feature* found = NULL
-    cdef size_t count = fastbn_features(&found)
+    cdef Feature[10] found
+    cdef int count = fastbn_features(found)
     return frozenset([found[i].name.decode() for i in range(count) if found[i].present])

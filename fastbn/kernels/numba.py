@@ -40,6 +40,7 @@ from numba import config, njit
 from numba.core import types
 from numba.core.caching import NullCache
 from numba.core.compiler_lock import global_compiler_lock
+from numba.core.errors import NumbaError
 from numba.extending import intrinsic
 
 if config.DISABLE_JIT:
@@ -286,51 +287,86 @@ def _map_columns(
 
 # ---- Threads ----
 
-_jobs: SimpleQueue[tuple[Callable[[], Any], threading.Lock]] = SimpleQueue()
-_busy = threading.Lock()
+class _Ticket:
+    """A share in a job, for one other thread: who holds the lock runs the job, or ends it."""
+
+    def __init__(self, run: Callable[[], Any], errors: list[BaseException]):
+        self._run: Callable[[], Any] | None = run
+        self._errors = errors
+        self._lock = threading.Lock()
+
+    def help(self) -> None:
+        with self._lock:
+            try:
+                if self._run is not None:
+                    self._run()
+            except BaseException as error:  # the caller's to handle: this thread goes on
+                self._errors.append(error)
+
+    def end(self) -> None:
+        """Wait for a thread that has begun; one that has not will do nothing. Twice is as good as once."""
+        with self._lock:
+            self._run = None
+
+
+_tickets: SimpleQueue[_Ticket] = SimpleQueue()
+_hiring = threading.Lock()
 _workers = 0
 
 
-def _help(run: Callable[[], Any], ticket: threading.Lock) -> None:
-    if ticket.acquire(blocking=False):  # else the work is done already
-        try:
-            run()
-        finally:
-            ticket.release()
-
-
-def _work(jobs: SimpleQueue[tuple[Callable[[], Any], threading.Lock]]) -> None:
+def _work(tickets: SimpleQueue[_Ticket]) -> None:
     while True:
-        _help(*jobs.get())
+        tickets.get().help()
+
+
+def _hire(wanted: int) -> int:
+    """Start threads until there are as many as are wanted; how many of these there are."""
+    global _workers
+    if _workers < wanted:
+        with _hiring:
+            try:
+                while _workers < wanted:
+                    threading.Thread(target=_work, args=(_tickets,), name=f"fastbn-numba-{_workers}", daemon=True).start()
+                    _workers += 1
+            except RuntimeError:  # too many threads, or the interpreter is shutting down: those there are will do
+                pass
+    return min(_workers, wanted)
 
 
 def _share(run: Callable[[], Any], helpers: int) -> None:
-    """Call `run` here and, at the same time, in other threads; return when all that began have ended."""
-    global _workers
-    if helpers < 1 or not _busy.acquire(blocking=False):  # the other threads work for someone else
+    """Call `run` here and, at the same time, in other threads; return or raise when all that began have ended.
+
+    Threads that work for someone else come later, or not at all. What one of them raises is raised here.
+    """
+    if helpers < 1:
         run()
         return
-    tickets = [threading.Lock() for _ in range(helpers)]
+    errors: list[BaseException] = []
+    pending: list[_Ticket] = []
     try:
-        while _workers < helpers:
-            threading.Thread(target=_work, args=(_jobs,), name=f"fastbn-numba-{_workers}", daemon=True).start()
-            _workers += 1
-    except RuntimeError:  # too many threads, or the interpreter is shutting down: those there are will do
-        pass
-    try:
-        for ticket in tickets:
-            _jobs.put((run, ticket))
+        for _ in range(_hire(helpers)):
+            pending.append(_Ticket(run, errors))
+            _tickets.put(pending[-1])
         run()
-    finally:
-        for ticket in tickets:
-            ticket.acquire()
-        _busy.release()
+    except BaseException as error:  # raised below, when no thread writes to the caller's arrays any more
+        errors.append(error)
+    while pending:
+        try:
+            pending[-1].end()
+            pending.pop()
+        except BaseException as interrupt:  # noqa: PERF203  what a signal's handler raises; few tickets
+            errors.append(interrupt)
+    if errors:
+        try:
+            raise next((error for error in errors if not isinstance(error, Exception)), errors[0])
+        finally:
+            errors.clear()  # else the traceback and this list keep each other, and the arrays
 
 
 def _after_fork() -> None:
     """Forget the threads, which are the parent's."""
-    global _jobs, _busy, _workers
-    _jobs, _busy, _workers = SimpleQueue(), threading.Lock(), 0
+    global _tickets, _hiring, _workers
+    _tickets, _hiring, _workers = SimpleQueue(), threading.Lock(), 0
     global_compiler_lock.release()
 
 
@@ -385,12 +421,13 @@ def _sealed(a: Array | None) -> Array | None:
     return view
 
 
-@cache
 def _functions(activation: Any) -> tuple[Any, Any]:
     """An activation and its derivative, of the normalized value and a parameter."""
-    if not activation.custom:
-        return FUNCTIONS[activation.name]
+    return _custom(activation) if activation.custom else FUNCTIONS[activation.name]
 
+
+@cache
+def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
         return None if function is None else _compiled(keep=False)(lambda z, _: like(z, function(z)))
 
@@ -414,7 +451,10 @@ def _launch(
     compiled = loop.plain if given[0] is None and r is None else loop.active
     key = compiled, x.dtype, given[0], *(a is None for a in arguments[:8])
     if key not in _ready:
-        _prepare(compiled, arguments)
+        try:
+            _prepare(compiled, arguments)
+        except NumbaError as error:
+            raise TypeError(f"activation cannot be compiled by Numba for {x.dtype}: {error}") from error
         _ready.add(key)
     _share(partial(compiled, *arguments, units, np.zeros(1, np.int64)), min(threads, units) - 1)
 

@@ -296,6 +296,10 @@ ctypedef fused T:
     bf16
     f16
 
+ctypedef fused C:
+    float
+    double
+
 ctypedef fused Sum:
     Stats
     GradSums
@@ -354,6 +358,7 @@ cdef enum:
     MAP_ROWS = 4         # rows mapped with one load of the parameters
     FEW = 4              # blocks that a smooth activation takes at once
     LINE = 64            # bytes of a cache line
+    MOST_THREADS = 4096  # of one call; the pool has fewer
     BLOCK = 128          # bytes of a block
 
 cdef Py_ssize_t L1 = 32 << 10, L2 = 512 << 10, L3 = 8 << 20
@@ -1453,26 +1458,21 @@ cdef void gradients(Job[GradSums, T]* job, void* dweight, void* dbias) noexcept 
         Block[T].set_value(dbias, c, job.first[c])
 
 
-cdef void update_running(Job[Stats, T]* job, void* mean, void* var, double momentum) noexcept nogil:
-    """Move the running statistics towards the merged ones."""
+cdef void move_running(C* running, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
+    """Move running statistics towards the batch's, of which a divisor is left to apply."""
     cdef Py_ssize_t c
-    for c in range(job.channels):
-        if mean != NULL:
-            Block[T].set_value(mean, c, (1 - momentum) * Block[T].value(mean, c) + momentum * job.first[c])
-        if var != NULL:
-            Block[T].set_value(var, c, (1 - momentum) * Block[T].value(var, c) + momentum * (job.second[c] / (job.count - 1)))
+    for c in range(channels):
+        running[c] = <C> ((1 - momentum) * running[c] + momentum * (batch[c] / divisor))
 
 
 # ---- From Python ----
 
 ctypedef bint (*call_fn)(void* job) noexcept nogil
-ctypedef void (*running_fn)(void* job, void* mean, void* var, double momentum) noexcept nogil
 ctypedef void (*gradients_fn)(void* job, void* dweight, void* dbias) noexcept nogil
 
 # Of each dtype, plain and active.
 cdef call_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, REDUCE
 cdef call_fn[4] STATS
-cdef running_fn[4] RUNNING
 cdef gradients_fn[4] GRADIENTS
 
 
@@ -1485,7 +1485,6 @@ cdef void register(T* tag, int dtype) noexcept:
     INFERENCE[dtype][:] = [<call_fn> inference_call[Normalize, T], <call_fn> inference_call[ActiveNormalize, T]]
     FORWARD[dtype][:] = [<call_fn> forward_call[Normalize, T], <call_fn> forward_call[ActiveNormalize, T]]
     BACKWARD[dtype][:] = [<call_fn> backward_call[InputGradient, T], <call_fn> backward_call[ActiveGradient, T]]
-    RUNNING[dtype] = <running_fn> update_running[T]
     GRADIENTS[dtype] = <gradients_fn> gradients[T]
 
 register[float](NULL, 0)
@@ -1511,41 +1510,87 @@ cdef inline int arithmetic_number(int dtype) noexcept:
     return cnp.NPY_DOUBLE if dtype == 1 else cnp.NPY_FLOAT
 
 
-cdef int bind(Call* call, cnp.ndarray x, int threads) except -1:
+cdef int thread_count(threads) except -1:
+    """A number of threads that C can count with; what is more than there can be makes no difference."""
+    return max(1, min(threads, MOST_THREADS))
+
+
+cdef inline bint is_dense(cnp.ndarray a) noexcept:
+    """Whether C may take the memory of an array as it is: C-contiguous, aligned, in native byte order."""
+    return cnp.PyArray_IS_C_CONTIGUOUS(a) and cnp.PyArray_ISBEHAVED_RO(a)
+
+
+cdef int bind(Call* call, cnp.ndarray x, threads) except -1:
     """Enter the input; return the index of its dtype."""
-    if cnp.PyArray_NDIM(x) != 3 or not cnp.PyArray_IS_C_CONTIGUOUS(x) or cnp.PyArray_SIZE(x) == 0:
-        raise ValueError(f"a kernel needs a C-contiguous (outer, channels, inner) array, not empty, got shape {(<object> x).shape}")
+    if cnp.PyArray_NDIM(x) != 3 or not is_dense(x) or cnp.PyArray_SIZE(x) == 0:
+        raise ValueError(
+            "a kernel needs a C-contiguous and aligned (outer, channels, inner) array, not empty, "
+            f"got shape {(<object> x).shape}, strides {(<object> x).strides}"
+        )
     memset(call, 0, sizeof(Call))
     call.x = cnp.PyArray_DATA(x)
     call.outer, call.channels, call.inner = cnp.PyArray_DIM(x, 0), cnp.PyArray_DIM(x, 1), cnp.PyArray_DIM(x, 2)
-    call.threads = threads
+    call.threads = thread_count(threads)
     return dtype_index(x)
 
 
 cdef void* like(cnp.ndarray x, cnp.ndarray a) except NULL:
     """Memory of an array that is laid out as the input."""
     if (
-        cnp.PyArray_NDIM(a) != 3 or not cnp.PyArray_IS_C_CONTIGUOUS(a) or dtype_index(a) != dtype_index(x)
+        cnp.PyArray_NDIM(a) != 3 or not is_dense(a) or dtype_index(a) != dtype_index(x)
         or cnp.PyArray_DIM(a, 0) != cnp.PyArray_DIM(x, 0) or cnp.PyArray_DIM(a, 1) != cnp.PyArray_DIM(x, 1)
         or cnp.PyArray_DIM(a, 2) != cnp.PyArray_DIM(x, 2)
     ):
-        raise ValueError("the arrays of a kernel call must have one shape and dtype and be C-contiguous")
+        raise ValueError("the arrays of a kernel call must have one shape and dtype and be C-contiguous and aligned")
     return cnp.PyArray_DATA(a)
 
 
-cdef void* vector(Call* call, int dtype, object v) except? NULL:
-    """Memory of a vector of channels in the type of the arithmetic; NULL for None."""
-    if v is None:
-        return NULL
-    cdef cnp.ndarray a = v
-    if (
-        cnp.PyArray_NDIM(a) != 1 or cnp.PyArray_DIM(a, 0) != call.channels
-        or not cnp.PyArray_IS_C_CONTIGUOUS(a) or cnp.PyArray_TYPE(a) != arithmetic_number(dtype)
-    ):
+cdef void* target(cnp.ndarray x, cnp.ndarray a) except NULL:
+    """Memory of an output that is laid out as the input."""
+    if not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError("the outputs of a kernel call must be writable")
+    return like(x, a)
+
+
+cdef void* vector(Call* call, str name, int number, object v) except NULL:
+    """Memory of a vector of channels."""
+    if not isinstance(v, cnp.ndarray):
+        raise TypeError(f"{name} must be an array of {call.channels} channels, got {type(v).__name__}")
+    if cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != call.channels or not is_dense(v) or cnp.PyArray_TYPE(v) != number:
         raise ValueError(
-            f"a vector of {call.channels} channels is needed, in the type of the arithmetic, got {a.dtype} {(<object> a).shape}"
+            f"{name} must be a vector of {call.channels} channels, contiguous, aligned and of the type of the arithmetic, "
+            f"got {v.dtype} of shape {v.shape} and strides {v.strides}"
         )
-    return cnp.PyArray_DATA(a)
+    return cnp.PyArray_DATA(v)
+
+
+cdef void* optional(Call* call, str name, int number, object v) except? NULL:
+    """Memory of a vector of channels; NULL for None."""
+    return NULL if v is None else vector(call, name, number, v)
+
+
+cdef struct Running:
+    # A vector of running statistics, of the type of the arithmetic or double.
+    void* data
+    bint is_double
+
+
+cdef Running running(Call* call, str name, int dtype, object v) except *:
+    """Enter running statistics that the call updates, or None."""
+    cdef Running r = Running(NULL, False)
+    if v is not None:
+        r.is_double = arithmetic_number(dtype) == cnp.NPY_DOUBLE or (isinstance(v, cnp.ndarray) and cnp.PyArray_TYPE(v) == cnp.NPY_DOUBLE)
+        r.data = vector(call, name, cnp.NPY_DOUBLE if r.is_double else cnp.NPY_FLOAT, v)
+        if not cnp.PyArray_ISWRITEABLE(v):
+            raise ValueError(f"{name} is updated in place but is read-only")
+    return r
+
+
+cdef void update(Running r, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
+    if r.data != NULL and r.is_double:
+        move_running(<double*> r.data, batch, divisor, channels, momentum)
+    elif r.data != NULL:
+        move_running(<float*> r.data, batch, divisor, channels, momentum)
 
 
 cdef cnp.ndarray new_vector(Call* call, int number):
@@ -1553,20 +1598,37 @@ cdef cnp.ndarray new_vector(Call* call, int number):
     return cnp.PyArray_EMPTY(1, &size, number, 0)
 
 
-cdef bint bind_epilogue(Call* call, cnp.ndarray x, int dtype, epilogue) except -1:
+cdef int bind_activation(Call* call, activation) except -1:
+    """Enter an activation, or None."""
+    if activation is None:
+        return 0
+    code = getattr(activation, "code", None)
+    if not isinstance(code, int):
+        raise TypeError(f"a SIMD kernel takes activations of its own, got {activation!r}")
+    call.activation.kind, call.activation.parameter = code, activation.parameter
+    return 0
+
+
+cdef bint bind_epilogue(Call* call, cnp.ndarray x, epilogue) except -1:
     """Enter what comes after the normalization; return whether there is anything."""
     if epilogue is None:
         return False
-    activation, residual, scale, shift, dresidual, call.restores = epilogue
-    if activation is not None:
-        call.activation.kind, call.activation.parameter = activation.code, activation.parameter
+    activation, residual, _, _, dresidual, call.restores = epilogue
+    bind_activation(call, activation)
     if residual is not None:
         call.residual = like(x, residual)
-    if scale is not None:
-        call.scale, call.bias = vector(call, dtype, scale), vector(call, dtype, shift)
     if dresidual is not None:
-        call.dresidual = like(x, dresidual)
+        call.dresidual = target(x, dresidual)
     return True
+
+
+cdef bint bind_gradient(Call* call, cnp.ndarray x, int dtype, epilogue) except -1:
+    """As `bind_epilogue`, of a gradient: it finds again what the activation was applied to."""
+    cdef bint active = bind_epilogue(call, x, epilogue)
+    if active:
+        call.scale = vector(call, "scale", arithmetic_number(dtype), epilogue.scale)
+        call.bias = vector(call, "shift", arithmetic_number(dtype), epilogue.shift)
+    return active
 
 
 cdef int run(call_fn function, Call* call) except -1:
@@ -1584,16 +1646,16 @@ def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
     L1, L2, L3 = l1, l2, l3
 
 
-def plan(str op, dims, Py_ssize_t itemsize, int threads):
+def plan(str op, dims, Py_ssize_t itemsize, threads):
     """How a call would be cut: tiles, units of work, streaming, and its traffic; for `dispatch.explain`."""
     cdef Call call
     cdef Py_ssize_t W = BLOCK // max(itemsize, <Py_ssize_t> 4), size, units = 0
     cdef bint resident = False
     memset(&call, 0, sizeof(Call))
     call.outer, call.channels, call.inner = dims
-    call.threads = threads
+    call.threads = thread_count(threads)
     call.out = &call  # an output of its own
-    call.dy = &call if op == "backward" else NULL
+    call.dy = &call + 1 if op == "backward" else NULL  # an array of its own, too
     size = call.outer * call.channels * call.inner * itemsize
     cut(&call, W)
     if call.by_columns:
@@ -1625,7 +1687,7 @@ def plan(str op, dims, Py_ssize_t itemsize, int threads):
     }
 
 
-def stats(cnp.ndarray x, int threads=1):
+def stats(cnp.ndarray x not None, threads=1):
     """Mean, what it rounds away, and M2 of each channel; as `reference.stats`."""
     cdef Call call
     cdef int dtype = bind(&call, x, threads)
@@ -1637,90 +1699,103 @@ def stats(cnp.ndarray x, int threads=1):
     return mean, low, m2
 
 
-def normalize(cnp.ndarray x, cnp.ndarray y, mean, scale, shift, int threads=1, epilogue=None):
+def normalize(cnp.ndarray x not None, cnp.ndarray y not None, mean, scale, shift, threads=1, epilogue=None):
     """Write ``(x - mean) * scale + shift`` and what comes after it to `y`; as `reference.normalize`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads)
-    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
-    call.out = like(x, y)
-    call.mean, call.scale, call.shift = vector(&call, dtype, mean), vector(&call, dtype, scale), vector(&call, dtype, shift)
+    cdef int dtype = bind(&call, x, threads), number = arithmetic_number(dtype)
+    cdef bint active = bind_epilogue(&call, x, epilogue)
+    call.out = target(x, y)
+    call.mean, call.scale = vector(&call, "mean", number, mean), vector(&call, "scale", number, scale)
+    call.shift = vector(&call, "shift", number, shift)
     run(NORMALIZE[dtype][active], &call)
 
 
-def grad_sums(cnp.ndarray dy, cnp.ndarray x, mean, int threads=1, epilogue=None):
+def grad_sums(cnp.ndarray dy not None, cnp.ndarray x not None, mean, threads=1, epilogue=None):
     """Sums over each channel of `dy` and of ``dy * (x - mean)``; as `reference.grad_sums`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads)
-    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
+    cdef int dtype = bind(&call, x, threads), number = arithmetic_number(dtype)
+    cdef bint active = bind_gradient(&call, x, dtype, epilogue)
     cdef cnp.ndarray sum_dy = new_vector(&call, cnp.NPY_DOUBLE), sum_dy_xmu = new_vector(&call, cnp.NPY_DOUBLE)
     call.dy = like(x, dy)
-    call.mean = vector(&call, dtype, mean)
+    call.mean = vector(&call, "mean", number, mean)
     call.first, call.second = <double*> cnp.PyArray_DATA(sum_dy), <double*> cnp.PyArray_DATA(sum_dy_xmu)
     run(GRAD_SUMS[dtype][active], &call)
     return sum_dy, sum_dy_xmu
 
 
-def grad_input(cnp.ndarray dy, cnp.ndarray x, cnp.ndarray dx, mean, scale, g0, g1, int threads=1, epilogue=None):
+def grad_input(
+    cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray dx not None, mean, scale, g0, g1, threads=1, epilogue=None
+):
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; as `reference.grad_input`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads)
-    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
-    call.dy, call.out = like(x, dy), like(x, dx)
-    call.mean, call.scale = vector(&call, dtype, mean), vector(&call, dtype, scale)
-    call.shift, call.slope = vector(&call, dtype, g0), vector(&call, dtype, g1)
+    cdef int dtype = bind(&call, x, threads), number = arithmetic_number(dtype)
+    cdef bint active = bind_gradient(&call, x, dtype, epilogue)
+    call.dy, call.out = like(x, dy), target(x, dx)
+    call.mean, call.scale = vector(&call, "mean", number, mean), vector(&call, "scale", number, scale)
+    call.shift, call.slope = vector(&call, "g0", number, g0), vector(&call, "g1", number, g1)
     run(GRAD_INPUT[dtype][active], &call)
 
 
-def inference(cnp.ndarray x, cnp.ndarray y, mean, mean_lo, spread, weight, bias, eps, int threads, epilogue=None):
+def inference(
+    cnp.ndarray x not None, cnp.ndarray y not None, mean, mean_lo, spread, weight, bias, eps, threads, epilogue=None
+):
     """Normalize with given statistics; as `core.Composed.inference`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads)
-    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
-    call.out = like(x, y)
-    call.mean, call.mean_lo, call.invstd = vector(&call, dtype, mean), vector(&call, dtype, mean_lo), vector(&call, dtype, spread)
-    call.weight, call.bias = vector(&call, dtype, weight), vector(&call, dtype, bias)
+    cdef int dtype = bind(&call, x, threads), number = arithmetic_number(dtype)
+    cdef bint active = bind_epilogue(&call, x, epilogue)
+    call.out = target(x, y)
+    call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
+    call.invstd = vector(&call, "spread", number, spread)
+    call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
     call.inverted = eps is None
     call.eps = 0 if eps is None else eps
     run(INFERENCE[dtype][active], &call)
 
 
 def forward(
-    cnp.ndarray x, cnp.ndarray y, weight, bias, double eps, running_mean, running_var, double momentum, compute, int threads, epilogue=None
+    cnp.ndarray x not None, cnp.ndarray y not None, weight, bias, double eps, running_mean, running_var, double momentum,
+    int correction, compute, threads, epilogue=None
 ):
     """Normalize with the batch's statistics; as `core.Composed.forward`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads)
-    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
-    cdef void* old_mean = vector(&call, dtype, running_mean)
-    cdef void* old_var = vector(&call, dtype, running_var)
-    call.out = like(x, y)
-    call.weight, call.bias, call.eps = vector(&call, dtype, weight), vector(&call, dtype, bias), eps
-    return train(&call, dtype, active, old_mean, old_var, momentum)
+    cdef int dtype = bind(&call, x, threads), number = arithmetic_number(dtype)
+    cdef bint active = bind_epilogue(&call, x, epilogue)
+    cdef Running mean = running(&call, "running_mean", dtype, running_mean), var = running(&call, "running_var", dtype, running_var)
+    call.out = target(x, y)
+    call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
+    call.eps = eps
+    return train(&call, dtype, active, mean, var, momentum, correction)
 
 
-cdef tuple train(Call* call, int dtype, bint active, void* running_mean, void* running_var, double momentum):
-    """Run a forward whose inputs were entered; return the vectors that it makes."""
+cdef tuple train(Call* call, int dtype, bint active, Running running_mean, Running running_var, double momentum, int correction):
+    """Run a forward whose inputs were entered; return the vectors that it makes.
+
+    The running statistics are updated last, when nothing can fail any more.
+    """
     cdef int number = arithmetic_number(dtype)
     cdef cnp.ndarray mean = new_vector(call, number), mean_lo = new_vector(call, number), invstd = new_vector(call, number)
     cdef cnp.ndarray scale = new_vector(call, number), shift = new_vector(call, number)
+    cdef tuple made = (mean, mean_lo, invstd, scale, shift)
     call.mean, call.mean_lo, call.invstd = cnp.PyArray_DATA(mean), cnp.PyArray_DATA(mean_lo), cnp.PyArray_DATA(invstd)
     call.scale, call.shift = cnp.PyArray_DATA(scale), cnp.PyArray_DATA(shift)
     run(FORWARD[dtype][active], call)
-    RUNNING[dtype](call, running_mean, running_var, momentum)
-    return mean, mean_lo, invstd, scale, shift
+    update(running_mean, call.first, 1, call.channels, momentum)
+    update(running_var, call.second, call.count - correction, call.channels, momentum)
+    return made
 
 
-def backward(cnp.ndarray dy, cnp.ndarray x, dx, mean, mean_lo, invstd, scale, int threads, epilogue=None):
+def backward(cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, scale, threads, epilogue=None):
     """Sums of dy and of dy (x - mean), and dx unless it is None; as `core.Composed.backward`."""
     cdef Call call
-    cdef int dtype = bind(&call, x, threads)
-    cdef bint active = bind_epilogue(&call, x, dtype, epilogue)
+    cdef int dtype = bind(&call, x, threads), number = arithmetic_number(dtype)
+    cdef bint active = bind_gradient(&call, x, dtype, epilogue)
     cdef cnp.ndarray sum_dy = new_vector(&call, cnp.NPY_DOUBLE), sum_dy_xmu = new_vector(&call, cnp.NPY_DOUBLE)
     call.dy = like(x, dy)
-    call.out = NULL if dx is None else like(x, dx)
-    call.mean, call.mean_lo, call.invstd = vector(&call, dtype, mean), vector(&call, dtype, mean_lo), vector(&call, dtype, invstd)
-    call.scale = vector(&call, dtype, scale)
+    call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
     call.first, call.second = <double*> cnp.PyArray_DATA(sum_dy), <double*> cnp.PyArray_DATA(sum_dy_xmu)
+    if dx is not None:
+        call.out = target(x, dx)
+        call.invstd, call.scale = vector(&call, "invstd", number, invstd), vector(&call, "scale", number, scale)
     run(REDUCE[dtype][active] if dx is None else BACKWARD[dtype][active], &call)
     return sum_dy, sum_dy_xmu
 
@@ -1747,7 +1822,7 @@ cdef inline bint overlaps(cnp.ndarray a, cnp.ndarray b) noexcept:
     return p != q and p < q + cnp.PyArray_NBYTES(b) and q < p + cnp.PyArray_NBYTES(a)
 
 
-cdef cnp.ndarray bind_plain(Call* call, cnp.ndarray x, other, out, int axis, int threads):
+cdef cnp.ndarray bind_plain(Call* call, cnp.ndarray x, other, out, int axis, threads):
     """Enter plain arrays whose channels are on axis 1 or the last; return the output, or None where they are not plain.
 
     The other array is a second input, or None.
@@ -1766,7 +1841,7 @@ cdef cnp.ndarray bind_plain(Call* call, cnp.ndarray x, other, out, int axis, int
     else:
         return None
     call.x, call.out = cnp.PyArray_DATA(x), cnp.PyArray_DATA(y)
-    call.threads = threads
+    call.threads = thread_count(threads)
     call.channels = cnp.PyArray_DIM(x, axis)
     if call.channels == 1:
         call.outer, call.inner = 1, size
@@ -1778,29 +1853,62 @@ cdef cnp.ndarray bind_plain(Call* call, cnp.ndarray x, other, out, int axis, int
     return y
 
 
-cdef bint bind_vector(Call* call, int dtype, object v, void** p) noexcept:
-    """Enter a plain vector of channels in the type of the arithmetic, or None; whether it was one."""
-    if v is None:
-        p[0] = NULL
-        return True
-    if not is_plain(v, arithmetic_number(dtype)) or cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != call.channels:
+cdef bint bind_vector(Call* call, int number, object v, void** p) noexcept:
+    """Enter a plain vector of channels; whether it was one."""
+    if not is_plain(v, number) or cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != call.channels:
         return False
     p[0] = cnp.PyArray_DATA(v)
     return True
 
 
-def plain_normalize(cnp.ndarray x not None, int axis, out, int threads, mean, spread, weight, bias, eps):
+cdef inline bint bind_optional(Call* call, int number, object v, const void** p) noexcept:
+    """The same, where None is as good."""
+    return v is None or bind_vector(call, number, v, <void**> p)
+
+
+cdef bint bind_running(Call* call, int number, object v, Running* r) noexcept:
+    """Enter plain running statistics, of the type of the arithmetic or double, or None; whether they were that."""
+    r.data = NULL
+    if v is None:
+        return True
+    r.is_double = number == cnp.NPY_DOUBLE or is_plain(v, cnp.NPY_DOUBLE)
+    return bind_vector(call, cnp.NPY_DOUBLE if r.is_double else cnp.NPY_FLOAT, v, &r.data) and cnp.PyArray_ISWRITEABLE(v)
+
+
+cdef inline bint is_eps(eps) noexcept:
+    """Whether something is a float that may be added to a variance."""
+    return type(eps) is float and 0 <= <double> eps and <double> eps <= 1.7976931348623157e308
+
+
+cdef inline bint is_apart(a, b) noexcept:
+    """Whether two contiguous arrays, of which each may be None, share no memory."""
+    cdef char* p
+    cdef char* q
+    if a is None or b is None:
+        return True
+    p, q = cnp.PyArray_BYTES(<cnp.ndarray> a), cnp.PyArray_BYTES(<cnp.ndarray> b)
+    return p >= q + cnp.PyArray_NBYTES(<cnp.ndarray> b) or q >= p + cnp.PyArray_NBYTES(<cnp.ndarray> a)
+
+
+cdef inline bint are_apart(out, a, b, c, d) noexcept:
+    """Whether an output that was given shares no memory with the vectors of a call."""
+    return out is None or (is_apart(out, a) and is_apart(out, b) and is_apart(out, c) and is_apart(out, d))
+
+
+def plain_normalize(cnp.ndarray x not None, int axis, out, threads, mean, spread, weight, bias, eps):
     """Normalize as `inference`, from arrays as the user gave them; None where they are not plain."""
     cdef Call call
     cdef int dtype = dtype_index(x)
+    cdef int number = arithmetic_number(dtype)
     cdef cnp.ndarray y
-    if mean is None or spread is None or not (eps is None or type(eps) is float) or not is_plain(x, cnp.PyArray_TYPE(x)):
+    if not (eps is None or is_eps(eps)) or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
     y = bind_plain(&call, x, None, out, axis, threads)
     if (
-        y is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, spread, &call.invstd)
-        or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
+        y is None or not bind_vector(&call, number, mean, &call.mean) or not bind_vector(&call, number, spread, &call.invstd)
+        or not bind_optional(&call, number, weight, &call.weight) or not bind_optional(&call, number, bias, &call.bias)
+        or not are_apart(out, mean, spread, weight, bias)
     ):
         return None
     call.inverted = eps is None
@@ -1809,47 +1917,49 @@ def plain_normalize(cnp.ndarray x not None, int axis, out, int threads, mean, sp
     return y
 
 
-def plain_forward(cnp.ndarray x not None, int axis, out, int threads, weight, bias, running_mean, running_var, momentum, eps):
+def plain_forward(
+    cnp.ndarray x not None, int axis, out, threads, weight, bias, running_mean, running_var, momentum, int correction, eps
+):
     """As `forward`, from arrays as the user gave them; with the output, and the count. None where they are not plain."""
     cdef Call call
-    cdef int dtype = dtype_index(x)
-    cdef void* old_mean
-    cdef void* old_var
+    cdef int dtype = dtype_index(x), number = arithmetic_number(dtype)
+    cdef Running mean, var
     cdef cnp.ndarray y
-    if type(eps) is not float or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
+    if not is_eps(eps) or type(momentum) is not float or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
     y = bind_plain(&call, x, None, out, axis, threads)
     if (
-        y is None or call.outer * call.inner < 2
-        or not bind_vector(&call, dtype, weight, <void**> &call.weight) or not bind_vector(&call, dtype, bias, <void**> &call.bias)
-        or not bind_vector(&call, dtype, running_mean, &old_mean) or not bind_vector(&call, dtype, running_var, &old_var)
-        or not (running_mean is None or cnp.PyArray_ISWRITEABLE(running_mean))
-        or not (running_var is None or cnp.PyArray_ISWRITEABLE(running_var))
+        y is None or call.outer * call.inner <= correction
+        or not bind_optional(&call, number, weight, &call.weight) or not bind_optional(&call, number, bias, &call.bias)
+        or not bind_running(&call, number, running_mean, &mean) or not bind_running(&call, number, running_var, &var)
+        or not is_apart(running_mean, running_var) or not are_apart(out, weight, bias, running_mean, running_var)
     ):
         return None
     call.eps = eps
-    vectors = train(&call, dtype, False, old_mean, old_var, momentum)
+    vectors = train(&call, dtype, False, mean, var, momentum, correction)
     return y, *vectors, call.outer * call.inner
 
 
-def plain_backward(cnp.ndarray x not None, int axis, out, int threads, dy, mean, mean_lo, invstd, scale):
+def plain_backward(cnp.ndarray x not None, int axis, out, threads, dy, mean, mean_lo, invstd, scale):
     """As `backward`, from arrays as the user gave them: the gradients of x, weight and bias. None where they are not plain."""
     cdef Call call
-    cdef int dtype = dtype_index(x)
+    cdef int dtype = dtype_index(x), number = arithmetic_number(dtype)
     cdef cnp.ndarray dx, dweight, dbias
     if dy is None or not is_plain(x, cnp.PyArray_TYPE(x)):
         return None
     memset(&call, 0, sizeof(Call))
     dx = bind_plain(&call, x, dy, out, axis, threads)
     if (
-        dx is None or not bind_vector(&call, dtype, mean, &call.mean) or not bind_vector(&call, dtype, mean_lo, &call.mean_lo)
-        or not bind_vector(&call, dtype, invstd, &call.invstd) or not bind_vector(&call, dtype, scale, &call.scale)
+        dx is None or not bind_vector(&call, number, mean, &call.mean)
+        or not bind_optional(&call, number, mean_lo, <const void**> &call.mean_lo)
+        or not bind_vector(&call, number, invstd, &call.invstd) or not bind_vector(&call, number, scale, &call.scale)
+        or not are_apart(out, mean, mean_lo, invstd, scale)
     ):
         return None
     call.dy = cnp.PyArray_DATA(dy)
+    dweight, dbias = new_vector(&call, number), new_vector(&call, number)
     run(BACKWARD[dtype][False], &call)
-    dweight, dbias = new_vector(&call, arithmetic_number(dtype)), new_vector(&call, arithmetic_number(dtype))
     GRADIENTS[dtype](&call, cnp.PyArray_DATA(dweight), cnp.PyArray_DATA(dbias))
     return dx, dweight, dbias
 
@@ -1876,21 +1986,24 @@ cdef class Plain:
     cdef Py_ssize_t limit
     cdef int dtype, number, ndim, axis
 
-    def __init__(
-        self, cnp.ndarray mean, cnp.ndarray scale, cnp.ndarray shift, activation, cnp.ndarray sample, int axis, Py_ssize_t limit
+    def __cinit__(
+        self, cnp.ndarray mean not None, scale, shift, activation, cnp.ndarray sample not None, int axis, Py_ssize_t limit
     ):
         cdef Call* call = &self.prepared
+        cdef int number
         self.dtype, self.number = dtype_index(sample), cnp.PyArray_TYPE(sample)
+        self.ndim, self.axis, self.limit = cnp.PyArray_NDIM(sample), axis, limit
+        if self.ndim < 2 or not (axis == 1 or axis == self.ndim - 1):
+            raise ValueError(f"axis must be 1 or the last of at least two, got {axis} of {self.ndim}")
         self.vectors = mean, scale, shift
         memset(call, 0, sizeof(Call))
         call.channels = cnp.PyArray_SIZE(mean)
-        call.mean, call.scale = vector(call, self.dtype, mean), vector(call, self.dtype, scale)
-        call.shift = vector(call, self.dtype, shift)
-        if activation is not None:
-            call.activation.kind, call.activation.parameter = activation.code, activation.parameter
-        self.ndim, self.axis, self.limit = cnp.PyArray_NDIM(sample), axis, limit
+        number = arithmetic_number(self.dtype)
+        call.mean, call.scale = vector(call, "mean", number, mean), vector(call, "scale", number, scale)
+        call.shift = vector(call, "shift", number, shift)
+        bind_activation(call, activation)
 
-    def __call__(self, x, residual, out, int threads=0):
+    def __call__(self, x, residual, out, threads=0):
         """Return the output, or None where the arrays are not plain."""
         cdef Call call = self.prepared
         cdef cnp.ndarray y

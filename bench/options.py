@@ -1,0 +1,129 @@
+"""What the command lines share: arguments that are checked before anything is measured, and files that nothing overwrites."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+
+INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Return the type of an argument that is a whole number from `least` on."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def seconds(text: str) -> float:
+    """Parse an argument that is a time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
+    return value
+
+
+def output_file(text: str) -> Path:
+    """Parse the path of a file that will be written; find out whether it can be, and leave no trace."""
+    path = Path(text)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists():
+            path.open("ab").close()
+        else:
+            _try(path.parent)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {path}: {error.strerror}") from None
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """Parse the path of a folder that files will be written to; find out whether they can be, and leave no trace."""
+    path = Path(text)
+    try:
+        _try(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {path}: {error.strerror}") from None
+    return path
+
+
+def _try(folder: Path) -> None:
+    """Make a file without a name in a folder, or in the nearest one above that is there."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def need(parser: argparse.ArgumentParser, option: str, module: str, package: str | None = None) -> None:
+    """End with one line where an option needs a module that is not installed; its package may have another name."""
+    if find_spec(module) is None:
+        parser.error(f"{option} needs {package or module}: pip install {package or module}")
+
+
+def keep(path: Path) -> None:
+    """Rename what an earlier run has written to a file; its time becomes part of its name."""
+    if path.is_file() and path.stat().st_size:
+        name = f"{path.stem}-{datetime.fromtimestamp(path.stat().st_mtime):%Y%m%d-%H%M%S}"
+        older, n = path.with_name(name + path.suffix), 1
+        while older.exists():
+            older, n = path.with_name(f"{name}-{n}{path.suffix}"), n + 1
+        path.rename(older)
+        print(f"kept the earlier {path} as {older.name}", file=sys.stderr)
+
+
+def write(texts: Mapping[Path, str]) -> bool:
+    """Write files and say so; where one cannot be written, say why and write the others.
+
+    Returns
+    -------
+    bool
+        Whether all were written.
+    """
+    return all([_write(path, text) for path, text in texts.items()])  # noqa: C419  each is written
+
+
+def _write(path: Path, text: str) -> bool:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep(path)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"could not write {path}: {error.strerror}", file=sys.stderr)
+        return False
+    print(f"wrote {path}", file=sys.stderr)
+    return True
+
+
+def run(main: Callable[[], int]) -> int:
+    """Run a command; Ctrl-C and a reader that has gone end it without a traceback."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush once more
+        return 1
+    return status

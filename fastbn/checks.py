@@ -1,0 +1,240 @@
+"""What arguments must be. Each check names the argument, what was expected and what came; none of them modifies anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from fastbn import activations
+from fastbn.dtypes import DTYPES, DType, lookup
+from fastbn.layout import Array, channel_axis
+from fastbn.results import Function
+
+# Subclasses change what an array's buffer means (masked arrays, units) or how it is indexed (matrices). This one does not.
+_PLAIN = (np.ndarray, np.memmap)
+
+
+def plain(name: str, a: object) -> Array:
+    """Check that something is an array, and of no subclass with a meaning of its own."""
+    if type(a) in _PLAIN:
+        return a  # type: ignore[return-value]
+    if isinstance(a, np.ndarray):
+        raise TypeError(f"{name} must be a plain numpy.ndarray, got {type(a).__name__}")
+    raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
+
+
+def came(dtype: np.dtype[Any]) -> str:
+    """Name of a dtype in an error; of one in the other byte order, its code."""
+    return short(dtype, str(dtype))
+
+
+def array(x: object) -> tuple[Array, DType]:
+    """Check x; return it with its row in the table of dtypes."""
+    x = plain("x", x)
+    dtype = lookup(x.dtype)
+    if dtype is None:
+        raise TypeError(f"x must have dtype {', '.join(DTYPES)} in native byte order, got {came(x.dtype)}")
+    return (x if type(x) is np.ndarray else x.view(np.ndarray)), dtype
+
+
+def same(name: str, a: object, x: Array) -> Array:
+    """Check an array that must be like x."""
+    a = plain(name, a)
+    if a.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of x, {x.shape}, got {a.shape}")
+    if a.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of x, {came(x.dtype)}, got {came(a.dtype)}")
+    return a
+
+
+def channels_of(x: Array, axis: int) -> tuple[int, str]:
+    """How many channels x has, and the words that say so in an error."""
+    return x.shape[axis], f"x has {x.shape[axis]} channels on axis {axis}"
+
+
+def real(name: str, a: object) -> Array:
+    """Check that something is an array of real numbers, or can be made one."""
+    if isinstance(a, np.ndarray):
+        plain(name, a)
+    try:
+        v = np.asarray(a)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{name} must be an array of real numbers: {error}") from None
+    if v.dtype.kind not in "fiu" and lookup(v.dtype) is None:
+        # None has no dtype of its own; its shape says more.
+        raise TypeError(f"{name} must hold real numbers, got {'None' if a is None else f'dtype {came(v.dtype)}'}")
+    return v
+
+
+def vector(name: str, a: object, channels: tuple[int, str], dtype: np.dtype[Any]) -> Array:
+    """Check a vector of channels; return it aligned and contiguous, in `dtype`."""
+    if type(a) is np.ndarray and a.dtype is dtype and a.shape == channels[:1] and a.flags.carray:
+        return a  # as it nearly always is; the rest takes longer than a small call
+    return _cast(_sized(name, a, channels), dtype)
+
+
+def precise(name: str, a: object, channels: tuple[int, str], compute: np.dtype[Any]) -> Array:
+    """Check a vector of channels; return it in `compute` where that holds its digits, else in float64."""
+    if type(a) is np.ndarray and a.dtype is compute and a.shape == channels[:1] and a.flags.carray:
+        return a
+    v = _sized(name, a, channels)
+    narrow = np.can_cast(v.dtype, compute) or (lookup(v.dtype) is not None and v.dtype.itemsize <= compute.itemsize)
+    return _cast(v, compute if narrow else np.dtype(np.float64))
+
+
+def _sized(name: str, a: object, channels: tuple[int, str]) -> Array:
+    if a is None:
+        raise ValueError(f"{name} must not be None: {channels[1]}")
+    v = real(name, a)
+    if v.shape != channels[:1]:
+        raise ValueError(f"{channels[1]} but {name} has shape {v.shape}")
+    return v
+
+
+def _cast(v: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, as in the kernels
+        return np.require(v, dtype, ["C", "A"])
+
+
+def optional(name: str, a: object, channels: tuple[int, str], dtype: np.dtype[Any]) -> Array | None:
+    """As `vector`, or None."""
+    return None if a is None else vector(name, a, channels, dtype)
+
+
+def running(name: str, a: object, channels: tuple[int, str]) -> Array | None:
+    """Check running statistics that training will update in place."""
+    if a is None:
+        return None
+    a = plain(name, a)
+    if a.shape != channels[:1]:
+        raise ValueError(f"{channels[1]} but {name} has shape {a.shape}")
+    if a.dtype.kind != "f" and lookup(a.dtype) is None:
+        raise TypeError(f"{name} is updated in place and must have a floating dtype, got {came(a.dtype)}")
+    return writable(name, a, f"{name} is updated in place but is read-only")
+
+
+def writable(name: str, a: Array, message: str) -> Array:
+    """Check that an array can be written, each element on its own."""
+    if not a.flags.writeable:
+        raise ValueError(message)
+    extent = a.itemsize
+    for stride, n in sorted((abs(stride), n) for n, stride in zip(a.shape, a.strides, strict=True) if n > 1):
+        if stride < extent and a.size:
+            raise ValueError(f"{name} has several elements in one place of memory: shape {a.shape}, strides {a.strides}")
+        extent += stride * (n - 1)
+    return a
+
+
+def output(out: object, x: Array, inputs: Mapping[str, Array | None]) -> Array | None:
+    """Check `out`: like x, writable, and either exactly one of the arrays like x or apart from all that the call uses."""
+    if out is None:
+        return None
+    out = writable("out", same("out", out, x), "out is read-only")
+    for name, a in inputs.items():
+        if a is None or a is out or not np.may_share_memory(out, a):
+            continue
+        if (a.ctypes.data, a.strides, a.shape, a.dtype) != (out.ctypes.data, out.strides, out.shape, out.dtype) and overlap(out, a):
+            raise ValueError(f"out overlaps {name} in part; give {name} itself or memory of its own")
+    return out
+
+
+def apart(written: Mapping[str, object], used: Mapping[str, object] | None = None) -> None:
+    """Check that arrays which a call writes share no memory with each other, nor with others that it uses."""
+    arrays = {name: a for name, a in written.items() if isinstance(a, np.ndarray)}
+    if not arrays:
+        return
+    pairs = list(combinations(arrays.items(), 2))
+    pairs += [(w, (name, a)) for w in arrays.items() for name, a in (used or {}).items() if isinstance(a, np.ndarray)]
+    for (first, a), (second, b) in pairs:
+        if np.may_share_memory(a, b) and overlap(a, b):
+            raise ValueError(f"{first} and {second} share memory, and the call writes {first}; give each memory of its own")
+
+
+def overlap(a: Array, b: Array) -> bool:
+    """Whether two arrays share memory, as far as that can be found out in short time."""
+    try:
+        return bool(np.shares_memory(a, b, max_work=10_000))  # type: ignore[arg-type]  # any int, says NumPy's documentation
+    except np.exceptions.TooHardError:
+        return True
+
+
+def mask(a: object, x: Array, axis: int) -> Array | None:
+    """Check a mask; return it with the shape of x without the channel axis."""
+    if a is None:
+        return None
+    a = plain("mask", a)
+    if a.dtype != np.bool_:
+        raise TypeError(f"mask must be boolean, got dtype {came(a.dtype)}")
+    shape = x.shape[:axis] + x.shape[axis + 1 :]
+    try:
+        return np.broadcast_to(a, shape)
+    except ValueError:
+        raise ValueError(f"mask must broadcast to {shape}, the shape of x without the channel axis, got {a.shape}") from None
+
+
+def number(name: str, value: object, least: float | None = None) -> float:
+    """Check a number; one with a least value must be finite too."""
+    if type(value) is float and least is None:
+        return value
+    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {short(value)}")
+    try:
+        v = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float can hold, got {short(value)}") from None
+    if least is not None and not least <= v < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least {least:g}, got {short(value)}")
+    return v
+
+
+def short(value: object, text: str | None = None) -> str:
+    """How a value is shown in an error: not longer than a line."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    text = " ".join((repr(value) if text is None else text).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
+    """Check an int between two bounds."""
+    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, got {short(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {short(int(value))}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {short(int(value))}")
+    return int(value)
+
+
+def switch(name: str, value: object) -> bool:
+    """Check something that is on or off; 1 and 0 will do."""
+    if not isinstance(value, (bool, np.bool_)) and not (type(value) is int and value in (0, 1)):
+        raise TypeError(f"{name} must be True or False, got {short(value)}")
+    return bool(value)
+
+
+def activation(a: object) -> Function:
+    """The activation that a user means, or None."""
+    return None if a is None else activations.lookup(a)
+
+
+def names(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:
+    """Check one name or several, each of which must be known."""
+    try:
+        wanted = (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of names, got {short(value)}") from None
+    for one in wanted:
+        if not isinstance(one, str) or one not in known:
+            listed = f"{', '.join(map(repr, known[:-1]))} and {known[-1]!r}"
+            raise ValueError(f"{name} may name {listed}, got {short(one)}")
+    return wanted
+
+
+def channel(x: Array, layout: object, axis: object) -> int:
+    """Axis of the channels of x."""
+    return channel_axis(layout, x.ndim, axis)  # type: ignore[arg-type]

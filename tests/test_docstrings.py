@@ -1,0 +1,57 @@
+"""Every example in a docstring, and those in texts for users: they run, and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import pkgutil
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import fastbn
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBA = find_spec("numba") is not None
+NEEDS_NUMBA = ("fastbn.kernels.numba", "fastbn.kernels.numba_math")
+
+
+def _examples() -> Iterator[doctest.DocTest]:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for found in pkgutil.walk_packages(fastbn.__path__, "fastbn."):
+        if NUMBA or found.name not in NEEDS_NUMBA:
+            yield from finder.find(import_module(found.name))
+
+
+EXAMPLES = [example for example in _examples() if example.examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_docstring(example: doctest.DocTest) -> None:
+    for package in re.findall(r"^ *>>> (?:import|from) (\w+)", example.docstring or "", re.MULTILINE):
+        pytest.importorskip(package)
+    doctest.DebugRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="docstrings are stripped (python -OO)")
+def test_public_functions_have_examples() -> None:
+    shown = {example.name.rpartition(".")[2] for example in EXAMPLES}
+    assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md"])
+def test_text(file: str) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        exec(block, {})  # noqa: S102  our own text
+
+
+def test_deploying_names_every_variable_and_no_other() -> None:
+    from fastbn import environment
+
+    named = set(re.findall(r"FASTBN_[A-Z_]+", (ROOT / "docs" / "deploying.md").read_text()))
+    assert named == {*environment.EXPECTED, *environment.OF_THE_BUILD}

@@ -1,0 +1,170 @@
+"""Finite data at the ends of the range have finite answers: those of the same data in another unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from truth import columns, rng, same_bits, within
+
+import fastbn
+from fastbn import reference
+from fastbn.dispatch import KERNELS
+from fastbn.layout import Array
+
+SHAPE = (8, 3, 5, 4)
+EXTREME = [0, 2]  # channels; the one between is ordinary
+SIZES = {
+    "float64": [1e150, 1e154, 1e200, 1e300, 1e306, 1e-150, 1e-160, 1e-170, 1e-300],
+    "float32": [1e30, 5e37, 1e-30, 1e-37],
+}
+CASES = [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
+
+
+@pytest.fixture(params=[name for name in ("numba", "reference") if not KERNELS[name].unusable()], autouse=True)
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    with fastbn.use_kernel(request.param):
+        yield
+
+
+def _data(dtype: str, size: float, layout: str = "NCHW") -> tuple[Array, Array, Array, Array]:
+    """Values with extreme channels; the exponents of units in which these are ordinary; and the values in them."""
+    x, dy = rng().normal(0.5, 1, SHAPE), rng(1).standard_normal(SHAPE)
+    x[:, EXTREME] *= size
+    x = x.astype(dtype)
+    exponents = np.where(np.isin(np.arange(3), EXTREME), np.frexp(size)[1], 0)
+    units = np.ldexp(x.astype(np.float64), -exponents[:, None, None])
+    if layout == "NHWC":
+        x, dy, units = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)) for a in (x, dy, units))
+    return x, dy.astype(dtype), exponents, units
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(("dtype", "size"), CASES)
+def test_training(dtype: str, size: float, layout: str) -> None:
+    axis = 1 if layout == "NCHW" else 3
+    x, dy, exponents, units = _data(dtype, size, layout)
+    weight, bias = np.array([0.5, 2, -3], dtype), np.array([1, -1, 0.5], dtype)
+    running_mean, running_var = np.zeros(3, dtype), np.ones(3, dtype)
+    y, saved = fastbn.batch_norm_forward(x, weight, bias, running_mean, running_var, eps=0.0, layout=layout)
+    count, mean, var = reference.batch_norm_stats(units, axis)
+    tiny = 1e-6 if dtype == "float32" else 1e-14
+    within(y, reference.batch_norm(units, mean, var, weight, bias, 0.0, axis), 5 * tiny)
+    with np.errstate(all="ignore"):  # a variance need not be a number
+        within(saved.invstd, np.ldexp(1 / np.sqrt(var), -exponents), tiny * np.ldexp(1 / np.sqrt(var), -exponents) + np.finfo(dtype).tiny)
+        np.testing.assert_allclose(running_mean, 0.1 * np.ldexp(mean, exponents), rtol=10 * tiny, atol=float(np.finfo(dtype).tiny))
+        sample = np.ldexp(var * count / (count - 1), 2 * exponents).astype(dtype)
+        np.testing.assert_allclose(running_var, 0.9 + np.asarray(0.1, dtype) * sample, rtol=tiny)
+        stats = fastbn.batch_norm_stats(x, layout=layout)
+        np.testing.assert_allclose(stats.var, np.ldexp(var, 2 * exponents).astype(dtype), rtol=tiny, atol=float(np.finfo(dtype).tiny))
+        want = reference.batch_norm_backward(dy, units, mean, var, weight, 0.0, axis)
+        dx = want[0] / columns(np.exp2(exponents), x, axis)
+    got = fastbn.batch_norm_backward(dy, x, saved)
+    assert got.dx is not None
+    per_channel = tuple(i for i in range(4) if i != axis)
+    within(got.dx, dx, 10 * tiny * np.abs(dx).max(per_channel, keepdims=True) + np.finfo(dtype).tiny)
+    within(np.asarray(got.dweight), want[1], 100 * tiny)
+    within(np.asarray(got.dbias), want[2], 100 * tiny)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e200), ("float64", 1e-170), ("float32", 5e37)])
+def test_residual_activation_and_in_place(dtype: str, size: float) -> None:
+    x, dy, _, units = _data(dtype, size)
+    residual = rng(2).standard_normal(SHAPE).astype(dtype)
+    y, saved = fastbn.batch_norm_forward(x, eps=0.0, activation="relu", residual=residual)
+    _, mean, var = reference.batch_norm_stats(units)
+    z = reference.batch_norm(units, mean, var, eps=0.0) + residual
+    tiny = 1e-6 if dtype == "float32" else 1e-14
+    within(y, np.maximum(z, 0), 5 * tiny)
+    wrt = ("x", "weight", "bias", "residual")
+    got = fastbn.batch_norm_backward(dy, x, saved, wrt=wrt)
+    same_bits(np.asarray(got.dresidual), np.where(z > 0, dy, 0).astype(dtype))
+    for name, a in (("x", x.copy()), ("residual", residual.copy())):
+        given = {"x": x, "residual": residual} | {name: a}
+        same_bits(fastbn.batch_norm_forward(**given, eps=0.0, activation="relu", out=a)[0], y)
+    for name in ("dy", "x"):
+        given = {"dy": dy.copy(), "x": x.copy()}
+        again = fastbn.batch_norm_backward(**given, saved=saved, wrt=wrt, out=given[name])
+        for a, b in zip(got, again, strict=True):
+            same_bits(np.asarray(a), np.asarray(b))
+
+
+@pytest.mark.parametrize(("dtype", "size"), CASES)
+def test_other_channels_keep_their_bits(dtype: str, size: float) -> None:
+    x, dy, _, _ = _data(dtype, size)
+    ordinary = x.copy()
+    ordinary[:, EXTREME] = 1
+    results: list[list[Any]] = []
+    for a in (x, ordinary):
+        y, saved = fastbn.batch_norm_forward(a)
+        gradients = fastbn.batch_norm_backward(dy, a, saved)
+        results.append([y[:, 1], np.asarray(gradients.dx)[:, 1], np.asarray(gradients.dweight)[1:2], saved.invstd[1:2], saved.scale[1:2]])
+    for a, b in zip(*results, strict=True):
+        same_bits(np.ascontiguousarray(a), np.ascontiguousarray(b))
+
+
+def test_values_that_span_the_range() -> None:
+    for dtype in ("float32", "float64"):
+        largest = np.finfo(dtype).max
+        x = np.array([[-largest], [largest], [largest], [largest]])  # the first is more than the largest away from the mean
+        np.testing.assert_allclose(fastbn.batch_norm(x, None, None, training=True).ravel(), np.array([-3, 1, 1, 1]) / 3**0.5, rtol=1e-6)
+        x = np.array([[-largest], [largest], [largest], [-largest]])
+        y, saved = fastbn.batch_norm_forward(x)
+        np.testing.assert_allclose(y, x / largest, rtol=1e-6)
+        np.testing.assert_allclose(np.float64(saved.invstd) * largest, 1, rtol=1e-6)
+        dx = fastbn.batch_norm_backward(x / largest, x, saved, wrt="x").dx  # dy is along y: only the rounding is left
+        assert dx is not None
+        assert np.all(np.abs(dx) <= 10 * np.finfo(dtype).eps / largest)
+
+
+def test_a_variance_that_is_a_number_though_the_sum_of_squares_is_none() -> None:
+    x = np.resize([1e154, -1e154], (400, 1))
+    np.testing.assert_allclose(fastbn.batch_norm_stats(x).var, 1e308, rtol=1e-14)
+    running_var = np.zeros(1)
+    fastbn.batch_norm(x, None, running_var, training=True, momentum=1.0)
+    np.testing.assert_allclose(running_var, 1e308 / 399 * 400, rtol=1e-14)
+
+
+@pytest.mark.parametrize("eps", [1e-80, 1e-300])
+def test_constant_channels_with_a_very_small_eps_are_the_bias(eps: float) -> None:
+    bias = np.array([0.25, -3.0])
+    for dtype in ("float32", "float64"):
+        x = np.full((4, 2, 3, 3), 7.0, dtype)
+        y = fastbn.batch_norm(x, None, None, None, bias, training=True, eps=eps)
+        np.testing.assert_array_equal(y, np.broadcast_to(bias[:, None, None], x.shape))
+        frozen = fastbn.FrozenBatchNorm([7, 7], [0, 0], None, bias, eps=eps)
+        np.testing.assert_array_equal(frozen(x), y)
+        np.testing.assert_array_equal(fastbn.batch_norm(x, np.full(2, 7.0), np.zeros(2), None, bias, eps=eps), y)
+
+
+@pytest.mark.parametrize(("dtype", "values"), [("float32", (0, 1e-40)), ("float32", (3e-39, -3e-39)), ("float64", (0, 1e-310))])
+def test_two_subnormal_values_are_minus_one_and_one(dtype: str, values: tuple[float, float]) -> None:
+    x = np.array(values, dtype).reshape(2, 1)
+    np.testing.assert_allclose(fastbn.batch_norm(x, None, None, training=True, eps=0.0), np.sign(x - x[::-1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_not_finite_stays_so(value: float) -> None:
+    for dtype in ("float32", "float64"):
+        x = rng().standard_normal((6, 3)).astype(dtype)
+        x[2, 1] = value
+        y = fastbn.batch_norm(x, None, None, training=True)
+        np.testing.assert_array_equal(np.isnan(y), np.broadcast_to([False, True, False], y.shape))
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_gradients_from_given_sums_and_with_a_mask(size: float) -> None:
+    x, dy, exponents, units = _data("float64", size)
+    _, mean, var = reference.batch_norm_stats(units)
+    dx, dweight, dbias = reference.batch_norm_backward(dy, units, mean, var, eps=0.0)
+    dx = dx / columns(np.exp2(exponents), x, 1)
+    largest = np.abs(dx).max((0, 2, 3), keepdims=True)
+    wide_mean, invstd = np.ldexp(mean, exponents), np.ldexp(1 / np.sqrt(var), -exponents)
+    sums = fastbn.batch_norm_backward_reduce(dy, x, wide_mean, invstd)
+    within(fastbn.batch_norm_backward_elemt(dy, x, wide_mean, invstd, None, sums[0], sums[1], x.size // 3), dx, 1e-13 * largest)
+    _, saved = fastbn.batch_norm_forward(x, eps=0.0, mask=np.ones((8, 5, 4), bool))
+    got = fastbn.batch_norm_backward(dy, x, saved)
+    for gradient, truth, bound in zip(got[:3], (dx, dweight, dbias), (1e-13 * largest, 1e-12, 1e-12), strict=True):
+        within(np.asarray(gradient), truth, bound)

@@ -1,0 +1,119 @@
+"""What is published: the sdist holds all that is needed to build and to test, the wheel what is needed to run.
+
+CI looks into a wheel with compiled kernels too, and installs it; here nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What builds, tests and git leave in a checkout.
+LEFT = ("*.so", "__pycache__", "build", "dist", "*.egg-info", ".*_cache", ".git*", ".hypothesis", ".venv", "results", "_*.cpp", "*.png")
+
+pytest.importorskip("setuptools", minversion="77")
+pytest.importorskip("Cython", minversion="3.1")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources, with what a developer's tree may hold besides."""
+    folder = tmp_path_factory.mktemp("packaging") / "source"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT))
+    for name in ("_simd_v2.cpp", "_simd_v2.cpython-311-x86_64-linux-gnu.so"):
+        (folder / "fastbn" / "kernels" / name).touch()
+    return folder
+
+
+def _setup(source: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTBN_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", *arguments], cwd=source, env=clean | environment, capture_output=True, text=True, check=False
+    )
+
+
+def _wheel(source: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return _setup(source, "bdist_wheel", "--dist-dir", str(folder), **environment)
+
+
+@pytest.fixture(scope="module")
+def unpacked(source: Path) -> Path:
+    """The sdist, unpacked."""
+    done = _setup(source, "sdist", "--dist-dir", str(source.parent))
+    assert done.returncode == 0, done.stderr
+    (archive,) = source.parent.glob("*.tar.gz")
+    shutil.unpack_archive(archive, source.parent / "unpacked", filter="data")
+    (folder,) = (source.parent / "unpacked").iterdir()
+    return folder
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_sdist_holds_every_file_of_the_project(unpacked: Path) -> None:
+    ours = {name for name in _files(ROOT) if not any(fnmatch(part, pattern) for part in Path(name).parts for pattern in LEFT)}
+    made = {"PKG-INFO", "setup.cfg"}
+    held = {name for name in _files(unpacked) if ".egg-info/" not in name}
+    assert held - made == ours - made
+    needed = {"fastbn/kernels/_cpu.pyx", "fastbn/kernels/pool.cpp", "tests/truth.py", "tests/pool_test.cpp", "tests/conftest.py", ".ci/run"}
+    assert needed <= held
+
+
+def test_a_wheel_without_kernels_is_for_every_platform_and_holds_python_alone(unpacked: Path, tmp_path: Path) -> None:
+    done = _wheel(unpacked, tmp_path, FASTBN_NO_EXTENSIONS="1")
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.iterdir()
+    assert re.fullmatch(r"fastbn-[\w.]+-py3-none-any\.whl", wheel.name)
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {f"fastbn/{name}" for name in _files(ROOT / "fastbn") if name.endswith((".py", "py.typed"))}
+
+
+def test_without_a_compiler_the_python_part_is_packed(unpacked: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    nowhere.mkdir()
+    done = _wheel(unpacked, tmp_path / "wheel", PATH=str(nowhere), CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "fastbn: no C++17 compiler was found; the Python part is installed alone" in done.stderr
+    assert [path.name.partition("-py3-")[2] for path in (tmp_path / "wheel").iterdir()] == ["none-any.whl"]
+
+
+def test_whoever_publishes_can_insist_on_a_compiler(unpacked: Path, tmp_path: Path) -> None:
+    done = _wheel(unpacked, tmp_path / "wheel", CXX="no-such-compiler", FASTBN_REQUIRE_EXTENSIONS="1")
+    assert done.returncode != 0
+    assert "no C++17 compiler was found (CXX=no-such-compiler), and FASTBN_REQUIRE_EXTENSIONS is set" in done.stderr
+    assert not (tmp_path / "wheel").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a compiler that is a shell script")
+def test_a_kernel_that_does_not_compile_is_an_error(source: Path, tmp_path: Path) -> None:
+    """Where there is a compiler, a wheel without kernels would be an accident."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *" /dev/null") exit 0;; *) echo "no Python.h" >&2; exit 1;; esac\n')
+    compiler.chmod(0o755)
+    few = tmp_path / "source"  # without the big modules, which Cython would translate first
+    shutil.copytree(source, few)
+    for path in (few / "fastbn" / "kernels").glob("_simd_*.pyx"):
+        path.write_text("")
+    done = _wheel(few, tmp_path / "wheel", CXX=str(compiler))
+    assert done.returncode != 0
+    assert "no Python.h" in done.stderr
+    assert "fastbn's kernels did not build; FASTBN_NO_EXTENSIONS=1 installs without them." in done.stderr
+    assert not (tmp_path / "wheel").exists()
+
+
+def test_flags_name_the_features_that_are_looked_up() -> None:
+    """A module must not be compiled for more than what is asked of the processor before it runs."""
+    from fastbn import cpu
+
+    flags = set(re.findall(r'"-m([a-z0-9.]+)"', (ROOT / "setup.py").read_text()))
+    assert flags == set().union(*(cpu.LEVELS[level] for level in ("v2", "v3", "v4")))
