@@ -146,8 +146,9 @@ def copy_of_the_package(folder: Path) -> Path:
     for name in ("fastbn", "tests", "bench", "examples", "docs"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
-    for name in ("setup.py", "pyproject.toml", "conftest.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, folder)
     return folder
 
 
