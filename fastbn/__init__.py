@@ -13,6 +13,7 @@ from fastbn.functional import (
 )
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from fastbn.memory import release as release_memory
+from fastbn.memory import statistics as memory_statistics
 from fastbn.results import Gradients, Saved, Stats
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
 
@@ -37,6 +38,7 @@ __all__ = [
     "batch_norm_stats",
     "explain",
     "get_num_threads",
+    "memory_statistics",
     "num_threads",
     "release_memory",
     "set_num_threads",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
 import warnings
@@ -19,6 +18,7 @@ import numpy as np
 
 from fastbn import cpu, memory, threads
 from fastbn.dtypes import DTYPES, lookup
+from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, Array, LayoutName, channel_axis, pattern, view
 
 ALL = frozenset(DTYPES)
@@ -113,22 +113,20 @@ def _imports_for_packagers() -> None:
     import fastbn.reference  # noqa: F401
 
 
-_pinned: ContextVar[str | None] = ContextVar("fastbn_kernel", default=None)
-
-
-_from_environment = os.environ.get("FASTBN_KERNEL") or None
+_pinned: ContextVar[str | None] = ContextVar("fastbn_kernel")  # by `use_kernel`
+_from_environment = settings.kernel
 
 
 def pinned() -> str | None:
     """Name of the pinned kernel: by `use_kernel`, else by FASTBN_KERNEL when fastbn was imported, else None."""
-    return _pinned.get() or _from_environment
+    return _pinned.get(_from_environment)
 
 
-def _check(name: str) -> None:
-    if name not in KERNELS:
-        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {name!r}")
+def _check(name: str, pin: str = "kernel") -> None:
+    if not isinstance(name, str) or name not in KERNELS:
+        raise ValueError(f"{pin} must be one of {', '.join(KERNELS)}, got {name!r}")
     if reason := KERNELS[name].unusable():
-        raise RuntimeError(f"kernel {name!r} cannot run here: {reason}")
+        raise RuntimeError(f"{pin} {name!r} cannot run here: {reason}")
 
 
 @contextmanager
@@ -138,7 +136,7 @@ def use_kernel(name: str | None) -> Iterator[None]:
     Parameters
     ----------
     name : str or None
-        Name of a kernel, as `show_config` lists them. None lifts the pin of an outer block.
+        Name of a kernel, as `show_config` lists them. None lifts the pin of an outer block, or of FASTBN_KERNEL.
 
     Raises
     ------
@@ -192,9 +190,10 @@ def select(dtype: str, custom: bool = False) -> Kernel:
 
 @cache
 def _pin(name: str, dtype: str, custom: bool) -> Kernel:
-    _check(name)
+    pin = "kernel" if _pinned.get(None) else "FASTBN_KERNEL"
+    _check(name, pin)
     if reason := KERNELS[name].declines(dtype, custom):
-        raise RuntimeError(f"kernel {name!r} is pinned but cannot run: {reason}")
+        raise RuntimeError(f"{pin} {name!r} is pinned but cannot run: {reason}")
     return KERNELS[name]
 
 

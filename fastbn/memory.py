@@ -6,27 +6,33 @@ about the same size.
 
 a) A buffer is lent to one plain array at a time. The array's base is the loan, which every view and every exported
    buffer of the array keeps alive; when the loan dies, nothing can reach the memory any more, and it becomes idle.
-b) The buffers that come back, idle and lent ones together, take `FASTBN_POOL_BYTES` at most, by default an eighth of
-   the memory; of the idle ones those that are so for longest go first. What is lent beyond that is not recycled.
-c) No Python code runs where a loan dies: an interrupt that arrives there would be lost, because Python ignores what a
+b) The buffers that come back, idle and lent ones together, take `FASTBN_POOL_BYTES` at most; of the idle ones those
+   that are so for longest go first. What is lent beyond that is not recycled. By default it is a 32nd of the memory, so
+   that the 8 workers of a service together hold no more than a quarter, and at most 1 GiB.
+c) What was idle for `PERIOD` seconds goes back to the system. A thread sees to it, in a process that makes no more calls
+   too; it is there only while there are buffers, sleeps all but a few microseconds, and ends with the process.
+d) No Python code runs where a loan dies: an interrupt that arrives there would be lost, because Python ignores what a
    finalizer raises. The ticket of the loan is put on a list, by a method of that list, and the next call looks there.
-d) There is no lock. A loan may die anywhere, in a garbage collection or a signal handler in the middle of this
+e) There is no lock. A loan may die anywhere, in a garbage collection or a signal handler in the middle of this
    module too, where a lock of any kind could wait for itself. Instead a buffer changes hands in one operation on a
-   list, which is atomic with and without the interpreter lock, and nothing else has to agree with it.
-e) Sizes are rounded up to an eighth of a power of two, so that batches which differ a little share buffers. At most
+   dict or list, which is atomic with and without the interpreter lock, and nothing else has to agree with it.
+f) A signal handler may raise between any two operations. What is then in nobody's hands goes back to the system, when
+   its last reference dies; what is told by a ticket that was lost on its way is found by a look at all that is lent.
+g) Sizes are rounded up to an eighth of a power of two, so that batches which differ a little share buffers. At most
    an eighth of a buffer is never touched, and so takes address space but no memory.
 """
 
 from __future__ import annotations
 
+import _thread
 import mmap
 import os
 import sys
+import time
 import weakref
 from collections import deque
 from contextlib import suppress
 from functools import lru_cache
-from itertools import count
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -34,20 +40,30 @@ from typing import Any, Literal
 import numpy as np
 
 from fastbn import cgroup
+from fastbn.environment import settings
+
+try:
+    from fastbn.kernels import _pool  # type: ignore[attr-defined]
+except ImportError:  # built without a compiler: nobody has scratch memory
+    _pool = None
 
 Array = np.ndarray[Any, Any]
 
 # Below this the memory allocator recycles by itself, and page faults are few.
 SMALLEST = 1 << 20
 
+# Seconds from one look at what is idle to the next. What was idle at both is given back.
+PERIOD = 5.0
+
 # Private, so that a child process does not write into its parent's arrays.
 _PRIVATE: dict[str, Any] = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
-_limit: int | None = None  # once it was looked up
-_idle: dict[int, list[tuple[int, mmap.mmap]]] = {}  # by size: when each came back, oldest first
+_limit: int | None = settings.pool_bytes  # None until it was looked up
+_idle: dict[int, list[tuple[float, mmap.mmap]]] = {}  # by size: when each came back, oldest first
 _lent: dict[int, _Ticket] = {}  # by identity
 _returned: deque[_Ticket] = deque()
-_clock = count()
+_next_look = 0.0  # when the thread that looks will have done so; 0 where there is none
+_looker: object = None  # which thread that is
 _hits = 0
 _misses = 0
 
@@ -82,8 +98,6 @@ def empty_like(x: Array, order: Literal["K", "C"] = "K") -> Array:
 
     Raises
     ------
-    ValueError
-        If FASTBN_POOL_BYTES is not a number of bytes.
     MemoryError
         If there is no memory.
 
@@ -106,6 +120,8 @@ def empty_like(x: Array, order: Literal["K", "C"] = "K") -> Array:
     ticket = _Ticket(loan, _returned.append)
     ticket.size, ticket.mapping = size, mapping if recycled else None
     _lent[id(ticket)] = ticket
+    if time.monotonic() > _next_look:
+        _start_to_look()
     strides = None if order == "C" else _strides(x.shape, x.strides, x.itemsize)
     return np.ndarray(x.shape, x.dtype, loan, 0, strides)
 
@@ -133,6 +149,7 @@ def _mapping(size: int) -> tuple[mmap.mmap, bool]:
         _, mapping = _idle[size].pop()
     except (KeyError, IndexError):
         _misses += 1
+        _collect_all()
         room = limit() - size - sum(ticket.size for ticket in _lent.copy().values() if ticket.mapping is not None)
         if room >= 0:
             _trim(room)
@@ -148,24 +165,78 @@ def _collect() -> None:
             ticket = _returned.popleft()
         except IndexError:  # another thread was faster
             return
-        _lent.pop(id(ticket), None)
-        if ticket.mapping is not None:
-            _idle.setdefault(ticket.size, []).append((next(_clock), ticket.mapping))
-            _trim(limit())  # calls that ran at the same time may together have lent too much
+        _take_back(ticket)
+
+
+def _collect_all() -> None:
+    """Make idle what was returned, and whatever else of the lent is dead: an interrupt may have lost its ticket."""
+    _collect()
+    for ticket in _lent.copy().values():
+        if ticket() is None:
+            _take_back(ticket)
+
+
+def _take_back(ticket: _Ticket) -> None:
+    if _lent.pop(id(ticket), None) is not None and ticket.mapping is not None:
+        _idle.setdefault(ticket.size, []).append((time.monotonic(), ticket.mapping))
+        _trim(limit())  # calls that ran at the same time may together have lent too much
+
+
+def _start_to_look() -> None:
+    """Start the thread that gives idle memory back; where it cannot be started, look here and now."""
+    global _next_look, _looker
+    _next_look = time.monotonic() + 2 * PERIOD
+    _looker = me = object()
+    try:
+        # Not a threading.Thread, which takes locks: a signal handler may be here because it interrupted one.
+        _thread.start_new_thread(_keep_looking, (me,))
+    except (RuntimeError, MemoryError):
+        _look()
+
+
+def _keep_looking(me: object) -> None:
+    """Look again and again, until there are no buffers, or another thread does."""
+    global _next_look
+    while True:
+        time.sleep(PERIOD)
+        if _looker is not me:
+            return
+        _look()
+        _next_look = 0  # before the question: whoever makes a buffer after it starts a thread
+        if not _lent and not any(_idle.copy().values()):
+            return
+        _next_look = time.monotonic() + 2 * PERIOD
+
+
+def _look() -> None:
+    """Give back what was idle for a period."""
+    before = time.monotonic() - PERIOD
+    for stack in _idle.copy().values():
+        while stack and stack[0][0] <= before:
+            with suppress(IndexError):  # another thread was faster
+                stack.pop(0)
+    _collect_all()
 
 
 def _new(size: int) -> mmap.mmap:
+    mapping = _map(size)
+    if mapping is None:
+        release()
+        mapping = _map(size)
+    if mapping is None:
+        raise MemoryError(f"no memory for an output of {size} bytes")
+    return mapping
+
+
+def _map(size: int) -> mmap.mmap | None:
+    mapping = None
     try:
         mapping = mmap.mmap(-1, size, **_PRIVATE)
-    except OSError:
-        release()
-        try:
-            mapping = mmap.mmap(-1, size, **_PRIVATE)
-        except OSError as error:
-            raise MemoryError(f"no memory for an output of {size} bytes") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
+        if hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:  # no memory; or a kernel without huge pages
+        if error.errno is None:  # but this is none of the system's: a signal handler's, such as TimeoutError
+            raise
     return mapping
 
 
@@ -185,7 +256,9 @@ def _idle_bytes() -> int:
 
 
 def release() -> int:
-    """Give all idle memory back to the system.
+    """Give all idle memory back to the system: recycled buffers, and the scratch memory of this thread's calls.
+
+    Other threads give their scratch memory back at their next call.
 
     Returns
     -------
@@ -194,13 +267,13 @@ def release() -> int:
 
     Examples
     --------
-    >>> from fastbn import memory
-    >>> freed = memory.release()
-    >>> memory.statistics()["idle"]
+    >>> import fastbn
+    >>> freed = fastbn.release_memory()
+    >>> fastbn.memory_statistics()["idle"]
     0
     """
-    _collect()
-    return _trim(0)
+    _collect_all()
+    return _trim(0) + (0 if _pool is None else _pool.release_scratch())
 
 
 def statistics() -> dict[str, int]:
@@ -212,18 +285,13 @@ def statistics() -> dict[str, int]:
         Bytes "in_use" by arrays, bytes "idle", and the "limit" of the latter; "hits" and "misses", how many large
         outputs had recycled and new memory. Without the interpreter lock, threads may lose a hit or a miss.
 
-    Raises
-    ------
-    ValueError
-        If FASTBN_POOL_BYTES is not a number of bytes.
-
     Examples
     --------
-    >>> from fastbn import memory
-    >>> sorted(memory.statistics())
+    >>> import fastbn
+    >>> sorted(fastbn.memory_statistics())
     ['hits', 'idle', 'in_use', 'limit', 'misses']
     """
-    _collect()
+    _collect_all()
     in_use = sum(ticket.size for ticket in _lent.copy().values())
     return {"in_use": in_use, "idle": _idle_bytes(), "limit": limit(), "hits": _hits, "misses": _misses}
 
@@ -234,19 +302,12 @@ def limit() -> int:
     Returns
     -------
     int
-        FASTBN_POOL_BYTES, or an eighth of the memory that the machine or the cgroup has. Read once in a process.
-
-    Raises
-    ------
-    ValueError
-        If FASTBN_POOL_BYTES is not a number of bytes.
+        FASTBN_POOL_BYTES, or the smaller of 1 GiB and a 32nd of the memory that the machine or the cgroup has. Looked up
+        once in a process.
     """
     global _limit
     if _limit is None:
-        wanted = os.environ.get("FASTBN_POOL_BYTES") or None
-        if wanted is not None and not (wanted.isascii() and wanted.isdecimal()):
-            raise ValueError(f"FASTBN_POOL_BYTES must be a number of bytes, 0 for no recycling, got {wanted!r}")
-        _limit = _available() // 8 if wanted is None else int(wanted)
+        _limit = min(_available() // 32, 1 << 30)
     return _limit
 
 
@@ -287,6 +348,12 @@ def _bytes(file: Path) -> int | None:
         return None
 
 
-# Copies of the parent's pages would cost a child more than new ones.
+def _after_fork() -> None:
+    """Start with nothing idle, because copies of the parent's pages would cost more than new ones, and no thread."""
+    global _next_look
+    _next_look = 0.0
+    release()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=release)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 from fastbn import cgroup
+from fastbn.environment import MOST_THREADS, integer, settings
 
 _threads: int | None = None  # by set_num_threads
 _default: int | None = None  # what the machine allows, once it was looked up
@@ -47,29 +51,52 @@ def _quota_of(folder: Path) -> float | None:
 
 
 def limits() -> dict[str, float | None]:
-    """What bounds the number of threads: CPU affinity, cgroup quota, FASTBN_NUM_THREADS; None is no limit."""
-    wanted = os.environ.get("FASTBN_NUM_THREADS") or None
-    if wanted is not None and not (wanted.isdecimal() and int(wanted) > 0):
-        raise ValueError(f"FASTBN_NUM_THREADS must be a positive integer, got {wanted!r}")
+    """What bounds the default number of threads.
+
+    Returns
+    -------
+    dict
+        By name: the CPU affinity, the cgroup's quota, FASTBN_NUM_THREADS and, where the latter is not set,
+        OMP_NUM_THREADS; None is no limit.
+    """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"affinity": affinity, "quota": quota(), "FASTBN_NUM_THREADS": None if wanted is None else int(wanted)}
+    return {
+        "affinity": affinity,
+        "quota": quota(),
+        "FASTBN_NUM_THREADS": settings.num_threads,
+        "OMP_NUM_THREADS": _of_openmp() if settings.num_threads is None else None,
+    }
 
 
-def _positive(n: int) -> int:
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    return n
+def _of_openmp() -> int | None:
+    """What OMP_NUM_THREADS asks for; of a list of numbers for nested levels, the first. Like OpenMP, ignore what is wrong."""
+    first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return integer(first, MOST_THREADS) or None
 
 
-def set_num_threads(n: int) -> None:
+def _checked(n: SupportsIndex) -> int:
+    try:
+        number = operator.index("" if isinstance(n, bool) else n)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"n must be an int, got {type(n).__name__}") from None
+    if not 1 <= number <= MOST_THREADS:
+        got = number if number.bit_length() < 64 else f"one of {number.bit_length()} bits"
+        raise ValueError(f"n must be an int from 1 to {MOST_THREADS}, got {got}")
+    return number
+
+
+def set_num_threads(n: SupportsIndex) -> None:
     """Set the number of threads for the whole process.
 
     Parameters
     ----------
     n : int
-        At least 1; it may exceed the default.
+        From 1 to 1048576; it may exceed the default. The pool has 255 threads at most.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If n is no such number.
 
     Examples
     --------
@@ -77,7 +104,7 @@ def set_num_threads(n: int) -> None:
     >>> fastbn.set_num_threads(fastbn.get_num_threads())
     """
     global _threads
-    _threads = _positive(n)
+    _threads = _checked(n)
 
 
 def get_num_threads() -> int:
@@ -87,8 +114,15 @@ def get_num_threads() -> int:
     -------
     int
         From `num_threads` if inside such a block, else from `set_num_threads`, else the default: the smallest of
-        the CPU affinity, the cgroup's CPU quota rounded up, and FASTBN_NUM_THREADS. The default is read once in a
-        process, and again after a fork.
+        the CPU affinity, the cgroup's CPU quota rounded up, and FASTBN_NUM_THREADS or else OMP_NUM_THREADS. The
+        default is looked up once in a process, and again after a fork.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> with fastbn.num_threads(2):
+    ...     fastbn.get_num_threads()
+    2
     """
     global _default
     if (scoped := _scoped.get()) is not None:
@@ -110,13 +144,18 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def num_threads(n: int) -> Iterator[None]:
+def num_threads(n: SupportsIndex) -> Iterator[None]:
     """Set the number of threads inside the `with` block, in this thread or task only.
 
     Parameters
     ----------
     n : int
-        At least 1.
+        From 1 to 1048576.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If n is no such number.
 
     Examples
     --------
@@ -125,7 +164,7 @@ def num_threads(n: int) -> Iterator[None]:
     ...     fastbn.get_num_threads()
     3
     """
-    token = _scoped.set(_positive(n))
+    token = _scoped.set(_checked(n))
     try:
         yield
     finally:
@@ -141,3 +180,55 @@ WORTH_THREADS = {"normalize": 256 << 10, "stats": 256 << 10, "forward": 192 << 1
 def for_call(op: str, nbytes: int) -> int:
     """Choose the number of threads for one call of an operation on an array of `nbytes`."""
     return 1 if nbytes < WORTH_THREADS[op] else get_num_threads()
+
+
+def register_with_threadpoolctl() -> None:
+    """Let threadpoolctl see and limit fastbn's threads; done at import where threadpoolctl was imported before fastbn.
+
+    A limit holds as `num_threads` does: in the thread or task that sets it. It needs the compiled thread pool, by which
+    threadpoolctl finds fastbn.
+
+    Raises
+    ------
+    ImportError
+        If there is no threadpoolctl.
+
+    Examples
+    --------
+    >>> import threadpoolctl
+    >>> import fastbn.threads
+    >>> fastbn.threads.register_with_threadpoolctl()
+    >>> with threadpoolctl.threadpool_limits(1):
+    ...     fastbn.get_num_threads()
+    1
+    """
+    global _registered
+    if _registered:
+        return
+    import threadpoolctl  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    class Controller(threadpoolctl.LibController):  # type: ignore[misc, unused-ignore]  # it has no types
+        user_api = "fastbn"
+        internal_api = "fastbn"
+        filename_prefixes = ("_pool.",)
+        check_symbols = ("fastbn_workers",)
+
+        def get_num_threads(self) -> int:
+            return get_num_threads()
+
+        def set_num_threads(self, num_threads: Any) -> None:
+            # threadpoolctl restores what it found by setting it: then nothing of its own is to stay.
+            _scoped.set(None)
+            if num_threads != get_num_threads():
+                _scoped.set(min(max(1, num_threads), MOST_THREADS))
+
+        def get_version(self) -> str:
+            return str(sys.modules["fastbn"].__version__)
+
+    threadpoolctl.register(Controller)
+    _registered = True
+
+
+_registered = False
+if hasattr(sys.modules.get("threadpoolctl"), "register"):
+    register_with_threadpoolctl()

@@ -1,7 +1,10 @@
-// Many callers, uneven units, different numbers of threads: to be built with a sanitizer.
+// Many callers, uneven units, different numbers of threads, floating-point modes, scratch memory: to be built with a
+// sanitizer.
 #include "pool.hpp"
 
 #include <atomic>
+#include <cfenv>
+#include <chrono>
 #include <cstdio>
 #include <thread>
 #include <vector>
@@ -30,10 +33,115 @@ int call(std::ptrdiff_t units, int threads) {
     return job.total != units * (units - 1) / 2;
 }
 
+// A mode that is not the default one, in all that a program can easily set.
+void set_another_mode() {
+    std::fesetround(FE_UPWARD);
+#if defined(__x86_64__)
+    fastbn::write_mode(fastbn::read_mode() | 0x8040);  // subnormal numbers count as zero
+#elif defined(__aarch64__)
+    fastbn::write_mode(fastbn::read_mode() | 1 << 24);
+#endif
+}
+
+bool in_default_mode() {
+    volatile float tiny = 1e-39f, one = 1, third = 3;
+    volatile float down = -one / third, up = one / third;
+    return tiny * one != 0 && down == -up;
+}
+
+void check_mode(void* wrong, std::ptrdiff_t) {
+    if (!in_default_mode()) ++*static_cast<std::atomic<int>*>(wrong);
+    std::this_thread::sleep_for(std::chrono::microseconds(100));  // so that others take units too
+}
+
+// Units run in the default mode on the workers, which a thread in another mode made, and on that thread, which keeps it.
+int modes() {
+    std::atomic<int> wrong{0};
+    set_another_mode();
+    for (int threads : {4, 4, 1}) {
+        fastbn::parallel(check_mode, &wrong, 16, threads, false);
+        if (in_default_mode()) ++wrong;
+    }
+    {
+        const fastbn::FloatMode mode;
+        if (!in_default_mode()) ++wrong;
+        const fastbn::FloatMode again;
+        if (!in_default_mode()) ++wrong;
+    }
+    if (in_default_mode()) ++wrong;
+    fastbn::write_mode(fastbn::DEFAULT_MODE);
+    std::fesetround(FE_TONEAREST);
+    return wrong;
+}
+
+struct Crowd {
+    std::atomic<int> inside{0}, most{0};
+};
+
+void linger(void* data, std::ptrdiff_t) {
+    Crowd* crowd = static_cast<Crowd*>(data);
+    const int now = ++crowd->inside;
+    for (int most = crowd->most; now > most && !crowd->most.compare_exchange_weak(most, now);) {}
+    std::this_thread::sleep_for(std::chrono::microseconds(300));
+    --crowd->inside;
+}
+
+void nothing(void*, std::ptrdiff_t) {}
+
+// A job for two threads has no more, though the job before it woke eight, which come late.
+int limits() {
+    int wrong = 0, pairs = 0;
+    for (int round = 0; round < 100 && pairs < 10; ++round) {
+        Crowd crowd;
+        fastbn::parallel(nothing, nullptr, 8, 8, false);
+        fastbn::parallel(linger, &crowd, 16, 2, false);
+        wrong += crowd.most > 2;
+        pairs += crowd.most >= 2;
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that the workers sleep
+    }
+    return wrong + (pairs == 0);
+}
+
+// What is too much to keep goes at the end of a call, the rest on demand: the caller's at once, another thread's when it
+// next needs some, or ends.
+int memory() {
+    constexpr std::size_t KIB = 1 << 10;
+    int wrong = 0;
+    auto use = [&wrong](std::size_t bytes) {
+        char* p = static_cast<char*>(fastbn::scratch(bytes));
+        wrong += p == nullptr || reinterpret_cast<std::uintptr_t>(p) % 64 != 0;
+        if (p != nullptr) p[0] = p[bytes - 1] = 1;
+    };
+    use(8 << 20);
+    fastbn::end_scratch();
+    wrong += fastbn::release_scratch() != 0;
+    use(1000 * KIB);
+    fastbn::end_scratch();
+    use(10);
+    wrong += fastbn::release_scratch() != 1024 * KIB;
+    wrong += fastbn::release_scratch() != 0;
+    wrong += fastbn::scratch(SIZE_MAX) != nullptr;
+
+    std::atomic<int> turn{0};
+    std::thread other([&] {
+        use(1000 * KIB);
+        turn = 1;
+        while (turn != 2) std::this_thread::yield();
+        use(10);
+        wrong += fastbn::release_scratch() != 64 * KIB;
+        use(10);
+    });
+    while (turn != 1) std::this_thread::yield();
+    fastbn::release_scratch();
+    turn = 2;
+    other.join();
+    return wrong;
+}
+
 }  // namespace
 
 int main() {
-    std::atomic<int> wrong{0};
+    std::atomic<int> wrong{modes() + limits() + memory()};
     for (int round = 0; round < 20; ++round) {
         std::vector<std::thread> callers;
         for (int t = 0; t < 4; ++t)

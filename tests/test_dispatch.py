@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,7 +256,7 @@ def test_pins_are_per_task() -> None:
     assert asyncio.run(both()) == ["reference", None]
 
 
-@pytest.mark.parametrize(("value", "said"), [("reference", "2.0 reference"), ("", "None"), ("fastest", "got 'fastest'")])
+@pytest.mark.parametrize(("value", "said"), [("reference", "2.0 reference"), ("", "None"), ("fastest", "FASTBN_KERNEL must be one of")])
 def test_the_environment_pins(value: str, said: str) -> None:
     code = "import fastbn, numpy as np; print(fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean[0], fastbn.dispatch.pinned())"
     done = subprocess.run(
@@ -266,11 +267,34 @@ def test_the_environment_pins(value: str, said: str) -> None:
 
 
 def test_a_block_is_nearer_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_from_environment", "fastest")
-    with pytest.raises(ValueError, match=r"kernel must be one of .*, got 'fastest'"):
+    free = _chosen("float32")
+    monkeypatch.setattr(dispatch, "_from_environment", "reference")
+    assert dispatch.select("float32").name == "reference"
+    with fastbn.use_kernel(None):
+        assert dispatch.pinned() is None
+        assert _chosen("float32") is free
+        with fastbn.use_kernel("reference"):
+            assert dispatch.select("float32").name == "reference"
+    assert dispatch.pinned() == "reference"
+
+
+def test_a_kernel_of_the_environment_that_cannot_run_is_named_with_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = Kernel("far", "fastbn.reference", package="no_such_package", dtypes=frozenset({"float32"}))
+    narrow = Kernel("narrow", "fastbn.reference", dtypes=frozenset({"float32"}))
+    for kernel in (far, narrow):
+        monkeypatch.setitem(KERNELS, kernel.name, kernel)
+    monkeypatch.setattr(dispatch, "_from_environment", "far")
+    with pytest.raises(RuntimeError, match="FASTBN_KERNEL 'far' cannot run here: no_such_package is not installed"):
         fastbn.batch_norm_stats(X)
-    with fastbn.use_kernel("reference"):
-        fastbn.batch_norm_stats(X)
+    monkeypatch.setattr(dispatch, "_from_environment", "narrow")
+    with pytest.raises(RuntimeError, match="FASTBN_KERNEL 'narrow' is pinned but cannot run: it has no f64"):
+        fastbn.batch_norm_stats(X.astype(np.float64))
+
+
+@pytest.mark.parametrize("name", [3, ["reference"], b"reference"])
+def test_the_name_of_a_kernel_is_text(name: Any) -> None:
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        fastbn.use_kernel(name).__enter__()
 
 
 def test_a_pinned_kernel_must_take_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ OPTIONAL = {
     "keras": {"keras", "tensorflow"},
     "kernels.numba": {"numba"},
     "kernels.numba_math": {"numba", "llvmlite"},
+    "threads": {"threadpoolctl"},
     "__main__": {"rich"},
 }
 
@@ -101,7 +102,7 @@ def _python(code: str) -> str:
 def test_importing_imports_no_framework() -> None:
     loaded = _python("import sys, fastbn; print(*sys.modules)").split()
     assert "fastbn.functional" in loaded
-    unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "ml_dtypes", "rich"}
+    unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "ml_dtypes", "rich", "threadpoolctl"}
     assert not unwanted & {module.split(".")[0] for module in loaded}
     assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.kernels.numba"} & set(loaded)
 

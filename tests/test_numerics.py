@@ -108,6 +108,63 @@ def test_frozen_gives_float64_statistics_their_digits(dtype: np.dtype[Any]) -> N
     near(fastbn.batch_norm_elemt(x, mean, 1 / np.sqrt(var + 1e-5)), reference.batch_norm(x, mean, var))
 
 
+# Skewed data: the mean of a tile is not where one element, or a few, would have it
+
+
+SKEWED = {
+    "normal": lambda r, shape: r.standard_normal(shape),
+    "behind a ReLU": lambda r, shape: np.maximum(r.standard_normal(shape), 0),
+    "exponential": lambda r, shape: r.exponential(1, shape),
+    "lognormal": lambda r, shape: r.lognormal(0, 1, shape),
+    "rarely not zero": lambda r, shape: np.where(r.random(shape) < 0.02, 1.0, 0.0) + 0.3,
+    "with outliers": lambda r, shape: np.where(r.random(shape) < 0.002, 100.0, 0.0) + r.standard_normal(shape),
+    "sorted": lambda r, shape: np.sort(r.exponential(1, shape), 0),
+}
+# A tile of few rows has the fewest values; 4096 channels have an unlucky one among them.
+SKEWED_SHAPES = {
+    "128 rows": ("NC", (128, 4096)), "192 rows": ("NC", (192, 4096)), "256 rows": ("NC", (256, 4096)),
+    "many rows": ("NHWC", (2, 40, 40, 33)), "runs": ("NCL", (128, 512, 3)), "few values": ("NC", (9, 4096)),
+    "planes": ("NCHW", (2, 512, 15, 15)), "small planes": ("NCHW", (4, 1024, 7, 7)), "long planes": ("NCHW", (2, 64, 64, 64)),
+}  # fmt: skip
+
+
+def _two_passes(x: Array, axis: int) -> tuple[Array, Array]:
+    """Mean and variance in long double."""
+    rows = np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis]).astype(np.longdouble)
+    mean = rows.mean(0)
+    mean += (rows - mean).mean(0)
+    return mean, np.square(rows - mean).mean(0)
+
+
+@pytest.mark.parametrize("data", SKEWED)
+@pytest.mark.parametrize("where", SKEWED_SHAPES)
+@wide
+def test_skewed_data(where: str, data: str, dtype: np.dtype[Any]) -> None:
+    layout, shape = SKEWED_SHAPES[where]
+    x = SKEWED[data](rng(3), shape).astype(dtype)
+    mean, var = _two_passes(x, axis_of(layout))
+    stats = fastbn.batch_norm_stats(x, layout=layout)
+    allowed = 1e-6 if dtype == np.float32 else 1e-13
+    within(stats.var, var, allowed * var)
+    assert stats.mean_lo is not None
+    within(stats.mean.astype(np.longdouble) + stats.mean_lo, mean, allowed * np.sqrt(var))
+
+
+@pytest.mark.parametrize("layout", ["NC", "NCHW"])
+@single
+def test_an_unlucky_sample_costs_no_digits(layout: str, dtype: np.dtype[Any]) -> None:
+    """A few elements are far from the others, and wherever a kernel takes its sample, some channel has them just there."""
+    shape, n = ((256, 1024), 256) if layout == "NC" else ((1, 1024, 16, 16), 256)
+    x = rng(4).standard_normal((1024, n))
+    for c in range(1024):
+        x[c, (c + np.arange(4) * (1 + c // n * 16)) % n] = 50
+    x = (x.T if layout == "NC" else x).reshape(shape).astype(dtype)
+    mean, var = _two_passes(x, 1)
+    stats = fastbn.batch_norm_stats(x)
+    within(stats.var, var, 1e-6 * var)
+    np.testing.assert_allclose(stats.mean, mean.astype(np.float64), rtol=1e-6)
+
+
 # Exact data: deviations are small integers in pairs of opposite sign, so every partial sum of pairs is exact.
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -251,6 +254,97 @@ def test_more_threads_than_can_start() -> None:
         fastbn.set_num_threads(64)
         assert step() == expected
     """)
+
+
+def test_scratch_memory_goes_with_its_thread() -> None:
+    """100 threads one after the other, each with 900 KB of it."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    run("""
+        def resident():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        x = np.ones((4, 8000), np.float32)
+        def once():
+            thread = threading.Thread(target=fastbn.batch_norm_forward, args=(x,))
+            thread.start()
+            thread.join()
+        once()
+        before = resident()
+        for _ in range(100):
+            once()
+        assert resident() - before < 10 << 20, resident() - before
+    """)
+
+
+def test_released_memory_includes_scratch_memory() -> None:
+    fastbn.release_memory()
+    fastbn.batch_norm_stats(np.ones((4, 5000), np.float32))
+    assert fastbn.release_memory() >= 5000 * 8
+    assert fastbn.release_memory() == 0
+
+
+class FloatEnvironment:
+    """The floating-point environment of this thread, through the C library."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(None)
+        self.before = (ctypes.c_uint32 * 64)()
+        self.library.fegetenv(self.before)
+
+    def round(self, direction: int) -> None:
+        assert self.library.fesetround(direction) == 0
+
+    def flush(self) -> None:
+        """Let subnormal numbers count as zero, and be made zero."""
+        changed = (ctypes.c_uint32 * 64)(*self.before)
+        if platform.machine() == "x86_64":
+            changed[7] |= 0x8040
+        else:
+            changed[0] |= 1 << 24
+        self.library.fesetenv(changed)
+
+    def restore(self) -> None:
+        self.library.fesetenv(self.before)
+
+
+UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}
+MODES: dict[str, Callable[[FloatEnvironment], None]] = {
+    "flush to zero": FloatEnvironment.flush,
+    "round up": lambda environment: environment.round(UPWARD[platform.machine()]),
+}
+
+
+@pytest.mark.skipif(platform.machine() not in UPWARD or sys.platform != "linux", reason="knows Linux on x86-64 and aarch64 alone")
+@pytest.mark.parametrize("change", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_callers_floating_point_mode_changes_nothing(n: int, change: Callable[[FloatEnvironment], None]) -> None:
+    """Sixty equal calls give the result of the default mode, and leave the caller's as it is."""
+    x = (np.random.default_rng(0).normal(size=(4, 64, 40, 40)) * 1e-39).astype(np.float32)
+    mean, ones = np.full(64, 1e-40, np.float32), np.ones(64, np.float32)
+    with fastbn.num_threads(n):
+        expected = fastbn.batch_norm(x, mean, ones, eps=0.0)
+        environment = FloatEnvironment()
+        try:
+            change(environment)
+            mode = pool.set_float_mode()
+            pool.set_float_mode(mode)
+            results = [fastbn.batch_norm(x, mean, ones, eps=0.0) for _ in range(60)]
+            after = pool.set_float_mode(mode)
+        finally:
+            environment.restore()
+    assert after & ~0x3F == mode & ~0x3F != pool.set_float_mode() & ~0x3F
+    assert all(np.array_equal(result.view(np.int32), expected.view(np.int32)) for result in results)
+
+
+def test_bits_that_the_processor_knows_nothing_of_are_left_out() -> None:
+    """They would end the process."""
+    before = pool.set_float_mode()
+    pool.set_float_mode(0xFFFFFFFF)
+    pool.set_float_mode()
+    pool.set_float_mode(before)
+    with pytest.raises((OverflowError, TypeError)):
+        pool.set_float_mode("up")
 
 
 def test_second_interpreter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +118,59 @@ def test_num_threads_is_scoped() -> None:
     assert fastbn.get_num_threads() == before
 
 
-@pytest.mark.parametrize(("n", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)])
+@pytest.mark.parametrize("n", [3, np.int64(3), np.uint8(3), np.array(3)], ids=lambda n: type(n).__name__)
+def test_any_integer_is_a_number_of_threads(n: Any) -> None:
+    with fastbn.num_threads(n):
+        assert type(fastbn.get_num_threads()) is int
+        assert fastbn.get_num_threads() == 3
+
+
+def test_a_million_threads_are_as_many_as_there_can_be() -> None:
+    """The largest number that is taken works; in a process of its own, because the pool never shrinks."""
+    pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
+    run("""
+    from fastbn.kernels import _pool
+    x = np.random.default_rng(0).normal(size=(64, 64, 40, 40)).astype(np.float32)
+    expected = fastbn.batch_norm_stats(x).var
+    fastbn.set_num_threads(1 << 20)
+    assert np.array_equal(fastbn.batch_norm_stats(x).var, expected)
+    source, copy = np.arange(1 << 18), np.zeros(1 << 18, int)
+    _pool.copy(source, copy, 1200)
+    assert np.array_equal(source, copy)
+    assert _pool.workers() <= 255
+    """)
+
+
+@pytest.mark.parametrize(
+    ("n", "error"),
+    [
+        (0, ValueError), (-1, ValueError), (np.int8(0), ValueError),
+        ((1 << 20) + 1, ValueError), (2**31, ValueError), (10**5000, ValueError),
+        (2.0, TypeError), (True, TypeError), (np.True_, TypeError), ("2", TypeError), (None, TypeError), (np.array([1, 2]), TypeError),
+    ],
+    ids=lambda value: repr(value)[:20] if not isinstance(value, int) or value < 2**32 else "enormous",
+)  # fmt: skip
 def test_wrong_number_of_threads(n: Any, error: type[Exception]) -> None:
     before = fastbn.get_num_threads()
-    with pytest.raises(error, match="n must be"):
+    with pytest.raises(error, match=r"n must be an int.*, got "):
         fastbn.set_num_threads(n)
-    with pytest.raises(error, match="n must be"), fastbn.num_threads(n):
+    with pytest.raises(error, match=r"n must be an int.*, got "), fastbn.num_threads(n):
         pass
     assert fastbn.get_num_threads() == before
 
 
+def run(code: str, **environment: str) -> str:
+    """What a script prints, in a process without limits on its threads but those given."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("FASTBN_NUM_THREADS", "OMP_NUM_THREADS")}
+    script = "import os\nimport numpy as np\nimport fastbn\n" + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-c", script], env=clean | environment, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def default(code: str = "", **environment: str) -> int:
     """Default number of threads of a new process, after `code`."""
-    script = f"import os\n{code}\nimport fastbn\nprint(fastbn.get_num_threads())"
-    clean = {key: value for key, value in os.environ.items() if key != "FASTBN_NUM_THREADS"}
-    return int(subprocess.run([sys.executable, "-c", script], env=clean | environment, check=True, capture_output=True, text=True).stdout)
+    return int(run(code + "\nprint(fastbn.get_num_threads())", **environment))
 
 
 def test_default_follows_affinity() -> None:
@@ -143,10 +182,91 @@ def test_default_follows_the_environment() -> None:
     assert default(FASTBN_NUM_THREADS="1000") == default()
 
 
-def test_wrong_environment() -> None:
-    with pytest.raises(subprocess.CalledProcessError) as error:
-        default(FASTBN_NUM_THREADS="two")
-    assert "FASTBN_NUM_THREADS must be a positive integer, got 'two'" in error.value.stderr
+SIX = {"affinity": 6, "quota": None, "FASTBN_NUM_THREADS": None}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Six processors, no quota, nothing set."""
+    monkeypatch.setattr(threads, "_default", None)
+    monkeypatch.setattr(threads, "_threads", None)
+    monkeypatch.setattr(threads, "settings", threads.settings._replace(num_threads=None))
+    monkeypatch.setattr(threads, "quota", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("quota", "n"), [(None, 6), (6.5, 6), (2.5, 3), (1.0, 1), (0.1, 1)])
+def test_default_is_the_quota_rounded_up(machine: pytest.MonkeyPatch, quota: float | None, n: int) -> None:
+    machine.setattr(threads, "quota", lambda: quota)
+    assert fastbn.get_num_threads() == n
+
+
+@pytest.mark.parametrize(("text", "n"), [("1", 1), ("4,2", 4), (" 3 , 1", 3), ("100", 6), ("1048576", 6)])
+def test_openmps_variable_bounds_the_default(machine: pytest.MonkeyPatch, text: str, n: int) -> None:
+    machine.setenv("OMP_NUM_THREADS", text)
+    assert fastbn.get_num_threads() == n
+    with fastbn.num_threads(5):
+        assert fastbn.get_num_threads() == 5
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "two", "1.5", ",2", "٣", "1" * 5000])
+def test_openmps_variable_is_ignored_where_openmp_would(machine: pytest.MonkeyPatch, text: str) -> None:
+    machine.setenv("OMP_NUM_THREADS", text)
+    assert fastbn.get_num_threads() == 6
+    assert threads.limits() == SIX | {"OMP_NUM_THREADS": None}
+
+
+def test_fastbns_variable_wins_over_openmps(machine: pytest.MonkeyPatch) -> None:
+    machine.setenv("OMP_NUM_THREADS", "1")
+    machine.setattr(threads, "settings", threads.settings._replace(num_threads=3))
+    assert fastbn.get_num_threads() == 3
+    assert threads.limits() == SIX | {"FASTBN_NUM_THREADS": 3, "OMP_NUM_THREADS": None}
+
+
+def test_a_new_process_follows_openmps_variable() -> None:
+    assert default(OMP_NUM_THREADS="1") == 1
+
+
+def test_threadpoolctl_limits_and_restores() -> None:
+    """Before and after fastbn is imported, in blocks of ours, and in this thread only."""
+    pytest.importorskip("threadpoolctl")
+    pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
+    run("""
+    import threading
+    import threadpoolctl
+    from fastbn import threads
+    (ours,) = [i for i in threadpoolctl.threadpool_info() if i["user_api"] == "fastbn"] or [None]
+    assert ours is None
+    threads.register_with_threadpoolctl()
+    threads.register_with_threadpoolctl()
+    fastbn.set_num_threads(5)
+    (ours,) = [i for i in threadpoolctl.threadpool_info() if i["user_api"] == "fastbn"]
+    assert (ours["num_threads"], ours["version"]) == (5, fastbn.__version__)
+    with threadpoolctl.threadpool_limits(2):
+        assert fastbn.get_num_threads() == 2
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(fastbn.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert elsewhere == [5]
+        with fastbn.num_threads(4):
+            assert fastbn.get_num_threads() == 4
+        assert fastbn.get_num_threads() == 2
+    with fastbn.num_threads(3):
+        with threadpoolctl.threadpool_limits({"fastbn": 1}):
+            assert fastbn.get_num_threads() == 1
+        assert fastbn.get_num_threads() == 3
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        assert fastbn.get_num_threads() == 5
+    fastbn.set_num_threads(6)
+    assert fastbn.get_num_threads() == 6
+    """)
+    clean = {key: value for key, value in os.environ.items() if key != "FASTBN_NUM_THREADS"}
+    code = "import threadpoolctl, fastbn\nwith threadpoolctl.threadpool_limits(1): print(fastbn.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], env=clean, check=True, capture_output=True, text=True)
+    assert done.stdout == "1\n"
 
 
 def test_default_is_read_again_after_fork() -> None:
@@ -172,6 +292,7 @@ def test_quota_v2(tmp_path: Path) -> None:
     """The smallest limit on the way to the root counts."""
     write(tmp_path / "fs" / "a" / "b", cpu__max="max 100000\n")
     write(tmp_path / "fs" / "a", cpu__max="150000 100000\n")
+    write(tmp_path / "fs", cpu__max="300000 100000\n")
     write(tmp_path, cgroup="0::/a/b\n")
     assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == 1.5
 

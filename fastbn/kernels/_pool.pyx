@@ -2,6 +2,7 @@
 """The thread pool, compiled once and shared by the kernels of all ISA levels."""
 
 cimport numpy as cnp
+from libc.stdint cimport uint32_t
 from libc.string cimport memcpy
 
 cnp.import_array()
@@ -9,7 +10,13 @@ cnp.import_array()
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
     void run_units "fastbn::parallel"(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept
     void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
+    void end_own_memory "fastbn::end_scratch"() noexcept
+    size_t release_own_memory "fastbn::release_scratch"() noexcept
     int count_workers "fastbn::workers"() noexcept
+    const uint32_t DEFAULT_MODE
+    const uint32_t MODES
+    uint32_t read_mode() noexcept
+    void write_mode(uint32_t mode) noexcept
 
 
 cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept nogil:
@@ -18,6 +25,40 @@ cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint 
 
 cdef void* scratch(size_t nbytes) noexcept nogil:
     return own_memory(nbytes)
+
+
+cdef void end_scratch() noexcept nogil:
+    end_own_memory()
+
+
+def release_scratch():
+    """Give back the scratch memory that the kernels keep for this thread, and that of other threads at their next call.
+
+    Returns
+    -------
+    int
+        How many bytes this thread gave.
+    """
+    return release_own_memory()
+
+
+def set_float_mode(mode=None):
+    """Set this thread's floating-point mode: for kernels that are not compiled here, and for tests.
+
+    Parameters
+    ----------
+    mode : int, optional
+        What an earlier call returned; None is the default mode: round to nearest, subnormal numbers, no traps.
+
+    Returns
+    -------
+    int
+        The mode until now, as the processor encodes it.
+    """
+    cdef uint32_t before = read_mode(), after = DEFAULT_MODE if mode is None else mode & MODES
+    if after != before:
+        write_mode(after)
+    return before
 
 
 def workers():

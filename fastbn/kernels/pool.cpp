@@ -25,6 +25,9 @@
 // - Serve many callers. The pool works on one job at a time. Whoever finds it taken runs all units itself: correct, no
 //   deadlock, and no more threads than processors.
 //
+// - Compute in one mode. Units run in the default floating-point mode, whatever the caller's is, which is restored.
+//   Workers are made in it, and threads inherit the mode in which they are made.
+//
 // - Leave quietly. Workers are detached, block all signals, touch nothing of Python, and use only the pool, which is
 //   never destroyed: neither interpreter exit nor Ctrl-C has to wait for them.
 
@@ -40,7 +43,6 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace fastbn {
@@ -188,7 +190,7 @@ private:
         pthread_sigmask(SIG_SETMASK, &all, &old);
         try {
             for (; count < wanted; ++count) std::thread(&Pool::work, this, count).detach();
-        } catch (const std::system_error&) {  // no more threads to be had: fewer will do
+        } catch (...) {  // no more threads, or no memory for them: fewer will do
         }
         pthread_sigmask(SIG_SETMASK, &old, nullptr);
         workers_.store(count, std::memory_order_relaxed);
@@ -261,30 +263,70 @@ Pool* pool() noexcept {
     return found;
 }
 
-struct Scratch {
-    void* memory = nullptr;
-    std::size_t size = 0;
-    ~Scratch() { std::free(memory); }
+// Scratch memory: a header of a cache line, and `size` bytes that a kernel may use. It is kept under a key of its thread
+// and not in a thread_local variable, for whose destructor the C library ends the process when there is no memory.
+struct alignas(64) Scratch {
+    std::size_t size;
+    unsigned releases;  // how many there had been when it was made
 };
+constexpr std::size_t SCRATCH_STEP = 64 << 10;
+constexpr std::size_t SCRATCH_KEPT = 1 << 20;  // more than this goes back after each call
+
+std::atomic<unsigned> releases{0};
+
+void free_scratch(void* memory) { std::free(memory); }
+
+struct ScratchKey {
+    pthread_key_t key{};
+    const bool made = pthread_key_create(&key, free_scratch) == 0;
+
+    Scratch* get() const noexcept { return made ? static_cast<Scratch*>(pthread_getspecific(key)) : nullptr; }
+    bool set(Scratch* mine) const noexcept { return made && pthread_setspecific(key, mine) == 0; }
+    void clear() const noexcept {
+        std::free(get());
+        set(nullptr);
+    }
+};
+const ScratchKey scratch_key;
 
 }  // namespace
 
 void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool backwards) noexcept {
     Pool* p = threads > 1 && units > 1 ? pool() : nullptr;
+    const FloatMode mode;
     if (p != nullptr && p->run(unit, job, units, threads, backwards)) return;
     for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, backwards ? units - 1 - i : i);
 }
 
 void* scratch(std::size_t bytes) noexcept {
-    constexpr std::size_t step = 64 << 10;
-    static thread_local Scratch mine;
-    if (bytes > mine.size) {
-        std::free(mine.memory);
-        mine.size = (bytes + step - 1) / step * step;
-        mine.memory = std::aligned_alloc(64, mine.size);
-        if (mine.memory == nullptr) mine.size = 0;
+    Scratch* mine = scratch_key.get();
+    const unsigned now = releases.load(std::memory_order_relaxed);
+    if (mine == nullptr || mine->size < bytes || mine->releases != now) {
+        scratch_key.clear();
+        if (bytes > SIZE_MAX - SCRATCH_STEP - sizeof(Scratch)) return nullptr;
+        const std::size_t size = (bytes + SCRATCH_STEP - 1) / SCRATCH_STEP * SCRATCH_STEP;
+        void* memory = std::aligned_alloc(alignof(Scratch), sizeof(Scratch) + size);
+        if (memory == nullptr) return nullptr;
+        mine = new (memory) Scratch{size, now};
+        if (!scratch_key.set(mine)) {
+            std::free(memory);
+            return nullptr;
+        }
     }
-    return mine.memory;
+    return mine + 1;
+}
+
+void end_scratch() noexcept {
+    const Scratch* mine = scratch_key.get();
+    if (mine != nullptr && mine->size > SCRATCH_KEPT) scratch_key.clear();
+}
+
+std::size_t release_scratch() noexcept {
+    releases.fetch_add(1, std::memory_order_relaxed);
+    const Scratch* mine = scratch_key.get();
+    const std::size_t size = mine == nullptr ? 0 : mine->size;
+    scratch_key.clear();
+    return size;
 }
 
 int workers() noexcept {
@@ -293,3 +335,6 @@ int workers() noexcept {
 }
 
 }  // namespace fastbn
+
+// The one name that the module exports: threadpoolctl knows the library of the pool by it.
+extern "C" __attribute__((visibility("default"))) int fastbn_workers() { return fastbn::workers(); }

@@ -492,13 +492,6 @@ template <class T> struct Block {
         return y;
     }
 
-    static R median(R a, R b, R c) { return larger(smaller(a, b), smaller(larger(a, b), c)); }
-
-    static Block median(Block a, Block b, Block c) {
-        FOR_REGISTERS a.r[i] = median(a.r[i], b.r[i], c.r[i]);
-        return a;
-    }
-
     static R ramp(R z) { return larger(R{}, smaller(all<R>(6), z + 3)); }
 
     // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
@@ -586,9 +579,29 @@ template <class T> struct Block {
     // One element, in double.
     static double element(const T* p) { return widen_part<T>(p, 1)[0]; }
 
-    // The median of three elements, without a branch.
-    static double middle(const T* a, const T* b, const T* c) {
-        return median(widen_part<T>(a, 1), widen_part<T>(b, 1), widen_part<T>(c, 1))[0];
+    static double rounded(double value) { return (C)value; }
+
+    // The shift of a tile, from the sums of two halves of a sample: their mean, of equal elements exactly that; rounded to
+    // an element and about a hundredth of the deviation, by adding a number whose last bit is that, and taking it away.
+    static constexpr C coarse = sizeof(C) == 8 ? 0x1p45 : 0x1p16;
+    template <class V> static V shift(V early, V late, V element, C share) {
+        const V large = (early - late) * coarse;
+        return element + (((early + late) * share - element + large) - large);
+    }
+    static Block shift(Block early, Block late, Block element, double share) {
+        FOR_REGISTERS early.r[i] = shift<R>(early.r[i], late.r[i], element.r[i], (C)share);
+        return early;
+    }
+    static Block lesser(Block a, Block b) {
+        FOR_REGISTERS a.r[i] = smaller(a.r[i], b.r[i]);
+        return a;
+    }
+    // Of a sample of eight.
+    static double shift_at(const T* p, const ptrdiff_t* at) {
+        C e[8];
+        for (int i = 0; i < 8; ++i) e[i] = widen_part<T>(p + at[i], 1)[0];
+        const auto lesser = [](C a, C b) { return a < b ? a : b; };
+        return shift<C>((e[0] + e[1]) + (e[2] + e[3]), (e[4] + e[5]) + (e[6] + e[7]), lesser(lesser(e[0], e[2]), lesser(e[4], e[6])), 0.125);
     }
 
     // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or it is exactly zero,
@@ -605,6 +618,13 @@ template <class T> struct Block {
             kept &= (size <= std::numeric_limits<C>::max()) & ((size >= (C)tiny) | ((size == 0) & (other.r[i] == 0)));
         }
         return !any(~kept);
+    }
+
+    // Whether sum^2 is within an allowance of the squares, in all lanes.
+    static bool is_near(Block sum, Block square, double allowance) {
+        auto near = square.r[0] == square.r[0];
+        FOR_REGISTERS near &= sum.r[i] * sum.r[i] <= square.r[i] * (C)allowance;
+        return !any(~near);
     }
 
     // The first n <= width lanes, in double.

@@ -13,9 +13,12 @@ b) Four operations, two kinds. `Stats` and `GradSums` reduce to two sums per cha
 
 c) Sums run over fixed tiles that depend on the shape alone, in the lanes of one block (simd.hpp), and are merged in
    double in a fixed order: the same bits for any number of threads. Statistics are sums of x - k and (x - k)^2, where
-   the shift k is an element of the tile, the median of three. So constant data give exactly zero, data in a few low
-   bits give exact sums, and nothing cancels: M2 = sum (x - k)^2 - (sum (x - k))^2 / n loses digits only where the
-   mean is many deviations away from k. Chan, Golub and LeVeque, The American Statistician 37 (1983).
+   the shift k is the mean of a sample of the tile. M2 = sum (x - k)^2 - (sum (x - k))^2 / n loses digits where k is far
+   from the mean: a tile where it turns out to be more than a deviation away is summed again, around the mean that was
+   found; so is one channel in 10,000 for exponential data. The mean of the sample is added in pairs, so that constant
+   data give exactly zero; it is rounded to an element of the sample plus a number of few bits, so that data in a few
+   low bits give exact sums, and a value that is frequent, like the zeros behind a ReLU, adds a number of few bits, or
+   all its roundings would go in one direction. Chan, Golub and LeVeque, The American Statistician 37 (1983).
 
 d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-30) is summed again in double.
 
@@ -61,7 +64,9 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         Block[T] fma(Block[T], Block[T], Block[T])
         @staticmethod
-        Block[T] median(Block[T], Block[T], Block[T])
+        Block[T] shift(Block[T], Block[T], Block[T], double)
+        @staticmethod
+        Block[T] lesser(Block[T], Block[T])
         @staticmethod
         Block[T] constant(double)
         @staticmethod
@@ -77,11 +82,15 @@ cdef extern from "simd.hpp" nogil:
         @staticmethod
         double element(const T*)
         @staticmethod
-        double middle(const T*, const T*, const T*)
+        double rounded(double)
+        @staticmethod
+        double shift_at(const T*, const Py_ssize_t*)
         @staticmethod
         bint in_range(double, double)
         @staticmethod
         bint in_range(Block[T], Block[T])
+        @staticmethod
+        bint is_near(Block[T], Block[T], double)
         void put_double(double*, Py_ssize_t)
         @staticmethod
         Py_ssize_t to_line(const T*, Py_ssize_t)
@@ -358,6 +367,7 @@ cdef enum:
     MAP_ROWS = 4         # rows mapped with one load of the parameters
     FEW = 4              # blocks that a smooth activation takes at once
     LINE = 64            # bytes of a cache line
+    FEW_VALUES = 64      # values of a channel in a tile up to which its sums round so seldom that the shift may be farther away
     MOST_THREADS = 4096  # of one call; the pool has fewer
     BLOCK = 128          # bytes of a block
 
@@ -553,7 +563,29 @@ cdef inline void of_columns(Job[Op, T]* job, Py_ssize_t j, Parameters[T]* p) noe
         p.bias = Block[T].get(job.at_bias, j)
 
 
-# ---- Sums that left the range of the arithmetic ----
+# ---- Sums that lost digits ----
+
+cdef inline double allowance(double n) noexcept nogil:
+    """What (sum)^2 / square may be, so that the shift is within a deviation of the mean, or sqrt(2) for few values.
+
+    Within e deviations, (sum / n)^2 <= e^2 M2 / n, where M2 = square - sum^2 / n.
+    """
+    return n / 2 if n > FEW_VALUES else n * 2 / 3
+
+
+cdef inline bint is_near(double sum, double square, double n) noexcept nogil:
+    """Whether the shift is near enough to the mean of n values."""
+    return sum * sum <= allowance(n) * square
+
+
+cdef inline bint find_nearer_shift(Job[Sum, T]* job, Py_ssize_t index, double n) noexcept nogil:
+    """Move the shift at an index to the mean that its sums give, if it is too far away from there."""
+    if Sum is Stats:
+        if not is_lost(job, index) and not is_near(job.sums[index], job.squares[index], n):
+            job.shifts[index] = Block[T].rounded(job.shifts[index] + job.sums[index] / n)
+            return True
+    return False
+
 
 cdef inline bint is_lost(Job[Sum, T]* job, Py_ssize_t index) noexcept nogil:
     """Whether the sums at an index left the range in which they keep their digits."""
@@ -618,23 +650,25 @@ cdef inline void sum_run(
 
 cdef void find_shifts(Job[Stats, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
     """The shifts of channels first ... last in one tile of planes: of many before their sums, which would wait for memory."""
-    cdef Py_ssize_t stride = job.channels * job.inner, c
+    cdef Py_ssize_t stride = job.channels * job.inner, c, i, at
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, start = tile % job.pieces * job.piece
     cdef Py_ssize_t length = min(job.piece, job.inner - start), e = min(job.images, job.outer - n0) * length
-    cdef Py_ssize_t early = e // 6 // length * stride + e // 6 % length, late = e * 5 // 6 // length * stride + e * 5 // 6 % length
-    cdef Py_ssize_t half = e // 2 // length * stride + e // 2 % length
+    cdef Py_ssize_t places[8]
     cdef const T* plane = job.arrays().x + n0 * stride + first * job.inner + start
+    for i in range(8):
+        at = (2 * i + 1) * e // 16
+        places[i] = at // length * stride + at % length
     for c in range(first, last):
-        job.shifts[tile * job.channels + c] = Block[T].middle(plane + early, plane + half, plane + late)
+        job.shifts[tile * job.channels + c] = Block[T].shift_at(plane, places)
         plane += job.inner
 
 
-cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
-    """The sums of one tile of channels first ... last, at most PLANES."""
+cdef void add_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
+    """The sums of one tile of channels first ... last, at most PLANES, around their shifts."""
     cdef Py_ssize_t W = Block[T].width(), stride = job.channels * job.inner
     cdef Py_ssize_t n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
     cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start)
-    cdef Py_ssize_t offset = n0 * stride + first * job.inner + start, index = tile * job.channels + first, at = offset
+    cdef Py_ssize_t at = n0 * stride + first * job.inner + start, index = tile * job.channels + first
     cdef Py_ssize_t i, n, c, together, parts, step, chain, images = runs, channels = last - first
     # Two arrays of long planes the processor foresees by itself, and better.
     cdef bint early = job.far and (Sum is Stats or length * <Py_ssize_t> sizeof(T) <= REACH)
@@ -678,10 +712,20 @@ cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssi
             at += job.inner
         at += together * stride - channels * job.inner
         images -= together
-    for c in range(channels):
-        if is_lost(job, index + c):
-            of_channel(job, first + c, &p)
-            sum_exactly(job, index + c, offset + c * job.inner, runs, stride, length, &p)
+
+
+cdef void sum_planes(Job[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, Py_ssize_t tile) noexcept nogil:
+    """The sums of one tile of channels first ... last, at most PLANES."""
+    cdef Py_ssize_t stride = job.channels * job.inner, n0 = tile // job.pieces * job.images, runs = min(job.images, job.outer - n0)
+    cdef Py_ssize_t start = tile % job.pieces * job.piece, length = min(job.piece, job.inner - start), c
+    cdef Parameters[T] p
+    add_planes(job, first, last, tile)
+    for c in range(first, last):
+        if find_nearer_shift(job, tile * job.channels + c, runs * length):
+            add_planes(job, c, c + 1, tile)
+        if is_lost(job, tile * job.channels + c):
+            of_channel(job, c, &p)
+            sum_exactly(job, tile * job.channels + c, n0 * stride + c * job.inner + start, runs, stride, length, &p)
 
 
 cdef void map_planes(
@@ -806,46 +850,106 @@ cdef inline double run_total(Job[Sum, T]* job, void* sums, Py_ssize_t first) noe
     return total.total()
 
 
+cdef inline Block[T] sample_sum(const T* x, const Py_ssize_t* places, Py_ssize_t n) noexcept nogil:
+    """The sum of n columns in four rows."""
+    cdef Block[T] zero = Block[T].constant(0)
+    return (take(x + places[0], n, zero) + take(x + places[1], n, zero)) + (take(x + places[2], n, zero) + take(x + places[3], n, zero))
+
+
+cdef inline Block[T] sample_shift(const T* x, const Py_ssize_t* places, Py_ssize_t sample, Py_ssize_t n) noexcept nogil:
+    """The shifts of n columns, from a sample of 8 or 16 rows."""
+    cdef Block[T] zero = Block[T].constant(0), early = sample_sum(x, places, n), late = sample_sum(x, places + sample // 2, n)
+    if sample == 16:
+        early = early + sample_sum(x, places + 4, n)
+        late = late + sample_sum(x, places + 12, n)
+    return Block[T].shift(
+        early, late,
+        Block[T].lesser(
+            Block[T].lesser(take(x + places[0], n, zero), take(x + places[sample // 4], n, zero)),
+            Block[T].lesser(take(x + places[sample // 2], n, zero), take(x + places[sample * 3 // 4], n, zero)),
+        ),
+        1.0 / sample,
+    )
+
+
 cdef inline void choose_shifts(
     Job[Sum, T]* job, Py_ssize_t at, Py_ssize_t rows, Py_ssize_t columns, void* k, T* tag
 ) noexcept nogil:
-    """The shifts of the columns of a tile from an offset on: of each channel, the median of three of its elements."""
-    cdef Py_ssize_t W = Block[T].width(), K = job.columns, run = job.run, j = 0, n
-    cdef const T* early = job.arrays().x + at + rows // 6 * K
-    cdef const T* half = job.arrays().x + at + rows // 2 * K
-    cdef const T* late = job.arrays().x + at + rows * 5 // 6 * K
-    cdef Block[T] zero = Block[T].constant(0)
+    """The shifts of the columns of a tile from an offset on: of each channel, from a sample."""
+    cdef Py_ssize_t W = Block[T].width(), run = job.run, sample = 16 if rows > FEW_VALUES and run == 1 else 8, j = 0, i
+    cdef const T* x = job.arrays().x + at
+    cdef Py_ssize_t places[16]
+    for i in range(sample):
+        places[i] = (2 * i + 1) * rows // (2 * sample) * job.columns + (2 * i + 1) * run // (2 * sample)
     while run == 1 and j < columns:
-        n = min(W, columns - j)
-        Block[T].median(take(early + j, n, zero), take(half + j, n, zero), take(late + j, n, zero)).put(k, j)
+        if j + W <= columns:
+            sample_shift(x + j, places, sample, W).put(k, j)
+        else:
+            sample_shift(x + j, places, sample, columns - j).put(k, j)
         j += W
     while j < columns:
-        put_run[T](k, j, run, Block[T].constant(Block[T].middle(early + j, half + j + run // 2, late + j + run - 1)))
+        put_run[T](k, j, run, Block[T].constant(Block[T].shift_at(x + j, places)))
         j += run
 
 
-cdef inline bint store_totals(
-    Job[Sum, T]* job, Py_ssize_t index, Py_ssize_t columns, void* k, void* sums, void* squares, T* tag
+cdef inline void add_columns(
+    Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ssize_t start, Py_ssize_t columns, void* k, void* sums, void* squares
 ) noexcept nogil:
-    """Store the sums of the channels of a tile from an index on; whether all of them may have kept their digits."""
-    cdef Py_ssize_t W = Block[T].width(), run = job.run, j = 0, n
+    """The sums of the columns of a tile from first + start to first + columns, around their shifts; by index from `first` on."""
+    cdef Py_ssize_t W = Block[T].width(), K = job.columns, rows = tile_rows(job, tile), at = tile_offset(job, tile) + first
+    cdef Py_ssize_t r = 0, j = start, n, ahead
+    cdef Arrays[T] a = job.arrays()
+    cdef Block[T] zero = Block[T].constant(0)
+    while j < columns:
+        zero.put(sums, j)
+        zero.put(squares, j)
+        j += W
+    while r < rows:
+        n = min(<Py_ssize_t> BATCH, rows - r)
+        j = start
+        if n == BATCH:
+            while j + W <= columns:
+                if job.far:  # the next rows, one behind the other
+                    ahead = at + (r + BATCH + j * BATCH // columns) * K + j * BATCH % columns
+                    Block[T].prefetch(a.x + ahead, W * BATCH)
+                    if Sum in Gradient:
+                        Block[T].prefetch(a.dy + ahead, W * BATCH)
+                sum_rows(job, &a, at + r * K, BATCH, W, k, sums, squares, first, j)
+                j += W
+        while j < columns:
+            sum_rows(job, &a, at + r * K, n, min(W, columns - j), k, sums, squares, first, j)
+            j += W
+        r += BATCH
+
+
+cdef inline bint store_totals(
+    Job[Sum, T]* job, Py_ssize_t index, double count, Py_ssize_t j, Py_ssize_t columns, void* k, void* sums, void* squares, T* tag
+) noexcept nogil:
+    """Store the sums of the columns from index j on by channels, from an index on; whether all may have kept their digits.
+
+    The count is that of the values in a channel's sum.
+    """
+    cdef Py_ssize_t W = Block[T].width(), run = job.run, n
     cdef Block[T] sum, square
     cdef bint kept = True
     while run == 1 and j < columns:
         n = min(W, columns - j)
         sum = Block[T].get(sums, j)
         square = Block[T].get(squares, j)
-        sum.put_double(job.sums + index + j, n)
-        square.put_double(job.squares + index + j, n)
+        sum.put_double(job.sums + index, n)
+        square.put_double(job.squares + index, n)
         if Sum is Stats:
-            Block[T].get(k, j).put_double(job.shifts + index + j, n)
+            Block[T].get(k, j).put_double(job.shifts + index, n)
+            kept = kept and Block[T].is_near(sum, square, allowance(count))
         kept = kept and Block[T].in_range(square, sum if Sum is Stats else Block[T].constant(0))
+        index += n
         j += W
     while j < columns:
         job.sums[index] = run_total(job, sums, j)
         job.squares[index] = run_total(job, squares, j)
         if Sum is Stats:
             job.shifts[index] = Block[T].value(k, j)
+            kept = kept and is_near(job.sums[index], job.squares[index], count)
         kept = kept and not is_lost(job, index)
         index += 1
         j += run
@@ -854,41 +958,34 @@ cdef inline bint store_totals(
 
 cdef void sum_columns(Job[Sum, T]* job, Py_ssize_t tile, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """The sums of columns first ... last of one tile."""
-    cdef Py_ssize_t W = Block[T].width(), K = job.columns, run = job.run
+    cdef Py_ssize_t run = job.run, step = Block[T].width() if run == 1 else run
     cdef Py_ssize_t rows = tile_rows(job, tile), at = tile_offset(job, tile) + first, index = tile * job.width + first // run
-    cdef Py_ssize_t columns = min(last, tile_columns(job, tile)) - first, r = 0, j = 0, n, ahead
-    cdef Arrays[T] a = job.arrays()
+    cdef Py_ssize_t columns = min(last, tile_columns(job, tile)) - first, start = 0, end, j
     cdef Columns k, sums, squares
     cdef Parameters[T] p
-    cdef Block[T] zero = Block[T].constant(0)
-    while j < columns:
-        zero.put(&sums, j)
-        zero.put(&squares, j)
-        j += W
+    cdef bint moved
     if Sum is Stats:
         choose_shifts(job, at, rows, columns, &k, <T*> NULL)
-    while r < rows:
-        n = min(<Py_ssize_t> BATCH, rows - r)
-        j = 0
-        if n == BATCH:
-            while j + W <= columns:
-                if job.far:  # the next rows, one behind the other
-                    ahead = at + (r + BATCH + j * BATCH // columns) * K + j * BATCH % columns
-                    Block[T].prefetch(a.x + ahead, W * BATCH)
-                    if Sum in Gradient:
-                        Block[T].prefetch(a.dy + ahead, W * BATCH)
-                sum_rows(job, &a, at + r * K, BATCH, W, &k, &sums, &squares, first, j)
-                j += W
-        while j < columns:
-            sum_rows(job, &a, at + r * K, n, min(W, columns - j), &k, &sums, &squares, first, j)
-            j += W
-        r += BATCH
-    if store_totals(job, index, columns, &k, &sums, &squares, <T*> NULL):
+    add_columns(job, tile, first, 0, columns, &k, &sums, &squares)
+    if store_totals(job, index, rows * run, 0, columns, &k, &sums, &squares, <T*> NULL):
         return
+    while start < columns:
+        end = min(start + step, columns)
+        moved = False
+        for j in range(start, end):
+            # All columns of a run share a shift; the sums in `sums` may be those of the run before.
+            if find_nearer_shift(job, index + j // run, rows * run) if j % run == 0 else moved:
+                moved = True
+            if moved:
+                Block[T].set_value(&k, j, job.shifts[index + j // run])
+        if moved:
+            add_columns(job, tile, first, start, end, &k, &sums, &squares)
+            store_totals(job, index + start // run, rows * run, start, end, &k, &sums, &squares, <T*> NULL)
+        start = end
     for j in range(columns // run):
         if is_lost(job, index + j):
             of_columns(job, first + j * run, &p)
-            sum_exactly(job, index + j, at + j * run, rows, K, run, &p)
+            sum_exactly(job, index + j, at + j * run, rows, job.columns, run, &p)
 
 
 cdef inline void map_rows(
