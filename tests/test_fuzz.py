@@ -124,7 +124,10 @@ def test_a_crash_is_found_and_what_follows_is_run(tmp_path: Path) -> None:
         "sys.exit(fuzz.main())\n"
     )
     result = subprocess.run(
-        [sys.executable, str(script), "--seed", "1", "--calls", "100"], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
+        [sys.executable, str(script), "--seed", "1", "--calls", "100"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ":".join(sys.path)},
     )
     assert result.returncode == 1, result.stderr
     assert "CRASH: exit status -11" in result.stdout

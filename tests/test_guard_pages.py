@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import itertools
 import mmap
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np

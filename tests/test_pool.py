@@ -183,9 +183,12 @@ def test_concurrent_callers() -> None:
 
 def test_exit_while_computing() -> None:
     """The interpreter ends although a daemon thread is inside a call."""
-    run("""
+    run(
+        """
         threading.Thread(target=lambda: [step() for _ in range(10_000)], daemon=True).start()
-    """, timeout=60)
+    """,
+        timeout=60,
+    )
 
 
 def test_interrupt_leaves_things_usable() -> None:

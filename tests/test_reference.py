@@ -14,9 +14,7 @@ from fastbn.layout import Array
 FINITE_DIFFERENCE = {"rtol": 1e-6, "atol": 1e-8}
 
 
-def _loss(
-    x: Array, weight: Array, bias: Array, dy: Array, axis: int, training: bool, mean: Array, var: Array, mask: Array | None
-) -> float:
+def _loss(x: Array, weight: Array, bias: Array, dy: Array, axis: int, training: bool, mean: Array, var: Array, mask: Array | None) -> float:
     if training:
         _, mean, var = reference.batch_norm_stats(x, axis, mask)
     return float(np.sum(dy * reference.batch_norm(x, mean, var, weight, bias, 1e-3, axis)))

@@ -138,9 +138,7 @@ def test_an_output_one_row_ahead_of_a_gradient_is_refused() -> None:
     _, bare = fastbn.batch_norm_forward(x)
     refused(lambda: fastbn.batch_norm_backward(buffer[:6], x, saved, out=buffer[1:]), "dy", error=(ValueError,))
     refused(lambda: fastbn.batch_norm_backward(buffer[:6], x, bare, out=buffer[1:]), "dy", error=(ValueError,))
-    refused(
-        lambda: fastbn.batch_norm_backward_elemt(buffer[:6], x, one, one, None, one, one, 6, out=buffer[1:]), "dy", error=(ValueError,)
-    )
+    refused(lambda: fastbn.batch_norm_backward_elemt(buffer[:6], x, one, one, None, one, one, 6, out=buffer[1:]), "dy", error=(ValueError,))
     kept = saved.residual
     assert kept is not None
     room = np.zeros(28, F32)

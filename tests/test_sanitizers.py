@@ -38,7 +38,8 @@ assert not KERNELS[sys.argv[1]].unusable()
 sizes = (1, 2, 7, 8, 9, 17, 31, 33, 65, 97)
 grid = [shape for shape in itertools.product((1, 3, 9), sizes, sizes) if np.prod(shape) < 15_000]
 # Small planes of many images, of which some are taken together; rows; one channel; and enough for several units of work.
-grid += [(32, 3, 4), (33, 17, 9), (64, 2, 49), (100, 5, 2), (130, 1, 3), (700, 129, 1), (3, 5, 2000), (2, 3, 5000), (40, 33, 33), (300, 65, 1)]
+grid += [(32, 3, 4), (33, 17, 9), (64, 2, 49), (100, 5, 2), (130, 1, 3), (700, 129, 1), (3, 5, 2000), (40, 33, 33)]
+grid += [(2, 3, 5000), (300, 65, 1)]
 for caches in (None, (512, 2048, 4096)):
     if caches is not None:
         m.set_caches(*caches)
@@ -84,7 +85,8 @@ for dtype in (np.float32, np.float64, np.float16):
     for c in (1, 3, 8, 17, 65):
         odd = lambda k=compute: np.ones(c * k.itemsize + 1, np.uint8)[1:].view(k)
         x = np.arange(5 * c * 3).astype(dtype).reshape(5, c, 3)
-        for make in (odd, lambda: np.ones(3 * c, compute)[::3], lambda: np.ones(c, compute)[::-1], lambda: np.ones(c, compute.newbyteorder())):
+        ones = lambda n, t=compute: np.ones(n, t)
+        for make in (odd, lambda: ones(3 * c)[::3], lambda: ones(c)[::-1], lambda: ones(c, compute.newbyteorder())):
             v = [make() for _ in range(6)]
             for a in v:
                 a[...] = 1
@@ -185,13 +187,17 @@ def test_random_calls(sanitized: dict[str, str], kernel: str) -> None:
     clean(sanitized, "-c", script)
 
 
-def test_a_read_beyond_an_array_would_be_seen(sanitized: dict[str, str]) -> None:
-    """The Python callers check; so a shape that the memory does not have is what is left."""
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_read_beyond_an_array_would_be_seen(sanitized: dict[str, str], kernel: str) -> None:
+    """The Python callers check; so a shape that the memory does not have is what is left.
+
+    Of whole vectors: GCC does not watch masked loads, as of AVX-512's tails. Guard pages do.
+    """
     script = (
         "import numpy as np\n"
         "from fastbn.dispatch import KERNELS\n"
-        f"m = KERNELS[{KERNELS[0]!r}].module()\n"
-        "x = np.lib.stride_tricks.as_strided(np.ones(1000, np.float32), (1, 1, 1001), (4004, 4004, 4))\n"
+        f"m = KERNELS[{kernel!r}].module()\n"
+        "x = np.lib.stride_tricks.as_strided(np.ones(1024, np.float32), (1, 1, 1088), (4352, 4352, 4))\n"
         "m.stats(x, 1)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=sanitized)
