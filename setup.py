@@ -25,6 +25,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
+from setuptools.modified import newer_group
 
 KERNELS = "fastbn/kernels"
 GENERATED = "build/generated"  # C++ that Cython writes: part of no distribution
@@ -108,8 +109,11 @@ class BuildKernels(build_ext):
             self.copy_file(str(Path(kept, file)), str(Path(wanted, file)))
 
     def build_extensions(self) -> None:
-        """Write the C++ of all modules at once, then compile them."""
-        written = cythonize(self.extensions, nthreads=cores(), language_level=3, build_dir=GENERATED)
+        """Write the C++ of all modules that changed at once, then compile them."""
+        modules = self.extensions
+        # Cython and setuptools would also look at NumPy's own files, which are always new where pip builds in isolation.
+        self.extensions = [m for m in modules if self.force or newer_group([*m.sources, *m.depends], self.get_ext_fullpath(m.name))]
+        written = cythonize(self.extensions, nthreads=cores(), language_level=3, build_dir=GENERATED) if self.extensions else []
         for mine, made in zip(self.extensions, written, strict=True):
             mine.sources = made.sources
         try:
@@ -117,6 +121,7 @@ class BuildKernels(build_ext):
         except CCompilerError as error:
             message = f"{error}\nfastbn's kernels did not build; FASTBN_NO_EXTENSIONS=1 installs without them."
             raise type(error)(message) from error
+        self.extensions = modules
 
 
 def cores() -> int:

@@ -18,22 +18,27 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import cpu, dispatch
+from fastbn import core, cpu, dispatch
 from fastbn.dispatch import KERNELS, TABLE, Kernel
 from fastbn.dtypes import DTYPES
 
 X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
 
+def _forget() -> None:
+    for module in (core, dispatch):
+        for value in list(vars(module).values()):
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No pin from outside, and no memory of earlier choices."""
     monkeypatch.setattr(dispatch, "_from_environment", None)
-    for remembered in (dispatch._best, dispatch._announce):
-        remembered.cache_clear()
+    _forget()
     yield
-    for remembered in (dispatch._best, dispatch._announce):
-        remembered.cache_clear()
+    _forget()
 
 
 @pytest.fixture
