@@ -11,23 +11,10 @@ import numpy as np
 
 from fastbn import activations
 from fastbn.dtypes import DTYPES, DType, lookup
-from fastbn.layout import Array, channel_axis
+from fastbn.layout import Array, channel_axis, plain
 
 if TYPE_CHECKING:
     from fastbn.results import Function
-
-# Subclasses change what an array's buffer means (masked arrays, units) or how it is indexed (matrices). This one does not.
-_PLAIN = (np.ndarray, np.memmap)
-
-
-def plain(name: str, a: object) -> Array:
-    """Check that something is an array, and of no subclass with a meaning of its own."""
-    if type(a) in _PLAIN:
-        return a  # type: ignore[return-value]
-    if isinstance(a, np.ndarray):
-        raise TypeError(f"{name} must be a plain numpy.ndarray, got {type(a).__name__}")
-    raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
-
 
 def came(dtype: np.dtype[Any]) -> str:
     """Name of a dtype in an error; of one in the other byte order, its code."""

@@ -379,7 +379,8 @@ class Folded:
             n = threads.for_call("normalize", r.x.nbytes)
             epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
-            if r.x.flags.c_contiguous and dispatch.pinned() is None and hasattr(module, "Plain"):
+            simple = r.x.flags.c_contiguous and r.axis in (1, r.x.ndim - 1)
+            if simple and dispatch.pinned() is None and hasattr(module, "Plain"):
                 self._plain = module.Plain(*vectors, r.activation, r.x, r.axis, threads.WORTH_THREADS["normalize"])
         return _deliver(y, r.out)
 

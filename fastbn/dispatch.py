@@ -19,7 +19,7 @@ import numpy as np
 from fastbn import cpu, memory, threads
 from fastbn.dtypes import DTYPES, lookup
 from fastbn.environment import settings
-from fastbn.layout import LAYOUTS, Array, LayoutName, channel_axis, pattern, view
+from fastbn.layout import LAYOUTS, Array, LayoutName, channel_axis, pattern, plain, view
 
 ALL = frozenset(DTYPES)
 NOT_BUILT = "it was not built"
@@ -330,9 +330,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     """
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    if not isinstance(x, np.ndarray):
-        raise TypeError(f"x must be a numpy.ndarray, got {type(x).__name__}")
-    dtype = lookup(x.dtype)
+    dtype = lookup(plain("x", x).dtype)
     if dtype is None:
         raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
     v = view(x, channel_axis(layout, x.ndim, axis))

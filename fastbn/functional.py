@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from fastbn import checks, core
 from fastbn.activations import Activation, Builtin
 from fastbn.core import Request, Running
-from fastbn.layout import Array, LayoutName, view
+from fastbn.layout import Array, LayoutName, plain, view
 from fastbn.results import Gradients, Saved, Stats
 
 ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"]
@@ -343,8 +343,8 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    plain = saved.training is True and saved.activation is None and saved.mask is None and not saved.has_residual
-    if plain and from_output is False and type(wrt) is tuple and wrt == ("x", "weight", "bias") and _fits(saved, x):
+    simple = saved.training is True and saved.activation is None and saved.mask is None and not saved.has_residual
+    if simple and from_output is False and type(wrt) is tuple and wrt == ("x", "weight", "bias") and _fits(saved, x):
         vectors = saved.mean, saved.mean_lo, saved.invstd, saved.scale
         found = core.plain("backward", x, None, saved.axis, out, dy, *vectors)
         if found is not None:
@@ -390,7 +390,7 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
         v = getattr(saved, name)
         if v is None and name == "mean_lo":
             continue
-        checks.plain(f"saved.{name}", v)
+        plain(f"saved.{name}", v)
         if v.shape != channels[:1]:
             raise ValueError(f"{channels[1]} but saved.{name} has shape {v.shape}")
         if v.dtype != dtype.compute:

@@ -91,6 +91,19 @@ def pattern(layout: str) -> str:
     return "nspc" if layout in _CHANNELS_LAST or layout in ("NC", "channels_last") else "ncsp"
 
 
+# Subclasses change what an array's buffer means (masked arrays, units) or how it is indexed (matrices). This one does not.
+_PLAIN = (np.ndarray, np.memmap)
+
+
+def plain(name: str, a: object) -> Array:
+    """Check that something is an array, and of no subclass with a meaning of its own."""
+    if type(a) in _PLAIN:
+        return a  # type: ignore[return-value]
+    if isinstance(a, np.ndarray):
+        raise TypeError(f"{name} must be a plain numpy.ndarray, got {type(a).__name__}")
+    raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
+
+
 class View(NamedTuple):
     """How an array's memory maps to a pattern.
 

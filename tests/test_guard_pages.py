@@ -86,7 +86,7 @@ def operations(module: Any, place: Places, n: int, c: int, s: int, compute: np.d
     whole = module if hasattr(module, "forward") else core.Composed(module)
     whole.inference(x, y, mean, None, var, w, b, 1e-5, 1)
     if n * s > 1:
-        whole.forward(x, y, w, b, 1e-5, mean, var, 0.1, compute, 1)
+        whole.forward(x, y, w, b, 1e-5, mean, var, 0.1, 1, compute, 1)
     whole.backward(dy, x, y, mean, g, var, w, 1)
     whole.backward(dy, x, None, mean, g, var, None, 1)
     residual, dresidual = place("residual", (n, c, s)), place("dresidual", (n, c, s))

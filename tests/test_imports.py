@@ -21,10 +21,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     {"kernels"},
     {"environment", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
-    {"memory", "threads", "results", "extremes"},
+    {"memory", "threads", "checks", "extremes"},
+    {"results"},
     {"dispatch"},
     {"core"},
-    {"checks"},
     {"functional"},
     {"layers"},
     {"torch", "onnx", "keras"},
@@ -34,7 +34,6 @@ ORDER = (
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Where a framework may be imported at all; never by `import fastbn`.
 OPTIONAL = {
-    "threads": {"threadpoolctl"},
     "torch": {"torch"},
     "onnx": {"onnx"},
     "keras": {"keras", "tensorflow"},

@@ -54,7 +54,7 @@ for caches in (None, (512, 2048, 4096)):
         m.inference(x, y, w, None, w, None, w, 1e-5, threads)
         if n * s == 1:
             continue
-        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, compute, threads)
+        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, 1, compute, threads)
         m.grad_sums(dy, x, w, threads)
         m.grad_input(dy, x, y, w, w, w, w, threads)
         m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads)
@@ -66,7 +66,7 @@ for caches in (None, (512, 2048, 4096)):
             after = Epilogue(name and lookup(name), residual, scale, shift, d if residual is not None else None)
             m.normalize(x, y, w, w, w, threads, after)
             m.inference(x, y, w, None, w, w, w, 1e-5, threads, after)
-            m.forward(x, y, w, w, 1e-5, None, None, 0.1, compute, threads, after)
+            m.forward(x, y, w, w, 1e-5, None, None, 0.1, 1, compute, threads, after)
             if name is not None:
                 m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, after)
                 m.backward(dy, x, None, mean, mean_lo, invstd, scale, threads, after._replace(dresidual=None))

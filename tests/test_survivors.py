@@ -145,7 +145,7 @@ def test_eps_is_finite_and_not_negative(eps: Any) -> None:
 
 
 @pinned
-@pytest.mark.parametrize("kind", [np.matrix, np.ma.masked_array])
+@pytest.mark.parametrize("kind", [lambda a: a.view(np.matrix), np.ma.masked_array], ids=["matrix", "masked"])
 def test_arrays_with_a_meaning_of_their_own_are_refused(kind: Any) -> None:
     x, v = np.arange(12, dtype=np.float32).reshape(4, 3), np.ones(3, np.float32)
     odd = kind(x)

@@ -10,5 +10,5 @@ from bench.data import Array, Inputs
 
 def inference(inputs: Inputs, out: Array | None) -> Callable[[], Array]:
     x, _, weight, bias, mean, var, eps, layout = inputs
-    layer = fastbn.FrozenBatchNorm(mean, var, weight, bias, eps, layout=layout)
+    layer = fastbn.FrozenBatchNorm(mean, var, weight, bias, eps=eps, layout=layout)
     return lambda: layer(x, out=out)

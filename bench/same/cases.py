@@ -138,7 +138,7 @@ def _elemt(a: Arrays, case: Case) -> Results:
 
 def _frozen_layer(a: Arrays, case: Case) -> Results:
     weight, bias, mean, var = a.vectors
-    layer = fastbn.FrozenBatchNorm(mean, var, weight, bias, EPS, layout=a.layout, activation=case.activation)
+    layer = fastbn.FrozenBatchNorm(mean, var, weight, bias, eps=EPS, layout=a.layout, activation=case.activation)
     first = layer(a.x.copy(order="K"), a.residual)
     return {"y": layer(a.x, a.residual, out=a.x if case.in_place else None), "first y": first}
 
