@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from math import inf
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class Builtin(NamedTuple):
     @property
     def invertible(self) -> bool:
         """Whether the input can be had from the output."""
-        return self.name == "leaky_relu" and 0 < self.parameter < inf
+        return self.name == "leaky_relu" and self.parameter > 0
 
 
 class Activation:
@@ -175,13 +175,16 @@ def lookup(activation: object) -> Builtin | Activation:
 
 
 def _slope(value: Any) -> float:
-    """Check the slope of leaky_relu: any number, as in PyTorch."""
+    """Check the slope of leaky_relu: any finite number."""
     if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"activation: the slope of leaky_relu must be a number, got {value!r}")
     try:
-        return float(value)
+        slope = float(value)
     except OverflowError:
-        raise ValueError("activation: the slope of leaky_relu must be a float64, got an int beyond its range") from None
+        slope = inf
+    if not isfinite(slope):
+        raise ValueError(f"activation: the slope of leaky_relu must be a finite float64, got {value if isinstance(value, float) else inf}")
+    return slope
 
 
 def _hint(meant: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -269,7 +269,7 @@ def batch_norm(
         if training is True and _is_bit(correction):
             found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
             y = found and found[0]
-        elif training is False:
+        elif training is False and type(momentum) is float and _is_bit(correction):
             y = core.plain("normalize", x, layout, axis, out, running_mean, running_var, weight, bias, eps)
         if y is not None:
             return y
@@ -363,7 +363,7 @@ def batch_norm_backward(
     if "residual" in wanted and not saved.has_residual:
         raise ValueError("wrt names 'residual', but the forward had none")
     if checks.switch("from_output", from_output):
-        _can_be_inverted(saved)
+        _can_be_inverted(saved, r.x.dtype)
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     kept = {f"saved.{name}": getattr(saved, name) for name in ("mean", "mean_lo", "invstd", "scale", "shift", "mask", "residual")}
@@ -421,7 +421,7 @@ def _held(x: Array, axis: int) -> int:
     return int(x.size // max(x.shape[axis], 1))
 
 
-def _can_be_inverted(saved: Saved) -> None:
+def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
     """Check that the forward's input can be had from its output, to some digits at least."""
     if not saved.invertible:
         raise ValueError(
@@ -431,7 +431,7 @@ def _can_be_inverted(saved: Saved) -> None:
     with np.errstate(all="ignore"):
         weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
         # The output is known to its last place, which is one of the bias; the input times the weight must be larger.
-        lost = np.isfinite(saved.shift) & (np.abs(saved.shift) * _LAST_PLACE[saved.dtype.name] >= weight / 8)
+        lost = np.isfinite(saved.shift) & (np.abs(saved.shift) * _LAST_PLACE[dtype.name] >= weight / 8)
     if lost.any() and saved.count:
         c = int(np.argmax(lost))
         raise ValueError(

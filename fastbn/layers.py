@@ -66,7 +66,7 @@ class _BatchNorm:
     ):
         checks.activation(activation)
         self.dtype = resolve(dtype)
-        self.num_features = checks.integer("num_features", num_features, 1)
+        self.num_features = checks.integer("num_features", num_features, 1, 2**40)
         self.eps = checks.number("eps", eps, 0.0)
         self.momentum = None if momentum is None else checks.number("momentum", momentum)
         self.track_running_stats = checks.switch("track_running_stats", track_running_stats)
@@ -80,12 +80,11 @@ class _BatchNorm:
         self.num_batches_skipped = 0
         row = lookup(self.dtype)
         assert row is not None  # noqa: S101  resolve has seen it
-        vectors = np.ones((2, self.num_features), row.compute), np.zeros((2, self.num_features), row.compute)
-        tracked = self.track_running_stats
-        self.weight: Array | None = vectors[0][0].copy() if checks.switch("affine", affine) else None
-        self.bias: Array | None = vectors[1][0].copy() if affine else None
-        self.running_mean: Array | None = vectors[1][1].copy() if tracked else None
-        self.running_var: Array | None = vectors[0][1].copy() if tracked else None
+        n, tracked = self.num_features, self.track_running_stats
+        self.weight: Array | None = np.ones(n, row.compute) if checks.switch("affine", affine) else None
+        self.bias: Array | None = np.zeros(n, row.compute) if affine else None
+        self.running_mean: Array | None = np.zeros(n, row.compute) if tracked else None
+        self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
         self._context: _Context | None = None
 

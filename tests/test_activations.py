@@ -532,13 +532,18 @@ def test_wrong_backwards() -> None:
     assert fastbn.batch_norm_backward(x, x, saved, wrt="residual").dresidual is x
 
 
-@pytest.mark.parametrize("slope", [0.0, -0.5, np.nan, np.inf])
+@pytest.mark.parametrize("slope", [0.0, -0.5])
 def test_only_slopes_that_can_be_undone_do_without_the_input(slope: float) -> None:
     x = rng().standard_normal((4, 3)).astype(np.float32)
     y, saved = fastbn.batch_norm_forward(x, activation=("leaky_relu", slope))
-    np.testing.assert_array_equal(np.isnan(y), np.isnan(slope) & (y != np.abs(y)))
     with pytest.raises(ValueError, match=r"from_output needs .* a leaky_relu whose slope is above 0"):
         fastbn.batch_norm_backward(x, y, saved, from_output=True)
+
+
+@pytest.mark.parametrize("slope", [np.nan, np.inf, -np.inf, 10**400])
+def test_slopes_are_finite(slope: float) -> None:
+    with pytest.raises(ValueError, match="activation: the slope of leaky_relu must be a finite"):
+        fastbn.BatchNorm1d(3, activation=("leaky_relu", slope))
 
 
 def test_empty_batch() -> None:
