@@ -343,7 +343,7 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    simple = saved.training is True and saved.activation is None and saved.mask is None and not saved.has_residual
+    simple = saved.training is True and saved.activation is None and saved.mask is None and saved.has_residual is False
     if simple and from_output is False and type(wrt) is tuple and wrt == ("x", "weight", "bias") and _fits(saved, x):
         vectors = saved.mean, saved.mean_lo, saved.invstd, saved.scale
         found = core.plain("backward", x, None, saved.axis, out, dy, *vectors)
@@ -409,7 +409,7 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
     mask = checks.mask(saved.mask, array, axis)
     if not saved.training:
         mask = None
-    elif mask is not None and np.count_nonzero(mask) != saved.count:
+    elif mask is not None and array.size and np.count_nonzero(mask) != saved.count:
         raise ValueError(f"saved.mask has {np.count_nonzero(mask)} True positions, but saved.count is {saved.count}")
     elif mask is None and saved.count < _held(array, axis):
         raise ValueError(f"saved.count is {saved.count}, but x has {_held(array, axis)} values per channel")

@@ -52,15 +52,15 @@ def channel_axis(layout: str | None, ndim: int, axis: int | None = None) -> int:
         If the layout is unknown or is for another number of axes, if there is no such axis, or if both are given.
     """
     check(layout, axis)
+    rank = _CHANNELS_FIRST.get(layout or "", 0) or _CHANNELS_LAST.get(layout or "", 0)
+    if rank and ndim != rank:
+        raise ValueError(f"layout {layout!r} is for arrays with {rank} axes, but x has {ndim}")
     if ndim < 2:
         raise ValueError(f"x must have at least 2 axes (batch and channels), got {ndim}")
     if axis is not None:
         if not -ndim <= axis < ndim:
             raise ValueError(f"axis must be one of the {ndim} axes of x, got {axis}")
         return int(axis) % ndim
-    rank = _CHANNELS_FIRST.get(layout or "", 0) or _CHANNELS_LAST.get(layout or "", 0)
-    if rank and ndim != rank:
-        raise ValueError(f"layout {layout!r} is for arrays with {rank} axes, but x has {ndim}")
     return ndim - 1 if layout in _CHANNELS_LAST or layout == "channels_last" else 1
 
 
