@@ -1,7 +1,7 @@
 """Batch normalization for CPUs at the speed of memory."""
 
 from fastbn.activations import Activation
-from fastbn.dispatch import explain, show_config, use_kernel, warmup
+from fastbn.dispatch import use_kernel, warmup
 from fastbn.functional import (
     batch_norm,
     batch_norm_backward,
@@ -11,6 +11,7 @@ from fastbn.functional import (
     batch_norm_forward,
     batch_norm_stats,
 )
+from fastbn.introspection import explain, show_config
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from fastbn.memory import release as release_memory
 from fastbn.memory import statistics as memory_statistics

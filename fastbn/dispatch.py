@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -12,14 +11,14 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 
-from fastbn import cpu, memory, threads
-from fastbn.dtypes import DTYPES, lookup
+from fastbn import cpu
+from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
-from fastbn.layout import LAYOUTS, Array, LayoutName, channel_axis, pattern, plain, view
+from fastbn.layout import LAYOUTS, pattern
 
 ALL = frozenset(DTYPES)
 NOT_BUILT = "it was not built"
@@ -291,116 +290,3 @@ def _names(name: str, given: object, known: tuple[str, ...]) -> tuple[str, ...]:
         if not isinstance(one, str) or one not in known:
             raise ValueError(f"{name} must be among {', '.join(known)}, got {one!r}")
     return names
-
-
-OPS = ("stats", "normalize", "forward", "backward")
-
-
-def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | None = None) -> str:
-    """Say how a call would run: which kernel, memory pattern, tiles and threads, and why not a better kernel.
-
-    Parameters
-    ----------
-    op : str
-        "stats", "normalize" (inference), "forward" (training) or "backward".
-    x : ndarray
-        The input.
-    layout, axis
-        As in `batch_norm_forward`.
-
-    Returns
-    -------
-    str
-        A few lines.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If there is no such operation, or x is no array that fastbn takes.
-
-    Examples
-    --------
-    >>> import fastbn
-    >>> with fastbn.use_kernel("reference"):
-    ...     print(fastbn.explain("normalize", np.zeros((2, 3, 4, 4), np.float32)))
-    normalize_ncsp_f32: kernel reference
-      memory: 2 x 3 x 16 (outer x channels x inner)
-      threads: 1
-      reference is pinned
-    """
-    if not isinstance(op, str) or op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    dtype = lookup(plain("x", x).dtype)
-    if dtype is None:
-        raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
-    v = view(x, channel_axis(layout, x.ndim, axis))
-    kernel = select(dtype.storage)
-    n = threads.for_call(op, x.nbytes)
-    outer, channels, inner = v.dims
-    copied = "" if v.dense else ", copied first: the memory is not dense"
-    lines = [
-        f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
-        f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
-        f"  threads: {n}",
-    ]
-    plan = getattr(kernel.module(), "plan", None)
-    if plan is not None and x.size:
-        lines += [f"  {key}: {value}" for key, value in plan(op, v.dims, x.itemsize, n).items()]
-    return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
-
-
-class Config(TypedDict):
-    """What `show_config` returns."""
-
-    fastbn: str
-    numpy: str
-    python: str
-    place: str
-    processor: Processor
-    caches: dict[str, int]
-    threads: dict[str, Any]
-    memory: dict[str, Any]
-    kernels: dict[str, str]
-    selected: dict[str, str]
-    pinned: str | None
-
-
-class Processor(TypedDict):
-    """What is known of the processor."""
-
-    machine: str
-    model: str | None
-    features: list[str]
-
-
-def show_config() -> Config:
-    """What fastbn found on this machine and what it will use.
-
-    Returns
-    -------
-    dict
-        Versions, the folder of the package, the processor and its features, caches in bytes, threads, recycled memory,
-        for each kernel "usable" or the reason why not, for each dtype the kernel that is selected (empty while one is
-        pinned), and the pinned kernel or None.
-
-    Examples
-    --------
-    >>> import fastbn
-    >>> fastbn.show_config()["kernels"]["reference"]
-    'usable'
-    """
-    from fastbn import __version__  # stands above this module; a packed application has no metadata
-
-    return {
-        "fastbn": __version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "place": str(Path(__file__).resolve().parent),
-        "processor": {"machine": platform.machine(), "model": cpu.model(), "features": sorted(cpu.features())},
-        "caches": cpu.caches()._asdict(),
-        "threads": {"used": threads.get_num_threads(), **threads.limits()},
-        "memory": memory.statistics(),
-        "kernels": {k.name: k.unusable() or "usable" for k in TABLE},
-        "selected": {dtype: select(dtype).name for dtype in DTYPES if pinned() is None},
-        "pinned": pinned(),
-    }

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import core, cpu, dispatch
+from fastbn import core, cpu, dispatch, introspection
 from fastbn.dispatch import KERNELS, TABLE, Kernel
 from fastbn.dtypes import DTYPES
 
@@ -311,7 +311,7 @@ def test_a_pinned_kernel_must_take_the_dtype(monkeypatch: pytest.MonkeyPatch) ->
             fastbn.batch_norm_stats(X.astype(np.float64))
 
 
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", introspection.OPS)
 def test_explain(op: str) -> None:
     with fastbn.use_kernel("reference"):
         assert fastbn.explain(op, X).splitlines()[:2] == [

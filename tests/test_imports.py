@@ -24,6 +24,7 @@ ORDER = (
     {"memory", "threads", "checks", "extremes"},
     {"results"},
     {"dispatch"},
+    {"introspection"},
     {"core"},
     {"functional"},
     {"layers"},
