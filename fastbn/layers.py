@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,14 @@ from fastbn.results import Gradients, Saved
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
     from typing_extensions import Self
+
+
+_NO_INPUT = "backward needs a forward before it, whose input was not overwritten or can be had from its output"
+
+
+def _is(out: Array | None, x: Array) -> bool:
+    """Whether the output was written over the input."""
+    return out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
 
 
 class LoadedKeys(NamedTuple):
@@ -40,7 +49,7 @@ class _Context(NamedTuple):
 
     x: Array | weakref.ref[Array]  # a layer in eval keeps no array alive
     residual: weakref.ref[Array] | None
-    saved: Saved
+    saved: Saved | Callable[..., tuple[Array, Saved]]  # or how to have it, from x
     from_output: bool
 
 
@@ -154,19 +163,27 @@ class _BatchNorm:
             axis = channel_axis(self.layout, x.ndim, self.axis)
             if x.shape[axis] != self.num_features:
                 raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has num_features={self.num_features}")
+        options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
+        if not batch and not self.training:
+            given = (self.running_mean, self.running_var, self.weight, self.bias)
+            y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
+            mean, var, weight, bias = (None if v is None else v.copy() for v in given)
+            again = partial(functional.batch_norm_forward, weight=weight, bias=bias, running_mean=mean, running_var=var)
+            again = partial(again, training=False, eps=self.eps, **options)
+            self._context = _Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x))
+            return y
         statistics: tuple[Array | None, Array | None] = (None, None)
         if not batch or (self.track_running_stats and self.training and not self.frozen):
             statistics = self.running_mean, self.running_var
         mean, var = (None if v is None else v.copy() for v in statistics) if batch and self.skip_nonfinite else statistics
         y, saved = functional.batch_norm_forward(
             x, self.weight, self.bias, mean, var, training=batch, momentum=self._weight_of_new(), eps=self.eps,
-            layout=self.layout, axis=self.axis, activation=self.activation, residual=residual, mask=mask,
-            correction=self.correction, out=out,
+            residual=residual, mask=mask, correction=self.correction, out=out, **options,
         )  # fmt: skip
         if batch and x.size:
             self._count(statistics, (mean, var))
-        self._remember(x, residual, saved, out)
+        self._remember(x, residual, saved, _is(out, x))
         return y
 
     def __call__(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
@@ -185,9 +202,8 @@ class _BatchNorm:
         if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
-    def _remember(self, x: Array, residual: Array | None, saved: Saved, out: Array | None) -> None:
+    def _remember(self, x: Array, residual: Array | None, saved: Saved, overwritten: bool) -> None:
         """Keep what the backward needs."""
-        overwritten = out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
         if overwritten and not saved.invertible:
             self._context = None
         elif self.training:
@@ -228,15 +244,18 @@ class _BatchNorm:
             As `batch_norm_backward`.
         """
         if self._context is None:
-            raise RuntimeError("backward needs a forward before it, whose input was not overwritten or can be had from its output")
+            raise RuntimeError(_NO_INPUT)
         kept, residual, saved, from_output = self._context
         x = kept() if isinstance(kept, weakref.ref) else kept
-        if isinstance(kept, weakref.ref):
-            r = None if residual is None else residual()
-            if x is None or (saved.has_residual and r is None):
-                raise RuntimeError("a layer in eval keeps no arrays: hold x and residual until the backward, or use freeze() in training")
+        r = None if residual is None else residual()
+        if x is None or (residual is not None and r is None):
+            raise RuntimeError("a layer in eval keeps no arrays: hold x and residual until the backward, or use freeze() in training")
+        if not isinstance(saved, Saved):
+            _, saved = saved(x, residual=r)
+            if from_output and not saved.invertible:
+                raise RuntimeError(_NO_INPUT)
+        elif residual is not None:
             saved = replace(saved, residual=r)
-        assert x is not None  # noqa: S101  training keeps it
         if wrt is None:
             parameters = ("weight", "bias") if self.affine and not self.frozen else ()
             wrt = ("x", *parameters, *(("residual",) if saved.has_residual else ()))
