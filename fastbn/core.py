@@ -184,13 +184,13 @@ class Composed:
         if part is None:
             return self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)
         rows = part.of(dy), part.in_units(x), None if dx is None else part.of(x)
-        vectors = part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1), part.of(scale)
+        vectors = part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1), part.in_units(scale, -1)
         after = part.epilogue(epilogue)
         sums = self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)  # dx may be dy or x
         sum_dy, sum_dy_xmu = self._backward(*rows, *vectors, threads, after)
         sums[0][part.channels], sums[1][part.channels] = sum_dy, part.from_units(sum_dy_xmu)
         if dx is not None:
-            dx[:, part.channels] = rows[2]
+            dx[:, part.channels] = part.from_units(np.asarray(rows[2], np.float64), -1)
         if epilogue is not None and epilogue.dresidual is not None and after is not None:
             epilogue.dresidual[:, part.channels] = after.dresidual
         return sums

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,7 @@ SIZES = {
 }
 CASES = [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
 
-
-@pytest.fixture(params=[name for name in ("numba", "reference") if not KERNELS[name].unusable()], autouse=True)
-def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    with fastbn.use_kernel(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("kernel")
 
 
 def _data(dtype: str, size: float, layout: str = "NCHW") -> tuple[Array, Array, Array, Array]:
@@ -168,3 +163,33 @@ def test_gradients_from_given_sums_and_with_a_mask(size: float) -> None:
     got = fastbn.batch_norm_backward(dy, x, saved)
     for gradient, truth, bound in zip(got[:3], (dx, dweight, dbias), (1e-13 * largest, 1e-12, 1e-12), strict=True):
         within(np.asarray(gradient), truth, bound)
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 30), (1, 40, 700), (100, 128, 1), (300, 40, 1), (40, 40, 5), (3, 2, 20_000)], ids=str)
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e200), ("float64", 1e-170), ("float32", 1.2e38), ("bfloat16", 1.2e38)])
+def test_the_bits_do_not_depend_on_threads_and_places(dtype: str, size: float, shape: tuple[int, ...]) -> None:
+    """One channel at an end of the range among others that are not, which have the bits that they have without it."""
+    if dtype == "bfloat16" and any(k.name == fastbn.dispatch.pinned() and k.declines(dtype) for k in KERNELS.values()):
+        return
+    storage: Any = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    r = rng(3)
+    x, residual = (np.clip(r.normal(0.5, 1, shape), -2.5, 2.5) for _ in range(2))
+    ordinary = x.astype(storage)
+    x[:, 1] *= size
+    others = np.arange(shape[1]) != 1
+    x, residual = x.astype(storage), residual.astype(storage)
+    for activation, added in ((None, None), ("silu", residual)):
+        results = []
+        for threads, place in ((1, "new"), (2, "new"), (1, "x"), (2, "x"), (2, "residual")):
+            a, b = x.copy(), None if added is None else added.copy()
+            running = np.zeros(shape[1]), np.ones(shape[1])
+            out = a if place == "x" else b if place == "residual" else None
+            with fastbn.num_threads(threads):
+                y, saved = fastbn.batch_norm_forward(a, None, None, *running, eps=0.0, activation=activation, residual=b, out=out)
+            results.append([np.asarray(v, np.float64) for v in (y, *running, saved.mean, saved.invstd, saved.scale, saved.shift)])
+        for other in results[1:]:
+            for v, w in zip(results[0], other, strict=True):
+                same_bits(v, w)
+        plain, _ = fastbn.batch_norm_forward(ordinary, eps=0.0, activation=activation, residual=added)
+        same_bits(np.ascontiguousarray(results[0][0][:, others]), np.ascontiguousarray(np.asarray(plain, np.float64)[:, others]))
+        within(results[0][0][:, 1], np.asarray(plain, np.float64)[:, 1], {"float64": 1e-13, "float32": 1e-5, "bfloat16": 0.05}[dtype])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import subprocess
 import sys
 from typing import Any
@@ -264,7 +265,7 @@ def test_any_number_of_threads_is_taken(kernel: Kernel) -> None:
             with pytest.raises(TypeError):
                 call(**{**right, "threads": wrong})
     x = np.ones((8, 64, 40, 64), np.float32)
-    with fastbn.use_kernel(kernel.name), fastbn.num_threads(2**20):
+    with fastbn.use_kernel(kernel.name), fastbn.num_threads(fastbn.threads.MOST_THREADS):
         assert not fastbn.batch_norm_stats(x).var.any()
 
 
@@ -351,3 +352,42 @@ def test_the_plan_says_that_large_outputs_are_streamed(kernel: Kernel, op: str) 
     for inner in (112 * 112, 1):
         assert kernel.module().plan(op, (1 << 20, 64, inner), 4, 2)["streaming"] == "yes"
         assert kernel.module().plan(op, (2, 64, inner), 4, 2)["streaming"] == "no"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("mode", ["flush to zero", "round up"])
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_whole_calls_run_in_the_default_floating_point_mode(kernel: Kernel, mode: str, threads: int) -> None:
+    """Their sums are merged, their parameters folded and the running statistics moved in it, too; the caller's is kept."""
+    from test_pool import MODES, UPWARD, FloatEnvironment, pool  # skips where there is no pool
+
+    if platform.machine() not in UPWARD or sys.platform != "linux":
+        pytest.skip("knows Linux on x86-64 and aarch64 alone")
+    module, r = kernel.module(), np.random.default_rng(0)
+    one, small, third = np.ones(32, np.float32), np.full(32, 1e-38, np.float32), np.full(32, 1 / 3)
+
+    def step(x: Any, eps: float) -> list[bytes]:
+        y, dx, running = np.empty_like(x), np.empty_like(x), [small.copy(), third.copy()]
+        saved = module.forward(x, y, None, one, eps, *running, 0.1, 1, np.dtype(np.float32), threads)
+        sums = module.backward(x, x, dx, *saved[:4], threads)
+        found = [y, *saved, *running, *sums, dx, *module.stats(x, threads), *module.backward(x, x, None, *saved[:3], None, threads)]
+        running = [small.copy(), third.copy()]
+        found += [*module.plain_forward(x, 1, None, threads, one, None, *running, 0.1, 1, eps)[:-1], *running]
+        found += [*(module.plain_backward(x, 1, None, threads, x, *saved[:4]) or ())]  # None where invstd is far from 1
+        found += [module.plain_normalize(x, 1, None, threads, *saved[:2], one, one, eps)]
+        return [a.tobytes() for a in found]
+
+    for size, eps in ((1.0, 1e-5), (1e-39, 0.0), (1e-39, 1e-5)):
+        for shape in ((6, 32, 25), (150, 32, 1)):
+            x = (r.normal(3, 2, shape) * size).astype(np.float32)
+            want, environment = step(x, eps), FloatEnvironment()
+            try:
+                MODES[mode](environment)
+                before = pool.set_float_mode()
+                pool.set_float_mode(before)
+                found = step(x, eps)
+                after = pool.set_float_mode(before)
+            finally:
+                environment.restore()
+            assert [i for i, (a, b) in enumerate(zip(found, want, strict=True)) if a != b] == []
+            assert after & ~0x3F == before & ~0x3F

@@ -580,6 +580,7 @@ template <class T> struct Block {
     static double element(const T* p) { return widen_part<T>(p, 1)[0]; }
 
     static double rounded(double value) { return (C)value; }
+    static constexpr double largest() { return std::numeric_limits<C>::max(); }
 
     // The shift of a tile, from the sums of two halves of a sample: their mean, of equal elements exactly that; rounded to
     // an element and about a hundredth of the deviation, by adding a number whose last bit is that, and taking it away.

@@ -20,7 +20,10 @@ c) Sums run over fixed tiles that depend on the shape alone, in the lanes of one
    low bits give exact sums, and a value that is frequent, like the zeros behind a ReLU, adds a number of few bits, or
    all its roundings would go in one direction. Chan, Golub and LeVeque, The American Statistician 37 (1983).
 
-d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-30) is summed again in double.
+d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-30) is summed again in double. Channels
+   that leave the range of double as well, or whose map would leave that of its arithmetic, are left by a forward: it
+   does not map their group, and `forward_left` computes them from the operations, in units of their own (extremes.py).
+   What a backward is given says beforehand whether it has such channels.
 
 e) Units of work are whole numbers of tiles, sized for the caches, claimed by the threads of the pool. Where one
    channel's planes stay in the cache, sums and map run on them one after the other: within L2 for several images, whose
@@ -34,10 +37,15 @@ f) Large outputs are written with streaming stores, which do not read the line f
 """
 
 cimport numpy as cnp
-from libc.math cimport isfinite, sqrt
-from libc.string cimport memcpy, memset
+from libc.math cimport fabs, isfinite, sqrt
+from libc.stdint cimport uint32_t
+from libc.string cimport memchr, memcpy, memset
 
-from fastbn.kernels._pool cimport parallel, scratch, unit_fn
+from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, parallel, scratch, unit_fn
+
+import sys
+
+import numpy as np
 
 cnp.import_array()
 
@@ -83,6 +91,8 @@ cdef extern from "simd.hpp" nogil:
         double element(const T*)
         @staticmethod
         double rounded(double)
+        @staticmethod
+        double largest()
         @staticmethod
         double shift_at(const T*, const Py_ssize_t*)
         @staticmethod
@@ -158,6 +168,8 @@ cdef extern from * nogil:
         ptrdiff_t repeats, run;                  // in a row: channels repeat, and each has a run of columns
         double *shifts, *sums, *squares;         // the partial sums, of each tile
         double *first, *second, *low;                    // of each channel: the merged sums
+        char *left;  // of a forward, of each channel: 1 where it was not mapped, because it leaves the range of a number
+        void *dweight, *dbias;  // of a backward, or NULL
 
         double *spread;  // room for a vector for each column
 
@@ -261,6 +273,9 @@ cdef extern from * nogil:
         double *first
         double *second
         double *low
+        char *left
+        void *dweight
+        void *dbias
         double *spread
         Py_ssize_t unit, group, turn
         Py_ssize_t skip
@@ -370,6 +385,9 @@ cdef enum:
     FEW_VALUES = 64      # values of a channel in a tile up to which its sums round so seldom that the shift may be farther away
     MOST_THREADS = 4096  # of one call; the pool has fewer
     BLOCK = 128          # bytes of a block
+
+# The ends of the range, as in extremes.py.
+cdef double LARGE_M2 = 2.0 ** 1000, LARGE_INVSTD = 2.0 ** 450, FAR_DOUBLE = 2.0 ** 400, FAR_FLOAT = 2.0 ** 100
 
 cdef Py_ssize_t L1 = 32 << 10, L2 = 512 << 10, L3 = 8 << 20
 
@@ -1082,29 +1100,44 @@ cdef void merge_sums(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
                 job.second[c] += job.squares[at + c]
 
 
-cdef inline void fold_channel(Job[Forward, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
-    """Scale and shift of one channel; `core.fold` is the same in NumPy."""
+cdef inline double fold_channel(Job[Forward, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
+    """Scale and shift of one channel; `core.fold` is the same in NumPy. The result is the scale before it is rounded."""
     cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
     cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)
-    Block[T].set_value(job.scale, c, scale)
+    cdef double most = Block[T].largest()
+    # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
+    Block[T].set_value(job.scale, c, min(max(scale, -most), most) if isfinite(scale) else scale)
     Block[T].set_value(job.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
+    return scale
 
 
-cdef void fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    """From the merged statistics to the parameters of the map."""
-    cdef double high, low, count = job.count, eps = job.eps
+cdef inline bint is_unusual(Job[Forward, T]* job, double m2, double invstd, double scale) noexcept nogil:
+    """Whether squares, differences or factors leave the range of a number; `extremes.are_usual` is the same in NumPy."""
+    if T is double:  # what is not finite in any other type was so in x
+        return not m2 < LARGE_M2 or invstd >= LARGE_INVSTD or fabs(scale) > Block[T].largest()
+    else:
+        return m2 >= Block[T].largest() / 4 * (Block[T].largest() / 4) or fabs(scale) > Block[T].largest()
+
+
+cdef bint fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """From the merged statistics to the parameters of the map; whether the channels may be mapped."""
+    cdef double high, low, scale, count = job.count, eps = job.eps
     cdef double* m2 = job.second
     cdef double* invstd = <double*> job.slope  # room that a forward has no other use for
     cdef Py_ssize_t c
+    cdef bint unusual = False
     for c in range(first, last):  # a loop of its own: roots and quotients of several channels at once
         invstd[c] = 1 / sqrt(m2[c] / count + eps)
     for c in range(first, last):
         Block[T].set_value(job.mean, c, job.first[c])
         high = Block[T].value(job.mean, c)
         low = (job.first[c] - high if isfinite(high) else 0) + job.low[c]
-        fold_channel(job, c, low, invstd[c])
+        scale = fold_channel(job, c, low, invstd[c])
+        unusual = unusual or is_unusual(job, m2[c], invstd[c], scale)
         Block[T].set_value(job.mean_lo, c, low)
         Block[T].set_value(job.invstd, c, invstd[c])
+    memset(job.left + first, unusual, last - first)
+    return not unusual
 
 
 cdef void fold_gradient(Job[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -1115,7 +1148,7 @@ cdef void fold_gradient(Job[Backward, T]* job, Py_ssize_t first, Py_ssize_t last
         low = 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c)
         invstd = Block[T].value(job.invstd, c)
         job.second[c] -= low * job.first[c]
-        g1 = invstd * invstd * job.second[c] / job.count
+        g1 = invstd * (invstd * job.second[c] / job.count)  # the square alone may leave the range
         g0 = job.first[c] / job.count - low * g1
         Block[T].set_value(job.shift, c, g0)
         Block[T].set_value(job.slope, c, -g1)
@@ -1204,8 +1237,8 @@ cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
         end = min(first + job.turn, last)
         sum_channels(<Job[Stats, T]*> job, first, end)
         merge_stats(job, first, end)
-        fold_batch(job, first, end)
-        map_group(job, first, end)
+        if fold_batch(job, first, end):
+            map_group(job, first, end)
         first = end
     if job.streams:
         fence()
@@ -1343,7 +1376,7 @@ cdef bint is_streamed(Call* job, Py_ssize_t item, Py_ssize_t arrays) noexcept no
 cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
     """Give a call its scratch memory; False where there is none."""
     cdef Py_ssize_t C = job.channels, size = tiles * job.width
-    cdef double* p = <double*> scratch((3 * size + 6 * C + 5 * (job.columns + 2 * W)) * sizeof(double))
+    cdef double* p = <double*> scratch((3 * size + 6 * C + 5 * (job.columns + 2 * W)) * sizeof(double) + C)
     if p == NULL:
         return False
     job.shifts, job.sums, job.squares = p, p + size, p + 2 * size
@@ -1359,6 +1392,7 @@ cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
         job.shift = p + 4 * C
     job.slope = p + 5 * C
     job.spread = p + 6 * C
+    job.left = <char*> (job.spread + 5 * (job.columns + 2 * W))
     return True
 
 
@@ -1495,9 +1529,9 @@ cdef bint forward_call(Job[Forward, T]* job) noexcept nogil:
         parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False)
     else:
         run_sums(<Job[Stats, T]*> job)
-        fold_batch(job, 0, job.channels)
         job.backwards = True
-        run_map(job)
+        if fold_batch(job, 0, job.channels):
+            run_map(job)
     return True
 
 
@@ -1533,6 +1567,8 @@ cdef bint backward_call(Job[Backward, T]* job) noexcept nogil:
             run_map(&after)
         else:
             run_map(job)
+    if job.dweight != NULL:
+        gradients(<Job[GradSums, T]*> job)
     return True
 
 
@@ -1547,12 +1583,12 @@ cdef bint reduce_call(Job[Sum, T]* job) noexcept nogil:
     return True
 
 
-cdef void gradients(Job[GradSums, T]* job, void* dweight, void* dbias) noexcept nogil:
+cdef void gradients(Job[GradSums, T]* job) noexcept nogil:
     """The gradients of weight and bias, from the sums of a backward."""
     cdef Py_ssize_t c
     for c in range(job.channels):
-        Block[T].set_value(dweight, c, job.second[c] * Block[T].value(job.invstd, c))
-        Block[T].set_value(dbias, c, job.first[c])
+        Block[T].set_value(job.dweight, c, job.second[c] * Block[T].value(job.invstd, c))
+        Block[T].set_value(job.dbias, c, job.first[c])
 
 
 cdef void move_running(C* running, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
@@ -1565,12 +1601,10 @@ cdef void move_running(C* running, const double* batch, double divisor, Py_ssize
 # ---- From Python ----
 
 ctypedef bint (*call_fn)(void* job) noexcept nogil
-ctypedef void (*gradients_fn)(void* job, void* dweight, void* dbias) noexcept nogil
 
 # Of each dtype, plain and active.
 cdef call_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, REDUCE
 cdef call_fn[4] STATS
-cdef gradients_fn[4] GRADIENTS
 
 
 cdef void register(T* tag, int dtype) noexcept:
@@ -1582,7 +1616,6 @@ cdef void register(T* tag, int dtype) noexcept:
     INFERENCE[dtype][:] = [<call_fn> inference_call[Normalize, T], <call_fn> inference_call[ActiveNormalize, T]]
     FORWARD[dtype][:] = [<call_fn> forward_call[Normalize, T], <call_fn> forward_call[ActiveNormalize, T]]
     BACKWARD[dtype][:] = [<call_fn> backward_call[InputGradient, T], <call_fn> backward_call[ActiveGradient, T]]
-    GRADIENTS[dtype] = <gradients_fn> gradients[T]
 
 register[float](NULL, 0)
 register[double](NULL, 1)
@@ -1729,9 +1762,14 @@ cdef bint bind_gradient(Call* call, cnp.ndarray x, int dtype, epilogue) except -
 
 
 cdef int run(call_fn function, Call* call) except -1:
+    """Run a call, in the default floating-point mode, that leaves nothing in its scratch memory."""
     cdef bint done
+    cdef uint32_t mode
     with nogil:
+        mode = enter_default_mode()
         done = function(call)
+        end_scratch()
+        leave_default_mode(mode)
     if not done:
         raise MemoryError("no memory for the partial sums")
     return 0
@@ -1861,24 +1899,104 @@ def forward(
     call.out = target(x, y)
     call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
     call.eps = eps
-    return train(&call, dtype, active, mean, var, momentum, correction)
+    return train(&call, dtype, active, x, y, weight, bias, running_mean, mean, running_var, var, momentum, correction, epilogue)
 
 
-cdef tuple train(Call* call, int dtype, bint active, Running running_mean, Running running_var, double momentum, int correction):
+cdef tuple train(
+    Call* call, int dtype, bint active, x, y, weight, bias, running_mean, Running mean_to_move, running_var, Running var_to_move,
+    double momentum, int correction, epilogue
+):
     """Run a forward whose inputs were entered; return the vectors that it makes.
 
     The running statistics are updated last, when nothing can fail any more.
     """
+    cdef uint32_t mode
+    cdef bint done
+    cdef object left = None
     cdef int number = arithmetic_number(dtype)
     cdef cnp.ndarray mean = new_vector(call, number), mean_lo = new_vector(call, number), invstd = new_vector(call, number)
     cdef cnp.ndarray scale = new_vector(call, number), shift = new_vector(call, number)
     cdef tuple made = (mean, mean_lo, invstd, scale, shift)
     call.mean, call.mean_lo, call.invstd = cnp.PyArray_DATA(mean), cnp.PyArray_DATA(mean_lo), cnp.PyArray_DATA(invstd)
     call.scale, call.shift = cnp.PyArray_DATA(scale), cnp.PyArray_DATA(shift)
-    run(FORWARD[dtype][active], call)
-    update(running_mean, call.first, 1, call.channels, momentum)
-    update(running_var, call.second, call.count - correction, call.channels, momentum)
+    mode = enter_default_mode()
+    try:
+        with nogil:
+            done = FORWARD[dtype][active](call)
+        if not done:
+            raise MemoryError("no memory for the partial sums")
+        if memchr(call.left, 1, call.channels) != NULL:
+            left = forward_left(call, made, x, y, weight, bias, running_mean, running_var, momentum, correction, epilogue)
+        update(mean_to_move, call.first, 1, call.channels, momentum)
+        update(var_to_move, call.second, call.count - correction, call.channels, momentum)
+        if left is not None:
+            replace_left(left, running_mean, running_var)
+    finally:
+        end_scratch()
+        leave_default_mode(mode)
     return made
+
+
+cdef object composed():
+    """The same calls, made of the operations of this module: they know what to do at the ends of the range."""
+    from fastbn import core
+    return core.Composed(sys.modules[__name__])
+
+
+cdef tuple forward_left(
+    Call* call, tuple made, x, y, weight, bias, running_mean, running_var, double momentum, int correction, epilogue
+):
+    """Compute the channels that a forward has left; return their indices and running statistics, and the merged sums of all.
+
+    The tiles of so many channels alone are those of all: planes are cut without regard to the number of channels, and
+    where the units of work are whole channels of columns, they are so many as make whole blocks.
+    """
+    from fastbn import extremes
+    cdef cnp.ndarray mask = np.empty(call.channels, np.bool_)
+    cdef cnp.ndarray first = new_vector(call, cnp.NPY_DOUBLE), second = new_vector(call, cnp.NPY_DOUBLE)
+    memcpy(cnp.PyArray_DATA(mask), call.left, call.channels)
+    memcpy(cnp.PyArray_DATA(first), call.first, call.channels * sizeof(double))  # other calls use the scratch memory
+    memcpy(cnp.PyArray_DATA(second), call.second, call.channels * sizeof(double))
+    call.first, call.second = <double*> cnp.PyArray_DATA(first), <double*> cnp.PyArray_DATA(second)
+    channels = np.flatnonzero(mask)
+    part = extremes.Part(channels, np.zeros_like(channels))
+    dims = call.outer, call.channels, call.inner
+    rows, own_mean, own_var = part.of(x.reshape(dims)), part.of(running_mean), part.of(running_var)
+    found = composed().forward(
+        rows, rows, part.of(weight), part.of(bias), call.eps, own_mean, own_var, momentum, correction, made[0].dtype, call.threads,
+        part.epilogue(epilogue),
+    )
+    y.reshape(dims)[:, channels] = rows
+    for vector, values in zip(made, found):
+        vector[channels] = values
+    return channels, own_mean, own_var, first, second
+
+
+cdef int replace_left(tuple left, running_mean, running_var) except -1:
+    """Set the running statistics of the channels that a forward has left."""
+    channels, own_mean, own_var, _, _ = left
+    if running_mean is not None:
+        running_mean[channels] = own_mean
+    if running_var is not None:
+        running_var[channels] = own_var
+    return 0
+
+
+cdef inline bint any_outside(const C* values, Py_ssize_t n, double limit) noexcept nogil:
+    """Whether any of several numbers is not between a limit and its reciprocal."""
+    cdef C high = <C> limit, low = <C> (0.5 / limit)
+    cdef Py_ssize_t c
+    cdef bint outside = False
+    for c in range(n):
+        outside |= (values[c] >= high) | (values[c] < low)
+    return outside
+
+
+cdef bint is_far(Call* call, int number) noexcept nogil:
+    """Whether a standard deviation is so far from 1 that a backward must be made of operations (`extremes.far_from_one`)."""
+    if number == cnp.NPY_DOUBLE:
+        return any_outside(<const double*> call.invstd, call.channels, FAR_DOUBLE)
+    return any_outside(<const float*> call.invstd, call.channels, FAR_FLOAT)
 
 
 def backward(cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, scale, threads, epilogue=None):
@@ -1893,6 +2011,10 @@ def backward(cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo,
     if dx is not None:
         call.out = target(x, dx)
         call.invstd, call.scale = vector(&call, "invstd", number, invstd), vector(&call, "scale", number, scale)
+    elif invstd is not None:
+        call.invstd = vector(&call, "invstd", number, invstd)
+    if call.invstd != NULL and is_far(&call, number):
+        return composed().backward(dy, x, dx, mean, mean_lo, invstd, scale, call.threads, epilogue)
     run(REDUCE[dtype][active] if dx is None else BACKWARD[dtype][active], &call)
     return sum_dy, sum_dy_xmu
 
@@ -2034,7 +2156,7 @@ def plain_forward(
     ):
         return None
     call.eps = eps
-    vectors = train(&call, dtype, False, mean, var, momentum, correction)
+    vectors = train(&call, dtype, False, x, y, weight, bias, running_mean, mean, running_var, var, momentum, correction, None)
     return y, *vectors, call.outer * call.inner
 
 
@@ -2051,13 +2173,13 @@ def plain_backward(cnp.ndarray x not None, int axis, out, threads, dy, mean, mea
         dx is None or not bind_vector(&call, number, mean, &call.mean)
         or not bind_optional(&call, number, mean_lo, <const void**> &call.mean_lo)
         or not bind_vector(&call, number, invstd, &call.invstd) or not bind_vector(&call, number, scale, &call.scale)
-        or not are_apart(out, mean, mean_lo, invstd, scale)
+        or not are_apart(out, mean, mean_lo, invstd, scale) or is_far(&call, number)
     ):
         return None
     call.dy = cnp.PyArray_DATA(dy)
     dweight, dbias = new_vector(&call, number), new_vector(&call, number)
+    call.dweight, call.dbias = cnp.PyArray_DATA(dweight), cnp.PyArray_DATA(dbias)
     run(BACKWARD[dtype][False], &call)
-    GRADIENTS[dtype](&call, cnp.PyArray_DATA(dweight), cnp.PyArray_DATA(dbias))
     return dx, dweight, dbias
 
 
