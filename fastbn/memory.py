@@ -43,7 +43,7 @@ from fastbn import cgroup
 from fastbn.environment import settings
 
 try:
-    from fastbn.kernels import _pool  # type: ignore[attr-defined]
+    from fastbn.kernels import _pool  # type: ignore[attr-defined, unused-ignore]
 except ImportError:  # built without a compiler: nobody has scratch memory
     _pool = None
 

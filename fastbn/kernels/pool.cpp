@@ -17,7 +17,8 @@
 // - Wake nobody for little. Workers that spin join any job. Before it wakes one that sleeps, the caller runs one unit:
 //   the time of that, times the units that are left, is what there is to share. What a wake costs, and how much later
 //   the worker runs, is measured as it happens; so the decision knows the machine, the kernel and the state of the caches.
-//   Where a thread has but one unit there would be nothing left to share, and workers are woken first.
+//   Where calls follow each other while a worker would spin, it would be awake for the next ones: what they have to share
+//   adds up. Where a thread has but one unit there would be nothing left to share, and workers are woken first.
 //
 // - Wake on another core. The kernel likes to put a woken thread on the core of who wakes it, where it takes the time
 //   of the caller until it is moved, milliseconds later. So a sleeping worker is first given the cores that the caller
@@ -276,15 +277,17 @@ public:
             std::int64_t to_share = INT64_MAX;
             if (units > threads) {
                 mine = job_.claim(0, 1);
-                to_share = (Clock::now() - start).count() * (units - 1);
+                const std::int64_t earlier = (start - last_end_) < SPIN ? not_shared_ : 0;
+                to_share = (Clock::now() - start).count() * (units - 1) + earlier;
             }
-            wake(helpers, team, to_share);
+            not_shared_ = wake(helpers, team, to_share) ? 0 : to_share;
         }
         mine += job_.claim(0);
         const auto done = Clock::now();
         state_.fetch_and(~OPEN, std::memory_order_seq_cst);
         wait_until_left(helpers);
-        const auto waited = Clock::now() - done;
+        last_end_ = Clock::now();
+        const auto waited = last_end_ - done;
         if (waited > LONG_WAIT + (mine > 0 ? 2 * (done - start) / mine : done - start)) rest();
         taken_.store(false, std::memory_order_release);
         return true;
@@ -309,6 +312,8 @@ private:
     std::atomic<std::int64_t> rest_length_{0};
 
     Job job_;  // the open one
+    Clock::time_point last_end_{};
+    std::int64_t not_shared_ = 0;  // time of calls up to then that might have been shared with workers that slept
 
     struct alignas(64) Worker {
         Sleeper sleeper;
@@ -347,16 +352,17 @@ private:
         while (!empty()) caller_.sleep_unless([this] { return empty(); });
     }
 
-    // Wake workers for a job of so many helpers, of whom team - 1 are awake, as long as there is enough to share.
-    void wake(int helpers, int team, std::int64_t to_share) noexcept {
+    // Wake workers for a job of so many helpers, of whom team - 1 are awake, as long as there is enough to share; false
+    // where there is too little for any.
+    bool wake(int helpers, int team, std::int64_t to_share) noexcept {
         const std::int64_t cost = wake_cost(), delay = wake_delay(), worth = WORTH * (cost + delay);
         if (to_share / team < worth) {  // forget what was measured, little by little: it may have been a bad time
             const std::int64_t first = Time(WAKE_DELAY).count();
             if (delay > first) wake_delay_.store(delay - (delay - first) / 16 - 1, std::memory_order_relaxed);
-            return;
+            return false;
         }
         const Steering steering(helpers);
-        if (steering.bound()) return;
+        if (steering.bound()) return true;
         team = 1;  // counted again, with those that were woken and do not run yet
         for (int i = 0, count = workers(); i < count; ++i) team += !worker_[i].sleeper.asleep();
         for (int i = 0, count = workers(); i < count && team <= helpers && to_share / team >= worth; ++i) {
@@ -369,6 +375,7 @@ private:
             learn(wake_cost_, ticks() - before);
             ++team;
         }
+        return true;
     }
 
     // A running mean, of which threads may lose each other's part.
