@@ -122,14 +122,14 @@ int wakes() {
     };
     int single = 0, loops = 0;
     for (int round = 0; round < 20; ++round) single += woken_by(1);
-    for (int round = 0; round < 12 && loops < 3 && !has_one_core(); ++round) {
+    for (int round = 0; round < 30 && loops < 3 && !has_one_core(); ++round) {
         const bool woken = woken_by(100);
         loops += woken;
         if (!woken) std::this_thread::sleep_for(std::chrono::milliseconds(300));
     }
     const fastbn::Waking waking = fastbn::waking();
     const bool sound = waking.cost > 0 && waking.cost <= 1e-3 && waking.delay > 0 && waking.delay <= 1e-3;
-    return (single > 5) + (loops < 3 && !has_one_core()) + !sound;
+    return (single > 10) + (loops < 3 && !has_one_core()) + !sound;
 }
 
 #if defined(__linux__)

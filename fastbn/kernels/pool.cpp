@@ -87,8 +87,9 @@ constexpr Time FIRST_REST = milliseconds(4);    // how long to stay on one threa
 constexpr Time LAST_REST = milliseconds(256);   // ... and after the last doubling
 constexpr Time WAKE_COST = microseconds(5);     // of the caller's time, until it was measured
 constexpr Time WAKE_DELAY = microseconds(50);   // until the worker runs, likewise
-constexpr Time LONGEST_DELAY = milliseconds(1); // more says something about the moment, and nothing about the machine
+constexpr Time LONGEST_DELAY = milliseconds(1);  // more says something about the moment, and nothing about the machine
 constexpr int WORTH = 2;                        // how many times the price of a wake there must be to share
+constexpr std::int64_t MANY = 1 << 20;          // units, so that the product with a time does not overflow
 constexpr int MOST_WORKERS = 255;
 
 inline void pause() noexcept {
@@ -277,8 +278,9 @@ public:
             std::int64_t to_share = INT64_MAX;
             if (units > threads) {
                 mine = job_.claim(0, 1);
-                const std::int64_t earlier = (start - last_end_) < SPIN ? not_shared_ : 0;
-                to_share = (Clock::now() - start).count() * (units - 1) + earlier;
+                const std::int64_t earlier = start - last_end_ < SPIN ? not_shared_ : 0;
+                const std::int64_t left = units <= MANY ? units - 1 : MANY;
+                to_share = (Clock::now() - start).count() * left + earlier;
             }
             not_shared_ = wake(helpers, team, to_share) ? 0 : to_share;
         }
