@@ -171,9 +171,8 @@ def num_threads(n: SupportsIndex) -> Iterator[None]:
         _scoped.reset(token)
 
 
-# Bytes of x from which two threads beat one, by operation. Where calls follow each other within 100 microseconds the
-# workers are awake, and two threads win from about 96 KiB; later they must be woken, which costs the caller 3 to 8
-# microseconds, and win from about 1 MiB. Between the two lie these.
+# Bytes of x from which two threads beat one, by operation, where calls follow each other within 100 microseconds and the
+# workers are awake. Whether a call is worth waking them is the pool's decision, which knows how long its units take.
 WORTH_THREADS = {"normalize": 256 << 10, "stats": 256 << 10, "forward": 192 << 10, "backward": 96 << 10}
 
 

@@ -1,13 +1,18 @@
-// Many callers, uneven units, different numbers of threads, floating-point modes, scratch memory: to be built with a
-// sanitizer.
+// Many callers, uneven units, different numbers of threads, floating-point modes, scratch memory, who is woken and where,
+// hosts: to be built with a sanitizer.
 #include "pool.hpp"
 
 #include <atomic>
 #include <cfenv>
 #include <chrono>
 #include <cstdio>
+#include <mutex>
 #include <thread>
 #include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace {
 
@@ -88,6 +93,175 @@ void linger(void* data, std::ptrdiff_t) {
 
 void nothing(void*, std::ptrdiff_t) {}
 
+void sleep_until_all_sleep() {
+    while (fastbn::awake() > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+void short_work(void*, std::ptrdiff_t) {
+    volatile long sink = 0;
+    for (int k = 0; k < 500; ++k) sink = sink + k;
+}
+
+#if defined(__linux__)
+bool has_one_core() {
+    cpu_set_t mine;
+    return sched_getaffinity(0, sizeof mine, &mine) == 0 && CPU_COUNT(&mine) == 1;
+}
+#else
+bool has_one_core() { return false; }
+#endif
+
+// Work of microseconds wakes nobody; where such calls follow each other, a worker is woken in the end. A wake shows in
+// what it has cost. Another process may make any unit long, and the pool may stay on one thread for a while.
+int wakes() {
+    auto woken_by = [](int calls) {
+        sleep_until_all_sleep();
+        const double before = fastbn::waking().cost;
+        for (int i = 0; i < calls; ++i) fastbn::parallel(short_work, nullptr, 3, 2, false);
+        return fastbn::waking().cost != before;
+    };
+    int single = 0, loops = 0;
+    for (int round = 0; round < 20; ++round) single += woken_by(1);
+    for (int round = 0; round < 30 && loops < 3 && !has_one_core(); ++round) {
+        const bool woken = woken_by(100);
+        loops += woken;
+        if (!woken) std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    }
+    const fastbn::Waking waking = fastbn::waking();
+    const bool sound = waking.cost > 0 && waking.cost <= 1e-3 && waking.delay > 0 && waking.delay <= 1e-3;
+    return (single > 10) + (loops < 3 && !has_one_core()) + !sound;
+}
+
+#if defined(__linux__)
+// What a job sees of the worker that helps with it.
+struct Sighting {
+    std::thread::id caller = std::this_thread::get_id();
+    std::mutex mutex;
+    int from = -1;  // core of the caller after its first unit
+    bool came = false;
+    cpu_set_t cores{};
+    const cpu_set_t* bind = nullptr;  // the worker to these
+};
+
+void look(void* data, std::ptrdiff_t) {
+    Sighting& seen = *static_cast<Sighting*>(data);
+    std::this_thread::sleep_for(std::chrono::microseconds(300));
+    const std::lock_guard<std::mutex> lock(seen.mutex);
+    if (std::this_thread::get_id() == seen.caller) {
+        if (seen.from < 0) seen.from = sched_getcpu();
+    } else if (!seen.came) {
+        seen.came = true;
+        sched_getaffinity(0, sizeof seen.cores, &seen.cores);
+        if (seen.bind != nullptr) sched_setaffinity(0, sizeof *seen.bind, seen.bind);
+    }
+}
+
+// Wake a worker and look at it; false where none comes in a second.
+bool sight(Sighting& seen) {
+    for (int round = 0; round < 200; ++round) {
+        sleep_until_all_sleep();
+        seen.from = -1;
+        fastbn::parallel(look, &seen, 8, 2, false);
+        if (seen.came) return true;
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    }
+    return false;
+}
+
+// A woken worker may use the caller's cores but the one where the caller is; whom somebody else has bound stays there;
+// a caller that is bound to one core wakes nobody, and finds workers as before when it is not any more.
+int cores() {
+    cpu_set_t all;
+    if (sched_getaffinity(0, sizeof all, &all) != 0 || CPU_COUNT(&all) < 2) return 0;
+    auto elsewhere = [&all] {
+        for (int round = 0; round < 20; ++round) {  // the caller may have moved between its unit and the wake
+            Sighting seen;
+            cpu_set_t both;
+            if (!sight(seen)) return false;
+            CPU_AND(&both, &all, &seen.cores);
+            if (CPU_COUNT(&both) > 0 && CPU_EQUAL(&both, &seen.cores) && !CPU_ISSET(seen.from, &seen.cores)) return true;
+        }
+        return false;
+    };
+    int wrong = !elsewhere();
+
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(sched_getcpu(), &one);
+    sleep_until_all_sleep();
+    sched_setaffinity(0, sizeof one, &one);
+    for (int round = 0; round < 5; ++round) {
+        Sighting seen;
+        fastbn::parallel(look, &seen, 8, 2, false);
+        wrong += seen.came || fastbn::awake() != 0;
+    }
+    sched_setaffinity(0, sizeof all, &all);
+    wrong += !elsewhere();
+
+    Sighting before;
+    if (!sight(before)) return wrong + 1;
+    CPU_XOR(&one, &all, &before.cores);  // cores that the pool has not given it
+    if (CPU_COUNT(&one) == 0) return wrong;
+    before.came = false;
+    before.bind = &one;
+    if (!sight(before)) return wrong + 1;
+    for (int round = 0; round < 10; ++round) {  // unless the pool had by then given it the very same
+        Sighting after;
+        wrong += !sight(after) || !(CPU_EQUAL(&after.cores, &one) || CPU_EQUAL(&before.cores, &one));
+    }
+    return wrong;
+}
+#else
+int cores() { return 0; }
+#endif
+
+// A host that runs members on threads of its own, the last one first, and leaves out what `skip` divides.
+struct Team {
+    int skip, most = 0;
+};
+
+void run_team(void* data, int threads, fastbn::member_fn member, void* job) {
+    Team& team = *static_cast<Team*>(data);
+    std::vector<std::thread> members;
+    team.most = threads;
+    for (int i = threads - 1; i >= 0; --i)
+        if (i % team.skip != 0)
+            members.emplace_back([=] {
+                set_another_mode();
+                member(job, i);
+            });
+    for (auto& one : members) one.join();
+}
+
+// The units of a job run once each, whatever members come, in the default mode; the pool has no part in it.
+int hosts() {
+    int wrong = 0;
+    const int before = fastbn::workers();
+    for (int skip : {1, 2, 3, 100}) {
+        for (int units : {2, 3, 17, 300}) {
+            Team team{skip};
+            const fastbn::Host host{run_team, &team};
+            Job job;
+            job.seen.assign(static_cast<std::size_t>(units), 0);
+            fastbn::parallel(unit, &job, units, 5, skip == 2, &host);
+            for (int seen : job.seen) wrong += seen != 1;
+            wrong += team.most != (units < 5 ? units : 5);
+        }
+        std::atomic<int> modes{0};
+        Team team{skip};
+        const fastbn::Host host{run_team, &team};
+        fastbn::parallel(check_mode, &modes, 16, 4, false, &host);
+        wrong += modes;
+        team.most = 0;
+        fastbn::parallel(nothing, nullptr, 16, 1, false, &host);  // one thread needs no team
+        fastbn::parallel(nothing, nullptr, 1, 4, false, &host);
+        wrong += team.most;
+        fastbn::parallel(nothing, nullptr, 1000, 1000, false, &host);
+        wrong += team.most > 256;
+    }
+    return wrong + (fastbn::workers() != before);
+}
+
 // A job for two threads has no more, though the job before it woke eight, which come late.
 int limits() {
     int wrong = 0, pairs = 0;
@@ -99,7 +273,7 @@ int limits() {
         pairs += crowd.most >= 2;
         std::this_thread::sleep_for(std::chrono::milliseconds(5));  // so that the workers sleep
     }
-    return wrong + (pairs == 0);
+    return wrong + (pairs == 0 && !has_one_core());
 }
 
 // What is too much to keep goes at the end of a call, the rest on demand: the caller's at once, another thread's when it
@@ -141,7 +315,13 @@ int memory() {
 }  // namespace
 
 int main() {
-    std::atomic<int> wrong{modes() + limits() + memory()};
+    // In this order: with more workers than cores the pool mostly stays on one thread.
+    const int parts[] = {hosts(), wakes(), cores(), modes(), limits(), memory()};
+    std::atomic<int> wrong{0};
+    for (int part : parts) {
+        std::printf("%d ", part);
+        wrong += part;
+    }
     for (int round = 0; round < 20; ++round) {
         std::vector<std::thread> callers;
         for (int t = 0; t < 4; ++t)

@@ -244,6 +244,61 @@ def test_idle_workers_cost_nothing() -> None:
     run(script, OPENBLAS_NUM_THREADS="1")
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_the_cores_of_the_process_may_change_between_calls() -> None:
+    """Of the calling thread, of all threads, to one core and back; in a child too."""
+    run("""
+        import time
+        everywhere = os.sched_getaffinity(0)
+        def everybody():
+            return [int(task) for task in os.listdir("/proc/self/task")]
+        def right():
+            time.sleep(0.002)  # the workers sleep
+            return step() == expected
+        def work():
+            for _ in range(5):
+                for cores in ({core} for core in sorted(everywhere)[:3]), [everywhere]:
+                    for chosen in cores:
+                        os.sched_setaffinity(0, chosen)
+                        assert right() and right()
+                        for thread in everybody():
+                            os.sched_setaffinity(thread, chosen)
+                        assert right() and right()
+                        assert os.sched_getaffinity(0) == chosen
+            return True
+        assert work() and child(work) == 0 and work()
+    """)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_workers_have_a_name() -> None:
+    found = run("""
+        from pathlib import Path
+        print(*sorted(comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")))
+    """)
+    assert found.split().count("fastbn") == 2
+
+
+def test_workers_sleep_and_waking_them_is_measured() -> None:
+    run("""
+        import time
+        from fastbn.kernels import _pool
+        assert 0 <= _pool.awake() <= _pool.workers() == 2
+        for _ in range(1000):
+            time.sleep(0.01)
+            if _pool.awake() == 0:
+                break
+        assert _pool.awake() == 0
+        before = _pool.waking()
+        for _ in range(50):
+            time.sleep(0.01)
+            step()
+        after = _pool.waking()
+        assert before.keys() == after.keys() == {"cost", "delay"}
+        assert all(0 < seconds <= 1e-3 for seconds in (*before.values(), *after.values()))
+    """)
+
+
 def test_more_threads_than_can_start() -> None:
     """Where threads cannot be started, the call runs on those there are."""
     run("""

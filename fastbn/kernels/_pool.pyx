@@ -13,6 +13,11 @@ cdef extern from "pool.hpp" namespace "fastbn" nogil:
     void end_own_memory "fastbn::end_scratch"() noexcept
     size_t release_own_memory "fastbn::release_scratch"() noexcept
     int count_workers "fastbn::workers"() noexcept
+    int count_awake "fastbn::awake"() noexcept
+    cppclass Waking:
+        double cost
+        double delay
+    Waking measured_waking "fastbn::waking"() noexcept
     const uint32_t DEFAULT_MODE
     const uint32_t MODES
     uint32_t read_mode() noexcept
@@ -69,6 +74,29 @@ def workers():
     int
     """
     return count_workers()
+
+
+def awake():
+    """Number of these threads that do not sleep: they run units, or spin for a moment in case that more come.
+
+    Returns
+    -------
+    int
+    """
+    return count_awake()
+
+
+def waking():
+    """What it has cost lately to wake a thread of the pool.
+
+    Returns
+    -------
+    dict
+        Seconds: the "cost" to the caller, and the "delay" until the thread runs. A call wakes threads only where it has
+        more than twice their sum to share. Until one was woken, what is common.
+    """
+    cdef Waking found = measured_waking()
+    return {"cost": found.cost, "delay": found.delay}
 
 
 cdef struct Copy:
