@@ -65,7 +65,7 @@ def calls(given: Inputs) -> dict[str, Call]:
         return lambda: fastbn.batch_norm_backward(dy, x, saved, wrt=wrt, out=y)
 
     def frozen(activation: str | None = None) -> Call:
-        layer = fastbn.FrozenBatchNorm(mean, var, weight, bias, eps, layout=layout, activation=activation)
+        layer = fastbn.FrozenBatchNorm(mean, var, weight, bias, eps=eps, layout=layout, activation=activation)
         return lambda: layer(x, out=y)
 
     layer = fastbn.BatchNorm2d(len(weight), layout=layout)
