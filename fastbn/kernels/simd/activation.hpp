@@ -11,6 +11,8 @@
 // NaN stays NaN.
 #pragma once
 
+#include "storage.hpp"
+
 namespace {
 
 enum Kind : int { IDENTITY, RELU, RELU6, LEAKY_RELU, HARDSWISH, SIGMOID, SILU, TANH, GELU, GELU_TANH };

@@ -1,0 +1,287 @@
+// The unit of all kernels is the Block: 128 bytes of arithmetic, 32 lanes of float or 16 of double, held in as many
+// native registers as the ISA needs (2 on AVX-512, 4 on AVX2, 8 on SSE and NEON). No loops over data.
+//
+// So a sum is split over the same lanes, and gives the same bits, on every ISA with a fused multiply-add; and a block of
+// accumulators hides the latency of the additions.
+//
+// The storage type T is float, double, bf16 or f16; arithmetic on the 16-bit types is float. Vectors of per-channel
+// parameters are untyped here (void*), because Block<T> knows their type: that of the arithmetic.
+#pragma once
+
+#include "activation.hpp"
+#include "storage.hpp"
+
+namespace {
+
+// What is not inlined passes blocks through memory, in pieces that are slow to read again as a whole.
+#define INLINE __attribute__((always_inline))
+
+#define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)
+
+template <class T> struct Block {
+    using C = arithmetic<T>;
+    using R = typename Register<C>::type;
+    static constexpr int registers = BLOCK / REGISTER;
+    static constexpr ptrdiff_t lanes = REGISTER / sizeof(C);  // of one register
+
+    R r[registers];
+
+    static constexpr ptrdiff_t width() { return BLOCK / sizeof(C); }
+
+    Block operator+(Block b) const {
+        FOR_REGISTERS b.r[i] = r[i] + b.r[i];
+        return b;
+    }
+
+    Block operator-(Block b) const {
+        FOR_REGISTERS b.r[i] = r[i] - b.r[i];
+        return b;
+    }
+
+    Block operator*(Block b) const {
+        FOR_REGISTERS b.r[i] = r[i] * b.r[i];
+        return b;
+    }
+
+    // a * b + c, with one rounding where the ISA can
+    static Block fma(Block a, Block b, Block c) {
+        FOR_REGISTERS c.r[i] = multiply_add(a.r[i], b.r[i], c.r[i]);
+        return c;
+    }
+
+    // A smooth activation of several blocks, or its derivative.
+    static void smooth(Block* z, ptrdiff_t n, const Activation& f, bool derivative) {
+        derivative ? apply_smooth<true>(z->r, n * registers, f.kind) : apply_smooth<false>(z->r, n * registers, f.kind);
+    }
+
+    // Registers of its own, or those of the loop would have to be in memory, even where this is never called.
+    INLINE static Block smooth(Block z, const Activation& f, bool derivative) {
+        Block own;
+        FOR_REGISTERS own.r[i] = z.r[i];
+        smooth(&own, 1, f, derivative);
+        return own;
+    }
+
+    INLINE static Block activated(Block z, const Activation& f) {
+        switch (f.kind) {
+            case IDENTITY: break;
+            case RELU: FOR_REGISTERS z.r[i] = larger(R{}, z.r[i]); break;
+            case RELU6: FOR_REGISTERS z.r[i] = larger(R{}, smaller(all<R>(6), z.r[i])); break;
+            case LEAKY_RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] > 0, z.r[i], z.r[i] * (C)f.parameter); break;
+            case HARDSWISH: FOR_REGISTERS z.r[i] = z.r[i] * (ramp(z.r[i]) * all<R>(1.0 / 6)); break;
+            default: z = smooth(z, f, false);
+        }
+        return z;
+    }
+
+    // dy times the derivative of the activation at z.
+    INLINE static Block through(Block dy, Block z, const Activation& f) {
+        switch (f.kind) {
+            case IDENTITY: break;
+            case RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] <= 0, R{}, dy.r[i]); break;
+            case RELU6: FOR_REGISTERS dy.r[i] = choose((z.r[i] <= 0) | (z.r[i] >= 6), R{}, dy.r[i]); break;
+            case LEAKY_RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] > 0, dy.r[i], dy.r[i] * (C)f.parameter); break;
+            case HARDSWISH:
+                FOR_REGISTERS {
+                    const R inside = dy.r[i] * multiply_add(z.r[i], all<R>(1.0 / 3), all<R>(0.5));
+                    dy.r[i] = choose(z.r[i] <= -3, R{}, choose(z.r[i] >= 3, dy.r[i], inside));
+                }
+                break;
+            default: dy = dy * smooth(z, f, true);
+        }
+        return dy;
+    }
+
+    // What leaky_relu made y of; identity stays as it is.
+    INLINE static Block restored(Block y, const Activation& f) {
+        if (f.kind == LEAKY_RELU) FOR_REGISTERS y.r[i] = choose(y.r[i] > 0, y.r[i], y.r[i] / (C)f.parameter);
+        return y;
+    }
+
+    static R ramp(R z) { return larger(R{}, smaller(all<R>(6), z + 3)); }
+
+    // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
+    double total() const {
+        f64r t[2 * registers];
+        int parts = widen_lanes(r, t);
+        while (parts > 1) {
+            parts /= 2;
+            for (int i = 0; i < parts; ++i) t[i] = t[i] + t[i + parts];
+        }
+        return add_lanes(t[0]);
+    }
+
+    static Block constant(double value) {
+        Block a;
+        FOR_REGISTERS a.r[i] = (C)value - R{};  // in all lanes
+        return a;
+    }
+
+    // -- Data, in storage type
+
+    static Block load(const T* p) {
+        Block a;
+        FOR_REGISTERS a.r[i] = widen(p + i * lanes);
+        return a;
+    }
+
+    void store(T* p) const {
+        if constexpr (sizeof(T) < sizeof(C))
+            for (int i = 0; i < registers; i += 2) write(p + i * lanes, narrow_two(r[i], r[i + 1], T()));
+        else
+            FOR_REGISTERS narrow(p + i * lanes, r[i]);
+    }
+
+    // `p` starts a cache line.
+    void stream(T* p) const {
+        if constexpr (sizeof(T) < sizeof(C))
+            for (int i = 0; i < registers; i += 2) write_stream(p + i * lanes, narrow_two(r[i], r[i + 1], T()));
+        else
+            FOR_REGISTERS write_stream(p + i * lanes, r[i]);
+    }
+
+    // Ask for the lines of n elements that will be loaded soon, into the second-level cache.
+    static void prefetch(const T* p, ptrdiff_t n) {
+        for (ptrdiff_t i = 0; i < n; i += LINE / (ptrdiff_t)sizeof(T)) __builtin_prefetch(p + i, 0, 2);
+    }
+
+    // The first n < width lanes from memory, the others from `fill`.
+    static Block load_part(const T* p, ptrdiff_t n, Block fill) {
+        FOR_REGISTERS {
+            const ptrdiff_t left = n - i * lanes;
+            if (left >= lanes) fill.r[i] = widen(p + i * lanes);
+            else if (left > 0) fill.r[i] = join(widen_part(p + i * lanes, left), fill.r[i], left);
+        }
+        return fill;
+    }
+
+    // All ones in the last n < width lanes, zeros in the others.
+    static Block last_lanes(ptrdiff_t n) {
+        const R none = R{}, ones = (R)~(u32r)none;
+        Block a;
+        FOR_REGISTERS {
+            const ptrdiff_t others = width() - n - i * lanes;
+            a.r[i] = join(none, ones, others < 0 ? 0 : others < lanes ? others : lanes);
+        }
+        return a;
+    }
+
+    // Some lanes of the block that ends at `end` from memory, though all of them can be read; the others from `fill`.
+    static Block load_end(const T* end, Block lanes_of_memory, Block fill) {
+        FOR_REGISTERS fill.r[i] = select_bits(lanes_of_memory.r[i], widen(end - width() + i * lanes), fill.r[i]);
+        return fill;
+    }
+
+    void store_part(T* p, ptrdiff_t n) const {
+        FOR_REGISTERS {
+            const ptrdiff_t left = n - i * lanes;
+            if (left >= lanes) narrow(p + i * lanes, r[i]);
+            else if (left > 0) narrow_part(p + i * lanes, r[i], left);
+        }
+    }
+
+    double first() const { return r[0][0]; }
+
+    // One element, in double.
+    static double element(const T* p) { return widen_part(p, 1)[0]; }
+
+    static double rounded(double value) { return (C)value; }
+    static constexpr double largest() { return std::numeric_limits<C>::max(); }
+
+    // The shift of a tile, from the sums of two halves of a sample: their mean, of equal elements exactly that; rounded to
+    // an element and about a hundredth of the deviation, by adding a number whose last bit is that, and taking it away.
+    static constexpr C coarse = sizeof(C) == 8 ? 0x1p45 : 0x1p16;
+    template <class V> static V shift(V early, V late, V element, C share) {
+        const V large = (early - late) * coarse;
+        return element + (((early + late) * share - element + large) - large);
+    }
+    static Block shift(Block early, Block late, Block element, double share) {
+        FOR_REGISTERS early.r[i] = shift<R>(early.r[i], late.r[i], element.r[i], (C)share);
+        return early;
+    }
+    static Block lesser(Block a, Block b) {
+        FOR_REGISTERS a.r[i] = smaller(a.r[i], b.r[i]);
+        return a;
+    }
+    // Of a sample of eight.
+    static double shift_at(const T* p, const ptrdiff_t* at) {
+        C e[8];
+        for (int i = 0; i < 8; ++i) e[i] = widen_part(p + at[i], 1)[0];
+        const auto lesser = [](C a, C b) { return a < b ? a : b; };
+        return shift<C>((e[0] + e[1]) + (e[2] + e[3]), (e[4] + e[5]) + (e[6] + e[7]), lesser(lesser(e[0], e[2]), lesser(e[4], e[6])), 0.125);
+    }
+
+    // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or it is exactly zero,
+    // and so is another sum.
+    static constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
+    static bool in_range(double square, double other) {
+        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && other == 0));
+    }
+    // In all lanes.
+    static bool in_range(Block square, Block other) {
+        auto kept = square.r[0] == square.r[0];
+        FOR_REGISTERS {
+            const R size = larger(-square.r[i], square.r[i]);
+            kept &= (size <= std::numeric_limits<C>::max()) & ((size >= (C)tiny) | ((size == 0) & (other.r[i] == 0)));
+        }
+        return !any(~kept);
+    }
+
+    // Whether sum^2 is within an allowance of the squares, in all lanes.
+    static bool is_near(Block sum, Block square, double allowance) {
+        auto near = square.r[0] == square.r[0];
+        FOR_REGISTERS near &= sum.r[i] * sum.r[i] <= square.r[i] * (C)allowance;
+        return !any(~near);
+    }
+
+    // The first n <= width lanes, in double.
+    void put_double(double* p, ptrdiff_t n) const {
+        f64r t[2 * registers];
+        widen_lanes(r, t);
+        if (n == width()) std::memcpy(p, t, sizeof(double) * width());  // of constant size: stores, not a call
+        else std::memcpy(p, t, sizeof(double) * n);
+    }
+
+    // Elements up to the next cache line, at most n.
+    static ptrdiff_t to_line(const T* p, ptrdiff_t n) {
+        const ptrdiff_t bytes = (ptrdiff_t)(-reinterpret_cast<uintptr_t>(p) & (LINE - 1));
+        const ptrdiff_t elements = bytes / (ptrdiff_t)sizeof(T);
+        return elements < n ? elements : n;
+    }
+
+    // -- Vectors of parameters, in the type of the arithmetic
+
+    static Block splat(const void* p, ptrdiff_t j) {
+        const C c = static_cast<const C*>(p)[j];
+        Block a;
+        FOR_REGISTERS a.r[i] = c - R{};  // in all lanes
+        return a;
+    }
+
+    static Block get(const void* p, ptrdiff_t j) {
+        const C* q = static_cast<const C*>(p) + j;
+        Block a;
+        FOR_REGISTERS a.r[i] = widen(q + i * lanes);
+        return a;
+    }
+
+    // The first n <= width lanes, and zeros.
+    static Block get_first(const void* p, ptrdiff_t j, ptrdiff_t n) {
+        Block a = get(p, j);
+        FOR_REGISTERS {
+            const ptrdiff_t left = n - i * lanes;
+            a.r[i] = join(a.r[i], R{}, left < 0 ? 0 : left < lanes ? left : lanes);
+        }
+        return a;
+    }
+
+    void put(void* p, ptrdiff_t j) const {
+        C* q = static_cast<C*>(p) + j;
+        FOR_REGISTERS narrow(q + i * lanes, r[i]);
+    }
+
+    static double value(const void* p, ptrdiff_t j) { return static_cast<const C*>(p)[j]; }
+    static void set_value(void* p, ptrdiff_t j, double v) { static_cast<C*>(p)[j] = (C)v; }
+};
+
+}  // namespace

@@ -1,0 +1,66 @@
+// How data of each storage type is loaded and stored: float, double, bf16 or f16. And the one choice of an ISA's register.
+#pragma once
+
+#if defined(__AVX512F__)
+#include "register_avx512.hpp"
+#elif defined(__AVX2__)
+#include "register_avx2.hpp"
+#elif defined(__x86_64__)
+#include "register_sse.hpp"
+#else
+#include "register_neon.hpp"
+#endif
+
+namespace {
+
+// -- float and double are stored as they are computed with
+
+inline f32r widen(const float* p) { return read<f32r>(p); }
+inline f64r widen(const double* p) { return read<f64r>(p); }
+inline void narrow(float* p, f32r r) { write(p, r); }
+inline void narrow(double* p, f64r r) { write(p, r); }
+
+// A whole line, as it is.
+inline void stream_line(void* to, const void* from) {
+    for (int i = 0; i < LINE; i += REGISTER) write_stream(static_cast<char*>(to) + i, read<f32r>(static_cast<const char*>(from) + i));
+}
+
+// -- halves, of either kind
+
+inline f32r widen(const bf16* p) { return widen_half(read_half(p), bf16()); }
+inline f32r widen(const f16* p) { return widen_half(read_half(p), f16()); }
+inline void narrow(bf16* p, f32r r) { write_half(p, narrow_half(r, bf16())); }
+inline void narrow(f16* p, f32r r) { write_half(p, narrow_half(r, f16())); }
+
+// Two registers of floats as one of halves, where the ISA has nothing better.
+template <class T> inline f32r narrow_two(f32r a, f32r b, T) {
+    T halves[REGISTER / sizeof(T)];
+    narrow(halves, a);
+    narrow(halves + REGISTER / sizeof(float), b);
+    return read<f32r>(halves);
+}
+
+inline f64r join(f64r a, f64r b, ptrdiff_t n) { return (f64r)join((f32r)a, (f32r)b, 2 * n); }
+
+// -- the first n lanes of a register, 0 < n < lanes; the others are read as anything and not written;
+// where the ISA has nothing better
+
+template <class T> inline auto widen_part(const T* p, ptrdiff_t n) {
+    constexpr ptrdiff_t lanes = REGISTER / sizeof(arithmetic<T>);
+    T buffer[lanes] = {};
+    copy_few<T>(buffer, p, n);
+    return widen(buffer);
+}
+
+template <class T, class R> inline void narrow_part(T* p, R r, ptrdiff_t n) {
+    T buffer[REGISTER / sizeof(arithmetic<T>)];
+    narrow(buffer, r);
+    copy_few<T>(p, buffer, n);
+}
+
+inline int widen_lanes(const f64r (&r)[BLOCK / REGISTER], f64r* t) {
+    std::memcpy(t, r, sizeof r);
+    return BLOCK / REGISTER;
+}
+
+}  // namespace
