@@ -110,6 +110,8 @@ def writable(name: str, a: Array, message: str) -> Array:
     """Check that an array can be written, each element on its own."""
     if not a.flags.writeable:
         raise ValueError(message)
+    if a.flags.c_contiguous:
+        return a
     extent = a.itemsize
     for stride, n in sorted((abs(stride), n) for n, stride in zip(a.shape, a.strides, strict=True) if n > 1):
         if stride < extent and a.size:

@@ -19,6 +19,8 @@ from fastbn.dtypes import DType, lookup
 from fastbn.layout import Array, View, channel_axis, view
 from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
 
+_WIDE = np.dtype(np.float64)
+
 
 class Request(NamedTuple):
     """One call, checked: its array, how that lies in memory, and what follows the normalization.
@@ -317,7 +319,8 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
         module = _module(r.dtype, r.activation)
         x, n = _dense(r.x, r.view), threads.for_call("normalize", r.x.nbytes)
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
-        if all(v is None or v.dtype == compute for v in (mean, spread, weight, bias)):
+        wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
+        if not wide and mean.dtype == compute and spread.dtype == compute:
             module.inference(x, r.view.of(y), mean, None, spread, weight, bias, eps, n, epilogue)
         else:
             high, _, scale, shift = parameters(mean, spread if eps is None else deviation(spread, eps), weight, bias, compute)
@@ -463,7 +466,7 @@ def forward_with(
 
 def _own(a: Array | None, compute: np.dtype[Any], copy: bool) -> Array | None:
     """Running statistics as a kernel can move them: contiguous, in the type of the arithmetic or in float64."""
-    if a is None or (not copy and a.flags.carray and a.dtype in (compute, np.float64)):
+    if a is None or (not copy and a.flags.carray and (a.dtype == compute or a.dtype == _WIDE)):
         return a
     return np.array(a, compute if a.dtype == compute else np.float64)
 

@@ -82,10 +82,11 @@ def _forward(
     compute = r.dtype.compute
     used = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     if checks.switch("training", training):
-        w, b = (checks.optional(name, used[name], channels, compute) for name in ("weight", "bias"))
-        mean, var = (checks.running(name, used[name], channels) for name in ("running_mean", "running_var"))
-        r = _into(r, out, None, **used)
-        checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})
+        w, b = checks.optional("weight", weight, channels, compute), checks.optional("bias", bias, channels, compute)
+        mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
+        r = r if out is None else _into(r, out, None, **used)
+        if r.mask is not None or (mean is not None and var is not None and np.may_share_memory(mean, var)):
+            checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})
         running = Running(mean, var, momentum, correction)
         if stats is not None:
             return core.forward_with(r, _of_batch(stats, r, channels, correction), w, b, eps, running, keep)
@@ -95,9 +96,12 @@ def _forward(
         raise ValueError("stats are of the batch, and training is False; give training=True, or running_mean and running_var alone")
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
-    mean, var = (checks.precise(name, used[name], channels, compute) for name in ("running_mean", "running_var"))
-    w, b = (None if used[name] is None else checks.precise(name, used[name], channels, compute) for name in ("weight", "bias"))
-    r = _into(r, out, None, **used)._replace(mask=None)
+    mean = checks.precise("running_mean", running_mean, channels, compute)
+    var = checks.precise("running_var", running_var, channels, compute)
+    w = None if weight is None else checks.precise("weight", weight, channels, compute)
+    b = None if bias is None else checks.precise("bias", bias, channels, compute)
+    r = r if out is None else _into(r, out, None, **used)
+    r = r if r.mask is None else r._replace(mask=None)
     saved = core.fixed(r, mean, var, w, b, eps) if keep else None
     return core.inference(r, mean, var, w, b, eps), saved
 
