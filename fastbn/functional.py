@@ -273,7 +273,7 @@ def batch_norm(
         if training is True and _is_bit(correction):
             found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
             y = found and found[0]
-        elif training is False and type(momentum) is float and _is_bit(correction):
+        elif training is False and eps is not None and type(momentum) is float and _is_bit(correction):
             y = core.plain("normalize", x, layout, axis, out, running_mean, running_var, weight, bias, eps)
         if y is not None:
             return y

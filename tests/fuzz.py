@@ -601,9 +601,9 @@ class Truth:
         self.activation = activation_of(arguments.get("activation"))
         self.zs = normalized(self.x, self.mean, self.invstd, arguments, p, np.abs(self.weight) if training else 0)
         # Beyond a mean of a million deviations, the promise ends step by step.
-        far = np.abs(self.mean) * self.invstd / 1e6
+        far = np.where(self.var > 0, np.abs(self.mean) / np.sqrt(self.var), 0) / 1e6
         self.far = np.where(far > 1, far, 1) if training else 1
-        self.zs = Z(self.zs.z, self.zs.slack * self.far)
+        self.zs = Z(self.zs.z, np.where(np.asarray(self.far) > 1e3, np.inf, self.zs.slack * self.far))
 
     def judge_y(self, y: Any, call: Call, d: Draw) -> None:
         actual = same_array("y", y, self.p, call, d)
@@ -866,6 +866,10 @@ def overlap(a: dict[str, Any], d: Draw, p: Place) -> bool:
     if v.dtype != bool:
         new_v[...] = values
     a[target], a[victim] = new_t, new_v
+    for v in (new_t, new_v):  # half of one number and half of another may be any number
+        sizes = np.abs(v[np.isfinite(v)].astype(LD)) if v.dtype != bool else np.zeros(0)
+        if sizes.size < v.size or (sizes > 1e6).any() or ((sizes < 1e-6) & (sizes > 0)).any():
+            d.notes.append("extreme")
     return True
 
 
@@ -1020,13 +1024,16 @@ class Backward:
         un = unsure[:, m]
         self.dbias = dz.sum(1, keepdims=True)
         self.dweight = (dz * xh).sum(1, keepdims=True)
-        self.dbias_slack = un.sum(1, keepdims=True) + near / 2 * np.abs(dz).sum(1, keepdims=True) + near * np.abs(self.dbias)
+        # What is promised: of the largest, or of what a sum of so many terms usually is.
+        usual = near * np.sqrt(LD(n)) * np.abs(dz).max(1, keepdims=True, initial=0)
+        self.dbias_slack = un.sum(1, keepdims=True) + near / 2 * np.abs(dz).sum(1, keepdims=True) + near * np.abs(self.dbias) + usual
         bl = blur if np.ndim(blur) < 2 or blur.shape[1] == 1 else blur[:, m]
         self.dweight_slack = (
             (un * np.abs(xh)).sum(1, keepdims=True)
             + (np.abs(dz) * bl).sum(1, keepdims=True)
             + near / 2 * np.abs(dz * xh).sum(1, keepdims=True)
             + near * np.abs(self.dweight)
+            + usual
         )
         inner = self.dz
         slack = unsure + near * np.abs(self.dz)
@@ -1105,7 +1112,8 @@ def scenario_backward(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
         b["from_output"] = True
         weight = np.abs(t.weight)
         if (
-            weight <= 1e-2 * np.maximum(np.maximum(1, np.abs(t.bias)), np.abs(t.zs.z).max(1, keepdims=True, initial=0))
+            ~(weight > 1e-2 * np.fmax(np.maximum(1, np.abs(t.bias)), np.abs(t.zs.z).max(1, keepdims=True, initial=0)))
+            | ~np.isfinite(t.invstd)
         ).any():  # the input cannot be had from the output
             back.expect, back.blame, back.why = "either", ("weight", "from_output"), "small weights"
     if in_place and not any(root is y for root in d.roots) and y.size and call.out is None:

@@ -82,7 +82,7 @@ def test_overlap_that_cannot_be_excluded_is_refused(monkeypatch: pytest.MonkeyPa
 @pinned
 def test_out_may_have_an_axis_of_one_without_a_stride() -> None:
     x = rng().standard_normal((1, 3, 5)).astype(np.float32)
-    out = np.lib.stride_tricks.as_strided(np.zeros_like(x), x.shape, (0, *x.strides[1:]))
+    out = np.lib.stride_tricks.as_strided(np.zeros((3, 10), np.float32), x.shape, (0, 40, 8))
     assert fastbn.batch_norm(x, np.zeros(3), np.ones(3), eps=0.0, out=out) is out
     assert np.array_equal(out, x)
 
@@ -125,6 +125,14 @@ def test_running_statistics_over_each_other_or_the_mask_are_refused() -> None:
 
 
 # --- functional: what arguments must be
+
+
+def test_eps_is_not_none() -> None:
+    """Which the kernels take to mean that the variance is one over the deviation."""
+    x, v = np.arange(12, dtype=np.float32).reshape(4, 3), np.ones(3, np.float32)
+    for pin in (None, "reference"):
+        with fastbn.use_kernel(pin), pytest.raises(TypeError, match="eps must be a number"):
+            fastbn.batch_norm(x, v, v, eps=None)  # type: ignore[arg-type]
 
 
 @pinned
@@ -354,6 +362,15 @@ def test_from_the_output_with_a_large_mean(dtype: np.dtype[Any]) -> None:
     plain = fastbn.batch_norm_backward(p.dy, p.x, saved)
     other = fastbn.batch_norm_backward(p.dy, y, saved, from_output=True)
     near_gradients(other, tuple(a.astype(np.float64) for a in plain[:3]))  # type: ignore[union-attr, arg-type]
+
+
+@pinned
+@pytest.mark.parametrize("slope", [0.0, -0.5])
+def test_a_slope_that_cannot_be_undone_is_refused(slope: float) -> None:
+    x = rng().standard_normal((4, 3)).astype(np.float32)
+    y, saved = fastbn.batch_norm_forward(x, activation=("leaky_relu", slope))
+    with pytest.raises(ValueError, match="from_output"):
+        fastbn.batch_norm_backward(x, y, saved, from_output=True)
 
 
 # --- core and layers: a frozen layer
