@@ -11,6 +11,7 @@ import numpy as np
 
 from fastbn import activations
 from fastbn.dtypes import DTYPES, DType, lookup
+from fastbn.floating import default_mode
 from fastbn.layout import Array, channel_axis, plain
 
 if TYPE_CHECKING:
@@ -84,9 +85,9 @@ def _sized(name: str, a: object, channels: tuple[int, str]) -> Array:
     return v
 
 
+@default_mode
 def _cast(v: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(all="ignore"):  # what overflows becomes infinite, as in the kernels
-        return np.require(v, dtype, ["C", "A"])
+    return np.require(v, dtype, ["C", "A"])  # what overflows becomes infinite, as in the kernels
 
 
 def optional(name: str, a: object, channels: tuple[int, str], dtype: np.dtype[Any]) -> Array | None:

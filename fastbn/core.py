@@ -16,6 +16,7 @@ import numpy as np
 from fastbn import dispatch, extremes, memory, threads
 from fastbn.activations import Epilogue
 from fastbn.dtypes import DType, lookup
+from fastbn.floating import default_mode
 from fastbn.layout import Array, View, channel_axis, view
 from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
 
@@ -106,7 +107,7 @@ def parameters(
     return high, low.astype(dtype), *fold(low, invstd, weight, bias, dtype)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def input_gradient(
     module: Any, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array,
     sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
@@ -130,7 +131,7 @@ class Composed:
         self.grad_input = module.grad_input
         self.keeps = getattr(module, "KEEPS", False)
 
-    @np.errstate(all="ignore")
+    @default_mode
     def inference(
         self, x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
         eps: float | None, threads: int, epilogue: Epilogue | None = None,
@@ -139,7 +140,7 @@ class Composed:
         invstd = spread if eps is None else 1.0 / np.sqrt(spread.astype(np.float64) + eps)
         self.normalize(x, y, mean, *fold(mean_lo, invstd, weight, bias, mean.dtype), threads, epilogue)
 
-    @np.errstate(all="ignore")
+    @default_mode
     def forward(
         self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float | Array, running_mean: Array | None,
         running_var: Array | None, momentum: float, correction: int, compute: np.dtype[Any], threads: int,
@@ -176,7 +177,7 @@ class Composed:
             update_running(running_var, var, momentum)
         return found
 
-    @np.errstate(all="ignore")
+    @default_mode
     def backward(
         self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array, threads: int,
         epilogue: Epilogue | None = None,
@@ -308,7 +309,7 @@ def _epilogue(r: Request, residual: Array | None) -> Epilogue | None:
     return None if r.activation is None and residual is None else Epilogue(r.activation, residual)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias: Array | None, eps: float | None) -> Array:
     """Normalize with given statistics; `spread` is the variance, or with eps None one over the deviation.
 
@@ -332,8 +333,7 @@ class Folded:
     """Mean, scale and shift of given statistics, folded once for each arithmetic type that is used."""
 
     def __init__(self, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float):
-        with np.errstate(all="ignore"):
-            self._invstd = deviation(var, eps)
+        self._invstd = default_mode(deviation)(var, eps)
         self._mean, self._weight, self._bias = mean, weight, bias
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
         self._plain: Any = None
@@ -343,14 +343,14 @@ class Folded:
         return self.__dict__ | {"_parameters": {}, "_plain": None}
 
     @property
-    @np.errstate(all="ignore")
+    @default_mode
     def scale(self) -> Array:
         """Of ``y = x * scale + shift``, in float64."""
         scale: Array = self._invstd if self._weight is None else self._invstd * self._weight
         return scale.copy()
 
     @property
-    @np.errstate(all="ignore")
+    @default_mode
     def shift(self) -> Array:
         """Of ``y = x * scale + shift``, in float64."""
         shift: Array = (0.0 if self._bias is None else self._bias) - self._mean * self.scale
@@ -365,7 +365,7 @@ class Folded:
             y = self._plain(x, residual, _recycled(out, x), threads.for_call("normalize", x.nbytes))
         return y
 
-    @np.errstate(all="ignore")
+    @default_mode
     def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Mean, scale and shift for arithmetic in `compute`."""
         if compute not in self._parameters:
@@ -373,6 +373,7 @@ class Folded:
             self._parameters[compute] = mean, scale, shift
         return self._parameters[compute]
 
+    @default_mode
     def apply(self, r: Request) -> Array:
         """Normalize an array."""
         y = _target(r)
@@ -388,7 +389,7 @@ class Folded:
         return _deliver(y, r.out)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def stats(r: Request) -> Stats:
     """Statistics of x, of which only the positions in the mask count."""
     rows = _dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
@@ -405,7 +406,7 @@ def stats(r: Request) -> Stats:
     return rounded(count, mean, mean_lo, var, r.dtype.compute)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def forward(
     r: Request, weight: Array | None, bias: Array | None, eps: float, running: Running, keep: bool = True
 ) -> tuple[Array, Saved | None]:
@@ -441,7 +442,7 @@ def forward(
     return y, saved
 
 
-@np.errstate(all="ignore")
+@default_mode
 def forward_with(
     r: Request, batch: Stats, weight: Array | None, bias: Array | None, eps: float, running: Running, keep: bool = True
 ) -> tuple[Array, Saved | None]:
@@ -482,7 +483,7 @@ def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training
     )  # fmt: skip
 
 
-@np.errstate(all="ignore")
+@default_mode
 def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array | None, eps: float) -> Saved:
     """What a backward through given statistics needs."""
     compute, invstd = r.dtype.compute, deviation(var, eps)
@@ -493,7 +494,7 @@ def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array
     return keep_for_backward(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_output: bool) -> Gradients:
     """Gradients of x, weight, bias and residual; only what is wanted is computed."""
     x, v, compute = r.x, r.view, r.dtype.compute
@@ -564,7 +565,7 @@ def centered(mean: Array, dtype: np.dtype[Any]) -> tuple[Array, Array | None]:
     return high, low.astype(dtype)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[Array, Array]:
     """Sums over each channel of dy and of dy (x - mean), in the type of the arithmetic."""
     compute = r.dtype.compute
@@ -576,7 +577,7 @@ def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[
     return sums[0].astype(compute), sums[1].astype(compute)
 
 
-@np.errstate(all="ignore")
+@default_mode
 def backward_elemt(
     r: Request, dy: Array, mean: Array, invstd: Array, weight: Array | None, sum_dy: Array, sum_dy_xmu: Array, count: int
 ) -> Array:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from fastbn import checks
 from fastbn.activations import Activation, Builtin
 from fastbn.dtypes import lookup, resolve
+from fastbn.floating import default_mode
 from fastbn.layout import Array
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class Stats:
         zero = np.zeros(checks.integer("channels", channels, 0), _digits(resolve(dtype)))
         return cls(0, zero, zero)
 
-    @np.errstate(all="ignore")
+    @default_mode
     def merge(self, *others: Stats) -> Stats:
         """Statistics of all the batches together.
 
@@ -246,7 +247,7 @@ class Stats:
         return Stats(given[0].count, *np.concatenate([part._vectors for part in given], 1))
 
     @classmethod
-    @np.errstate(all="ignore")
+    @default_mode
     def running(cls, mean: ArrayLike, var: ArrayLike, count: int, *, unbiased: bool = True) -> Stats:
         """Running statistics as those of a batch.
 
@@ -281,7 +282,7 @@ class Stats:
         wide = given.var.astype(np.float64)
         return rounded(n, given.mean.astype(np.float64), np.zeros(1), wide * ((n - 1) / n) if unbiased else wide, given.mean.dtype)
 
-    @np.errstate(all="ignore")
+    @default_mode
     def to_running(self, *, unbiased: bool = True) -> tuple[Array, Array]:
         """Mean and variance as running statistics hold them.
 
@@ -318,7 +319,7 @@ class Stats:
             raise ValueError(f"an unbiased variance needs a count of at least 2, got {self.count}; use unbiased=False")
 
     @property
-    @np.errstate(all="ignore")
+    @default_mode
     def standard_error(self) -> Array:
         """Of the mean, of shape (C,): the root of the unbiased variance over the count; infinite for fewer than two values.
 

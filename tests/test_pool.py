@@ -14,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fastbn
+from fastbn.layout import Array
 
 pool = pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
 ROOT = Path(__file__).parent.parent
@@ -390,6 +392,41 @@ def test_the_callers_floating_point_mode_changes_nothing(n: int, change: Callabl
             environment.restore()
     assert after & ~0x3F == mode & ~0x3F != pool.set_float_mode() & ~0x3F
     assert all(np.array_equal(result.view(np.int32), expected.view(np.int32)) for result in results)
+
+
+def _every_result(x: Array, dy: Array, mask: Array, vectors: list[Array]) -> list[bytes]:
+    """The bits of all kinds of calls; some go through NumPy."""
+    wide, half = ([v.astype(dtype) for v in vectors[:2]] for dtype in (np.float64, np.float16))
+    stats = fastbn.batch_norm_stats(x)
+    found: list[Any] = [stats.mean, stats.var, stats.mean_lo, *stats.merge(stats).to_arrays()]
+    kinds: tuple[dict[str, Any], ...] = ({}, {"mask": mask}, {"activation": "relu", "residual": dy}, {"training": False})
+    for running, options in zip((wide, half, wide, wide), kinds, strict=True):
+        y, saved = fastbn.batch_norm_forward(x, *vectors[2:], *running, **options)
+        found += [y, *running, saved.invstd, saved.scale, saved.shift]
+        found += [fastbn.batch_norm_backward(dy, x, saved, wrt=wrt) for wrt in ("x", "weight", "bias")]
+    frozen = fastbn.FrozenBatchNorm(*vectors)
+    found += [frozen(x), frozen.scale, frozen.shift, fastbn.batch_norm(x, *vectors), fastbn.batch_norm_elemt(x, *vectors)]
+    found += fastbn.batch_norm_backward_reduce(dy, x, *vectors[:2])
+    found.append(fastbn.batch_norm_backward_elemt(dy, x, *vectors[:2], None, *vectors[2:], 48))
+    flat = [a for one in found for a in (one if isinstance(one, tuple) else (one,)) if a is not None]
+    return [np.asarray(a).tobytes() for a in flat]
+
+
+@pytest.mark.skipif(platform.machine() not in UPWARD or sys.platform != "linux", reason="knows Linux on x86-64 and aarch64 alone")
+@pytest.mark.parametrize("change", MODES.values(), ids=MODES)
+@pytest.mark.usefixtures("kernel")
+def test_no_call_depends_on_the_callers_floating_point_mode(change: Callable[[FloatEnvironment], None]) -> None:
+    x, dy = np.random.default_rng(0).normal(3, 2, size=(2, 4, 5, 6, 7)).astype(np.float32)
+    x[:, 0] *= np.float32(1e-38)
+    given = x, dy, x[:, 1] > 3, [np.linspace(0.1 + i, 1.7 + i, 5) for i in range(4)]
+    expected = _every_result(*given)
+    environment = FloatEnvironment()
+    try:
+        change(environment)
+        found = _every_result(*given)
+    finally:
+        environment.restore()
+    assert [i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b] == []
 
 
 def test_bits_that_the_processor_knows_nothing_of_are_left_out() -> None:
