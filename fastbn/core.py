@@ -231,7 +231,10 @@ class Composed:
 def whole(kernel: dispatch.Kernel) -> Any:
     """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
     module = kernel.module()
-    return module if hasattr(module, "forward") else Composed(module)
+    composed = Composed(module)
+    if hasattr(module, "set_rescue"):
+        module.set_rescue(composed, extremes.Part)
+    return module if hasattr(module, "forward") else composed
 
 
 def _module(dtype: DType, activation: Function = None) -> Any:
@@ -252,7 +255,7 @@ def plain(op: str, x: object, layout: str | None, axis: int | None, out: object,
 @lru_cache(maxsize=1024)
 def _plain(op: str, dtype: np.dtype[Any], layout: str | None, axis: int | None, ndim: int) -> tuple[Any, int]:
     row = lookup(dtype)
-    run = None if row is None else getattr(dispatch.select(row.storage).module(), f"plain_{op}", None)
+    run = None if row is None else getattr(whole(dispatch.select(row.storage)), f"plain_{op}", None)
     return run, channel_axis(layout, ndim, axis)
 
 

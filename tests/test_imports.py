@@ -14,6 +14,7 @@ import pytest
 
 import fastbn
 
+ROOT = Path(__file__).resolve().parents[1]  # the sources, wherever fastbn is installed
 PACKAGE = Path(fastbn.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -135,3 +136,11 @@ def test_no_text_names_a_place_on_this_machine() -> None:
                 continue
             assert here not in text, path
             assert not home.search(text), path
+
+
+def test_compiled_kernels_import_no_library() -> None:
+    sources = [path for kind in ("pyx", "pxi", "pxd") for path in (ROOT / "fastbn" / "kernels").rglob(f"*.{kind}")]
+    assert sources
+    for path in sources:
+        upward = re.findall(r"^\s*(?:c?import fastbn|from fastbn(?!\.kernels)\b).*", path.read_text(), re.MULTILINE)
+        assert upward == [], path

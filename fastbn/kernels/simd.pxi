@@ -58,7 +58,6 @@ from libc.string cimport memchr, memcpy, memset
 
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, parallel, scratch, unit_fn
 
-import sys
 
 import numpy as np
 

@@ -302,10 +302,23 @@ cdef tuple train(
     return made
 
 
+cdef object COMPOSED = None, PART = None
+
+
+def set_rescue(composed, part):
+    """Set what computes channels at the ends of the range: whole calls made of this module's operations, and parts of channels.
+
+    Whoever selects a kernel brings them, because a kernel knows nothing of eps and momentum beyond its own calls.
+    """
+    global COMPOSED, PART
+    COMPOSED, PART = composed, part
+
+
 cdef object composed():
     """The same calls, made of the operations of this module: they know what to do at the ends of the range."""
-    from fastbn import core
-    return core.Composed(sys.modules[__name__])
+    if COMPOSED is None:
+        raise RuntimeError("values at the ends of the range need set_rescue before")
+    return COMPOSED
 
 
 cdef tuple forward_left(
@@ -316,7 +329,7 @@ cdef tuple forward_left(
     The tiles of so many channels alone are those of all: planes are cut without regard to the number of channels, and
     where the units of work are whole channels of columns, they are so many as make whole blocks.
     """
-    from fastbn import extremes
+    rescue = composed()
     cdef cnp.ndarray mask = np.empty(call.channels, np.bool_)
     cdef cnp.ndarray first = new_vector(call, cnp.NPY_DOUBLE), second = new_vector(call, cnp.NPY_DOUBLE)
     memcpy(cnp.PyArray_DATA(mask), call.left, call.channels)
@@ -324,10 +337,10 @@ cdef tuple forward_left(
     memcpy(cnp.PyArray_DATA(second), call.second, call.channels * sizeof(double))
     call.first, call.second = <double*> cnp.PyArray_DATA(first), <double*> cnp.PyArray_DATA(second)
     channels = np.flatnonzero(mask)
-    part = extremes.Part(channels, np.zeros_like(channels))
+    part = PART(channels, np.zeros_like(channels))
     dims = call.outer, call.channels, call.inner
     rows, own_mean, own_var = part.of(x.reshape(dims)), part.of(running_mean), part.of(running_var)
-    found = composed().forward(
+    found = rescue.forward(
         rows, rows, part.of(weight), part.of(bias), call.eps, own_mean, own_var, momentum, correction, made[0].dtype, call.threads,
         part.epilogue(epilogue),
     )
