@@ -1,0 +1,84 @@
+// The C entry of the kernels: one Call, whoever brings the memory, and a table of the functions that run it.
+//
+// NumPy's doors (_calls.pyx) and those of frameworks differ in how they read shapes and strides, and in nothing else.
+// Nothing here needs Python: a call may come from any thread, with or without Python's lock.
+#pragma once
+
+#include "pool.hpp"
+
+namespace fastbn {
+
+enum Dtype : int { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, DTYPES };
+
+enum Kind : int { IDENTITY, RELU, RELU6, LEAKY_RELU, HARDSWISH, SIGMOID, SILU, TANH, GELU, GELU_TANH };
+
+// A function of the normalized value; the parameter is the slope of leaky_relu.
+struct Activation {
+    int kind;
+    double parameter;
+
+    bool is_smooth() const { return kind >= SIGMOID; }
+};
+
+// Running statistics that a training forward moves, in double or in the type of the arithmetic; or NULL.
+struct Running {
+    void* data;
+    bool is_double;
+};
+
+enum Status : int {
+    DONE,
+    NO_MEMORY,  // for the partial sums; nothing was written
+    // The call has channels at the ends of the range, which must be computed in units of their own (extremes.py).
+    // A backward has written nothing. A forward has computed all others; `left` marks these, and no running statistics
+    // were moved. What the call left in the scratch memory is there until `end_scratch`, which is then the caller's.
+    LEFT,
+};
+
+// What a caller brings. All zero bytes are an empty one. x is dense memory of (outer, channels, inner) elements, not
+// empty, aligned to its elements, and so are all arrays like x. Vectors have one element for each channel, in the type
+// of the arithmetic: double for FLOAT64, else float. What may be NULL says so. Outputs may be one of the inputs like x,
+// but must not overlap anything else.
+struct Call {
+    Dtype dtype;
+    std::ptrdiff_t outer, channels, inner;
+    const void *x, *dy;
+    void* out;             // y or dx; of a backward it may be NULL: no dx then
+    const void* residual;  // added before the activation; of a backward, where the activation's derivative needs it; or NULL
+    void* dresidual;       // of a backward with an activation; or NULL
+    Activation activation;
+    bool from_output;  // x of a backward is the output of the forward: what the activation made of it is undone
+    bool frozen;       // the statistics of a backward are constants
+    int threads;
+    const Host* host;  // whose threads run the units; NULL is the pool
+
+    const void *weight, *bias;     // or NULL
+    void *mean, *mean_lo;          // mean_lo is what the mean rounds away; of an inference or backward, or NULL
+    void *invstd;                  // one over the deviation; of an inference, where `var` is NULL
+    const void* var;               // of an inference
+    void *scale, *shift;           // of the forward: (x - mean) * scale + shift; an output of it, an input of a backward
+    double eps, momentum;
+    double correction;             // what is taken from the count under the running variance
+    Running running_mean, running_var;
+
+    void *dweight, *dbias;         // of a backward; or NULL
+    double *first, *second, *low;  // merged sums: mean, M2 and the rest of the mean, or of dy and of dy (x - mean); or NULL
+    char* left;                    // set by a forward, for each channel
+};
+
+// Each runs a call in the default floating-point mode. The first four are single operations, of which `core` makes the
+// calls that are not here: `normalize` maps with mean, scale and shift; `grad_sums` sums with the mean alone; `grad_input`
+// maps with mean, scale, g0 = shift, g1 = invstd.
+struct Kernels {
+    Status (*stats)(Call*);
+    Status (*normalize)(Call*);
+    Status (*grad_sums)(Call*);
+    Status (*grad_input)(Call*);
+    Status (*inference)(Call*);
+    // mean, mean_lo, invstd, scale, shift are outputs, or NULL.
+    Status (*forward)(Call*);
+    // Needs mean and invstd, and scale or (with a NULL scale) weight; with an activation also shift, or bias.
+    Status (*backward)(Call*);
+};
+
+}  // namespace fastbn
