@@ -141,7 +141,8 @@ def modules() -> list[Extension]:
         print(f"fastbn: {found_none}; the Python part is installed alone", file=sys.stderr)
         return []
     os.environ["CXX"] = shlex.join(compiler)
-    return [extension("_cpu", []), extension("_pool", [], ("pool.cpp",)), extension("_plan", []), extension("_calls", []), *(extension(name, flags) for name, flags in LEVELS.items())]
+    common = [extension("_pool", [], ("pool.cpp",)), *(extension(name, []) for name in ("_cpu", "_plan", "_calls"))]
+    return common + [extension(name, flags) for name, flags in LEVELS.items()]
 
 
 # What an sdist holds does not depend on what can be compiled here: see MANIFEST.in.

@@ -142,12 +142,16 @@ def plain_inference(x: Any, mean: Any, spread: Any, out: Any = None, axis: Any =
     return core.whole(MODULES[0]).plain_inference(x, None, axis, out, mean, spread, None, None, eps, None, None, False)
 
 
-def plain_forward(kernel: Kernel, x: Any, weight: Any, running: tuple[Any, Any], momentum: Any, correction: Any = 1, eps: Any = 1e-5) -> Any:
-    return core.whole(kernel).plain_forward(x, None, None, None, weight, None, *running, momentum, correction, eps, None, None)
+def plain_forward(
+    kernel: Kernel, x: Any, weight: Any, running: tuple[Any, Any], momentum: Any, correction: Any = 1, eps: Any = 1e-5
+) -> Any:
+    given = (weight, None, *running), (momentum, correction, eps)
+    return core.whole(kernel).plain_forward(x, None, None, None, *given, True, None, None, None)
 
 
 def plain_backward(x: Any, dy: Any, vectors: Any, count: int = 8) -> Any:
-    return core.whole(MODULES[0]).plain_backward(x, dy, vectors, 1, count, False, None, None, ("x", "weight", "bias"), None)
+    made = vectors, count, True, x.shape, x.dtype, 1, None, None, False
+    return core.whole(MODULES[0]).plain_backward(x, dy, made, ("x", "weight", "bias"), None)
 
 
 @needs_simd
@@ -418,9 +422,9 @@ def test_whole_calls_run_in_the_default_floating_point_mode(kernel: Kernel, mode
         sums = module.backward(x, x, dx, *saved[:4], threads)
         found = [y, *saved, *running, *sums, dx, *module.stats(x, threads), *module.backward(x, x, None, *saved[:3], None, threads)]
         running = [small.copy(), third.copy()]
-        y, vectors, count = plain_forward(kernel, x, one, tuple(running), 0.1, eps=eps)
-        gradients = module.plain_backward(x, x, vectors, 1, count, False, None, None, ("x", "weight", "bias"), None)
-        found += [y, vectors, *running, *(gradients or ())[:3]]  # None where invstd is far from 1
+        y, made = plain_forward(kernel, x, one, tuple(running), 0.1, eps=eps)
+        gradients = module.plain_backward(x, x, made, ("x", "weight", "bias"), None)
+        found += [y, made[0], *running, *(gradients or ())[:3]]  # None where invstd is far from 1
         found += [module.plain_inference(x, None, None, None, *saved[:2], one, one, eps, None, None, False)]
         return [a.tobytes() for a in found]
 
