@@ -426,6 +426,12 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
             "from_output needs a forward without a residual, and without an activation or with a leaky_relu whose slope is "
             f"above 0, got {saved.activation} {'with' if saved.has_residual else 'without'} a residual"
         )
+    if saved.count and (infinite := np.isinf(saved.invstd)).any():
+        c = int(np.argmax(infinite))
+        raise ValueError(
+            f"from_output needs channels that vary, or an eps above 0, or the input cannot be had from the output: the standard deviation "
+            f"of channel {c} is 0, or one over it is too large a number for {saved.invstd.dtype}"
+        )
     with np.errstate(all="ignore"):
         weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
         # The output is known to its last place, which is one of the bias; the input times the weight must be larger.

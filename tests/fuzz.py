@@ -1114,7 +1114,7 @@ def scenario_backward(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
         weight = np.abs(t.weight)
         if (
             ~(weight > 1e-2 * np.fmax(np.maximum(1, np.abs(t.bias)), np.abs(t.zs.z).max(1, keepdims=True, initial=0)))
-            | ~np.isfinite(t.invstd)
+            | ~(t.invstd < FORMATS[p.compute.name].largest)
         ).any():  # the input cannot be had from the output
             back.expect, back.blame, back.why = "either", ("weight", "from_output"), "small weights"
     if in_place and not any(root is y for root in d.roots) and y.size and call.out is None:

@@ -373,6 +373,16 @@ def test_a_slope_that_cannot_be_undone_is_refused(slope: float) -> None:
         fastbn.batch_norm_backward(x, y, saved, from_output=True)
 
 
+@pinned
+@pytest.mark.parametrize("values", [(7, 7), (1e-40, 2e-40)], ids=str)
+def test_why_a_channel_that_hardly_varies_cannot_be_had_from_its_output(values: tuple[float, float]) -> None:
+    """Its weight may be anything: one over the deviation is what is not a number."""
+    x = np.array([[1, values[0]], [3, values[1]]], np.float32)
+    y, saved = fastbn.batch_norm_forward(x, np.array([1, 1e-3]), np.array([1.0, 1.0]), eps=0.0)
+    with pytest.raises(ValueError, match=r"from_output needs channels that vary, or an eps above 0, .* of channel 1 is 0, or"):
+        fastbn.batch_norm_backward(x, y, saved, from_output=True)
+
+
 # --- core and layers: a frozen layer
 
 
