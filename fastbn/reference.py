@@ -45,6 +45,10 @@ def _cubic(z: Array) -> Array:
     return np.asarray(2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
 
 
+def _gelu_tanh_slope(z: Array) -> Array:
+    return np.asarray(_sigmoid(_cubic(z)) * (1 + z * _sigmoid(-_cubic(z)) * 2 * np.sqrt(2 / np.pi) * (1 + 0.134145 * z * z)))
+
+
 # The functions that may follow a normalization, of z and of a parameter, and their derivatives: as PyTorch defines them,
 # where they have a kink too.
 ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, float], Array]]] = {
@@ -82,7 +86,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, f
     ),
     "gelu_tanh": (
         lambda z, _: z * _sigmoid(_cubic(z)),
-        lambda z, _: _sigmoid(_cubic(z)) * (1 + z * _sigmoid(-_cubic(z)) * 2 * np.sqrt(2 / np.pi) * (1 + 0.134145 * z * z)),
+        lambda z, _: _gelu_tanh_slope(np.clip(z, -100, 100)),  # beyond it is 0 or 1, and its factors may be no numbers
     ),
 }
 

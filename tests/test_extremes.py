@@ -222,3 +222,14 @@ def test_a_running_variance_that_is_a_number_though_that_of_the_batch_is_none(mo
     fastbn.batch_norm(x, *running, training=True, momentum=momentum, correction=0, mask=mask)
     np.testing.assert_allclose(running[0], 0, atol=1e140)
     np.testing.assert_allclose(running[1], [2 - momentum, truth + 2 * (1 - momentum)], rtol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ["hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e160), ("float32", 1e30)])
+def test_far_out_slopes_are_0_or_1(dtype: str, size: float, activation: str) -> None:
+    x, zero, one = np.array([[-size], [size]], dtype), np.zeros(1), np.ones(1)
+    y, saved = fastbn.batch_norm_forward(x, None, None, zero, one, training=False, eps=0.0, activation=activation)
+    bounded = activation in ("sigmoid", "tanh")
+    np.testing.assert_allclose(y, [[-1 if activation == "tanh" else 0], [1 if bounded else x[1, 0]]], rtol=0, atol=1e-30)
+    dx = fastbn.batch_norm_backward(np.ones_like(x), x, saved).dx
+    np.testing.assert_allclose(np.asarray(dx), [[0], [0 if bounded else 1]], rtol=0, atol=1e-30)
