@@ -141,8 +141,10 @@ MUTANTS = [
 ]
 # Each means a rebuild. The tests that kill them belong to the kernels' own files.
 NATIVE = [
-    Mutant("kernels/simd/plain.pxi", "if overlaps(y, x) or", "if", "test_errors.py test_survivors.py"),
-    Mutant("kernels/simd/plain.pxi", "or (other is not None and overlaps(y, other)):", ":", "test_errors.py test_survivors.py"),
+    *(
+        Mutant("kernels/plain.pxi", f"and is_apart_or_all(out, {name})", "", "test_errors.py test_survivors.py")
+        for name in ("x", "other", "residual")
+    ),
     Mutant("kernels/simd/block.hpp", "(z.r[i] >= 6)", "(z.r[i] > 6)", "test_activations.py"),
     Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", "test_pool.py"),
 ]

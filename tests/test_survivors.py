@@ -383,6 +383,31 @@ def test_why_a_channel_that_hardly_varies_cannot_be_had_from_its_output(values: 
         fastbn.batch_norm_backward(x, y, saved, from_output=True)
 
 
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 40, 40)], ids=str)
+def test_without_a_pin_an_output_may_overlap_no_array_of_the_call_in_part(shape: tuple[int, ...]) -> None:
+    memory = rng().standard_normal((shape[0] + 1, *shape[1:])).astype(np.float32)
+    given, out, other = memory[:-1], memory[1:], np.ones(shape, np.float32)
+    before, zero, one = memory.copy(), np.zeros(3, np.float32), np.ones(3, np.float32)
+    saved = fastbn.batch_norm_forward(other)[1]
+    frozen = fastbn.FrozenBatchNorm(zero, one)
+    frozen(given)
+    calls: list[tuple[str, Any]] = [
+        ("x", lambda: fastbn.batch_norm(given, zero, one, out=out)),
+        ("x", lambda: fastbn.batch_norm(given, None, None, training=True, out=out)),
+        ("x", lambda: fastbn.batch_norm_forward(given, zero, one, out=out)),
+        ("x", lambda: frozen(given, out=out)),
+        ("x", lambda: fastbn.batch_norm_backward(other, given, saved, out=out)),
+        ("dy", lambda: fastbn.batch_norm_backward(given, other, saved, out=out)),
+        ("residual", lambda: fastbn.batch_norm(other, zero, one, residual=given, out=out)),
+        ("residual", lambda: fastbn.batch_norm_forward(other, residual=given, out=out)),
+        ("residual", lambda: frozen(other, given, out=out)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=f"out overlaps {name} in part"):
+            call()
+        np.testing.assert_array_equal(memory, before)
+
+
 # --- core and layers: a frozen layer
 
 
