@@ -1012,7 +1012,8 @@ class Backward:
         w = t.weight
         scale = t.invstd * w
         near = LD(1e-13 if p.name == "float64" else 1e-5)
-        xhat, blur = (t.x - t.mean) * t.invstd, near / 10 * t.far
+        # The truth has its own rounding, too: that of a mean with few digits more than a float64's.
+        xhat, blur = (t.x - t.mean) * t.invstd, near / 10 * t.far + 2 * np.finfo(LD).eps * np.abs(t.mean * t.invstd)
         f = t.activation
         z = t.zs
         if y is not None:  # from the output: x is what the stored y says
