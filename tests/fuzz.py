@@ -199,7 +199,7 @@ def agree(what: str, actual: Any, truth: Array, bound: Array | float, name: str)
     good |= np.isnan(bound) & ~(np.isnan(truth) & np.isfinite(a))
     largest = FORMATS[name].largest
     good |= (np.isnan(a) & np.isnan(truth)) | (a == truth) | np.isinf(bound)
-    good |= (np.abs(truth) >= largest * (1 - 1e-5)) & ~(np.abs(a) < largest * (1 - 1e-4))
+    good |= (np.abs(truth) + bound >= largest * (1 - 1e-5)) & ~(np.abs(a) < largest * (1 - 1e-4))
     good |= np.abs(a - truth) <= 256 * ulp(np.zeros_like(truth), name)  # of sums of the smallest numbers there are
     if good.all():
         return
