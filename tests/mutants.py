@@ -146,7 +146,7 @@ NATIVE = [
         for name in ("x", "other", "residual")
     ),
     Mutant("kernels/simd/block.hpp", "(z.r[i] >= 6)", "(z.r[i] > 6)", "test_activations.py"),
-    Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", "test_pool.py"),
+    Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", SURVIVORS),
 ]
 
 

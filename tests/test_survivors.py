@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -585,6 +588,27 @@ def test_caches_of_a_system_that_says_nothing(monkeypatch: pytest.MonkeyPatch, t
     finally:
         monkeypatch.undo()
         cpu.caches.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_pool_has_so_many_workers_and_no_more() -> None:
+    pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
+    script = """
+        import os, time, numpy as np, fastbn
+        from fastbn.kernels import _plan
+        x = np.random.default_rng(0).standard_normal((1000, 64, 16)).astype(np.float32)
+        want = fastbn.batch_norm(x, None, None, training=True)
+        before = len(os.listdir("/proc/self/task"))
+        _plan.set_caches(512, 2048, 4096)  # thousands of units of work
+        with fastbn.num_threads(5000):
+            for _ in range(60):  # the pool rests now and then
+                assert np.array_equal(fastbn.batch_norm(x, None, None, training=True), want)
+                fastbn.batch_norm(x, want[0, :, 0], want[0, :, 0] ** 2)
+                time.sleep(0.01)
+        assert len(os.listdir("/proc/self/task")) <= before + 255
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 # --- layout and memory
