@@ -144,7 +144,7 @@ def modules() -> list[Extension]:
     os.environ["CXX"] = shlex.join(compiler)
     door = extension("_door", [], ("door.cpp", "stable.cpp"), "fastbn/torch")
     door.extra_link_args.append("-ldl")
-    own = [extension("_cpu", []), extension("_pool", [], ("pool.cpp",)), door]
+    own = [extension("_cpu", []), extension("_pool", [], ("pool.cpp",)), extension("_plan", []), extension("_calls", []), door]
     return [*own, *(extension(name, flags) for name, flags in LEVELS.items())]
 
 

@@ -232,9 +232,16 @@ def whole(kernel: dispatch.Kernel) -> Any:
     """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
     module = kernel.module()
     composed = Composed(module)
-    if hasattr(module, "set_rescue"):
-        module.set_rescue(composed, extremes.Part)
+    if hasattr(module, "connect"):
+        module.connect(
+            composed=composed, part=extremes.Part, epilogue=Epilogue, axis_of=_axis_of, threads_of=threads.for_call,
+            memory_for=memory.empty_like, small=min(threads.WORTH_THREADS.values()),
+        )  # fmt: skip
     return module if hasattr(module, "forward") else composed
+
+
+def _axis_of(layout: str | None, ndim: int, axis: int | None) -> int:
+    return channel_axis(layout, ndim, axis)
 
 
 def _module(dtype: DType, activation: Function = None) -> Any:
@@ -242,34 +249,24 @@ def _module(dtype: DType, activation: Function = None) -> Any:
     return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
 
 
-def plain(op: str, x: object, layout: str | None, axis: int | None, out: object, *arguments: object) -> Any:
-    """Run an operation by one call of a kernel, checks and all; None where `x` or an argument is not plain."""
-    if type(x) is not np.ndarray or dispatch.pinned() is not None:
-        return None
-    if not (axis is None or type(axis) is int) or not (layout is None or type(layout) is str):
-        return None
-    run, axis = _plain(op, x.dtype, layout, axis, x.ndim)
-    return None if run is None else run(x, axis, _recycled(out, x), threads.for_call(op, x.nbytes), *arguments)
+def doors(x: object) -> Any:
+    """The doors for plain arrays like x; None where x is not one, or its kernel has none, or a kernel is pinned."""
+    return None if type(x) is not np.ndarray or dispatch.pinned() is not None else _doors(x.dtype)
 
 
-@lru_cache(maxsize=1024)
-def _plain(op: str, dtype: np.dtype[Any], layout: str | None, axis: int | None, ndim: int) -> tuple[Any, int]:
+@lru_cache(maxsize=64)
+def _doors(dtype: np.dtype[Any]) -> Any:
     row = lookup(dtype)
-    run = None if row is None else getattr(whole(dispatch.select(row.storage)), f"plain_{op}", None)
-    return run, channel_axis(layout, ndim, axis)
-
-
-def _recycled(out: object, x: Array) -> object:
-    """`out`, or where a kernel would have to make a large one, recycled memory."""
-    return memory.empty_like(x, "C") if out is None and x.nbytes >= memory.SMALLEST and x.flags.c_contiguous else out
+    module = None if row is None else whole(dispatch.select(row.storage))
+    return module if hasattr(module, "plain_forward") else None
 
 
 def _dense(a: Array, v: View) -> Array:
     """`a` as (outer, channels, inner); a copy where its memory is not dense."""
-    return v.of(a if v.dense else _copy(a))
+    return v.of(a if v.dense else copied(a))
 
 
-def _copy(a: Array) -> Array:
+def copied(a: Array) -> Array:
     """A dense copy, in the same order of memory."""
     copy = memory.empty_like(a)
     copy[...] = a
@@ -363,9 +360,7 @@ class Folded:
         """Normalize by one call of a kernel a plain array like the last one of `apply`; None where it is not like that."""
         if self._plain is None or dispatch.pinned() is not None:
             return None
-        y: Array | None = self._plain(x, residual, out)  # a small one: even to ask for its size takes long
-        if y is None and type(x) is np.ndarray:
-            y = self._plain(x, residual, _recycled(out, x), threads.for_call("normalize", x.nbytes))
+        y: Array | None = self._plain(x, residual, out)
         return y
 
     @default_mode
@@ -386,9 +381,8 @@ class Folded:
             n = threads.for_call("normalize", r.x.nbytes)
             epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
-            simple = r.x.flags.c_contiguous and r.axis in (1, r.x.ndim - 1)
-            if simple and dispatch.pinned() is None and hasattr(module, "Plain"):
-                self._plain = module.Plain(*vectors, r.activation, r.x, r.axis, threads.WORTH_THREADS["normalize"])
+            if dispatch.pinned() is None and hasattr(module, "prepared"):
+                self._plain = module.prepared(*vectors, r.activation, r.x, r.axis)
         return _deliver(y, r.out)
 
 
@@ -423,7 +417,7 @@ def forward(
     module = _module(r.dtype, r.activation)
     n = threads.for_call("forward", x.nbytes)
     residual = None if r.residual is None else _like(r.residual, r)
-    kept = _copy(r.residual) if keep and r.residual is not None and r.activation is not None else None
+    kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     mean, var = (_own(a, compute, r.mask is not None) for a in (running.mean, running.var))
     new = mean, var, running.momentum, running.correction
     epilogue = _epilogue(r, residual)
@@ -454,7 +448,7 @@ def forward_with(
     high, low = split(batch.mean.astype(np.float64), batch.mean_lo.astype(np.float64), compute)
     invstd = deviation(variance(batch), eps)
     vectors = high, low.astype(compute), invstd.astype(compute), *fold(low, invstd, weight, bias, compute)
-    kept = _copy(r.residual) if keep and r.residual is not None and r.activation is not None else None
+    kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     if r.x.size:
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
         n = threads.for_call("normalize", r.x.nbytes)
@@ -492,7 +486,7 @@ def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array
     compute, invstd = r.dtype.compute, deviation(var, eps)
     high, lost, scale, shift = parameters(mean, invstd, weight, bias, compute)
     low = None if mean.dtype == compute else lost
-    kept = None if r.residual is None or r.activation is None else _copy(r.residual)
+    kept = None if r.residual is None or r.activation is None else copied(r.residual)
     count = r.x.size // max(r.x.shape[r.axis], 1)
     return keep_for_backward(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
 
@@ -506,7 +500,7 @@ def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_
     dresidual = None
     if "residual" in wanted:
         # dy itself is the gradient of a sum, unless dx is about to be written over it.
-        dresidual = memory.empty_like(x) if active else dy if r.out is None or not np.may_share_memory(r.out, dy) else _copy(dy)
+        dresidual = memory.empty_like(x) if active else dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)
     if x.size == 0:
         nothing = np.zeros((2, x.shape[r.axis]), compute)
         return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)

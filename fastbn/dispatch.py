@@ -80,11 +80,14 @@ class Kernel:
 
     @cache  # noqa: B019
     def module(self) -> Any:
-        """The module, imported when first used."""
+        """The module, imported when first used; of an ISA's kernels, NumPy's doors to them."""
         module = import_module(self.path)
-        if hasattr(module, "set_caches"):
-            module.set_caches(*cpu.caches())
-        return module
+        if self.level is None:
+            return module
+        from fastbn.kernels import _calls, _plan
+
+        _plan.set_caches(*cpu.caches())
+        return _calls.Doors(module.KERNELS)
 
 
 TABLE = (
@@ -103,7 +106,9 @@ def _imports_for_packagers() -> None:
 
     The Numba kernels are not among them, or every application would be packed with Numba.
     """
+    import fastbn.kernels._calls
     import fastbn.kernels._cpu
+    import fastbn.kernels._plan
     import fastbn.kernels._pool
     import fastbn.kernels._simd_neon
     import fastbn.kernels._simd_v2

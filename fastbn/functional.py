@@ -12,16 +12,18 @@ from fastbn import checks, core
 from fastbn.activations import Activation, Builtin
 from fastbn.core import Request, Running
 from fastbn.layout import Array, LayoutName, plain, view
-from fastbn.results import Gradients, Saved, Stats
+from fastbn.results import Gradients, Saved, Stats, of_rows
 
 ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"]
 ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callable[[float], float] | None
 Number = float | np.floating | np.integer
 GRADIENTS = ("x", "weight", "bias", "residual")
+_USUAL = GRADIENTS[:3]
 
 
-def _is_bit(correction: object) -> bool:
-    return type(correction) is int and -1 < correction < 2
+def _are_numbers(momentum: object, correction: object, eps: object) -> bool:
+    """Whether numbers that a call does not use, or would understand otherwise, are what they must be."""
+    return type(momentum) is float and type(correction) is int and -1 < correction < 2 and eps is not None
 
 
 def _request(
@@ -200,12 +202,23 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    if activation is None and residual is None and mask is None and stats is None and training is True and _is_bit(correction):
-        found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
+    if mask is None and stats is None and (doors := core.doors(x)) is not None:
+        f = None if activation is None else checks.activation(activation)
+        kept = core.copied(residual) if f is not None and type(residual) is np.ndarray else None
+        if training is True:
+            vectors = weight, bias, running_mean, running_var
+            found = doors.plain_forward(x, layout, axis, out, *vectors, momentum, correction, eps, f, residual)
+        elif training is False and _are_numbers(momentum, correction, eps):
+            given = running_mean, running_var, weight, bias
+            found = doors.plain_inference(x, layout, axis, out, *given, eps, f, residual, True)
+        else:
+            found = None
         if found is not None:
-            y, mean, mean_lo, invstd, scale, shift, count = found
-            vectors = {"mean": mean, "mean_lo": mean_lo, "invstd": invstd, "scale": scale, "shift": shift}
-            return y, Saved.of(x, count=count, training=True, axis=checks.channel(x, layout, axis), **vectors)
+            y, together, count = found
+            return y, Saved.of(
+                x, _together=together, count=count, training=training, axis=checks.channel(x, layout, axis), activation=f,
+                residual=kept, has_residual=residual is not None,
+            )  # fmt: skip
     r, channels = _request(x, layout, axis, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
     y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
@@ -268,15 +281,17 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    if activation is None and residual is None and mask is None and stats is None:
-        y: Array | None = None
-        if training is True and _is_bit(correction):
-            found = core.plain("forward", x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps)
+    if mask is None and stats is None and (doors := core.doors(x)) is not None:
+        f, y = None if activation is None else checks.activation(activation), None
+        if training is True:
+            vectors = weight, bias, running_mean, running_var
+            found = doors.plain_forward(x, layout, axis, out, *vectors, momentum, correction, eps, f, residual)
             y = found and found[0]
-        elif training is False and eps is not None and type(momentum) is float and _is_bit(correction):
-            y = core.plain("normalize", x, layout, axis, out, running_mean, running_var, weight, bias, eps)
+        elif training is False and _are_numbers(momentum, correction, eps):
+            given = running_mean, running_var, weight, bias
+            y = doors.plain_inference(x, layout, axis, out, *given, eps, f, residual, False)
         if y is not None:
-            return y
+            return y  # type: ignore[no-any-return]
     r, channels = _request(x, layout, axis, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
     return _forward(r, channels, *given, training, stats, out, keep=False)[0]
@@ -287,7 +302,7 @@ def batch_norm_backward(
     x: Array,
     saved: Saved,
     *,
-    wrt: Sequence[str] = ("x", "weight", "bias"),
+    wrt: Sequence[str] = _USUAL,
     from_output: bool = False,
     out: Array | None = None,
 ) -> Gradients:
@@ -347,13 +362,13 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    simple = saved.training is True and saved.activation is None and saved.mask is None and saved.has_residual is False
-    if simple and from_output is False and type(wrt) is tuple and wrt == ("x", "weight", "bias") and _fits(saved, x):
-        vectors = saved.mean, saved.mean_lo, saved.invstd, saved.scale
-        found = core.plain("backward", x, None, saved.axis, out, dy, *vectors)
-        if found is not None:
-            dx, dweight, dbias = found
-            return Gradients(dx, dweight, dbias, None)
+    together = saved.__dict__.get("_together")
+    if together is not None and from_output is False and _are_gradients(wrt, saved) and (doors := core.doors(x)) is not None:
+        if saved.shape == x.shape and saved.dtype == x.dtype:
+            function = saved.activation, saved.residual
+            found = doors.plain_backward(x, dy, together, saved.axis, saved.count, not saved.training, *function, wrt, out)
+            if found is not None:
+                return Gradients(*found)
     r, saved = _of_saved(x, saved)
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
@@ -374,10 +389,11 @@ def batch_norm_backward(
     return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output))
 
 
-def _fits(saved: Saved, x: object) -> bool:
-    if not isinstance(x, np.ndarray) or saved.shape != x.shape or saved.dtype != x.dtype:
-        return False
-    return type(saved.mean) is np.ndarray and type(saved.count) is int and saved.count * saved.mean.size == x.size
+def _are_gradients(wrt: object, saved: Saved) -> bool:
+    """Whether something is a tuple of names of gradients that there are."""
+    if wrt is _USUAL:
+        return True
+    return type(wrt) is tuple and all(type(name) is str and name in GRADIENTS for name in wrt) and (saved.has_residual or "residual" not in wrt)
 
 
 def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
@@ -486,6 +502,10 @@ def batch_norm_stats(
     >>> fastbn.batch_norm_stats(x[i : i + 1] for i in range(2))
     Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
+    if mask is None and (doors := core.doors(x)) is not None:
+        found_now = doors.plain_stats(x, layout, axis)
+        if found_now is not None:
+            return of_rows(found_now[1], found_now[0])
     # What can turn into an array is meant as one.
     if not isinstance(x, Iterable) or isinstance(x, (str, bytes, bytearray, Mapping)) or hasattr(type(x), "__array__"):
         return core.stats(_request(x, layout, axis, mask=mask)[0])
@@ -544,8 +564,9 @@ def batch_norm_elemt(
     array([[-0.5],
            [ 0.5]])
     """
-    if activation is None and residual is None:
-        y: Array | None = core.plain("normalize", x, layout, axis, out, mean, invstd, weight, bias, None)
+    if (doors := core.doors(x)) is not None:
+        f = None if activation is None else checks.activation(activation)
+        y: Array | None = doors.plain_inference(x, layout, axis, out, mean, invstd, weight, bias, None, f, residual, False)
         if y is not None:
             return y
     r, channels = _request(x, layout, axis, activation, residual)

@@ -63,10 +63,40 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
         f"  threads: {n}",
     ]
-    plan = getattr(kernel.module(), "plan", None)
-    if plan is not None and x.size:
-        lines += [f"  {key}: {value}" for key, value in plan(op, v.dims, x.itemsize, n).items()]
+    if kernel.level is not None and x.size:
+        lines += [f"  {key}: {value}" for key, value in _in_words(op, v.dims, x.itemsize, n).items()]
     return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
+
+
+def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dict[str, str]:
+    """The plan of a call: tiles, units of work, streaming and traffic."""
+    from fastbn.kernels import _plan
+
+    plan = _plan.plan(op, dims, itemsize, n)
+    sums, mapped, reads = plan["sums"], plan["map"], _plan.TRAFFIC[op][0]
+    first, last = sums or mapped, mapped or sums
+    if first["by_columns"]:
+        tiles = f"{min(first['rows'], _plan.ROWS)} rows of {plan['columns']} columns"
+    elif plan["pieces"] > 1:
+        tiles = f"{plan['piece']} elements for each channel"
+    else:
+        tiles = f"{min(plan['images'], dims[0])} images for each channel"
+    work, written = f"{last['units']}", int(op != "stats")
+    if plan["together"]:
+        work += f" of {sums['group']} channels, sums and map on resident data"
+        resident = reads * sums["group"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
+        reads *= 1 if resident else 2
+    elif sums and mapped:
+        work, reads = f"{sums['units']}, then backwards {work}", 2 * reads
+    elif mapped:
+        reads = 1
+    size = (reads + written) * dims[0] * dims[1] * dims[2] * itemsize
+    return {
+        "tiles": f"{plan['tiles']} tiles of {tiles}",
+        "units": work,
+        "streaming": "yes" if last["streams"] else "no",
+        "traffic": f"at most {reads} reads and {written} writes of x, {size} bytes",
+    }
 
 
 class Processor(TypedDict):

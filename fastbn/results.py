@@ -400,6 +400,11 @@ def rounded(count: int, mean: Array, mean_lo: Array, var: Array, dtype: np.dtype
     if not (finite := np.isfinite(wide)).all():
         wide[~finite] = 0.0  # of what is not finite, nothing is rounded away
     vectors[2:] = wide
+    return of_rows(count, vectors)
+
+
+def of_rows(count: int, vectors: Array) -> Stats:
+    """Statistics from mean, var, mean_lo and var_lo as a kernel has found them, one below the other."""
     stats = object.__new__(Stats)
     stats._set(count, vectors)
     return stats
@@ -426,6 +431,9 @@ def _sum(a: Array, b: Array) -> tuple[Array, Array]:
     high = a + b
     back = high - a
     return high, (a - (high - back)) + (b - back)
+
+
+_VECTORS = ("mean", "mean_lo", "invstd", "scale", "shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,6 +484,17 @@ class Saved:
         saved = object.__new__(cls)
         saved.__dict__.update(fields, shape=x.shape, dtype=x.dtype)
         return saved
+
+    def __getattr__(self, name: str) -> Any:
+        """One of the vectors, which a plain call leaves together: many are never looked at."""
+        together = self.__dict__.get("_together")
+        if name not in _VECTORS or together is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__.update(zip(_VECTORS, together, strict=True))
+        return self.__dict__[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
     def invertible(self) -> bool:

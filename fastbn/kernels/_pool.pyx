@@ -8,7 +8,9 @@ from libc.string cimport memcpy
 cnp.import_array()
 
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
-    void run_units "fastbn::parallel"(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept
+    void run_units "fastbn::parallel"(
+        unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards, const Host* host
+    ) noexcept
     void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
     void end_own_memory "fastbn::end_scratch"() noexcept
     size_t release_own_memory "fastbn::release_scratch"() noexcept
@@ -24,8 +26,8 @@ cdef extern from "pool.hpp" namespace "fastbn" nogil:
     void write_mode(uint32_t mode) noexcept
 
 
-cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards) noexcept nogil:
-    run_units(unit, job, units, threads, backwards)
+cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards, const Host* host) noexcept nogil:
+    run_units(unit, job, units, threads, backwards, host)
 
 
 cdef void* scratch(size_t nbytes) noexcept nogil:
@@ -129,4 +131,4 @@ def copy(cnp.ndarray source, cnp.ndarray to, int threads):
     job.piece = (job.size // threads + 63) // 64 * 64 if threads > 1 else job.size
     if job.size > 0:
         with nogil:
-            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads, False)
+            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads, False, NULL)

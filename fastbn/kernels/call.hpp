@@ -54,9 +54,10 @@ struct Call {
 
     const void *weight, *bias;     // or NULL
     void *mean, *mean_lo;          // mean_lo is what the mean rounds away; of an inference or backward, or NULL
-    void *invstd;                  // one over the deviation; of an inference, where `var` is NULL
-    const void* var;               // of an inference
-    void *scale, *shift;           // of the forward: (x - mean) * scale + shift; an output of it, an input of a backward
+    void *invstd;                  // one over the deviation; of an inference, an output or NULL where `var` is given
+    const void* var;               // of an inference, or NULL
+    void *scale, *shift;           // of the forward: (x - mean) * scale + shift; an output of it, or NULL; an input of a backward
+    const void *g0, *g1;           // of `grad_input`: scale * (dy - g0 - (x - mean) * g1)
     double eps, momentum;
     double correction;             // what is taken from the count under the running variance
     Running running_mean, running_var;
@@ -67,18 +68,22 @@ struct Call {
 };
 
 // Each runs a call in the default floating-point mode. The first four are single operations, of which `core` makes the
-// calls that are not here: `normalize` maps with mean, scale and shift; `grad_sums` sums with the mean alone; `grad_input`
-// maps with mean, scale, g0 = shift, g1 = invstd.
+// calls that are not here: `normalize` maps with mean, scale and shift, `grad_input` with mean, scale, g0 and g1; the sums
+// go to first, second and low.
+using call_fn = Status (*)(Call*);
+
 struct Kernels {
-    Status (*stats)(Call*);
-    Status (*normalize)(Call*);
-    Status (*grad_sums)(Call*);
-    Status (*grad_input)(Call*);
-    Status (*inference)(Call*);
+    call_fn stats;
+    call_fn normalize;
+    call_fn grad_sums;
+    call_fn grad_input;
+    call_fn inference;
     // mean, mean_lo, invstd, scale, shift are outputs, or NULL.
-    Status (*forward)(Call*);
+    call_fn forward;
     // Needs mean and invstd, and scale or (with a NULL scale) weight; with an activation also shift, or bias.
-    Status (*backward)(Call*);
+    call_fn backward;
+    // What a forward does last; where it had LEFT channels, the caller, when it has computed them.
+    void (*move_running)(Call*);
 };
 
 }  // namespace fastbn

@@ -8,12 +8,14 @@ storage.hpp      the storage types in registers, and which register_*.hpp it is
 activation.hpp   activations and their derivatives, on registers
 block.hpp        the Block that all loops are made of
 types.hpp, .pxi  the types of a call, in C++ and as Cython sees them
-plan.pxi         how a call is cut: numbers only
+tiles.pxi        the numbers of the loops, and where a tile lies
 block_ops.pxi    what is summed and what is mapped, for one block
 planes.pxi, columns.pxi  the four loops
 fold.pxi         from sums to parameters: the one place that knows eps and momentum
-run.pxi          units of work, whole calls, and the tables of them
-calls.pxi, plain.pxi     the doors, for checked arrays and for plain ones
+run.pxi          units of work, whole calls, and the table of them
+
+What is the same for every ISA is compiled once: the entry (call.hpp), how a call is cut (plan.hpp, _plan.pyx), NumPy's
+doors (_calls.pyx) and the pool.
 
 The design:
 
@@ -37,7 +39,7 @@ c) Sums run over fixed tiles that depend on the shape alone, in the lanes of one
 
 d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-30) is summed again in double. Channels
    that leave the range of double as well, or whose map would leave that of its arithmetic, are left by a forward: it
-   does not map their group, and `forward_left` computes them from the operations, in units of their own (extremes.py).
+   does not map their group, and its caller computes them from the operations, in units of their own (extremes.py).
    What a backward is given says beforehand whether it has such channels.
 
 e) Units of work are whole numbers of tiles, sized for the caches, claimed by the threads of the pool. Where one
@@ -51,27 +53,21 @@ f) Large outputs are written with streaming stores, which do not read the line f
    of a few lines are mapped to a buffer, and the lines that they make together are streamed from there.
 """
 
-cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport fabs, isfinite, sqrt
 from libc.stdint cimport uint32_t
 from libc.string cimport memchr, memcpy, memset
 
+from fastbn.kernels._call cimport DONE, LEFT, NO_MEMORY, Activation, Call, Dtype, Kernels, Running, Status
+from fastbn.kernels._plan cimport (
+    BLOCK, CHAIN, COLUMNS, LINE, MAP_ROWS, PLANES, TILE_ROWS, Plan, Task, Tiles, Units, is_staged, make_plan, up
+)
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, parallel, scratch, unit_fn
 
-
-import numpy as np
-
-cnp.import_array()
-
-cdef extern from "numpy/ndarraytypes.h":
-    const int NPY_HALF
-
 include "simd/types.pxi"
-include "simd/plan.pxi"
+include "simd/tiles.pxi"
 include "simd/block_ops.pxi"
 include "simd/planes.pxi"
 include "simd/columns.pxi"
 include "simd/fold.pxi"
 include "simd/run.pxi"
-include "simd/calls.pxi"
-include "simd/plain.pxi"

@@ -463,14 +463,13 @@ Answer try_forward(const Slot* stack, Attempt& attempt) noexcept {
     const void* memory = memory_of(x.tensor);
     for (const Vector* moved : {&running_mean, &running_var})
         if (p.overlaps(*moved, weight) || p.overlaps(*moved, bias) || (x.direct && p.overlaps(*moved, memory, x.bytes()))) return OVERLAP;
-    if (p.overlaps(running_mean, running_var)) return OVERLAP;
+    if (p.overlaps(running_mean, running_var) || (x.channels > 1 && running_mean.stride * running_var.stride == 0)) return OVERLAP;
     call.momentum = double_in(stack[6]), call.correction = 1;
     Output mean, invstd;
     if (!mean.make(p, true) || !invstd.make(p, p.dtype != p.arithmetic)) return MEMORY;
     call.mean = mean.data, call.invstd = invstd.data;
     call.mean_lo = p.dtype == p.arithmetic ? mean.low : nullptr;  // 16 bits have fewer digits than the arithmetic
-    call.left = static_cast<char*>(room.take(static_cast<std::size_t>(x.channels)));
-    if (call.left == nullptr || !p.read(running_mean, call.running_mean) || !p.read(running_var, call.running_var)) return MEMORY;
+    if (!p.read(running_mean, call.running_mean) || !p.read(running_var, call.running_var)) return MEMORY;
     if (const Answer no = run(kernels->forward, call)) return no;
     p.write_back(running_mean, call.running_mean);
     p.write_back(running_var, call.running_var);
@@ -645,7 +644,7 @@ void reset_counts() noexcept {
 
 std::string attach(const Kernels* given, void (*end)()) {
     kernels = given, end_scratch = end;
-    if (numbers[FLOAT64] != 0) return "";
+    if (torch.torch_library_impl != nullptr) return "";
     std::string missing = find_torch();
     if (!missing.empty()) return missing;
     pthread_atfork(nullptr, nullptr, leave_team);

@@ -11,19 +11,12 @@
 // NaN stays NaN.
 #pragma once
 
+#include "call.hpp"
 #include "storage.hpp"
 
 namespace {
 
-enum Kind : int { IDENTITY, RELU, RELU6, LEAKY_RELU, HARDSWISH, SIGMOID, SILU, TANH, GELU, GELU_TANH };
-
-// A function of the normalized value; the parameter is the slope of leaky_relu.
-struct Activation {
-    int kind;
-    double parameter;
-
-    bool is_smooth() const { return kind >= SIGMOID; }
-};
+using namespace fastbn;
 
 template <class R> struct Constants;
 

@@ -13,7 +13,7 @@ cdef inline Elements[T] elements(Job[Op, T]* job, Arrays[T]* a, Py_ssize_t at, P
     if Op in Gradient:
         e.dy = take(a.dy + at, n, zero)
     if Op in Active:
-        if job.restores:
+        if job.from_output:
             e.x = Block[T].restored(e.x, job.activation)
         if job.residual != NULL:
             e.residual = take(a.residual + at, n, zero)
@@ -30,7 +30,7 @@ cdef inline Elements[T] elements_before(
     if Op in Gradient:
         e.dy = Block[T].load_end(a.dy + end, lanes, zero)
     if Op in Active:
-        if job.restores:
+        if job.from_output:
             e.x = Block[T].restored(e.x, job.activation)
         if job.residual != NULL:
             e.residual = Block[T].load_end(a.residual + end, lanes, zero)
@@ -40,7 +40,7 @@ cdef inline Elements[T] elements_before(
 cdef inline Block[T] before_activation(Job[Active, T]* job, Elements[T] e, Parameters[T]* p) noexcept nogil:
     """What the activation of the forward is applied to."""
     cdef Block[T] z
-    if job.restores:
+    if job.from_output:
         return e.x
     z = Block[T].fma(e.x - p.mean, p.scale, p.shift if Active is ActiveNormalize else p.bias)
     return z if job.residual == NULL else z + e.residual
@@ -114,7 +114,7 @@ cdef inline Results[T] mapped(Job[Map, T]* job, Elements[T] e, Parameters[T]* p)
         r.out = Block[T].activated(before_activation(job, e, p), job.activation)
     else:
         r.dresidual = e.dy
-        r.out = p.scale * Block[T].fma(e.x - p.mean, p.slope, e.dy - p.shift)
+        r.out = p.scale * (e.dy if job.frozen else Block[T].fma(e.x - p.mean, p.slope, e.dy - p.shift))
     return r
 
 

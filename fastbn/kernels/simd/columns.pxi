@@ -185,7 +185,7 @@ cdef void map_columns(Job[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssiz
     cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
     cdef Arrays[T] a = job.arrays()
     while rows > 0:
-        batch = min(<Py_ssize_t> MAP_ROWS, rows)
+        batch = min(MAP_ROWS, rows)
         if job.far and last - first <= COLUMNS // BLOCK * W and not job.activation.is_smooth():
             batch = 1  # whose parameters stay in L1
         j = first

@@ -3,7 +3,7 @@
 The one place of the kernels that knows eps and momentum.
 """
 
-cdef void merge_stats(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void merge_stats(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Mean, M2 and the rest of the mean of channels first ... last, from the sums of their tiles."""
     cdef double* mean = job.first
     cdef double* m2 = job.second
@@ -36,7 +36,7 @@ cdef void merge_stats(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nog
         offset[c] = rest if isfinite(rest) else 0
 
 
-cdef void merge_sums(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Both sums of channels first ... last."""
     cdef Py_ssize_t tile, repeat, c, at
     for c in range(first, last):
@@ -73,7 +73,7 @@ cdef bint fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) no
     """From the merged statistics to the parameters of the map; whether the channels may be mapped."""
     cdef double high, low, scale, count = job.count, eps = job.eps
     cdef double* m2 = job.second
-    cdef double* invstd = <double*> job.slope  # room that a forward has no other use for
+    cdef double* invstd = job.invstds
     cdef Py_ssize_t c
     cdef bint unusual = False
     for c in range(first, last):  # a loop of its own: roots and quotients of several channels at once
@@ -90,43 +90,42 @@ cdef bint fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) no
     return not unusual
 
 
-cdef void fold_gradient(Job[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void fold_gradient(Job[GradSums, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged sums to the parameters of the map; `core.input_gradient` is the same in NumPy."""
     cdef double low, invstd, g0, g1
     cdef Py_ssize_t c
     for c in range(first, last):
-        low = 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c)
-        invstd = Block[T].value(job.invstd, c)
-        job.second[c] -= low * job.first[c]
-        g1 = invstd * (invstd * job.second[c] / job.count)  # the square alone may leave the range
-        g0 = job.first[c] / job.count - low * g1
-        Block[T].set_value(job.shift, c, g0)
-        Block[T].set_value(job.slope, c, -g1)
+        low = 0
+        if job.mean_lo != NULL:
+            low = Block[T].value(job.mean_lo, c)
+            job.second[c] -= low * job.first[c]
+        if job.out != NULL and not job.frozen:
+            invstd = Block[T].value(job.invstd, c)
+            g1 = invstd * (invstd * job.second[c] / job.count)  # the square alone may leave the range
+            g0 = job.first[c] / job.count - low * g1
+            Block[T].set_value(job.grad_offset, c, g0)
+            Block[T].set_value(job.grad_slope, c, -g1)
+        if job.dweight != NULL:
+            Block[T].set_value(job.dweight, c, job.second[c] * Block[T].value(job.invstd, c))
+        if job.dbias != NULL:
+            Block[T].set_value(job.dbias, c, job.first[c])
 
 
-cdef void gradients(Job[GradSums, T]* job) noexcept nogil:
-    """The gradients of weight and bias, from the sums of a backward."""
-    cdef Py_ssize_t c
-    for c in range(job.channels):
-        Block[T].set_value(job.dweight, c, job.second[c] * Block[T].value(job.invstd, c))
-        Block[T].set_value(job.dbias, c, job.first[c])
-
-
-cdef void move_running(C* running, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
+cdef void move_towards(C* running, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
     """Move running statistics towards the batch's, of which a divisor is left to apply."""
     cdef Py_ssize_t c
     for c in range(channels):
         running[c] = <C> ((1 - momentum) * running[c] + momentum * (batch[c] / divisor))
 
 
-cdef struct Running:
-    # A vector of running statistics, of the type of the arithmetic or double.
-    void* data
-    bint is_double
-
-
-cdef void update(Running r, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
+cdef void move(Running r, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
     if r.data != NULL and r.is_double:
-        move_running(<double*> r.data, batch, divisor, channels, momentum)
+        move_towards(<double*> r.data, batch, divisor, channels, momentum)
     elif r.data != NULL:
-        move_running(<float*> r.data, batch, divisor, channels, momentum)
+        move_towards(<float*> r.data, batch, divisor, channels, momentum)
+
+
+cdef void move_running(Call* job) noexcept nogil:
+    """Move running statistics towards those that a forward has found; nothing that can fail comes after it."""
+    move(job.running_mean, job.first, 1, job.channels, job.momentum)
+    move(job.running_var, job.second, <double> job.outer * job.inner - job.correction, job.channels, job.momentum)

@@ -10,6 +10,8 @@
 #include <cstring>
 #include <limits>
 
+#include "plan.hpp"
+
 struct bf16 {
     uint16_t bits;
 };
@@ -22,8 +24,8 @@ namespace {
 
 using std::ptrdiff_t;
 
-constexpr int LINE = 64;    // bytes of a cache line
-constexpr int BLOCK = 128;  // bytes of a block
+using fastbn::BLOCK;
+using fastbn::LINE;
 
 template <class T> struct Arithmetic { using type = float; };
 template <> struct Arithmetic<double> { using type = double; };

@@ -164,7 +164,7 @@ cdef void stream_planes(Job[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) n
 
 cdef inline void map_whole(Job[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) noexcept nogil:
     """Map several planes that lie one behind the other."""
-    if job.streams and is_staged(job, sizeof(T)):
+    if job.streams and is_staged(job.inner, sizeof(T)):
         stream_planes(job, plane, planes)
     else:
         map_planes(job, plane, planes, 0, job.inner)

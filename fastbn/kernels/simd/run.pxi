@@ -1,4 +1,4 @@
-"""Units of work, whole calls made of them, and the tables of whole calls by dtype."""
+"""Units of work, whole calls made of them, and the table of these that the module exports."""
 
 cdef void sum_unit(Job[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
     """One tile of a group of channels or columns."""
@@ -101,7 +101,7 @@ cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
         else:
             sum_channels(<Job[ActiveSums, T]*> job, first, end)
         merge_sums(job, first, end)
-        fold_gradient(job, first, end)
+        fold_gradient(<Job[GradSums, T]*> job, first, end)
         if job.kept != NULL:
             map_group(&after, first, end)
         else:
@@ -111,27 +111,62 @@ cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
         fence()
 
 
-cdef bint allocate(Call* job, Py_ssize_t W, Py_ssize_t tiles) noexcept nogil:
-    """Give a call its scratch memory; False where there is none."""
-    cdef Py_ssize_t C = job.channels, size = tiles * job.width
-    cdef double* p = <double*> scratch((3 * size + 6 * C + 5 * (job.columns + 2 * W)) * sizeof(double) + C)
-    if p == NULL:
+cdef inline bint is_active(const Call* call) noexcept nogil:
+    """Whether something follows the normalization."""
+    return call.activation.kind != 0 or call.residual != NULL or call.dresidual != NULL
+
+
+cdef inline bint is_fresh(const Call* call) noexcept nogil:
+    """Whether the outputs are memory of their own, with cache lines at the same elements."""
+    if call.out == call.x or call.out == call.dy or call.out == call.residual:
         return False
-    job.shifts, job.sums, job.squares = p, p + size, p + 2 * size
-    p += 3 * size
+    return call.dresidual == NULL or (<char*> call.dresidual - <char*> call.out) % LINE == 0
+
+
+cdef inline void* room(char** free, void* given, Py_ssize_t size) noexcept nogil:
+    """The place of a vector: the caller's, or else scratch memory."""
+    cdef void* place = given
+    if given == NULL:
+        place = free[0]
+        free[0] += size
+    return place
+
+
+cdef bint allocate(Job[Op, T]* job, bint sums) noexcept nogil:
+    """Give a call its scratch memory; False where there is none."""
+    cdef Py_ssize_t size = job.tiles * job.width * sizeof(double) if sums else 0, vector = job.channels * sizeof(double)
+    cdef Py_ssize_t for_columns = 5 * (job.columns + 2 * Block[T].width()) * sizeof(double)
+    cdef char* free = <char*> scratch(3 * size + 11 * vector + for_columns + job.channels)
+    if free == NULL:
+        return False
+    job.shifts, job.sums, job.squares = <double*> free, <double*> (free + size), <double*> (free + 2 * size)
+    job.spread = <double*> (free + 3 * size)
+    free += 3 * size + for_columns
+    job.invstds = <double*> room(&free, NULL, vector)
+    job.grad_offset, job.grad_slope = room(&free, NULL, vector), room(&free, NULL, vector)
     # What the caller did not bring.
-    if job.first == NULL:
-        job.first, job.second = p, p + C
-    if job.low == NULL:
-        job.low = p + 2 * C
-    if job.scale == NULL:
-        job.scale = p + 3 * C
-    if job.shift == NULL:
-        job.shift = p + 4 * C
-    job.slope = p + 5 * C
-    job.spread = p + 6 * C
-    job.left = <char*> (job.spread + 5 * (job.columns + 2 * W))
+    job.first, job.second = <double*> room(&free, job.first, vector), <double*> room(&free, job.second, vector)
+    job.low = <double*> room(&free, job.low, vector)
+    if Op in Forward:
+        job.mean, job.mean_lo, job.invstd = room(&free, job.mean, vector), room(&free, job.mean_lo, vector), room(&free, job.invstd, vector)
+    if Op in Map:
+        job.scale, job.shift = room(&free, job.scale, vector), room(&free, job.shift, vector)
+    job.left = free
     return True
+
+
+cdef bint plan(Job[Op, T]* job, Plan* p, int reads, int arrays, int touched) noexcept nogil:
+    """Cut a call, and give it its scratch memory; False where there is none."""
+    cdef Task t
+    memset(&t, 0, sizeof(Task))
+    t.outer, t.channels, t.inner, t.item, t.threads = job.outer, job.channels, job.inner, sizeof(T), job.threads
+    t.reads, t.arrays, t.touched = reads, arrays, touched
+    t.two_outputs = job.dresidual != NULL and job.kept == NULL
+    t.streamable = is_fresh(job) and (job.kept == NULL or job.kept != job.out)
+    t.to_line = Block[T].to_line(job.arrays().out, job.outer * job.channels * job.inner)
+    make_plan(p, &t)
+    job.follow(p.tiles, p.sums)
+    return allocate(job, reads > 0)
 
 
 cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) noexcept nogil:
@@ -139,7 +174,7 @@ cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) n
     if not job.by_columns:
         return vector
     # What a training forward has found is copied even so: lines that other cores read are slow to write in the next call.
-    if is_spread(job, Block[T].width()) and job.skip == 0 and not (Op in Forward and job.backwards):
+    if job.columns == job.channels and job.channels % Block[T].width() == 0 and job.skip == 0 and not (Op in Forward and job.backwards):
         return vector
     cdef Py_ssize_t W = Block[T].width(), size = BLOCK // W, repeat, c
     cdef char* p = <char*> (job.spread + index * (job.columns + 2 * W))
@@ -155,87 +190,98 @@ cdef const void* spread(Job[Op, T]* job, const void* vector, Py_ssize_t index) n
 
 
 cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
-    cdef Py_ssize_t units = sum_units(job, Block[T].width(), sizeof(T))
     if Sum is not Stats:
         job.at_mean = spread(job, job.mean, 0)
     if Sum is ActiveSums:
         job.at_scale = spread(job, job.scale, 1)
-        job.at_bias = spread(job, job.bias, 2)
-    parallel(<unit_fn> sum_unit[Sum, T], job, units, job.threads, False)
+        job.at_bias = spread(job, job.shift, 2)
+    parallel(<unit_fn> sum_unit[Sum, T], job, job.units, job.threads, False, job.host)
     if Sum is Stats:
         merge_stats(job, 0, job.channels)
     else:
         merge_sums(job, 0, job.channels)
 
 
-cdef void run_map(Job[Map, T]* job) noexcept nogil:
-    cdef Py_ssize_t W = Block[T].width(), size = job.outer * job.channels * job.inner
-    choose_map(job, W)
-    if job.by_columns and job.columns * <Py_ssize_t> sizeof(T) % LINE == 0:
-        # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
-        job.skip = Block[T].to_line(job.arrays().out, size)
-        job.rows = (size - job.skip) // job.columns
-        job.rest = (size - job.skip) % job.columns
+cdef void take_vectors(Job[Map, T]* job, bint as_they_are) noexcept nogil:
+    """Set the vectors of the map, for columns one of each column."""
+    cdef const void* shift = job.grad_offset if Map in Backward else job.shift
+    if as_they_are:
+        job.at_mean, job.at_scale, job.at_shift, job.at_slope, job.at_bias = job.mean, job.scale, shift, job.grad_slope, job.shift
+        return
     job.at_mean = spread(job, job.mean, 0)
     job.at_scale = spread(job, job.scale, 1)
-    job.at_shift = spread(job, job.shift, 2)
+    job.at_shift = spread(job, shift, 2)
     if Map in Backward:
-        job.at_slope = spread(job, job.slope, 3)
+        job.at_slope = spread(job, job.grad_slope, 3)
     if Map is ActiveGradient:
-        job.at_bias = spread(job, job.bias, 4)
-    map_units(job, W, sizeof(T), touched(job))
-    parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads, job.backwards)
+        job.at_bias = spread(job, job.shift, 4)
 
 
-cdef bint sum_call(Job[Sum, T]* job) noexcept nogil:
-    cut(job, Block[T].width())
-    if not allocate(job, Block[T].width(), job.tiles):
-        return False
+cdef void run_map(Job[Map, T]* job, const Plan* p) noexcept nogil:
+    job.follow(p.tiles, p.map)
+    take_vectors(job, False)
+    parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads, job.backwards, job.host)
+
+
+cdef Status sum_call(Job[Sum, T]* job) noexcept nogil:
+    cdef Plan p
+    if not plan(job, &p, 1 + (job.dy != NULL) + (job.residual != NULL), 0, 0):
+        return NO_MEMORY
     run_sums(job)
-    return True
+    if Sum is not Stats:
+        fold_gradient(<Job[GradSums, T]*> job, 0, job.channels)
+    return DONE
 
 
-cdef bint map_call(Job[Map, T]* job) noexcept nogil:
-    cdef const void* slope = job.slope
+cdef Status map_call(Job[Map, T]* job) noexcept nogil:
+    cdef Plan p
     cdef Py_ssize_t c
-    cut(job, Block[T].width())
-    if not allocate(job, Block[T].width(), 0):
-        return False
-    if Map in Backward:
+    cdef int arrays = 2 + (job.dy != NULL) + (job.residual != NULL) + (job.dresidual != NULL)
+    if not plan(job, &p, 0, arrays, arrays):
+        return NO_MEMORY
+    if Map in Backward and not job.frozen:
         for c in range(job.channels):
-            Block[T].set_value(job.slope, c, -Block[T].value(slope, c))
-    run_map(job)
-    return True
+            Block[T].set_value(job.grad_offset, c, Block[T].value(job.g0, c))
+            Block[T].set_value(job.grad_slope, c, -Block[T].value(job.g1, c))
+    run_map(job, &p)
+    return DONE
 
 
-cdef bint inference_call(Job[Forward, T]* job) noexcept nogil:
-    """`invstd` holds the variances or, where they are `inverted`, one over the deviations."""
+cdef Status inference_call(Job[Forward, T]* job) noexcept nogil:
+    cdef Plan p
     cdef double invstd
     cdef Py_ssize_t c
-    cut(job, Block[T].width())
-    if not allocate(job, Block[T].width(), 0):
-        return False
+    cdef int arrays = 2 + (job.residual != NULL)
+    cdef const void* low = job.mean_lo
+    if not plan(job, &p, 0, arrays, arrays):
+        return NO_MEMORY
     for c in range(job.channels):
-        invstd = Block[T].value(job.invstd, c)
-        if not job.inverted:
-            invstd = 1 / sqrt(invstd + job.eps)
-        fold_channel(job, c, 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c), invstd)
-    run_map(job)
-    return True
+        if job.var != NULL:
+            invstd = 1 / sqrt(Block[T].value(job.var, c) + job.eps)
+            Block[T].set_value(job.invstd, c, invstd)
+        else:
+            invstd = Block[T].value(job.invstd, c)
+        fold_channel(job, c, 0 if low == NULL else Block[T].value(low, c), invstd)
+    run_map(job, &p)
+    return DONE
 
 
-cdef bint forward_call(Job[Forward, T]* job) noexcept nogil:
-    cut(job, Block[T].width())
-    if not allocate(job, Block[T].width(), job.tiles):
-        return False
-    if grouped(job, Block[T].width(), sizeof(T)):
-        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False)
+cdef Status forward_call(Job[Forward, T]* job) noexcept nogil:
+    cdef Plan p
+    cdef int arrays = 2 + (job.residual != NULL)
+    if not plan(job, &p, 1, arrays, arrays):
+        return NO_MEMORY
+    if p.together:
+        take_vectors(job, True)
+        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False, job.host)
     else:
         run_sums(<Job[Stats, T]*> job)
-        job.backwards = True
         if fold_batch(job, 0, job.channels):
-            run_map(job)
-    return True
+            run_map(job, &p)
+    if memchr(job.left, 1, job.channels) != NULL:
+        return LEFT
+    move_running(job)
+    return DONE
 
 
 cdef void* place_to_keep(Call* job, Py_ssize_t item) noexcept nogil:
@@ -244,66 +290,165 @@ cdef void* place_to_keep(Call* job, Py_ssize_t item) noexcept nogil:
         return NULL  # the map would read it rounded
     if job.dresidual != NULL:
         return job.dresidual
-    if not job.activation.is_smooth() or job.out == job.x or job.out == job.dy or job.out == job.residual:
+    if not job.activation.is_smooth() or not is_fresh(job):
         return NULL
     return job.out
 
 
-cdef bint backward_call(Job[Backward, T]* job) noexcept nogil:
-    cdef Job[InputGradient, T] after
-    if Backward is ActiveGradient:
-        job.kept = place_to_keep(job, sizeof(T))
-    cut(job, Block[T].width())
-    if not allocate(job, Block[T].width(), job.tiles):
-        return False
-    if grouped(job, Block[T].width(), sizeof(T)):
-        parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False)
+cdef inline bint any_outside(const C* values, Py_ssize_t n, double limit) noexcept nogil:
+    """Whether any of several numbers is not between a limit and its reciprocal."""
+    cdef C high = <C> limit, low = <C> (0.5 / limit)
+    cdef Py_ssize_t c
+    cdef bint outside = False
+    for c in range(n):
+        outside |= (values[c] >= high) | (values[c] < low)
+    return outside
+
+
+cdef inline bint is_far(Job[Op, T]* job) noexcept nogil:
+    """Whether a standard deviation is so far from 1 that a backward must be made of operations (`extremes.far_from_one`)."""
+    if T is double:
+        return any_outside(<const double*> job.invstd, job.channels, FAR_DOUBLE)
     else:
+        return any_outside(<const float*> job.invstd, job.channels, FAR_FLOAT)
+
+
+cdef void find_scale(Job[Backward, T]* job, const void* weight, const void* bias) noexcept nogil:
+    """Scale and shift of the forward, from weight and bias, as `fold_channel` has found them."""
+    cdef double scale, low, most = Block[T].largest()
+    cdef Py_ssize_t c
+    for c in range(job.channels):
+        scale = Block[T].value(job.invstd, c) * (1 if weight == NULL else Block[T].value(weight, c))
+        low = 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c)
+        Block[T].set_value(job.scale, c, min(max(scale, -most), most) if isfinite(scale) else scale)
+        Block[T].set_value(job.shift, c, (0 if bias == NULL else Block[T].value(bias, c)) - (0 if low == 0 else low * scale))
+
+
+cdef Job[Normalize, T] of_constants(Job[Backward, T]* job) noexcept nogil:
+    """The map of a frozen backward, which needs nothing but dy before the activation: a multiplication with the scale."""
+    cdef Job[Normalize, T] after = (<Job[Normalize, T]*> job)[0]
+    cdef Py_ssize_t c
+    after.x = job.dy if job.kept == NULL else job.kept
+    after.dy = after.residual = after.dresidual = NULL
+    after.mean, after.shift = job.grad_offset, job.grad_slope
+    for c in range(job.channels):
+        Block[T].set_value(after.mean, c, 0)
+        Block[T].set_value(after.shift, c, -0.0)
+    return after
+
+
+cdef void run_backward_map(Job[Backward, T]* job, const Plan* p) noexcept nogil:
+    cdef Job[InputGradient, T] after
+    cdef Job[Normalize, T] scaling
+    if job.frozen and (Backward is InputGradient or job.kept != NULL):
+        scaling = of_constants(job)
+        run_map(&scaling, p)
+    elif job.kept != NULL:
+        after = of_kept(job)
+        run_map(&after, p)
+    else:
+        run_map(job, p)
+
+
+cdef Status backward_call(Job[Backward, T]* job) noexcept nogil:
+    cdef Plan p
+    cdef bint sums = not job.frozen or job.dweight != NULL or job.dbias != NULL or job.first != NULL
+    cdef bint given = job.scale != NULL
+    cdef int reads = 2 + (job.residual != NULL), touched = reads + 1 + (job.dresidual != NULL), arrays = touched
+    if sums and job.invstd != NULL and is_far(job):
+        return LEFT
+    if Backward is ActiveGradient and sums and job.out != NULL:
+        job.kept = place_to_keep(job, sizeof(T))
+    if job.kept != NULL:
+        arrays = 2 if job.frozen else 3
+    elif job.frozen and Backward is InputGradient:
+        arrays = 2
+    if not plan(job, &p, reads if sums else 0, arrays if job.out != NULL else 0, touched):
+        return NO_MEMORY
+    if not given and job.invstd != NULL:
+        find_scale(job, job.weight, job.bias)
+    if p.together:
+        take_vectors(job, True)
+        parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False, job.host)
+        return DONE
+    if sums:
         if Backward is InputGradient:
             run_sums(<Job[GradSums, T]*> job)
         else:
             run_sums(<Job[ActiveSums, T]*> job)
-        fold_gradient(job, 0, job.channels)
-        job.backwards = True
-        if job.kept != NULL:
-            after = of_kept(job)
-            run_map(&after)
-        else:
-            run_map(job)
-    if job.dweight != NULL:
-        gradients(<Job[GradSums, T]*> job)
-    return True
+        fold_gradient(<Job[GradSums, T]*> job, 0, job.channels)
+    if job.out != NULL:
+        run_backward_map(job, &p)
+    return DONE
 
 
-cdef bint reduce_call(Job[Sum, T]* job) noexcept nogil:
-    """The sums of the backward alone, corrected by the low part of the mean."""
-    cdef Py_ssize_t c
-    if not sum_call(job):
-        return False
-    if job.mean_lo != NULL:
-        for c in range(job.channels):
-            job.second[c] -= Block[T].value(job.mean_lo, c) * job.first[c]
-    return True
-
-
-ctypedef bint (*call_fn)(void* job) noexcept nogil
+ctypedef Status (*work_fn)(Work* job) noexcept nogil
 
 # Of each dtype, plain and active.
-cdef call_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, REDUCE
-cdef call_fn[4] STATS
+cdef work_fn[4][1] STATS
+cdef work_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD
 
 
-cdef void register(T* tag, int dtype) noexcept:
-    STATS[dtype] = <call_fn> sum_call[Stats, T]
-    GRAD_SUMS[dtype][:] = [<call_fn> sum_call[GradSums, T], <call_fn> sum_call[ActiveSums, T]]
-    REDUCE[dtype][:] = [<call_fn> reduce_call[GradSums, T], <call_fn> reduce_call[ActiveSums, T]]
-    NORMALIZE[dtype][:] = [<call_fn> map_call[Normalize, T], <call_fn> map_call[ActiveNormalize, T]]
-    GRAD_INPUT[dtype][:] = [<call_fn> map_call[InputGradient, T], <call_fn> map_call[ActiveGradient, T]]
-    INFERENCE[dtype][:] = [<call_fn> inference_call[Normalize, T], <call_fn> inference_call[ActiveNormalize, T]]
-    FORWARD[dtype][:] = [<call_fn> forward_call[Normalize, T], <call_fn> forward_call[ActiveNormalize, T]]
-    BACKWARD[dtype][:] = [<call_fn> backward_call[InputGradient, T], <call_fn> backward_call[ActiveGradient, T]]
+cdef void register(T* tag, Dtype dtype) noexcept:
+    STATS[<int> dtype][:] = [<work_fn> sum_call[Stats, T]]
+    GRAD_SUMS[<int> dtype][:] = [<work_fn> sum_call[GradSums, T], <work_fn> sum_call[ActiveSums, T]]
+    NORMALIZE[<int> dtype][:] = [<work_fn> map_call[Normalize, T], <work_fn> map_call[ActiveNormalize, T]]
+    GRAD_INPUT[<int> dtype][:] = [<work_fn> map_call[InputGradient, T], <work_fn> map_call[ActiveGradient, T]]
+    INFERENCE[<int> dtype][:] = [<work_fn> inference_call[Normalize, T], <work_fn> inference_call[ActiveNormalize, T]]
+    FORWARD[<int> dtype][:] = [<work_fn> forward_call[Normalize, T], <work_fn> forward_call[ActiveNormalize, T]]
+    BACKWARD[<int> dtype][:] = [<work_fn> backward_call[InputGradient, T], <work_fn> backward_call[ActiveGradient, T]]
 
-register[float](NULL, 0)
-register[double](NULL, 1)
-register[bf16](NULL, 2)
-register[f16](NULL, 3)
+register[float](NULL, Dtype.FLOAT32)
+register[double](NULL, Dtype.FLOAT64)
+register[bf16](NULL, Dtype.BFLOAT16)
+register[f16](NULL, Dtype.FLOAT16)
+
+
+cdef Status run(work_fn function, Call* call) noexcept nogil:
+    """Run a call, in the default floating-point mode; it leaves nothing in the scratch memory that its caller does not need."""
+    cdef uint32_t mode = enter_default_mode()
+    cdef Work job
+    cdef Status status
+    memset(&job, 0, sizeof(Work))
+    (<Call*> &job)[0] = call[0]
+    status = function(&job)
+    if status == LEFT:
+        call.first, call.second, call.left = job.first, job.second, job.left
+    else:
+        end_scratch()
+    leave_default_mode(mode)
+    return status
+
+
+cdef Status stats(Call* call) noexcept nogil:
+    return run(STATS[<int> call.dtype][0], call)
+
+
+cdef Status normalize(Call* call) noexcept nogil:
+    return run(NORMALIZE[<int> call.dtype][is_active(call)], call)
+
+
+cdef Status grad_sums(Call* call) noexcept nogil:
+    return run(GRAD_SUMS[<int> call.dtype][is_active(call)], call)
+
+
+cdef Status grad_input(Call* call) noexcept nogil:
+    return run(GRAD_INPUT[<int> call.dtype][is_active(call)], call)
+
+
+cdef Status inference(Call* call) noexcept nogil:
+    return run(INFERENCE[<int> call.dtype][is_active(call)], call)
+
+
+cdef Status forward(Call* call) noexcept nogil:
+    return run(FORWARD[<int> call.dtype][is_active(call)], call)
+
+
+cdef Status backward(Call* call) noexcept nogil:
+    return run(BACKWARD[<int> call.dtype][is_active(call)], call)
+
+
+cdef Kernels TABLE
+TABLE.stats, TABLE.normalize, TABLE.grad_sums, TABLE.grad_input = stats, normalize, grad_sums, grad_input
+TABLE.inference, TABLE.forward, TABLE.backward, TABLE.move_running = inference, forward, backward, move_running
+KERNELS = PyCapsule_New(&TABLE, "fastbn.kernels.Kernels", NULL)

@@ -72,13 +72,6 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         void smooth(Block[T]*, Py_ssize_t, const Activation&, bint)
 
-    cdef cppclass Activation:
-        int kind
-        double parameter
-        bint is_smooth()
-
-    const Py_ssize_t LINE, BLOCK
-
     void fence()
     void stream_line(void*, const void*)
 
@@ -98,56 +91,27 @@ cdef extern from "simd/types.hpp" nogil:
     ctypedef struct ActiveGradient:
         pass
 
-    cdef cppclass Call:
-        const void *x
-        const void *dy
-        const void *residual
-        void *out
-        void *dresidual
+    cdef cppclass Work(Call, Tiles, Units):
         void *kept
-        Activation activation
-        bint restores
-        Py_ssize_t outer, channels, inner
-        double count
-        int threads
-        const void *weight
-        const void *bias
-        void *mean
-        void *mean_lo
-        void *invstd
+        double *shifts
+        double *sums
+        double *squares
+        void *grad_offset
+        void *grad_slope
+        double *invstds
+        double *spread
         const void *at_mean
         const void *at_scale
         const void *at_shift
         const void *at_slope
         const void *at_bias
-        void *scale
-        void *shift
-        void *slope
-        double eps
-        bint by_columns
-        Py_ssize_t tiles, width, images, pieces, piece, columns, rows, rest, repeats, run
-        double *shifts
-        double *sums
-        double *squares
-        double *first
-        double *second
-        double *low
-        char *left
-        void *dweight
-        void *dbias
-        double *spread
-        Py_ssize_t unit, group, turn
-        Py_ssize_t skip
-        bint inverted, backwards, streams, far
-        Py_ssize_t units
+        void follow(const Tiles&, const Units&)
 
     cdef cppclass Columns:
         pass
 
     cdef cppclass Stage:
         char *bytes
-
-    const Py_ssize_t COLUMNS, PLANES
 
     cdef cppclass Accumulators[T]:
         Block[T] *sum
@@ -170,7 +134,7 @@ cdef extern from "simd/types.hpp" nogil:
     cdef cppclass Parameters[T]:
         Block[T] mean, scale, shift, slope, bias
 
-    cdef cppclass Job[Op, T](Call):
+    cdef cppclass Job[Op, T](Work):
         Arrays[T] arrays()
 
 ctypedef fused T:

@@ -1,0 +1,56 @@
+"""The C entry, as Cython sees it; call.hpp says what everything means."""
+
+from fastbn.kernels._pool cimport Host
+
+cdef extern from "call.hpp" namespace "fastbn" nogil:
+    cdef enum Dtype:
+        FLOAT32, FLOAT64, BFLOAT16, FLOAT16
+
+    cdef enum Status:
+        DONE, NO_MEMORY, LEFT
+
+    cdef cppclass Activation:
+        int kind
+        double parameter
+        bint is_smooth()
+
+    cdef cppclass Running:
+        void *data
+        bint is_double
+
+    cdef cppclass Call:
+        Dtype dtype
+        Py_ssize_t outer, channels, inner
+        const void *x
+        const void *dy
+        void *out
+        const void *residual
+        void *dresidual
+        Activation activation
+        bint from_output, frozen
+        int threads
+        const Host *host
+        const void *weight
+        const void *bias
+        void *mean
+        void *mean_lo
+        void *invstd
+        const void *var
+        void *scale
+        void *shift
+        const void *g0
+        const void *g1
+        double eps, momentum, correction
+        Running running_mean, running_var
+        void *dweight
+        void *dbias
+        double *first
+        double *second
+        double *low
+        char *left
+
+    ctypedef Status (*call_fn)(Call*) noexcept nogil
+
+    cdef cppclass Kernels:
+        call_fn stats, normalize, grad_sums, grad_input, inference, forward, backward
+        void (*move_running)(Call*) noexcept

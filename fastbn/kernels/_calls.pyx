@@ -1,0 +1,223 @@
+# cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
+"""NumPy's doors to the kernels: from arrays to a Call, which the table of an ISA's functions runs.
+
+`Calls` takes what was checked: (outer, channels, inner) arrays, and vectors in the type of the arithmetic. `Doors`, which
+adds to it, takes what users give and does all of a call, as long as nothing about that is unusual.
+"""
+
+cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport isfinite
+from libc.stdint cimport uint32_t
+from libc.string cimport memcpy, memset
+
+from fastbn.kernels._call cimport DONE, LEFT, Call, Dtype, Kernels, Running, Status, call_fn
+from fastbn.kernels._plan cimport thread_count
+from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode
+
+
+import numpy as np
+
+cnp.import_array()
+
+cdef extern from "numpy/arrayobject.h":
+    const int NPY_HALF
+    object PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
+
+include "binding.pxi"
+
+
+cdef class Calls:
+    """The kernels of one ISA.
+
+    Parameters
+    ----------
+    kernels : capsule
+        The table that an ISA's module exports as KERNELS.
+    """
+
+    cdef const Kernels* table
+    cdef readonly object kernels, composed, part, epilogue, axis_of, threads_of, memory_for
+    cdef Py_ssize_t small
+
+    def __cinit__(self, kernels not None):
+        self.kernels = kernels
+        self.table = <const Kernels*> PyCapsule_GetPointer(kernels, "fastbn.kernels.Kernels")
+
+    def connect(self, *, composed, part, epilogue, axis_of, threads_of, memory_for, small):
+        """Bring what the doors need of the library: kernels know nothing of it.
+
+        Parameters
+        ----------
+        composed, part, epilogue
+            What computes channels at the ends of the range: whole calls made of this object's operations, and the classes
+            that stand for parts of channels and for what follows a normalization.
+        axis_of, threads_of, memory_for : callable
+            Axis of the channels, number of threads, and memory for an output, of plain calls.
+        small : int
+            Bytes below which one thread does, and fresh memory.
+        """
+        self.composed, self.part, self.epilogue = composed, part, epilogue
+        self.axis_of, self.threads_of, self.memory_for, self.small = axis_of, threads_of, memory_for, small
+
+    def stats(self, cnp.ndarray x not None, threads=1):
+        """Mean, what it rounds away, and M2 of each channel; as `reference.stats`."""
+        cdef Call call
+        bind(&call, x, threads)
+        cdef cnp.ndarray found = new_vectors(&call, 3, cnp.NPY_DOUBLE)
+        call.first, call.low = <double*> row(found, 0), <double*> row(found, 1)
+        call.second = <double*> row(found, 2)
+        run(self.table.stats, &call)
+        return tuple(found)
+
+    def normalize(self, cnp.ndarray x not None, cnp.ndarray y not None, mean, scale, shift, threads=1, epilogue=None):
+        """Write ``(x - mean) * scale + shift`` and what comes after it to `y`; as `reference.normalize`."""
+        cdef Call call
+        cdef int number = bind(&call, x, threads)
+        bind_epilogue(&call, x, epilogue)
+        call.out = target(x, y)
+        call.mean, call.scale = vector(&call, "mean", number, mean), vector(&call, "scale", number, scale)
+        call.shift = vector(&call, "shift", number, shift)
+        run(self.table.normalize, &call)
+
+    def grad_sums(self, cnp.ndarray dy not None, cnp.ndarray x not None, mean, threads=1, epilogue=None):
+        """Sums over each channel of `dy` and of ``dy * (x - mean)``; as `reference.grad_sums`."""
+        cdef Call call
+        cdef int number = bind(&call, x, threads)
+        cdef cnp.ndarray sums = new_vectors(&call, 2, cnp.NPY_DOUBLE)
+        bind_gradient(&call, x, number, epilogue)
+        call.dy = like(x, dy)
+        call.mean = vector(&call, "mean", number, mean)
+        call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+        run(self.table.grad_sums, &call)
+        return tuple(sums)
+
+    def grad_input(
+        self, cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray dx not None, mean, scale, g0, g1, threads=1, epilogue=None
+    ):
+        """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; as `reference.grad_input`."""
+        cdef Call call
+        cdef int number = bind(&call, x, threads)
+        bind_gradient(&call, x, number, epilogue)
+        call.dy, call.out = like(x, dy), target(x, dx)
+        call.mean, call.scale = vector(&call, "mean", number, mean), vector(&call, "scale", number, scale)
+        call.g0, call.g1 = vector(&call, "g0", number, g0), vector(&call, "g1", number, g1)
+        run(self.table.grad_input, &call)
+
+    def inference(
+        self, cnp.ndarray x not None, cnp.ndarray y not None, mean, mean_lo, spread, weight, bias, eps, threads, epilogue=None
+    ):
+        """Normalize with given statistics; as `core.Composed.inference`."""
+        cdef Call call
+        cdef int number = bind(&call, x, threads)
+        bind_epilogue(&call, x, epilogue)
+        call.out = target(x, y)
+        call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
+        if eps is None:
+            call.invstd = vector(&call, "spread", number, spread)
+        else:
+            call.var, call.eps = vector(&call, "spread", number, spread), eps
+        call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
+        run(self.table.inference, &call)
+
+    def forward(
+        self, cnp.ndarray x not None, cnp.ndarray y not None, weight, bias, double eps, running_mean, running_var, double momentum,
+        int correction, compute, threads, epilogue=None
+    ):
+        """Normalize with the batch's statistics; as `core.Composed.forward`."""
+        cdef Call call
+        cdef int number = bind(&call, x, threads)
+        bind_epilogue(&call, x, epilogue)
+        call.out = target(x, y)
+        call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
+        call.running_mean = running(&call, "running_mean", number, running_mean)
+        call.running_var = running(&call, "running_var", number, running_var)
+        call.eps, call.momentum, call.correction = eps, momentum, correction
+        return tuple(train(self, &call, number, x, y, weight, bias, running_mean, running_var, epilogue))
+
+    def backward(self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, scale, threads, epilogue=None):
+        """Sums of dy and of dy (x - mean), and dx unless it is None; as `core.Composed.backward`."""
+        cdef Call call
+        cdef int number = bind(&call, x, threads)
+        cdef cnp.ndarray sums = new_vectors(&call, 2, cnp.NPY_DOUBLE)
+        bind_gradient(&call, x, number, epilogue)
+        call.dy = like(x, dy)
+        call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
+        call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+        if dx is not None:
+            call.out = target(x, dx)
+            call.scale = vector(&call, "scale", number, scale)
+            call.invstd = vector(&call, "invstd", number, invstd)
+        elif invstd is not None:
+            call.invstd = vector(&call, "invstd", number, invstd)
+        if run(self.table.backward, &call) == LEFT:
+            return rescue(self).backward(dy, x, dx, mean, mean_lo, invstd, scale, call.threads, epilogue)
+        return tuple(sums)
+
+
+cdef Status run(call_fn function, Call* call) except *:
+    """Run a call; DONE or LEFT."""
+    cdef Status status
+    with nogil:
+        status = function(call)
+    if status != DONE and status != LEFT:
+        raise MemoryError("no memory for the partial sums")
+    return status
+
+
+cdef object rescue(Calls calls):
+    """The same calls, made of single operations: they know what to do at the ends of the range."""
+    if calls.composed is None:
+        raise RuntimeError("values at the ends of the range need `connect` before")
+    return calls.composed
+
+
+cdef cnp.ndarray train(Calls calls, Call* call, int number, x, y, weight, bias, running_mean, running_var, epilogue):
+    """Run a forward whose inputs were entered; return mean, mean_lo, invstd, scale and shift, one below the other."""
+    cdef cnp.ndarray made = new_vectors(call, 5, number)
+    call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
+    call.scale, call.shift = row(made, 3), row(made, 4)
+    if run(calls.table.forward, call) == LEFT:
+        finish(calls, call, made, x, y, weight, bias, running_mean, running_var, epilogue)
+    return made
+
+
+cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, weight, bias, running_mean, running_var, epilogue) except -1:
+    """Compute the channels that a forward has left, then move the running statistics, which cannot fail any more.
+
+    The tiles of so many channels alone are those of all: planes are cut without regard to the number of channels, and
+    where the units of work are whole channels of columns, they are so many as make whole blocks.
+    """
+    cdef cnp.ndarray mask = np.empty(call.channels, np.bool_), found = new_vectors(call, 2, cnp.NPY_DOUBLE)
+    memcpy(cnp.PyArray_DATA(mask), call.left, call.channels)
+    memcpy(row(found, 0), call.first, call.channels * sizeof(double))  # other calls use the scratch memory
+    memcpy(row(found, 1), call.second, call.channels * sizeof(double))
+    call.first, call.second = <double*> row(found, 0), <double*> row(found, 1)
+    end_scratch()
+    dims = call.outer, call.channels, call.inner
+    channels = np.flatnonzero(mask)
+    part = calls.part(channels, np.zeros_like(channels))
+    rows, own_mean, own_var = part.of(in_memory(x, dims)), part.of(running_mean), part.of(running_var)
+    vectors = rescue(calls).forward(
+        rows, rows, part.of(weight), part.of(bias), call.eps, own_mean, own_var, call.momentum, int(call.correction), made.dtype,
+        call.threads, part.epilogue(epilogue),
+    )
+    in_memory(y, dims)[:, channels] = rows
+    made[:, channels] = vectors
+    cdef uint32_t mode = enter_default_mode()
+    calls.table.move_running(call)
+    leave_default_mode(mode)
+    if running_mean is not None:
+        running_mean[channels] = own_mean
+    if running_var is not None:
+        running_var[channels] = own_var
+    return 0
+
+
+cdef object in_memory(cnp.ndarray a, tuple dims):
+    """A dense array as (outer, channels, inner), in the order of its memory."""
+    order = sorted(range(a.ndim), key=lambda i: -a.strides[i] if a.shape[i] != 1 else 1)
+    return a.transpose(order).reshape(dims)
+
+
+include "plain.pxi"

@@ -1,0 +1,36 @@
+"""Plans, for the modules that follow them; plan.hpp says what the numbers mean."""
+
+cdef extern from "plan.hpp" namespace "fastbn" nogil:
+    const Py_ssize_t LINE, BLOCK, COLUMNS, PLANES, STAGE, CHAIN, TILE_ROWS, MAP_ROWS
+
+    cdef cppclass Task:
+        Py_ssize_t outer, channels, inner, item
+        int threads, reads, arrays, touched
+        bint two_outputs, streamable
+        Py_ssize_t to_line
+
+    cdef cppclass Tiles:
+        double count
+        Py_ssize_t tiles, width, images, pieces, piece, columns, repeats, run
+
+    cdef cppclass Units:
+        bint by_columns, backwards, streams, far
+        Py_ssize_t rows, rest, skip, unit, group, turn, units
+
+    cdef cppclass Plan:
+        Tiles tiles
+        bint together
+        Units sums, map
+
+cdef void make_plan(Plan* p, const Task* t) noexcept nogil
+cdef int thread_count(threads) except -1
+
+
+cdef inline Py_ssize_t up(Py_ssize_t n, Py_ssize_t step) noexcept nogil:
+    """Number of steps that cover n."""
+    return (n + step - 1) // step
+
+
+cdef inline bint is_staged(Py_ssize_t inner, Py_ssize_t item) noexcept nogil:
+    """Whether planes that are streamed are too short to be so one by one: their first and last lines would not be."""
+    return inner * item <= STAGE - LINE

@@ -1,0 +1,217 @@
+# cython: cdivision=True, freethreading_compatible=True
+"""How a call is cut: into numeric tiles by its shape alone, and into units of work by the machine. Numbers only.
+
+Tiles decide the bits of a result, so that no cache, thread or ISA may have a say in them. Units are whole numbers of tiles.
+"""
+
+from libc.string cimport memset
+
+cdef enum:
+    TILE = 16384         # elements of a tile of planes
+    MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
+    LONG_ROW = 2048      # gather rows up to this many columns
+    FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
+    FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
+    UNITS = 4            # units for each thread, so that none waits long for the last
+    MOST_THREADS = 4096  # of one call; the pool has fewer
+
+cdef Py_ssize_t L1 = 32 << 10, L2 = 512 << 10, L3 = 8 << 20
+
+
+def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
+    """Set the sizes of the caches, in bytes, that the units of work are cut for."""
+    global L1, L2, L3
+    L1, L2, L3 = l1, l2, l3
+
+
+cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t most, Py_ssize_t step) noexcept nogil:
+    """The size of equal parts of n, of at most `most` each, in whole steps."""
+    return up(up(n, up(n, most)), step) * step
+
+
+cdef Py_ssize_t common_divisor(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
+    while b:
+        a, b = b, a % b
+    return a
+
+
+cdef inline Py_ssize_t lanes(const Task* t) noexcept nogil:
+    """Elements of a block."""
+    return BLOCK // max(t.item, <Py_ssize_t> 4)
+
+
+cdef inline bint exceeds(Py_ssize_t cache, const Task* t, Py_ssize_t arrays) noexcept nogil:
+    """Whether so many arrays are more than a cache."""
+    return t.outer * t.channels * t.inner * t.item * arrays > cache
+
+
+cdef bint are_columns(const Task* t) noexcept nogil:
+    """Whether sums take the memory as columns: also planes of less than two blocks, of many images.
+
+    These are rows of short runs: without tails, and without tiny loops.
+    """
+    cdef Py_ssize_t W = lanes(t)
+    return t.inner == 1 or (t.inner < 2 * W and t.inner % W != 0 and t.outer >= MANY_ROWS)
+
+
+cdef void cut_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
+    """Fix the numeric tiles."""
+    cdef Py_ssize_t C = t.channels, R = t.outer, W = lanes(t)
+    p.count = <double> t.outer * t.inner
+    p.images = p.pieces = p.repeats = p.run = 1
+    p.piece = t.inner
+    p.columns = p.width = C
+    u.by_columns = are_columns(t)
+    if not u.by_columns:
+        if t.inner > TILE:
+            p.piece = even_part(t.inner, TILE, W)
+            p.pieces = up(t.inner, p.piece)
+            p.tiles = t.outer * p.pieces
+        else:
+            p.images = max(<Py_ssize_t> 1, min(CHAIN, TILE // t.inner))
+            p.tiles = up(t.outer, p.images)
+        return
+    p.run = t.inner
+    p.repeats = W // common_divisor(C, W)
+    if p.run > 1 or p.repeats * C > LONG_ROW or R < 4 * p.repeats:
+        p.repeats = 1
+    p.width = p.repeats * C
+    p.columns = p.width * p.run
+    u.rows = R // p.repeats
+    u.rest = R % p.repeats * C
+    p.tiles = up(u.rows, TILE_ROWS) + (u.rest > 0)
+
+
+cdef void cut_sums(Units* u, const Tiles* p, const Task* t) noexcept nogil:
+    """Cut the sums into units: tiles of groups of channels."""
+    cdef Py_ssize_t W = lanes(t), room = COLUMNS // BLOCK * W
+    cdef Py_ssize_t enough = up(UNITS * t.threads, p.tiles)  # groups that keep every thread busy
+    if not u.by_columns:
+        u.far = False  # long runs need no help
+        u.group = max(<Py_ssize_t> 1, min(PLANES, t.channels // enough))
+        u.units = p.tiles * up(t.channels, u.group)
+        return
+    u.far = exceeds(L3 // FAR, t, t.reads)
+    if p.run > 1:
+        u.group = min(room // p.run, up(t.channels, enough)) * p.run
+    else:
+        u.group = even_part(p.columns, min(room, up(p.columns, enough)), W)
+    u.units = p.tiles * up(p.columns, u.group)
+
+
+cdef void cut_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
+    """Cut the map into units: rows, planes, or pieces of a plane."""
+    cdef Py_ssize_t W = lanes(t), size = t.outer * t.channels * t.inner
+    cdef Py_ssize_t elements = max(W, min(L2 // 2 // (t.arrays * t.item), up(size, UNITS * t.threads)))
+    if 2 * t.inner >= 3 * W:
+        u.by_columns = False  # long runs need no parameters for each column
+    if u.by_columns and p.columns * t.item % LINE == 0:
+        # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
+        u.skip = t.to_line
+        u.rows = (size - u.skip) // p.columns
+        u.rest = (size - u.skip) % p.columns
+    u.backwards = t.reads > 0
+    u.streams = is_streamed(u, p, t, t.arrays)
+    u.far = exceeds(L3 // FAR, t, t.arrays)
+    if u.by_columns:
+        u.group = even_part(p.columns, elements, W)
+        u.unit = up(max(<Py_ssize_t> 1, elements // p.columns), MAP_ROWS) * MAP_ROWS
+        u.units = (up(u.rows, u.unit) + (u.rest > 0)) * up(p.columns, u.group)
+    elif elements >= t.inner:
+        u.unit = elements // t.inner * t.inner
+        u.units = up(t.outer * t.channels, elements // t.inner)
+    else:
+        u.unit = even_part(t.inner, elements, W)
+        u.units = t.outer * t.channels * up(t.inner, u.unit)
+
+
+cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays) noexcept nogil:
+    """Whether the output is written past the caches: when it is far too large for them, in long aligned runs."""
+    if not t.streamable or not exceeds(L3, t, arrays):
+        return False
+    return p.columns * t.item % LINE == 0 if u.by_columns else not is_staged(t.inner, t.item) or not t.two_outputs
+
+
+cdef bint cut_together(Units* u, const Tiles* p, const Task* t) noexcept nogil:
+    """Whether whole channels are the units of work, and if so how many make one unit."""
+    cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item
+    u.far = exceeds(L3 // FAR, t, t.touched)
+    if u.by_columns:
+        # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
+        if u.rows > FEW_ROWS or p.columns != t.channels or t.channels % W or t.channels < 2 * t.threads * W:
+            return False
+        u.group = u.turn = min(COLUMNS // BLOCK * W, up(up(t.channels, UNITS * t.threads), W) * W)
+    elif t.threads > 1 and t.channels < UNITS * t.threads:
+        return False
+    elif t.outer > 1 and u.far and not exceeds(L3, t, t.touched):
+        return False  # long runs from L3 take less time than short ones
+    else:
+        u.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (UNITS * t.threads)))
+        # Several images would be read in short runs, if only a few channels took their turn.
+        u.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if t.outer == 1 else u.group
+        u.streams = is_streamed(u, p, t, t.touched)
+    u.units = up(t.channels, u.group)
+    return True
+
+
+cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
+    memset(p, 0, sizeof(Plan))
+    cut_tiles(&p.tiles, &p.sums, t)
+    p.map = p.sums
+    p.together = t.reads > 0 and t.arrays > 0 and cut_together(&p.sums, &p.tiles, t)
+    if p.together:
+        return
+    if t.reads > 0:
+        cut_sums(&p.sums, &p.tiles, t)
+    if t.arrays > 0:
+        cut_map(&p.map, &p.tiles, t)
+
+
+# Rows of a tile of columns; and what the calls of each operation read and write, for `plan`: of arrays like x, by the sums, by the map, and by both.
+ROWS = TILE_ROWS
+TRAFFIC = {"stats": (1, 0, 1), "normalize": (0, 2, 2), "forward": (1, 2, 2), "backward": (2, 3, 3)}
+
+
+def plan(str op, dims, Py_ssize_t itemsize, threads):
+    """The plan of a call, into an output of its own that starts on a cache line.
+
+    Parameters
+    ----------
+    op : str
+        "stats", "normalize", "forward" or "backward".
+    dims : tuple of int
+        ``(outer, channels, inner)``.
+    itemsize : int
+        Bytes of an element.
+    threads : int
+
+    Returns
+    -------
+    dict
+        The numbers of a plan by name; "sums" and "map" are dicts of those of their units, or None.
+    """
+    cdef Task t
+    cdef Plan p
+    memset(&t, 0, sizeof(Task))
+    t.outer, t.channels, t.inner = dims
+    t.item, t.threads, t.streamable = itemsize, thread_count(threads), True
+    t.reads, t.arrays, t.touched = TRAFFIC[op]
+    make_plan(&p, &t)
+    return {
+        "count": p.tiles.count, "tiles": p.tiles.tiles, "width": p.tiles.width, "images": p.tiles.images,
+        "pieces": p.tiles.pieces, "piece": p.tiles.piece, "columns": p.tiles.columns, "repeats": p.tiles.repeats,
+        "run": p.tiles.run, "together": bool(p.together), "sums": numbers(&p.sums) if t.reads else None,
+        "map": numbers(&p.map) if t.arrays and not p.together else None,
+    }
+
+
+cdef dict numbers(const Units* u):
+    return {
+        "by_columns": bool(u.by_columns), "backwards": bool(u.backwards), "streams": bool(u.streams), "far": bool(u.far),
+        "rows": u.rows, "rest": u.rest, "skip": u.skip, "unit": u.unit, "group": u.group, "turn": u.turn, "units": u.units,
+    }
+
+
+cdef int thread_count(threads) except -1:
+    """A number of threads that C can count with; what is more than there can be makes no difference."""
+    return max(1, min(threads, MOST_THREADS))

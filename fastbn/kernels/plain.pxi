@@ -1,0 +1,354 @@
+"""The doors for plain arrays, each a whole call: checks in Python take as long as the work on a small array.
+
+They return None where anything is unusual; the checked way takes it then, or says what is wrong.
+"""
+
+cdef bint is_plain(a, int number) noexcept:
+    """Whether something is an aligned C-contiguous array of a type, in native order, and of no subclass."""
+    return (
+        isinstance(a, cnp.ndarray) and cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == number
+        and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_IS_C_CONTIGUOUS(a)
+    )
+
+
+cdef bint lay_out(Call* call, cnp.ndarray x, int axis) noexcept:
+    """Enter the dimensions of an array by the order of its memory; whether that is dense."""
+    cdef Py_ssize_t size = cnp.PyArray_SIZE(x), step = cnp.PyArray_ITEMSIZE(x), found = 1, inner = 1
+    cdef int ndim = cnp.PyArray_NDIM(x), i
+    call.channels = cnp.PyArray_DIM(x, axis)
+    if not cnp.PyArray_IS_C_CONTIGUOUS(x):
+        while found < size:  # the axis that goes on where the last one has ended
+            for i in range(ndim):
+                if cnp.PyArray_DIM(x, i) != 1 and cnp.PyArray_STRIDE(x, i) == step:
+                    break
+            else:
+                return False
+            if i == axis:
+                inner = found
+            found *= cnp.PyArray_DIM(x, i)
+            step *= cnp.PyArray_DIM(x, i)
+    else:
+        for i in range(axis + 1, ndim):
+            inner *= cnp.PyArray_DIM(x, i)
+    if call.channels == 1:
+        call.outer, call.inner = 1, size  # one channel is one long run
+    else:
+        call.outer, call.inner = size // (call.channels * inner), inner
+    return True
+
+
+cdef bint is_twin(a, cnp.ndarray x) noexcept:
+    """Whether something is a plain array that is like a dense one in type, shape and memory order."""
+    cdef int i
+    if not (
+        isinstance(a, cnp.ndarray) and cnp.PyArray_CheckExact(a) and cnp.PyArray_TYPE(a) == cnp.PyArray_TYPE(x)
+        and cnp.PyArray_ISBEHAVED_RO(a) and cnp.PyArray_SAMESHAPE(a, x)
+    ):
+        return False
+    if cnp.PyArray_IS_C_CONTIGUOUS(x) and cnp.PyArray_IS_C_CONTIGUOUS(a):
+        return True
+    for i in range(cnp.PyArray_NDIM(x)):
+        if cnp.PyArray_DIM(x, i) != 1 and cnp.PyArray_STRIDE(a, i) != cnp.PyArray_STRIDE(x, i):
+            return False
+    return True
+
+
+cdef inline bint is_apart(a, b) noexcept:
+    """Whether two dense arrays, of which each may be None, share no memory."""
+    cdef char* p
+    cdef char* q
+    if a is None or b is None:
+        return True
+    p, q = cnp.PyArray_BYTES(<cnp.ndarray> a), cnp.PyArray_BYTES(<cnp.ndarray> b)
+    return p >= q + cnp.PyArray_NBYTES(<cnp.ndarray> b) or q >= p + cnp.PyArray_NBYTES(<cnp.ndarray> a)
+
+
+cdef inline bint is_apart_or_all(a, b) noexcept:
+    """Whether two dense arrays of one size share no memory, or all."""
+    return a is None or b is None or cnp.PyArray_BYTES(<cnp.ndarray> a) == cnp.PyArray_BYTES(<cnp.ndarray> b) or is_apart(a, b)
+
+
+cdef inline bint are_apart(out, a, b, c, d) noexcept:
+    """Whether an output that was given shares no memory with the vectors of a call."""
+    return out is None or (is_apart(out, a) and is_apart(out, b) and is_apart(out, c) and is_apart(out, d))
+
+
+cdef bint bind_vector(const Call* call, object v, void** p) noexcept:
+    """Enter a plain vector of channels; whether it was one."""
+    if not is_plain(v, arithmetic(call.dtype)) or cnp.PyArray_NDIM(v) != 1 or cnp.PyArray_DIM(v, 0) != call.channels:
+        return False
+    p[0] = cnp.PyArray_DATA(v)
+    return True
+
+
+cdef inline bint bind_optional(const Call* call, object v, const void** p) noexcept:
+    """The same, where None is as good."""
+    return v is None or bind_vector(call, v, <void**> p)
+
+
+cdef bint bind_running(const Call* call, object v, Running* r) noexcept:
+    """Enter plain running statistics, of the type of the arithmetic or double, or None; whether they were that."""
+    if v is None:
+        return True
+    r.is_double = call.dtype == Dtype.FLOAT64 or is_plain(v, cnp.NPY_DOUBLE)
+    if not is_plain(v, cnp.NPY_DOUBLE if r.is_double else cnp.NPY_FLOAT) or cnp.PyArray_NDIM(v) != 1:
+        return False
+    r.data = cnp.PyArray_DATA(v)
+    return cnp.PyArray_DIM(v, 0) == call.channels and cnp.PyArray_ISWRITEABLE(v)
+
+
+cdef inline bint is_eps(eps) noexcept:
+    """Whether something is a float that may be added to a variance."""
+    return type(eps) is float and 0 <= <double> eps and <double> eps <= 1.7976931348623157e308
+
+
+cdef inline bint is_bit(a) noexcept:
+    """Whether something is the int 0 or 1."""
+    return type(a) is int and 0 <= a <= 1
+
+
+cdef cnp.ndarray new_like(Calls calls, cnp.ndarray x):
+    """Memory for an output, in the memory order of a dense array."""
+    if cnp.PyArray_NBYTES(x) >= calls.small:
+        return calls.memory_for(x)
+    if cnp.PyArray_IS_C_CONTIGUOUS(x):
+        return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
+    return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
+
+
+cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int at, activation, residual) except -1:
+    """Enter the array of a plain call and what follows the normalization; whether they are plain.
+
+    The axis of the channels is `at`, or where that is negative, what layout and axis say.
+    """
+    cdef int ndim
+    memset(call, 0, sizeof(Call))
+    if not isinstance(x, cnp.ndarray):
+        return False
+    ndim = cnp.PyArray_NDIM(x)
+    if ndim < 2 or cnp.PyArray_SIZE(x) == 0 or not cnp.PyArray_ISBEHAVED_RO(x) or not cnp.PyArray_CheckExact(x):
+        return False
+    if at < 0:
+        at = 1 if layout is None and axis is None else calls.axis_of(layout, ndim, axis)
+    if at >= ndim or not lay_out(call, x, at):
+        return False
+    call.dtype = <Dtype> dtype_of(x)
+    if activation is not None:
+        code = getattr(activation, "code", None)
+        if code is None:
+            return False
+        call.activation.kind, call.activation.parameter = code, activation.parameter
+    if residual is not None:
+        if not is_twin(residual, x):
+            return False
+        call.residual = cnp.PyArray_DATA(residual)
+    call.x = cnp.PyArray_DATA(x)
+    call.threads = 1
+    if cnp.PyArray_NBYTES(x) >= calls.small:
+        call.threads = thread_count(calls.threads_of(op, cnp.PyArray_NBYTES(x)))
+    return True
+
+
+cdef bint bind_output(cnp.ndarray x, other, residual, out) noexcept:
+    """Whether an output that was given, or None, is one that a plain call may write."""
+    return out is None or (
+        is_twin(out, x) and cnp.PyArray_ISWRITEABLE(out) and is_apart_or_all(out, x) and is_apart_or_all(out, other)
+        and is_apart_or_all(out, residual)
+    )
+
+
+cdef class Doors(Calls):
+    """The kernels of one ISA, for arrays as users give them. What is plain is said by each method's first lines."""
+
+    def prepared(self, mean, scale, shift, activation, sample, axis):
+        """A call of `normalize` with fixed parameters, for arrays like a sample."""
+        return Prepared(self, mean, scale, shift, activation, sample, axis)
+
+    def plain_stats(self, x, layout, axis):
+        """Mean, variance, what they round away, and the number of values per channel."""
+        cdef Call call
+        cdef cnp.ndarray wide, found
+        cdef Py_ssize_t c, count
+        if not bind_plain(self, &call, "stats", x, layout, axis, -1, None, None):
+            return None
+        wide, found = new_vectors(&call, 3, cnp.NPY_DOUBLE), new_vectors(&call, 4, arithmetic(call.dtype))
+        call.first, call.second, call.low = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
+        run(self.table.stats, &call)
+        count = call.outer * call.inner
+        for c in range(call.channels):
+            if not call.second[c] < LARGE_M2:
+                return None
+            call.second[c] /= count
+        if call.dtype == Dtype.FLOAT64:
+            round_stats(<double*> cnp.PyArray_DATA(found), &call)
+        else:
+            round_stats(<float*> cnp.PyArray_DATA(found), &call)
+        return found, count
+
+    def plain_inference(self, x, layout, axis, out, mean, spread, weight, bias, eps, activation, residual, bint keep):
+        """Normalize as `inference` does; the output, with `keep` also the vectors of the backward and the axis."""
+        cdef Call call
+        cdef cnp.ndarray vectors
+        if not (eps is None or is_eps(eps)) or not bind_plain(self, &call, "normalize", x, layout, axis, -1, activation, residual):
+            return None
+        if (
+            not bind_vector(&call, mean, &call.mean) or not bind_vector(&call, spread, &call.invstd if eps is None else <void**> &call.var)
+            or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
+            or not bind_output(x, None, residual, out) or not are_apart(out, mean, spread, weight, bias)
+        ):
+            return None
+        call.eps = 0 if eps is None else eps
+        y = new_like(self, x) if out is None else out
+        call.out = cnp.PyArray_DATA(y)
+        if keep:
+            vectors = new_vectors(&call, 5, arithmetic(call.dtype))
+            memcpy(row(vectors, 0), call.mean, cnp.PyArray_STRIDE(vectors, 0))
+            memset(row(vectors, 1), 0, cnp.PyArray_STRIDE(vectors, 0))
+            call.invstd, call.scale, call.shift = row(vectors, 2), row(vectors, 3), row(vectors, 4)
+        run(self.table.inference, &call)
+        return (y, vectors, call.outer * call.inner) if keep else y
+
+    def plain_forward(
+        self, x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps, activation, residual
+    ):
+        """Normalize as `forward` does; the output, the vectors of the backward, and the number of values per channel."""
+        cdef Call call
+        cdef cnp.ndarray made
+        if (
+            not is_eps(eps) or type(momentum) is not float or not is_bit(correction)
+            or not bind_plain(self, &call, "forward", x, layout, axis, -1, activation, residual)
+        ):
+            return None
+        call.eps, call.momentum, call.correction = eps, momentum, correction
+        if (
+            call.outer * call.inner <= call.correction
+            or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
+            or not bind_running(&call, running_mean, &call.running_mean) or not bind_running(&call, running_var, &call.running_var)
+            or not bind_output(x, None, residual, out) or not are_apart(out, weight, bias, running_mean, running_var)
+            or not are_apart(running_mean, running_var, weight, bias, None) or not are_apart(running_var, weight, bias, None, None)
+            or not are_apart(residual, running_mean, running_var, None, None) or not are_apart(x, running_mean, running_var, None, None)
+        ):
+            return None
+        y = new_like(self, x) if out is None else out
+        call.out = cnp.PyArray_DATA(y)
+        after = None if activation is None and residual is None else self.epilogue(
+            activation, None if residual is None else in_memory(residual, (call.outer, call.channels, call.inner))
+        )
+        made = train(self, &call, arithmetic(call.dtype), x, y, weight, bias, running_mean, running_var, after)
+        return y, made, call.outer * call.inner
+
+    def plain_backward(self, x, dy, cnp.ndarray vectors not None, int axis, count, frozen, activation, residual, wrt, out):
+        """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
+        cdef Call call
+        cdef cnp.ndarray sums
+        cdef bint of_x = "x" in wrt, of_weight = "weight" in wrt, of_bias = "bias" in wrt, of_residual = "residual" in wrt
+        dx = dweight = dbias = dresidual = None
+        if (
+            not bind_plain(self, &call, "backward", x, None, None, axis, activation, residual) or not is_twin(dy, x)
+            or not is_plain(vectors, arithmetic(call.dtype)) or cnp.PyArray_NDIM(vectors) != 2 or cnp.PyArray_DIM(vectors, 0) != 5
+            or cnp.PyArray_DIM(vectors, 1) != call.channels or count != call.outer * call.inner
+            or not bind_output(x, dy, residual, out) or not is_apart(out, vectors)
+        ):
+            return None
+        if of_residual and call.activation.kind == 0:
+            dresidual = dy  # the gradient of a sum
+        if (of_residual and not of_x and call.activation.kind != 0) or (dresidual is not None and out is not None):
+            return None
+        call.dy, call.frozen = cnp.PyArray_DATA(dy), frozen
+        call.mean, call.mean_lo, call.invstd = row(vectors, 0), row(vectors, 1), row(vectors, 2)
+        call.scale, call.shift = row(vectors, 3), row(vectors, 4)
+        if of_x:
+            dx = new_like(self, x) if out is None else out
+            call.out = cnp.PyArray_DATA(dx)
+        elif out is not None:
+            return None
+        if of_residual and call.activation.kind != 0:
+            dresidual = new_like(self, x)
+            call.dresidual = cnp.PyArray_DATA(dresidual)
+        if of_weight:
+            dweight = new_vector(&call)
+            call.dweight = cnp.PyArray_DATA(dweight)
+        if of_bias:
+            dbias = new_vector(&call)
+            call.dbias = cnp.PyArray_DATA(dbias)
+        if call.activation.kind == 0:
+            call.residual = NULL  # whose sum has the gradient of either
+        if (of_x or of_weight or of_bias) and run(self.table.backward, &call) == LEFT:
+            return None
+        return dx, dweight, dbias, dresidual
+
+
+cdef double LARGE_M2 = 2.0 ** 1000  # as in extremes.py
+
+ctypedef fused C:
+    float
+    double
+
+
+cdef void round_stats(C* found, const Call* call) noexcept nogil:
+    """Round means and variances; what that rounds away goes below them, as far as it is a number."""
+    cdef Py_ssize_t c, channels = call.channels
+    cdef double rest
+    for c in range(channels):
+        found[c], found[channels + c] = <C> call.first[c], <C> call.second[c]
+        rest = call.first[c] - found[c] + call.low[c]
+        found[2 * channels + c] = <C> (rest if isfinite(rest) else 0)
+        rest = call.second[c] - found[channels + c]
+        found[3 * channels + c] = <C> (rest if isfinite(rest) else 0)
+
+
+cdef inline cnp.ndarray new_vector(const Call* call):
+    cdef cnp.npy_intp size = call.channels
+    return cnp.PyArray_EMPTY(1, &size, arithmetic(call.dtype), 0)
+
+
+cdef class Prepared:
+    """Normalize plain arrays with fixed parameters, each as one call.
+
+    Parameters
+    ----------
+    doors : Doors
+    mean, scale, shift : ndarray of shape (C,)
+        Contiguous, in the type of the arithmetic.
+    activation : Builtin or None
+    sample : ndarray
+        Of the dtype and number of axes of the arrays to come.
+    axis : int
+        Axis of the channels.
+    """
+
+    cdef Doors doors
+    cdef object vectors, activation
+    cdef Call call
+    cdef int number, ndim, axis
+
+    def __cinit__(self, Doors doors not None, mean, scale, shift, activation, cnp.ndarray sample not None, int axis):
+        cdef Call* call = &self.call
+        cdef int number
+        memset(call, 0, sizeof(Call))
+        call.dtype = <Dtype> dtype_of(sample)
+        self.number, self.ndim, self.axis = cnp.PyArray_TYPE(sample), cnp.PyArray_NDIM(sample), axis
+        if self.ndim < 2 or not 0 <= axis < self.ndim:
+            raise ValueError(f"axis must be one of at least two, got {axis} of {self.ndim}")
+        self.doors, self.vectors, self.activation = doors, (mean, scale, shift), activation
+        call.channels = len(mean)
+        number = arithmetic(call.dtype)
+        call.mean, call.scale = vector(call, "mean", number, mean), vector(call, "scale", number, scale)
+        call.shift = vector(call, "shift", number, shift)
+        bind_activation(call, activation)
+
+    def __call__(self, x, residual, out):
+        """Return the output, or None where the arrays are not plain."""
+        cdef Call call
+        if (
+            not isinstance(x, cnp.ndarray) or cnp.PyArray_TYPE(x) != self.number or cnp.PyArray_NDIM(x) != self.ndim
+            or cnp.PyArray_DIM(x, self.axis) != self.call.channels
+            or not bind_plain(self.doors, &call, "normalize", x, None, None, self.axis, self.activation, residual)
+            or not bind_output(x, None, residual, out)
+        ):
+            return None
+        call.mean, call.scale, call.shift = self.call.mean, self.call.scale, self.call.shift
+        y = new_like(self.doors, x) if out is None else out
+        call.out = cnp.PyArray_DATA(y)
+        run(self.doors.table.normalize, &call)
+        return y
