@@ -15,11 +15,10 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <cmath>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 #include "saved.hpp"
 #include "stable.hpp"
