@@ -31,7 +31,7 @@ constexpr std::int64_t MOST_DIMENSIONS = 16;
 // Bytes of x from which torch's threads are worth calling.
 constexpr std::int64_t WORTH_THREADS[OPERATIONS] = {192 << 10, 256 << 10, 96 << 10, 96 << 10};
 
-const Kernels* kernels;
+std::atomic<const Kernels*> kernels;  // another kernel may be pinned when fastbn is enabled again
 void (*end_scratch)();
 std::int32_t cpu, strided, numbers[DTYPES];  // torch's own
 Opaque* library;                             // the registration, or null
@@ -454,7 +454,7 @@ Answer try_forward(const Slot* stack, Attempt& attempt) noexcept {
         Owned nothing[2];
         if (!p.read(running_mean, call.mean) || !p.read(running_var, call.var)) return MEMORY;
         if (!make_vector(nothing[0], 0, p.dtype) || !make_vector(nothing[1], 0, p.dtype)) return MEMORY;
-        if (const Answer no = run(kernels->inference, call)) return no;
+        if (const Answer no = run(kernels.load()->inference, call)) return no;
         attempt.results[0] = y.release(), attempt.results[1] = nothing[0].release(), attempt.results[2] = nothing[1].release();
         return TAKEN;
     }
@@ -469,7 +469,7 @@ Answer try_forward(const Slot* stack, Attempt& attempt) noexcept {
     call.mean = mean.data, call.invstd = invstd.data;
     call.mean_lo = p.dtype == p.arithmetic ? mean.low : nullptr;  // 16 bits have fewer digits than the arithmetic
     if (!p.read(running_mean, call.running_mean) || !p.read(running_var, call.running_var)) return MEMORY;
-    if (const Answer no = run(kernels->forward, call)) return no;
+    if (const Answer no = run(kernels.load()->forward, call)) return no;
     p.write_back(running_mean, call.running_mean);
     p.write_back(running_var, call.running_var);
     mean.finish(p);
@@ -545,7 +545,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
     for (int i = 0; i < 3; ++i)
         if (!wanted[i] && !make_none(*results[i])) return MEMORY;
     if (wanted[0] || wanted[1] || wanted[2])
-        if (const Answer no = run(kernels->backward, call)) return no;
+        if (const Answer no = run(kernels.load()->backward, call)) return no;
     if (wanted[1]) dweight.finish(p);
     if (wanted[2]) dbias.finish(p);
     for (int i = 0; i < 3; ++i) attempt.results[i] = results[i]->release();

@@ -312,8 +312,8 @@ def _explain_layer(layer: Any) -> str:
     tensors = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if t.is_floating_point()]
     if any(isinstance(t, torch.nn.parameter.UninitializedTensorMixin) for t in tensors):
         return f"{name}: unknown before its first call"
-    if away := next((t for t in tensors if t.device.type != "cpu"), None):
-        return f"{name}: left to torch: it lies on {away.device}"
+    if devices := {str(t.device) for t in tensors if t.device.type != "cpu"}:
+        return f"{name}: left to torch: it lies on {' and '.join(sorted(devices))}"
     dtypes = sorted({_dtype(t.dtype) for t in tensors})
     if len(dtypes) > 1 or not set(dtypes) <= set(_door().DTYPES):
         return f"{name}: left to torch: its parameters are {' and '.join(dtypes)}"
