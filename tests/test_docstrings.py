@@ -15,14 +15,17 @@ import pytest
 import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMBA = find_spec("numba") is not None
-NEEDS_NUMBA = ("fastbn.kernels.numba", "fastbn.kernels.numba_math")
+NEEDS = {"fastbn.kernels.numba": "numba", "fastbn.kernels.numba_math": "numba", "fastbn.torch": "torch"}
+
+
+def _can_be_imported(module: str) -> bool:
+    return all(find_spec(package) for name, package in NEEDS.items() if f"{module}.".startswith(f"{name}."))
 
 
 def _examples() -> Iterator[doctest.DocTest]:
     finder = doctest.DocTestFinder(exclude_empty=True)
     for found in pkgutil.walk_packages(fastbn.__path__, "fastbn."):
-        if NUMBA or found.name not in NEEDS_NUMBA:
+        if _can_be_imported(found.name):
             yield from finder.find(import_module(found.name))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-torch = pytest.importorskip("torch", minversion="2.10", reason="fastbn[torch]")
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
 
 import fastbn  # noqa: E402
 import fastbn.torch  # noqa: E402
@@ -73,7 +73,7 @@ def laid_out(a: Any, order: str) -> Any:
 
 def step(x: Any, dy: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, eps: float = 1e-5) -> dict[str, Any]:
     """All that a step of training with one batch norm makes."""
-    x, weight, bias = (None if t is None else t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (x, weight, bias))
+    x, weight, bias = (None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias))
     mean, var = (None if t is None else t.clone() for t in (mean, var))
     y = F.batch_norm(x, mean, var, weight, bias, training, 0.1, eps)
     y.backward(dy)
@@ -232,7 +232,7 @@ def operators() -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.testing._internal.common_methods_invocations import op_db
-    names = {"native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update", "nn.functional.batch_norm", "nn.functional.instance_norm"}
+    names = {f"{name}batch_norm" for name in ("native_", "nn.functional.")} | {"nn.functional.instance_norm", "_batch_norm_with_update"}
     found = [op for op in op_db if op.name in names]
     assert {op.name for op in found} == names
     return found
@@ -244,14 +244,11 @@ def called(op: Any, sample: Any, dtype: Any = None) -> list[Any]:
     def own(a: Any) -> Any:
         if not isinstance(a, torch.Tensor):
             return a
-        a = a.detach().clone()
-        return (a if dtype is None or not a.is_floating_point() else a.to(dtype))
+        return a.detach().clone().to(dtype or a.dtype).requires_grad_(a.requires_grad)
 
     given = [own(sample.input), *map(own, sample.args)]
     named = {name: own(a) for name, a in sample.kwargs.items()}
     inputs = [a for a in (*given, *named.values()) if isinstance(a, torch.Tensor)]
-    for a, original in zip(inputs, [a for a in (sample.input, *sample.args, *sample.kwargs.values()) if isinstance(a, torch.Tensor)], strict=True):
-        a.requires_grad_(original.requires_grad)
     out = op.op(*given, **named)
     out = [t for t in (out if isinstance(out, tuple | list) else [out]) if isinstance(t, torch.Tensor)]
     if out[0].requires_grad:
@@ -291,7 +288,7 @@ BAD = {
 @pytest.mark.parametrize("call", BAD.values(), ids=BAD.keys())
 def test_errors_are_those_of_torch(call: Callable[[Any, Any], Any]) -> None:
     x, ones = torch.randn(2, 3, 4, 5), torch.ones(3)
-    with pytest.raises(Exception) as want:  # noqa: B017, PT011  whatever it is
+    with pytest.raises(Exception) as want:  # noqa: PT011  whatever it is
         call(x, ones)
     with fastbn.torch.enabled(), pytest.raises((RuntimeError, ValueError)) as got:
         call(x, ones)
@@ -299,17 +296,18 @@ def test_errors_are_those_of_torch(call: Callable[[Any, Any], Any]) -> None:
     assert taken() == 0
 
 
+SHARED = "running statistics share memory with another tensor"
 LEFT = {
     "eps": (lambda x, v: native(x, None, None, None, None, True, 0.1, 0.0), "eps is not positive"),
     "range": (lambda x, v: native(x.double() * 1e200, None, None, None, None, True, 0.1, 1e-5), "values are at the ends of the range"),
-    "one vector for both": (lambda x, v: (*native(x, None, None, v, v, True, 0.1, 1e-5), v), "running statistics share memory with another tensor"),
+    "one vector for both": (lambda x, v: (*native(x, None, None, v, v, True, 0.1, 1e-5), v), SHARED),
     "weight is moved": (
         lambda x, v: (*native(x, v, None, v, v.clone(), True, 0.1, 1e-5), v),
-        "running statistics share memory with another tensor",
+        SHARED,
     ),
     "x is moved": (
         lambda x, v: (*native(x, None, None, x[0, 0, 0, :3], v, True, 0.1, 1e-5), x),
-        "running statistics share memory with another tensor",
+        SHARED,
     ),
     "dimensions": (
         lambda x, v: native(x.reshape(2, 3, *[1] * 14, 20), None, None, None, None, True, 0.1, 1e-5),
@@ -518,7 +516,8 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_nothing_is_printed() -> None:
-    done = _python("import torch, fastbn.torch as t; t.enable(); torch.nn.BatchNorm1d(3)(torch.randn(4, 3)); t.disable(); print(t.report())")
+    call = "torch.nn.BatchNorm1d(3)(torch.randn(4, 3))"
+    done = _python(f"import torch, fastbn.torch as t; t.enable(); {call}; t.disable(); print(t.report())")
     assert (done.stdout, done.stderr) == ("         1  forward, float32, contiguous\n", "")
 
 
@@ -528,7 +527,7 @@ def test_the_child_of_a_fork_computes_as_well() -> None:
     done = _python(
         "import os, torch, fastbn.torch as t\n"
         "torch.set_num_threads(2); t.enable()\n"
-        "x = torch.randn(8, 32, 28, 28, generator=torch.Generator().manual_seed(0))\n"
+        "x = torch.randn(8, 32, 20, 20, generator=torch.Generator().manual_seed(0))\n"
         "f = lambda: torch.nn.functional.batch_norm(x, None, None, training=True)\n"
         "y = f(); pid = os.fork()\n"
         "if pid == 0: os._exit(0 if bytes(f().untyped_storage()) == bytes(y.untyped_storage()) else 1)\n"
@@ -552,7 +551,7 @@ def test_a_foreign_build_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         attach = staticmethod(lambda kernels: "torch_parallel_for, torch_library_impl")
 
     monkeypatch.setattr("fastbn.torch.override._door", lambda: Door)
-    with pytest.raises(RuntimeError, match="lacks torch_parallel_for, torch_library_impl: fastbn.torch needs the stable C interface"):
+    with pytest.raises(RuntimeError, match=r"lacks torch_parallel_for, torch_library_impl: fastbn\.torch needs the stable C interface"):
         fastbn.torch.enable()
 
 
@@ -578,7 +577,7 @@ def test_explain_says_what_would_happen() -> None:
     lines = {
         fastbn.torch.explain(x): "taken: float32, contiguous, 8 x 64 x 16 (outer x channels x inner)",
         fastbn.torch.explain(laid_out(x, "last")): "taken: float32, channels last, 128 x 64 x 1 (outer x channels x inner)",
-        fastbn.torch.explain(laid_out(x, "turned")): "taken: float32, copied to a contiguous one first, 8 x 64 x 16 (outer x channels x inner)",
+        fastbn.torch.explain(x.transpose(0, 1)): "taken: float32, copied to a contiguous one first, 64 x 8 x 16 (outer x channels x inner)",
         fastbn.torch.explain(x.int()): "left to torch: its dtype is int32",
         fastbn.torch.explain(x.flatten()): "left to torch: it has 1 dimensions",
         fastbn.torch.explain(x[:0]): "left to torch: it is empty",
@@ -610,7 +609,7 @@ def test_memory_does_not_grow() -> None:
             y = layer(x)
             y.sum().backward()  # an expanded gradient, which is copied
             native(bad * 1e300, None, None, None, None, True, 0.1, 1e-5)
-            if i % 10 == 0:
+            if i % 100 == 0:  # torch collects a backtrace, which takes long
                 with pytest.raises(RuntimeError):
                     native(x, bad[0, :, 0, 0], None, None, None, True, 0.1, 1e-5)
 

@@ -13,7 +13,6 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -27,14 +26,13 @@ _blocks = 0  # of `enabled` that have not ended
 _quiet = False  # torch has warned of the first override of a process
 
 
-def _door() -> ModuleType:
+def _door() -> Any:
     """The compiled part."""
     try:
-        from fastbn.torch import _door
+        import fastbn.torch._door as door
     except ImportError as error:
-        reason = "it was built without a compiler" if error.name == "fastbn.torch._door" else str(error)
-        raise RuntimeError(f"fastbn.torch needs fastbn's compiled kernels: {reason}") from error
-    return _door
+        raise RuntimeError(f"fastbn.torch needs what fastbn compiles: {error}") from error
+    return door
 
 
 def _check_version() -> None:
@@ -44,12 +42,13 @@ def _check_version() -> None:
         raise RuntimeError(f"fastbn.torch.enable() needs PyTorch {oldest} or newer, this is {torch.__version__}: pip install -U torch")
 
 
-def _attach(door: ModuleType) -> None:
+def _attach(door: Any) -> None:
     """Bring the kernels to the door."""
     kernel = dispatch.select("float32")
     table = getattr(kernel.module(), "kernels", None)
     if table is None:
-        raise RuntimeError(f"fastbn.torch needs fastbn's compiled kernels, but {kernel.name!r} would run: {dispatch.passed_over('float32')}")
+        reasons = "; ".join(dispatch.passed_over("float32"))
+        raise RuntimeError(f"fastbn.torch needs fastbn's compiled kernels, but {kernel.name!r} would run ({reasons})")
     if missing := door.attach(table):
         raise RuntimeError(
             f"this build of PyTorch {torch.__version__} lacks {missing}: fastbn.torch needs the stable C interface of the builds "
@@ -62,14 +61,15 @@ def _use_up_the_warning() -> None:
     global _quiet
     if _quiet:
         return
+    library: Any = torch.library.Library  # it has no types
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        libraries = [torch.library.Library("fastbn_quiet", kind) for kind in ("DEF", "IMPL", "IMPL")]
+        libraries = [library("fastbn_quiet", kind) for kind in ("DEF", "IMPL", "IMPL")]
         libraries[0].define("nothing(Tensor x) -> Tensor")
-        for library in libraries[1:]:
-            library.impl("nothing", lambda x: x, "CPU")
-        for library in reversed(libraries):
-            library._destroy()
+        for one in libraries[1:]:
+            one.impl("nothing", lambda x: x, "CPU")
+        for one in reversed(libraries):
+            one._destroy()
     _quiet = True
 
 
@@ -310,7 +310,7 @@ def _explain_layer(layer: Any) -> str:
     if isinstance(layer, torch.nn.SyncBatchNorm):
         return f"{name}: left to torch, which synchronizes it"
     tensors = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if t.is_floating_point()]
-    if any(isinstance(t, torch.nn.parameter.UninitializedTensorMixin) for t in tensors):
+    if any(torch.nn.parameter.is_lazy(t) for t in tensors):
         return f"{name}: unknown before its first call"
     if devices := {str(t.device) for t in tensors if t.device.type != "cpu"}:
         return f"{name}: left to torch: it lies on {' and '.join(sorted(devices))}"
