@@ -506,15 +506,12 @@ Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
     Room room;
     Parameters p(x, room);
     const bool frozen = attempt.operation == FROZEN_BACKWARD;
-    Vector weight, running_mean, running_var, saved_mean, saved_invstd;
+    Vector weight;
     if (const Answer no = p.of(optional_in(stack[2]), weight)) return no;
-    if (const Answer no = p.of(optional_in(stack[3]), running_mean)) return no;
-    if (const Answer no = p.of(optional_in(stack[4]), running_var)) return no;
-    if (!frozen) {  // else they are empty
-        if (const Answer no = p.of(optional_in(stack[5]), saved_mean)) return no;
-        if (const Answer no = p.of(optional_in(stack[6]), saved_invstd)) return no;
-    }
-    const Vector &center = frozen ? running_mean : saved_mean, &spread = frozen ? running_var : saved_invstd;
+    // Of the other statistics nothing is asked: they are empty, or of no use.
+    Vector center, spread;
+    if (const Answer no = p.of(optional_in(stack[frozen ? 3 : 5]), center)) return no;
+    if (const Answer no = p.of(optional_in(stack[frozen ? 4 : 6]), spread)) return no;
     if (center.tensor == nullptr || spread.tensor == nullptr || (wanted[1] && weight.tensor == nullptr)) return ABSENT;
     const double eps = double_in(stack[8]);
     if (!(eps > 0)) return EPS;
