@@ -142,10 +142,10 @@ def modules() -> list[Extension]:
         print(f"fastbn: {found_none}; the Python part is installed alone", file=sys.stderr)
         return []
     os.environ["CXX"] = shlex.join(compiler)
+    common = [extension("_pool", [], ("pool.cpp",)), *(extension(name, []) for name in ("_cpu", "_plan", "_calls"))]
     door = extension("_door", [], ("door.cpp", "stable.cpp"), "fastbn/torch")
     door.extra_link_args.append("-ldl")
-    own = [extension("_cpu", []), extension("_pool", [], ("pool.cpp",)), extension("_plan", []), extension("_calls", []), door]
-    return [*own, *(extension(name, flags) for name, flags in LEVELS.items())]
+    return [*common, door, *(extension(name, flags) for name, flags in LEVELS.items())]
 
 
 # What an sdist holds does not depend on what can be compiled here: see MANIFEST.in.

@@ -149,6 +149,8 @@ def lookup(activation: object) -> Builtin | Activation:
     TypeError, ValueError
         If there is no such activation.
     """
+    if type(activation) is str and activation in _ALL:
+        return _ALL[activation]
     if isinstance(activation, Activation):
         return activation
     if callable(activation):

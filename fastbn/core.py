@@ -234,14 +234,10 @@ def whole(kernel: dispatch.Kernel) -> Any:
     composed = Composed(module)
     if hasattr(module, "connect"):
         module.connect(
-            composed=composed, part=extremes.Part, epilogue=Epilogue, axis_of=_axis_of, threads_of=threads.for_call,
+            composed=composed, part=extremes.Part, epilogue=Epilogue, axis_of=channel_axis, threads_of=threads.for_call,
             memory_for=memory.empty_like, small=min(threads.WORTH_THREADS.values()),
         )  # fmt: skip
     return module if hasattr(module, "forward") else composed
-
-
-def _axis_of(layout: str | None, ndim: int, axis: int | None) -> int:
-    return channel_axis(layout, ndim, axis)
 
 
 def _module(dtype: DType, activation: Function = None) -> Any:
@@ -474,9 +470,9 @@ def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training
     mean, low, invstd, scale, shift = vectors
     mask = None if r.mask is None or not training else r.mask.copy()
     kept = residual if r.activation is not None else None
-    return Saved.of(
-        r.x, mean=mean, invstd=invstd, mean_lo=low, count=count, training=training, scale=scale, shift=shift, axis=r.axis,
-        mask=mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
+    return Saved(
+        mean=mean, invstd=invstd, mean_lo=low, count=count, training=training, scale=scale, shift=shift, shape=r.x.shape,
+        dtype=r.x.dtype, axis=r.axis, mask=mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
     )  # fmt: skip
 
 

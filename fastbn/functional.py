@@ -18,12 +18,7 @@ ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", 
 ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callable[[float], float] | None
 Number = float | np.floating | np.integer
 GRADIENTS = ("x", "weight", "bias", "residual")
-_USUAL = GRADIENTS[:3]
-
-
-def _are_numbers(momentum: object, correction: object, eps: object) -> bool:
-    """Whether numbers that a call does not use, or would understand otherwise, are what they must be."""
-    return type(momentum) is float and type(correction) is int and -1 < correction < 2 and eps is not None
+USUAL = GRADIENTS[:3]
 
 
 def _request(
@@ -79,8 +74,8 @@ def _forward(
 ) -> tuple[Array, Saved | None]:  # fmt: skip
     """Check what `batch_norm` and `batch_norm_forward` are given, then run; `vectors` in the order of the latter."""
     weight, bias, running_mean, running_var = vectors
-    momentum, eps = checks.number("momentum", numbers[0]), checks.number("eps", numbers[1], 0.0)
-    correction = checks.integer("correction", numbers[2], 0, 1)
+    momentum, eps = checks.number("momentum", numbers[0]), checks.number("eps", numbers[2], 0.0)
+    correction = checks.integer("correction", numbers[1], 0, 1)
     compute = r.dtype.compute
     used = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     if checks.switch("training", training):
@@ -205,22 +200,12 @@ def batch_norm_forward(
     if mask is None and stats is None and (doors := core.doors(x)) is not None:
         f = None if activation is None else checks.activation(activation)
         kept = core.copied(residual) if f is not None and type(residual) is np.ndarray else None
-        if training is True:
-            vectors = weight, bias, running_mean, running_var
-            found = doors.plain_forward(x, layout, axis, out, *vectors, momentum, correction, eps, f, residual)
-        elif training is False and _are_numbers(momentum, correction, eps):
-            given = running_mean, running_var, weight, bias
-            found = doors.plain_inference(x, layout, axis, out, *given, eps, f, residual, True)
-        else:
-            found = None
+        given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
+        found = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, kept)
         if found is not None:
-            y, together, count = found
-            return y, Saved.of(
-                x, _together=together, count=count, training=training, axis=checks.channel(x, layout, axis), activation=f,
-                residual=kept, has_residual=residual is not None,
-            )  # fmt: skip
+            return found[0], Saved.of(found[1])
     r, channels = _request(x, layout, axis, activation, residual, mask)
-    given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
+    given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
     y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
     assert saved is not None  # noqa: S101  it was asked for
     return y, saved
@@ -282,18 +267,13 @@ def batch_norm(
            [ 1.,  1.]], dtype=float32)
     """
     if mask is None and stats is None and (doors := core.doors(x)) is not None:
-        f, y = None if activation is None else checks.activation(activation), None
-        if training is True:
-            vectors = weight, bias, running_mean, running_var
-            found = doors.plain_forward(x, layout, axis, out, *vectors, momentum, correction, eps, f, residual)
-            y = found and found[0]
-        elif training is False and _are_numbers(momentum, correction, eps):
-            given = running_mean, running_var, weight, bias
-            y = doors.plain_inference(x, layout, axis, out, *given, eps, f, residual, False)
+        f = None if activation is None else checks.activation(activation)
+        given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
+        y: Array | None = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, False)
         if y is not None:
-            return y  # type: ignore[no-any-return]
+            return y
     r, channels = _request(x, layout, axis, activation, residual, mask)
-    given = (weight, bias, running_mean, running_var), (momentum, eps, correction)
+    given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
     return _forward(r, channels, *given, training, stats, out, keep=False)[0]
 
 
@@ -302,7 +282,7 @@ def batch_norm_backward(
     x: Array,
     saved: Saved,
     *,
-    wrt: Sequence[str] = _USUAL,
+    wrt: Sequence[str] = USUAL,
     from_output: bool = False,
     out: Array | None = None,
 ) -> Gradients:
@@ -362,13 +342,11 @@ def batch_norm_backward(
     """
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    together = saved.__dict__.get("_together")
-    if together is not None and from_output is False and _are_gradients(wrt, saved) and (doors := core.doors(x)) is not None:
-        if saved.shape == x.shape and saved.dtype == x.dtype:
-            function = saved.activation, saved.residual
-            found = doors.plain_backward(x, dy, together, saved.axis, saved.count, not saved.training, *function, wrt, out)
-            if found is not None:
-                return Gradients(*found)
+    made = saved.made
+    if made is not None and from_output is False and (wrt is USUAL or _are_gradients(wrt, saved)) and (doors := core.doors(x)) is not None:
+        found = doors.plain_backward(x, dy, made, wrt, out)
+        if found is not None:
+            return Gradients(*found)
     r, saved = _of_saved(x, saved)
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
@@ -391,9 +369,9 @@ def batch_norm_backward(
 
 def _are_gradients(wrt: object, saved: Saved) -> bool:
     """Whether something is a tuple of names of gradients that there are."""
-    if wrt is _USUAL:
-        return True
-    return type(wrt) is tuple and all(type(name) is str and name in GRADIENTS for name in wrt) and (saved.has_residual or "residual" not in wrt)
+    if type(wrt) is not tuple or not all(type(name) is str and name in GRADIENTS for name in wrt):
+        return False
+    return saved.has_residual or "residual" not in wrt
 
 
 def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:

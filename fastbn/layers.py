@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +28,9 @@ _NO_INPUT = "backward needs a forward before it, whose input was not overwritten
 
 def _is(out: Array | None, x: Array) -> bool:
     """Whether the output was written over the input."""
-    return out is not None and x.size > 0 and out.ctypes.data == x.ctypes.data
+    if out is None or out is x or not np.may_share_memory(out, x):  # to ask for addresses takes longer
+        return out is x and x.size > 0
+    return out.ctypes.data == x.ctypes.data
 
 
 class LoadedKeys(NamedTuple):
@@ -165,7 +166,8 @@ class _BatchNorm:
                 raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has num_features={self.num_features}")
         options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
-        if not batch and not self.training:
+        if not batch and not self.training and residual is not None and self.activation is not None:
+            # The residual is not copied for a backward that may never come.
             given = (self.running_mean, self.running_var, self.weight, self.bias)
             y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
             mean, var, weight, bias = (None if v is None else v.copy() for v in given)
@@ -176,14 +178,17 @@ class _BatchNorm:
         statistics: tuple[Array | None, Array | None] = (None, None)
         if not batch or (self.track_running_stats and self.training and not self.frozen):
             statistics = self.running_mean, self.running_var
-        mean, var = (None if v is None else v.copy() for v in statistics) if batch and self.skip_nonfinite else statistics
+        moved = statistics
+        if batch and self.skip_nonfinite:
+            mean, var = (None if v is None else v.copy() for v in statistics)
+            moved = mean, var
         y, saved = functional.batch_norm_forward(
-            x, self.weight, self.bias, mean, var, training=batch, momentum=self._weight_of_new(), eps=self.eps,
+            x, self.weight, self.bias, *moved, training=batch, momentum=self._weight_of_new(), eps=self.eps,
             residual=residual, mask=mask, correction=self.correction, out=out, **options,
         )  # fmt: skip
         if batch and x.size:
-            self._count(statistics, (mean, var))
-        self._remember(x, residual, saved, _is(out, x))
+            self._count(statistics, moved)
+        self._remember(x, saved, _is(out, x))
         return y
 
     def __call__(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
@@ -192,25 +197,24 @@ class _BatchNorm:
 
     def _count(self, statistics: tuple[Array | None, ...], moved: tuple[Array | None, ...]) -> None:
         """Take over statistics that were moved on the side, if they may be, and count the batch."""
-        for old, new in zip(statistics, moved, strict=True):
-            if new is not old and new is not None and not np.isfinite(new).all():
+        if moved is not statistics:
+            if not all(new is None or np.isfinite(new).all() for new in moved):
                 self.num_batches_skipped += 1
                 return
-        for old, new in zip(statistics, moved, strict=True):
-            if old is not None and new is not None and new is not old:
-                old[...] = new
+            for old, new in zip(statistics, moved, strict=True):
+                if old is not None and new is not None:
+                    old[...] = new
         if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
-    def _remember(self, x: Array, residual: Array | None, saved: Saved, overwritten: bool) -> None:
+    def _remember(self, x: Array, saved: Saved, overwritten: bool) -> None:
         """Keep what the backward needs."""
         if overwritten and not saved.invertible:
             self._context = None
         elif self.training:
             self._context = _Context(x, None, saved, overwritten)
         else:
-            kept = None if residual is None else weakref.ref(residual)
-            self._context = _Context(weakref.ref(x), kept, replace(saved, residual=None), overwritten)
+            self._context = _Context(weakref.ref(x), None, saved, overwritten)
 
     def _weight_of_new(self) -> float:
         """Momentum of the next batch; None is the cumulative average."""
@@ -254,11 +258,9 @@ class _BatchNorm:
             _, saved = saved(x, residual=r)
             if from_output and not saved.invertible:
                 raise RuntimeError(_NO_INPUT)
-        elif residual is not None:
-            saved = replace(saved, residual=r)
         if wrt is None:
-            parameters = ("weight", "bias") if self.affine and not self.frozen else ()
-            wrt = ("x", *parameters, *(("residual",) if saved.has_residual else ()))
+            wrt = functional.USUAL if self.affine and not self.frozen else ("x",)
+            wrt = (*wrt, "residual") if saved.has_residual else wrt
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
 
     def train(self, mode: bool = True) -> Self:

@@ -434,6 +434,7 @@ def _sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 _VECTORS = ("mean", "mean_lo", "invstd", "scale", "shift")
+_OTHERS = ("count", "training", "shape", "dtype", "axis", "activation", "residual", "has_residual")
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,25 +474,31 @@ class Saved:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     axis: int
-    mask: Array | None = None
-    activation: Function = None
-    residual: Array | None = None
-    has_residual: bool = False
+    mask: Array | None
+    activation: Function
+    residual: Array | None
+    has_residual: bool
 
     @classmethod
-    def of(cls, x: Array, **fields: Any) -> Saved:
-        """One for the forward of x; without the calls by which a frozen dataclass sets its fields, which outweigh a small one."""
+    def of(cls, made: tuple[Any, ...]) -> Saved:
+        """One from what a plain call has made. It is taken apart when it is looked at, which takes longer than a small call."""
         saved = object.__new__(cls)
-        saved.__dict__.update(fields, shape=x.shape, dtype=x.dtype)
+        saved.__dict__["_made"] = made
         return saved
 
     def __getattr__(self, name: str) -> Any:
-        """One of the vectors, which a plain call leaves together: many are never looked at."""
-        together = self.__dict__.get("_together")
-        if name not in _VECTORS or together is None:
+        made = self.__dict__.get("_made")
+        if made is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self.__dict__.update(zip(_VECTORS, together, strict=True))
+        if name in _OTHERS:
+            return made[1 + _OTHERS.index(name)]
+        self.__dict__.update(zip(_VECTORS, made[0], strict=True), mask=None)
         return self.__dict__[name]
+
+    @property
+    def made(self) -> tuple[Any, ...] | None:
+        """What a plain call has made, or None where the fields are from elsewhere."""
+        return self.__dict__.get("_made")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

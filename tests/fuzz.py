@@ -42,6 +42,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import cache
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1991,8 +1992,9 @@ def prepare(options: argparse.Namespace) -> None:
     warnings.simplefilter("error")
     PAD = 0 if options.tight else 64
     for kernel in TABLE:
-        if options.caches and not kernel.unusable() and hasattr(kernel.module(), "set_caches"):
-            kernel.module().set_caches(*options.caches)
+        if options.caches and kernel.level is not None and not kernel.unusable():
+            kernel.module()  # which sets them
+            import_module("fastbn.kernels._plan").set_caches(*options.caches)
 
 
 def work(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ def names(kernel: Kernel) -> set[str]:
 @needs_simd
 def test_all_modules_export_the_same_names() -> None:
     assert len({frozenset(names(kernel)) for kernel in MODULES}) == 1
-    assert {*OPERATIONS, "inference", "forward", "backward", "plan", "set_caches"} <= names(MODULES[0])
+    assert {*OPERATIONS, "inference", "forward", "backward", "connect", "plain_forward"} <= names(MODULES[0])
     assert all(hasattr(reference, operation) for operation in OPERATIONS)
 
 
@@ -86,38 +86,104 @@ def test_plain_calls_equal_checked_ones(name: str, shape: tuple[int, ...], layou
 
     with fastbn.use_kernel(selected):
         checked = step()
-    taken = core.plain("normalize", x, layout, None, None, m, v, w, b, None)
-    assert (taken is None) == (fastbn.dispatch.pinned() is not None)
+    assert (core.doors(x) is None) == (fastbn.dispatch.pinned() is not None)
     assert step() == checked
+
+
+PLAIN_ACTIVATIONS = [None, "relu", ("leaky_relu", 0.3), "hardswish", "silu", "gelu"]
+
+
+@needs_simd
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("activation", PLAIN_ACTIVATIONS, ids=lambda a: str(a).strip("()"))
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 2, 3), (3, 2, 1, 0)], ids=lambda o: "".join(map(str, o)))
+def test_plain_calls_equal_checked_ones_in_any_memory_order(
+    name: str, activation: Any, residual: bool, order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With activation, residual, given statistics and any gradients: none of them takes the longer way."""
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+    if fastbn.dispatch.pinned() is not None:
+        pytest.skip("a pinned kernel has no plain calls")
+    rng = np.random.default_rng(0)
+    shape = (3, 5, 4, 6)
+    x, dy, r = (
+        np.ascontiguousarray(rng.normal(1, 3, shape).transpose(order)).astype(dtype).transpose(np.argsort(order)) for _ in range(3)
+    )
+    compute = np.float64 if dtype == np.float64 else np.float32
+    w, b, m, v = (rng.uniform(0.5, 2, 5).astype(compute) for _ in range(4))
+    after = {"activation": activation, "residual": r if residual else None}
+
+    def step() -> list[bytes]:
+        found: list[Any] = []
+        for training in (True, False):
+            running = m.copy(), v.copy()
+            found += [fastbn.batch_norm(x, *running, w, b, training, **after), *running]
+            y, saved = fastbn.batch_norm_forward(x, w, b, *running, training, **after)
+            found += [y, saved.mean, saved.invstd, saved.scale, saved.shift, saved.count]
+            for wrt in (("x", "weight", "bias"), ("x",), ("weight",), ("bias", "x"), ("x", "residual"), ("weight", "residual")):
+                if (residual or "residual" not in wrt) and (activation is None or wrt != ("weight", "residual")):
+                    gradients = fastbn.batch_norm_backward(dy, x, saved, wrt=wrt)
+                    assert gradients.dx is None or gradients.dx.strides == x.strides
+                    found += [a for a in gradients if a is not None]
+        found += [fastbn.batch_norm_elemt(x, m, v, w, None, **after)]
+        statistics = fastbn.batch_norm_stats(x)
+        found += [statistics.mean, statistics.var, statistics.mean_lo, statistics.var_lo, statistics.count]
+        frozen = fastbn.FrozenBatchNorm(m, v, w, b, activation=activation)
+        return [np.asarray(a).tobytes() for a in (*found, frozen(x, after["residual"]), frozen(x, after["residual"]))]
+
+    with fastbn.use_kernel(fastbn.dispatch.select(name).name):
+        checked = step()
+    monkeypatch.setattr(fastbn.functional, "_request", None)
+    assert step() == checked
+
+
+def plain_inference(x: Any, mean: Any, spread: Any, out: Any = None, axis: Any = None, eps: Any = 1e-5) -> Any:
+    return core.whole(MODULES[0]).plain_inference(x, None, axis, out, mean, spread, None, None, eps, None, None, False)
+
+
+def plain_forward(
+    kernel: Kernel, x: Any, weight: Any, running: tuple[Any, Any], momentum: Any, correction: Any = 1, eps: Any = 1e-5
+) -> Any:
+    given = (weight, None, *running), (momentum, correction, eps)
+    return core.whole(kernel).plain_forward(x, None, None, None, *given, True, None, None, None)
+
+
+def plain_backward(x: Any, dy: Any, vectors: Any, count: int = 8) -> Any:
+    made = vectors, count, True, x.shape, x.dtype, 1, None, None, False
+    return core.whole(MODULES[0]).plain_backward(x, dy, made, ("x", "weight", "bias"), None)
 
 
 @needs_simd
 def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
-    module = MODULES[0].module()
-    assert module.plain_normalize(x, 1, None, 1, w, w, None, None, 1e-5) is not None
-    for a in (x[:, :, ::2], x[:0], x.astype(">f4"), np.asfortranarray(x), x.view(np.recarray)):
-        assert module.plain_normalize(a, 1, None, 1, w, w, None, None, 1e-5) is None
+    vectors, kernel, none = np.ones((5, 3), np.float32), MODULES[0], (None, None)
+    assert plain_inference(x, w, w) is not None
+    assert plain_inference(np.asfortranarray(x), w, w) is not None
+    for a in (x[:, :, ::2], x[:0], x.view(np.recarray), x[:, :, ::-1], np.broadcast_to(x[:1], x.shape), [1.0]):
+        assert plain_inference(a, w, w) is None
     for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
-        assert module.plain_normalize(x, 1, None, 1, v, w, None, None, 1e-5) is None
-        assert module.plain_normalize(x, 1, None, 1, w, v, None, None, 1e-5) is None
-        assert v is None or module.plain_forward(x, 1, None, 1, v, None, None, None, 0.1, 1, 1e-5) is None
-    for axis in (-1, 0, 3):
-        assert module.plain_normalize(x, axis, None, 1, w, w, None, None, 1e-5) is None
+        assert plain_inference(x, v, w) is None
+        assert plain_inference(x, w, v) is None
+        assert v is None or plain_forward(kernel, x, v, none, 0.1) is None
     locked = x.copy()
     locked.flags.writeable = False
     both = np.ones(25, np.float32)
     shifted = both[1:].reshape(2, 3, 4)
-    for out in (locked, x[:1], np.ones((2, 3, 4)), shifted):
-        assert module.plain_normalize(both[:24].reshape(2, 3, 4), 1, out, 1, w, w, None, None, 1e-5) is None
-    assert module.plain_normalize(x, 1, None, 1, w, w, None, None, 1) is None
-    assert module.plain_forward(x, 1, None, 1, None, None, None, None, 1, 1, 1e-5) is None
-    assert module.plain_forward(x[:1, :, :1].copy(), 1, None, 1, None, None, None, None, 0.1, 1, 1e-5) is None
+    for out in (locked, x[:1], np.ones((2, 3, 4)), shifted, np.asfortranarray(x)):
+        assert plain_inference(both[:24].reshape(2, 3, 4), w, w, out) is None
+    assert plain_inference(x, w, w, eps=1) is None
+    assert plain_forward(kernel, x, None, none, 1) is None
+    assert plain_forward(kernel, x[:1, :, :1].copy(), None, none, 0.1) is None
     fixed = w.copy()
     fixed.flags.writeable = False
-    assert module.plain_forward(x, 1, None, 1, None, None, fixed, None, 0.1, 1, 1e-5) is None
-    assert module.plain_backward(x, 1, None, 1, None, w, None, w, w) is None
-    assert module.plain_backward(x, 1, None, 1, x[:1], w, None, w, w) is None
+    assert plain_forward(kernel, x, None, (fixed, None), 0.1) is None
+    for shared in ((w, w), (x[0, 0, :3], None), (None, w)):
+        assert plain_forward(kernel, x, w, shared, 0.1) is None
+    assert plain_backward(x, x, vectors) is not None
+    assert plain_backward(x, x, vectors, 7) is None
+    for dy in (None, x[:1], np.asfortranarray(x), x.astype(np.float64)):
+        assert plain_backward(x, dy, vectors) is None
 
 
 @needs_simd
@@ -270,18 +336,14 @@ def test_any_number_of_threads_is_taken(kernel: Kernel) -> None:
 
 
 @needs_simd
-def test_plain_calls_leave_missing_vectors_to_others() -> None:
-    """Where they are NULL in C, they are read all the same."""
+def test_plain_calls_leave_wrong_vectors_to_others() -> None:
+    """C reads them without looking."""
     x, w = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32), np.ones(3, np.float32)
-    module = MODULES[0].module()
-    assert module.plain_backward(x, 1, None, 1, x, w, None, w, w) is not None
-    for missing in range(3):
-        vectors: list[Any] = [w, w, w]
-        for wrong in (None, _unaligned(w), w.astype(">f4"), w[:2], [1.0] * 3):
-            vectors[missing] = wrong
-            assert module.plain_backward(x, 1, None, 1, x, vectors[0], None, *vectors[1:]) is None
-    assert module.plain_normalize(_unaligned(x), 1, None, 1, w, w, None, None, 1e-5) is None
-    assert module.plain_forward(x, 1, None, 1, _unaligned(w), None, None, None, 0.1, 1, 1e-5) is None
+    vectors = np.ones((5, 3), np.float32)
+    for wrong in (vectors[:4], vectors[:, :2], vectors.astype(">f4"), vectors.astype(float), np.ones((10, 3), np.float32)[::2], w):
+        assert plain_backward(x, x, wrong) is None
+    assert plain_inference(_unaligned(x), w, w) is None
+    assert plain_forward(MODULES[0], x, _unaligned(w), (None, None), 0.1) is None
     y, saved = fastbn.batch_norm_forward(x)
     for name in ("mean", "invstd", "scale"):
         with pytest.raises((TypeError, ValueError)):
@@ -314,7 +376,7 @@ def test_running_statistics_in_double_keep_their_digits(kernel: Kernel, plain: b
         batch = mean, var * 42 / (42 - correction)
         want = [0.75 * r.astype(np.float64) + 0.25 * b for r, b in zip(running, batch, strict=True)]
         if plain:
-            assert module.plain_forward(x, 1, None, 1, None, None, *running, 0.25, correction, 1e-5) is not None
+            assert plain_forward(kernel, x, None, running, 0.25, correction) is not None
         else:
             module.forward(x, np.empty_like(x), None, None, 1e-5, *running, 0.25, correction, compute, 1)
         for r, truth in zip(running, want, strict=True):
@@ -324,34 +386,22 @@ def test_running_statistics_in_double_keep_their_digits(kernel: Kernel, plain: b
 
 @needs_simd
 def test_one_value_per_channel_is_enough_without_a_correction() -> None:
-    module = MODULES[0].module()
     x, var = np.array([[1.0, 2.0]]), np.ones(2)
-    assert module.plain_forward(x, 1, None, 1, None, None, None, var, 0.5, 1, 1e-5) is None
-    y, *_ = module.plain_forward(x, 1, None, 1, None, None, None, var, 0.5, 0, 1e-5)
+    assert plain_forward(MODULES[0], x, None, (None, var), 0.5, 1) is None
+    y, *_ = plain_forward(MODULES[0], x, None, (None, var), 0.5, 0)
     np.testing.assert_array_equal(y, [[0, 0]])
     np.testing.assert_array_equal(var, [0.5, 0.5])
 
 
 @needs_simd
-def test_a_direct_call_checks_its_sample() -> None:
-    module = MODULES[0].module()
+def test_a_prepared_call_checks_its_sample() -> None:
+    doors = core.whole(MODULES[0])
     w, x = np.ones(3, np.float32), np.ones((2, 3, 4), np.float32)
-    assert module.Plain(w, w, w, None, x, 1, 1 << 20)(x, None, None, 2**40) is not None
+    assert doors.prepared(w, w, w, None, x, 1)(x, None, None) is not None
     for wrong in ((None, w, w, None, x, 1), (w, None, w, None, x, 1), (w, w, w[:2], None, x, 1), (w, w, w, None, None, 1),
-                  (w, w, w, None, x, 0), (w, w, w, None, x, 7), (w, w, w, None, w, 0), (w, w, w, "relu", x, 1)):  # fmt: skip
+                  (w, w, w, None, x, -1), (w, w, w, None, x, 7), (w, w, w, None, w, 0), (w, w, w, "relu", x, 1)):  # fmt: skip
         with pytest.raises((TypeError, ValueError)):
-            module.Plain(*wrong, 1 << 20)
-    with pytest.raises(TypeError):
-        module.Plain.__new__(module.Plain)
-
-
-@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
-@pytest.mark.parametrize("op", ["normalize", "forward", "backward"])
-def test_the_plan_says_that_large_outputs_are_streamed(kernel: Kernel, op: str) -> None:
-    """Outputs of their own, larger than any cache."""
-    for inner in (112 * 112, 1):
-        assert kernel.module().plan(op, (1 << 20, 64, inner), 4, 2)["streaming"] == "yes"
-        assert kernel.module().plan(op, (2, 64, inner), 4, 2)["streaming"] == "no"
+            doors.prepared(*wrong)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -363,7 +413,7 @@ def test_whole_calls_run_in_the_default_floating_point_mode(kernel: Kernel, mode
 
     if platform.machine() not in UPWARD or sys.platform != "linux":
         pytest.skip("knows Linux on x86-64 and aarch64 alone")
-    module, r = kernel.module(), np.random.default_rng(0)
+    module, r = core.whole(kernel), np.random.default_rng(0)
     one, small, third = np.ones(32, np.float32), np.full(32, 1e-38, np.float32), np.full(32, 1 / 3)
 
     def step(x: Any, eps: float) -> list[bytes]:
@@ -372,9 +422,10 @@ def test_whole_calls_run_in_the_default_floating_point_mode(kernel: Kernel, mode
         sums = module.backward(x, x, dx, *saved[:4], threads)
         found = [y, *saved, *running, *sums, dx, *module.stats(x, threads), *module.backward(x, x, None, *saved[:3], None, threads)]
         running = [small.copy(), third.copy()]
-        found += [*module.plain_forward(x, 1, None, threads, one, None, *running, 0.1, 1, eps)[:-1], *running]
-        found += [*(module.plain_backward(x, 1, None, threads, x, *saved[:4]) or ())]  # None where invstd is far from 1
-        found += [module.plain_normalize(x, 1, None, threads, *saved[:2], one, one, eps)]
+        y, made = plain_forward(kernel, x, one, tuple(running), 0.1, eps=eps)
+        gradients = module.plain_backward(x, x, made, ("x", "weight", "bias"), None)
+        found += [y, made[0], *running, *(gradients or ())[:3]]  # None where invstd is far from 1
+        found += [module.plain_inference(x, None, None, None, *saved[:2], one, one, eps, None, None, False)]
         return [a.tobytes() for a in found]
 
     for size, eps in ((1.0, 1e-5), (1e-39, 0.0), (1e-39, 1e-5)):

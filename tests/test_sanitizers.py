@@ -29,6 +29,7 @@ import numpy as np
 from fastbn.activations import NAMES, Epilogue, lookup
 from fastbn.core import Composed
 from fastbn.dispatch import KERNELS
+from fastbn.kernels import _plan
 try:
     from ml_dtypes import bfloat16
 except ImportError:
@@ -42,7 +43,7 @@ grid += [(32, 3, 4), (33, 17, 9), (64, 2, 49), (100, 5, 2), (130, 1, 3), (700, 1
 grid += [(2, 3, 5000), (300, 65, 1)]
 for caches in (None, (512, 2048, 4096)):
     if caches is not None:
-        m.set_caches(*caches)
+        _plan.set_caches(*caches)
         grid = grid[::7] + grid[-10:]
     for dtype, (i, (n, c, s)) in itertools.product((np.float32, np.float64, np.float16, bfloat16), enumerate(grid)):
         compute = np.dtype(np.float64 if dtype is np.float64 else np.float32)

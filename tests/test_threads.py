@@ -76,13 +76,15 @@ def test_same_bits(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: s
 @pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
 def test_same_bits_for_other_caches(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str) -> None:
     """Caches change the units of work, not the result: tiny ones, which also turn on streaming stores, and huge ones."""
+    from fastbn.kernels import _plan as plans
+
     expected = everything(kernel, shape, layout, dtype, 1)
     try:
         for caches in ((1 << 10, 4 << 10, 16 << 10), (1 << 20, 1 << 26, 1 << 30)):
-            kernel.module().set_caches(*caches)
+            plans.set_caches(*caches)
             assert everything(kernel, shape, layout, dtype, 3) == expected
     finally:
-        kernel.module().set_caches(*fastbn.cpu.caches())
+        plans.set_caches(*fastbn.cpu.caches())
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

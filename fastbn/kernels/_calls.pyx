@@ -133,7 +133,7 @@ cdef class Calls:
         call.running_mean = running(&call, "running_mean", number, running_mean)
         call.running_var = running(&call, "running_var", number, running_var)
         call.eps, call.momentum, call.correction = eps, momentum, correction
-        return tuple(train(self, &call, number, x, y, weight, bias, running_mean, running_var, epilogue))
+        return tuple(train(self, &call, number, x, y, (weight, bias, running_mean, running_var), epilogue, None))
 
     def backward(self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, scale, threads, epilogue=None):
         """Sums of dy and of dy (x - mean), and dx unless it is None; as `core.Composed.backward`."""
@@ -172,17 +172,23 @@ cdef object rescue(Calls calls):
     return calls.composed
 
 
-cdef cnp.ndarray train(Calls calls, Call* call, int number, x, y, weight, bias, running_mean, running_var, epilogue):
-    """Run a forward whose inputs were entered; return mean, mean_lo, invstd, scale and shift, one below the other."""
+cdef cnp.ndarray train(Calls calls, Call* call, int number, x, y, tuple vectors, epilogue, tuple after):
+    """Run a forward whose inputs were entered; return mean, mean_lo, invstd, scale and shift, one below the other.
+
+    What follows the normalization is given as an epilogue or, `after`, as a user gives it: activation and residual.
+    """
     cdef cnp.ndarray made = new_vectors(call, 5, number)
     call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
     call.scale, call.shift = row(made, 3), row(made, 4)
     if run(calls.table.forward, call) == LEFT:
-        finish(calls, call, made, x, y, weight, bias, running_mean, running_var, epilogue)
+        if after is not None:
+            activation, residual = after
+            epilogue = calls.epilogue(activation, None if residual is None else in_memory(residual, dims_of(call)))
+        finish(calls, call, made, x, y, vectors, epilogue)
     return made
 
 
-cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, weight, bias, running_mean, running_var, epilogue) except -1:
+cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, tuple given, epilogue) except -1:
     """Compute the channels that a forward has left, then move the running statistics, which cannot fail any more.
 
     The tiles of so many channels alone are those of all: planes are cut without regard to the number of channels, and
@@ -194,7 +200,8 @@ cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, weight, bias, r
     memcpy(row(found, 1), call.second, call.channels * sizeof(double))
     call.first, call.second = <double*> row(found, 0), <double*> row(found, 1)
     end_scratch()
-    dims = call.outer, call.channels, call.inner
+    weight, bias, running_mean, running_var = given
+    dims = dims_of(call)
     channels = np.flatnonzero(mask)
     part = calls.part(channels, np.zeros_like(channels))
     rows, own_mean, own_var = part.of(in_memory(x, dims)), part.of(running_mean), part.of(running_var)
@@ -212,6 +219,10 @@ cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, weight, bias, r
     if running_var is not None:
         running_var[channels] = own_var
     return 0
+
+
+cdef inline tuple dims_of(const Call* call):
+    return call.outer, call.channels, call.inner
 
 
 cdef object in_memory(cnp.ndarray a, tuple dims):

@@ -167,7 +167,7 @@ cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
         cut_map(&p.map, &p.tiles, t)
 
 
-# Rows of a tile of columns; and what the calls of each operation read and write, for `plan`: of arrays like x, by the sums, by the map, and by both.
+# Rows of a tile of columns; and how many arrays like x each operation reads and writes: by the sums, by the map, by both.
 ROWS = TILE_ROWS
 TRAFFIC = {"stats": (1, 0, 1), "normalize": (0, 2, 2), "forward": (1, 2, 2), "backward": (2, 3, 3)}
 

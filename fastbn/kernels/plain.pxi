@@ -116,10 +116,10 @@ cdef cnp.ndarray new_like(Calls calls, cnp.ndarray x):
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
-cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int at, activation, residual) except -1:
+cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int* at, activation, residual) except -1:
     """Enter the array of a plain call and what follows the normalization; whether they are plain.
 
-    The axis of the channels is `at`, or where that is negative, what layout and axis say.
+    The axis of the channels is `at` or, where that is negative, what layout and axis say; it is entered there.
     """
     cdef int ndim
     memset(call, 0, sizeof(Call))
@@ -128,9 +128,9 @@ cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int at, a
     ndim = cnp.PyArray_NDIM(x)
     if ndim < 2 or cnp.PyArray_SIZE(x) == 0 or not cnp.PyArray_ISBEHAVED_RO(x) or not cnp.PyArray_CheckExact(x):
         return False
-    if at < 0:
-        at = 1 if layout is None and axis is None else calls.axis_of(layout, ndim, axis)
-    if at >= ndim or not lay_out(call, x, at):
+    if at[0] < 0:
+        at[0] = 1 if layout is None and axis is None else calls.axis_of(layout, ndim, axis)
+    if at[0] >= ndim or not lay_out(call, x, at[0]):
         return False
     call.dtype = <Dtype> dtype_of(x)
     if activation is not None:
@@ -157,6 +157,11 @@ cdef bint bind_output(cnp.ndarray x, other, residual, out) noexcept:
     )
 
 
+cdef inline tuple made_of(const Call* call, cnp.ndarray vectors, bint training, x, int axis, activation, kept, residual):
+    """What a backward needs: vectors, count, training, shape, dtype, axis, activation, residual, and whether there was one."""
+    return vectors, call.outer * call.inner, training, x.shape, x.dtype, axis, activation, kept, residual is not None
+
+
 cdef class Doors(Calls):
     """The kernels of one ISA, for arrays as users give them. What is plain is said by each method's first lines."""
 
@@ -169,7 +174,8 @@ cdef class Doors(Calls):
         cdef Call call
         cdef cnp.ndarray wide, found
         cdef Py_ssize_t c, count
-        if not bind_plain(self, &call, "stats", x, layout, axis, -1, None, None):
+        cdef int at = -1
+        if not bind_plain(self, &call, "stats", x, layout, axis, &at, None, None):
             return None
         wide, found = new_vectors(&call, 3, cnp.NPY_DOUBLE), new_vectors(&call, 4, arithmetic(call.dtype))
         call.first, call.second, call.low = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
@@ -185,11 +191,12 @@ cdef class Doors(Calls):
             round_stats(<float*> cnp.PyArray_DATA(found), &call)
         return found, count
 
-    def plain_inference(self, x, layout, axis, out, mean, spread, weight, bias, eps, activation, residual, bint keep):
-        """Normalize as `inference` does; the output, with `keep` also the vectors of the backward and the axis."""
+    cpdef plain_inference(self, x, layout, axis, out, mean, spread, weight, bias, eps, activation, residual, kept):
+        """Normalize as `inference` does; the output or, with `kept`, a residual or None, also what `plain_backward` needs."""
         cdef Call call
         cdef cnp.ndarray vectors
-        if not (eps is None or is_eps(eps)) or not bind_plain(self, &call, "normalize", x, layout, axis, -1, activation, residual):
+        cdef int at = -1
+        if not (eps is None or is_eps(eps)) or not bind_plain(self, &call, "normalize", x, layout, axis, &at, activation, residual):
             return None
         if (
             not bind_vector(&call, mean, &call.mean) or not bind_vector(&call, spread, &call.invstd if eps is None else <void**> &call.var)
@@ -200,26 +207,37 @@ cdef class Doors(Calls):
         call.eps = 0 if eps is None else eps
         y = new_like(self, x) if out is None else out
         call.out = cnp.PyArray_DATA(y)
-        if keep:
+        if kept is not False:
             vectors = new_vectors(&call, 5, arithmetic(call.dtype))
             memcpy(row(vectors, 0), call.mean, cnp.PyArray_STRIDE(vectors, 0))
             memset(row(vectors, 1), 0, cnp.PyArray_STRIDE(vectors, 0))
             call.invstd, call.scale, call.shift = row(vectors, 2), row(vectors, 3), row(vectors, 4)
         run(self.table.inference, &call)
-        return (y, vectors, call.outer * call.inner) if keep else y
+        return y if kept is False else (y, made_of(&call, vectors, False, x, at, activation, kept, residual))
 
     def plain_forward(
-        self, x, layout, axis, out, weight, bias, running_mean, running_var, momentum, correction, eps, activation, residual
+        self, x, layout, axis, out, tuple vectors not None, tuple numbers not None, training, activation, residual, kept
     ):
-        """Normalize as `forward` does; the output, the vectors of the backward, and the number of values per channel."""
+        """A forward, in training or not; the output or, with `kept`, a residual or None, also what `plain_backward` needs.
+
+        The vectors are weight, bias and running statistics, the numbers momentum, correction and eps.
+        """
+        weight, bias, running_mean, running_var = vectors
+        momentum, correction, eps = numbers
+        if not is_eps(eps) or type(momentum) is not float or not is_bit(correction):
+            return None
+        if training is False:
+            return self.plain_inference(x, layout, axis, out, running_mean, running_var, weight, bias, eps, activation, residual, kept)
+        return self.plain_training(x, layout, axis, out, vectors, numbers, activation, residual, kept) if training is True else None
+
+    cdef plain_training(self, x, layout, axis, out, tuple vectors, tuple numbers, activation, residual, kept):
         cdef Call call
         cdef cnp.ndarray made
-        if (
-            not is_eps(eps) or type(momentum) is not float or not is_bit(correction)
-            or not bind_plain(self, &call, "forward", x, layout, axis, -1, activation, residual)
-        ):
+        cdef int at = -1
+        weight, bias, running_mean, running_var = vectors
+        if not bind_plain(self, &call, "forward", x, layout, axis, &at, activation, residual):
             return None
-        call.eps, call.momentum, call.correction = eps, momentum, correction
+        call.momentum, call.correction, call.eps = numbers
         if (
             call.outer * call.inner <= call.correction
             or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
@@ -231,21 +249,25 @@ cdef class Doors(Calls):
             return None
         y = new_like(self, x) if out is None else out
         call.out = cnp.PyArray_DATA(y)
-        after = None if activation is None and residual is None else self.epilogue(
-            activation, None if residual is None else in_memory(residual, (call.outer, call.channels, call.inner))
-        )
-        made = train(self, &call, arithmetic(call.dtype), x, y, weight, bias, running_mean, running_var, after)
-        return y, made, call.outer * call.inner
+        made = train(self, &call, arithmetic(call.dtype), x, y, vectors, None, (activation, residual))
+        return y if kept is False else (y, made_of(&call, made, True, x, at, activation, kept, residual))
 
-    def plain_backward(self, x, dy, cnp.ndarray vectors not None, int axis, count, frozen, activation, residual, wrt, out):
+    def plain_backward(self, x, dy, tuple made not None, wrt, out):
         """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
         cdef Call call
-        cdef cnp.ndarray sums
+        cdef cnp.ndarray vectors
         cdef bint of_x = "x" in wrt, of_weight = "weight" in wrt, of_bias = "bias" in wrt, of_residual = "residual" in wrt
+        cdef int axis
         dx = dweight = dbias = dresidual = None
+        found, count, training, shape, dtype, axis, activation, residual, _ = made
         if (
-            not bind_plain(self, &call, "backward", x, None, None, axis, activation, residual) or not is_twin(dy, x)
-            or not is_plain(vectors, arithmetic(call.dtype)) or cnp.PyArray_NDIM(vectors) != 2 or cnp.PyArray_DIM(vectors, 0) != 5
+            not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or x.shape != shape or x.dtype != dtype
+            or not bind_plain(self, &call, "backward", x, None, None, &axis, activation, residual) or not is_twin(dy, x)
+        ):
+            return None
+        vectors = found
+        if (
+            not is_plain(vectors, arithmetic(call.dtype)) or cnp.PyArray_NDIM(vectors) != 2 or cnp.PyArray_DIM(vectors, 0) != 5
             or cnp.PyArray_DIM(vectors, 1) != call.channels or count != call.outer * call.inner
             or not bind_output(x, dy, residual, out) or not is_apart(out, vectors)
         ):
@@ -254,7 +276,7 @@ cdef class Doors(Calls):
             dresidual = dy  # the gradient of a sum
         if (of_residual and not of_x and call.activation.kind != 0) or (dresidual is not None and out is not None):
             return None
-        call.dy, call.frozen = cnp.PyArray_DATA(dy), frozen
+        call.dy, call.frozen = cnp.PyArray_DATA(dy), not training
         call.mean, call.mean_lo, call.invstd = row(vectors, 0), row(vectors, 1), row(vectors, 2)
         call.scale, call.shift = row(vectors, 3), row(vectors, 4)
         if of_x:
@@ -340,10 +362,11 @@ cdef class Prepared:
     def __call__(self, x, residual, out):
         """Return the output, or None where the arrays are not plain."""
         cdef Call call
+        cdef int at = self.axis
         if (
             not isinstance(x, cnp.ndarray) or cnp.PyArray_TYPE(x) != self.number or cnp.PyArray_NDIM(x) != self.ndim
             or cnp.PyArray_DIM(x, self.axis) != self.call.channels
-            or not bind_plain(self.doors, &call, "normalize", x, None, None, self.axis, self.activation, residual)
+            or not bind_plain(self.doors, &call, "normalize", x, None, None, &at, self.activation, residual)
             or not bind_output(x, None, residual, out)
         ):
             return None
