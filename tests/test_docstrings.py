@@ -45,10 +45,12 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md", "docs/pytorch.md"])
 def test_text(file: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
+    for package in re.findall(r"^import (torch)$", "".join(blocks), re.MULTILINE):
+        pytest.importorskip(package)
     names: dict[str, object] = {}  # a block may go on where the one before it ended
     for block in blocks:
         exec(block, names)  # noqa: S102  our own text

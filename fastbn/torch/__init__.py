@@ -10,8 +10,25 @@ try:
 except ImportError as error:
     raise ImportError(f"fastbn.torch needs PyTorch (pip install 'fastbn[torch]'): {error}") from error
 
+from fastbn.torch.folding import Folded, fold
+from fastbn.torch.freezing import freeze, unfreeze
 from fastbn.torch.override import Report, disable, enable, enabled, explain, is_enabled, report
+from fastbn.torch.overview import Summary, summary
 
-__all__ = ["Report", "disable", "enable", "enabled", "explain", "is_enabled", "report"]
+__all__ = [
+    "Folded",
+    "Report",
+    "Summary",
+    "disable",
+    "enable",
+    "enabled",
+    "explain",
+    "fold",
+    "freeze",
+    "is_enabled",
+    "report",
+    "summary",
+    "unfreeze",
+]
 
 del _torch

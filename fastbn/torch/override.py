@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastbn import dispatch
+from fastbn.torch.graph import dtype_name, norms
 
 OLDEST = (2, 10)
 _lock = threading.RLock()
@@ -275,14 +276,8 @@ def explain(x: torch.Tensor | torch.nn.Module) -> str:
         return _explain_tensor(x)
     if not isinstance(x, torch.nn.Module):
         raise TypeError(f"x must be a torch.Tensor or a torch.nn.Module, got {type(x).__name__}")
-    from torch.nn.modules.batchnorm import _NormBase
-
-    lines = [f"{name or 'the model'}: {_explain_layer(layer)}" for name, layer in x.named_modules() if isinstance(layer, _NormBase)]
+    lines = [f"{path or 'the model'}: {_explain_layer(layer)}" for path, layer in norms(x)]
     return "\n".join(lines) or "the model has no batch norm"
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _explain_tensor(x: torch.Tensor) -> str:
@@ -290,9 +285,9 @@ def _explain_tensor(x: torch.Tensor) -> str:
     if x.device.type != "cpu":
         return f"left to torch: it lies on {x.device}"
     if x.layout != torch.strided:
-        return f"left to torch: its layout is {_dtype(x.layout)}"  # type: ignore[arg-type]
-    if _dtype(x.dtype) not in door.DTYPES:
-        return f"left to torch: its dtype is {_dtype(x.dtype)}"
+        return f"left to torch: its layout is {dtype_name(x.layout)}"
+    if dtype_name(x.dtype) not in door.DTYPES:
+        return f"left to torch: its dtype is {dtype_name(x.dtype)}"
     if not 2 <= x.dim() <= 16:
         return f"left to torch: it has {x.dim()} dimensions"
     if x.numel() == 0:
@@ -302,7 +297,7 @@ def _explain_tensor(x: torch.Tensor) -> str:
     pixels = x.numel() // (channels * images)
     dims = (images * pixels, channels, 1) if order == "channels last" else (images, channels, pixels)
     copied = "copied to a contiguous one first" if order == "other" else order
-    return f"taken: {_dtype(x.dtype)}, {copied}, {dims[0]} x {dims[1]} x {dims[2]} (outer x channels x inner)"
+    return f"taken: {dtype_name(x.dtype)}, {copied}, {dims[0]} x {dims[1]} x {dims[2]} (outer x channels x inner)"
 
 
 def _explain_layer(layer: Any) -> str:
@@ -314,7 +309,7 @@ def _explain_layer(layer: Any) -> str:
         return f"{name}: unknown before its first call"
     if devices := {str(t.device) for t in tensors if t.device.type != "cpu"}:
         return f"{name}: left to torch: it lies on {' and '.join(sorted(devices))}"
-    dtypes = sorted({_dtype(t.dtype) for t in tensors})
+    dtypes = sorted({dtype_name(t.dtype) for t in tensors})
     if len(dtypes) > 1 or not set(dtypes) <= set(_door().DTYPES):
         return f"{name}: left to torch: its parameters are {' and '.join(dtypes)}"
     return f"{name}: taken" + (f", {dtypes[0]}" if dtypes else "")
