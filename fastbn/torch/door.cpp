@@ -553,7 +553,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
 void pass_on(const char* name, const char* overload, Slot* arguments, Slot* stack) {
     if (torch.torch_call_dispatcher(name, overload, arguments, VERSION) != 0) {
         const char* why = torch.torch_exception_get_what_without_backtrace == nullptr
-                              ? "torch's own batch norm failed; without fastbn.torch.enable() it says why"
+                              ? "PyTorch's own batch norm failed, and has written why to the standard error"
                               : torch.torch_exception_get_what_without_backtrace();
         throw std::runtime_error(why);
     }

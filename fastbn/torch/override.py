@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -63,14 +63,12 @@ def _use_up_the_warning() -> None:
     if _quiet:
         return
     library: Any = torch.library.Library  # it has no types
-    with warnings.catch_warnings():
+    # An operator that only torch's own tests call. Where there is none of this name, torch's warning is heard.
+    with warnings.catch_warnings(), suppress(Exception):
         warnings.simplefilter("ignore")
-        libraries = [library("fastbn_quiet", kind) for kind in ("DEF", "IMPL", "IMPL")]
-        libraries[0].define("nothing(Tensor x) -> Tensor")
-        for one in libraries[1:]:
-            one.impl("nothing", lambda x: x, "CPU")
-        for one in reversed(libraries):
-            one._destroy()
+        override = library("aten", "IMPL")
+        override.impl("_test_optional_intlist", lambda values, addends: values, "CPU")
+        override._destroy()
     _quiet = True
 
 
