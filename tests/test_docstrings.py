@@ -52,8 +52,14 @@ def test_text(file: str) -> None:
     for package in re.findall(r"^import (torch)$", "".join(blocks), re.MULTILINE):
         pytest.importorskip(package)
     names: dict[str, object] = {}  # a block may go on where the one before it ended
-    for block in blocks:
-        exec(block, names)  # noqa: S102  our own text
+    try:
+        for block in blocks:
+            exec(block, names)  # noqa: S102  our own text
+    finally:
+        if "torch" in names:
+            from fastbn.torch import disable
+
+            disable()
 
 
 def test_deploying_names_every_variable_and_no_other() -> None:

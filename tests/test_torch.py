@@ -269,6 +269,43 @@ def test_torchs_own_samples_have_torchs_results(dtype: Any) -> None:
     assert taken() > 50
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
+def test_torchs_own_inputs_of_layers_have_torchs_results(dtype: Any, training: bool) -> None:
+    pytest.importorskip("expecttest", reason="needs expecttest, as torch.testing does")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_modules import module_db
+
+    def called(inputs: Any, kind: Any, lazy: bool, wide: bool = False) -> list[Any]:
+        torch.manual_seed(0)
+        made = inputs.constructor_input
+        layer = kind(*made.args[lazy:], **{**made.kwargs, "device": "cpu", "dtype": dtype}).train(training)
+        args = [a.detach().clone().requires_grad_() for a in inputs.forward_input.args]
+        with torch.no_grad():
+            layer(*args)  # a lazy one learns how many channels there are
+        if wide:
+            layer, args = layer.double(), [a.detach().double().requires_grad_() for a in args]
+        y = layer(*args)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+        return [y.detach(), *(a.grad for a in args), *(p.grad for p in layer.parameters()), *(b for b in layer.buffers() if b.dim())]
+
+    names = {f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)}
+    infos = [info for info in module_db if info.module_cls.__name__ in names]
+    assert len(infos) == len(names)
+    for info, lazy in itertools.product(infos, (False, True)):
+        if lazy and "Instance" in info.name:
+            continue  # these take the wrong dimension for the channels of a single image
+        kind = getattr(torch.nn, f"Lazy{info.module_cls.__name__}") if lazy else info.module_cls
+        for inputs in info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training):
+            want, true = called(inputs, kind, lazy), called(inputs, kind, lazy, wide=True)
+            with fastbn.torch.enabled():
+                got = called(inputs, kind, lazy)
+            for a, b, c in zip(got, want, true, strict=True):
+                near(a, b, c, f"{kind} {inputs.constructor_input} {training}")
+    assert taken() > 50
+
+
 BAD = {
     "dtype": lambda x, o: native(x.int(), None, None, None, None, True, 0.1, 1e-5),
     "complex": lambda x, o: native(x + 0j, None, None, None, None, True, 0.1, 1e-5),
