@@ -596,6 +596,18 @@ def test_a_foreign_build_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         fastbn.torch.enable()
 
 
+def test_without_what_is_compiled_there_is_a_clear_error() -> None:
+    done = _python(
+        "import sys, fastbn.torch as t\n"
+        "t.disable(); sys.modules['fastbn.torch._door'] = None\n"
+        "try: t.enable()\n"
+        "except RuntimeError as e: print(e, t.is_enabled())\n"
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("fastbn.torch needs what fastbn compiles: ")
+    assert done.stdout.endswith(" False\n")
+
+
 def test_kernels_that_are_not_compiled_are_refused() -> None:
     with fastbn.use_kernel("reference"), pytest.raises(RuntimeError, match="needs fastbn's compiled kernels, but 'reference' would run"):
         fastbn.torch.enable()
