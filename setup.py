@@ -67,12 +67,13 @@ def find_compiler() -> list[str] | None:
     return None
 
 
-def extension(name: str, flags: list[str], sources: tuple[str, ...] = ()) -> Extension:
-    """One module under fastbn/kernels, rebuilt when any of the shared sources changes."""
-    shared = [str(path) for path in sorted(Path(KERNELS).rglob("*")) if path.suffix in {".pxi", ".pxd", ".hpp"}]
+def extension(name: str, flags: list[str], sources: tuple[str, ...] = (), folder: str = KERNELS) -> Extension:
+    """One module, rebuilt when any of the shared sources changes."""
+    folders = dict.fromkeys([KERNELS, folder])
+    shared = [str(path) for each in folders for path in sorted(Path(each).rglob("*")) if path.suffix in {".pxi", ".pxd", ".hpp"}]
     return Extension(
-        f"fastbn.kernels.{name}",
-        [f"{KERNELS}/{name}.pyx", *(f"{KERNELS}/{source}" for source in sources)],
+        f"{folder}/{name}".replace("/", "."),
+        [f"{folder}/{name}.pyx", *(f"{folder}/{source}" for source in sources)],
         depends=["setup.py", *shared],
         include_dirs=[KERNELS, numpy.get_include()],
         define_macros=[
@@ -142,7 +143,9 @@ def modules() -> list[Extension]:
         return []
     os.environ["CXX"] = shlex.join(compiler)
     common = [extension("_pool", [], ("pool.cpp",)), *(extension(name, []) for name in ("_cpu", "_plan", "_calls"))]
-    return common + [extension(name, flags) for name, flags in LEVELS.items()]
+    door = extension("_door", [], ("door.cpp", "stable.cpp"), "fastbn/torch")
+    door.extra_link_args.append("-ldl")
+    return [*common, door, *(extension(name, flags) for name, flags in LEVELS.items())]
 
 
 # What an sdist holds does not depend on what can be compiled here: see MANIFEST.in.

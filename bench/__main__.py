@@ -28,7 +28,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "python -m bench",
         description="Measure fastbn on the layers of real networks, beside a copy, NumPy and, where installed, PyTorch. "
         "Ctrl-C ends it early and writes what there is.",
-        epilog="More: python -m bench.situ, bench.busy, bench.growth, bench.roofline, bench.instructions, bench.same (each with --help).",
+        epilog="More: python -m bench.situ, bench.in_torch, bench.busy, bench.growth, bench.roofline, bench.instructions, bench.same "
+        "(each with --help).",
     )
     default, results = [name for name in NETWORKS if name not in UNUSUAL], "PATH; a file that is there is kept under another name"
     add = parser.add_argument

@@ -15,14 +15,17 @@ import pytest
 import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
-NUMBA = find_spec("numba") is not None
-NEEDS_NUMBA = ("fastbn.kernels.numba", "fastbn.kernels.numba_math")
+NEEDS = {"fastbn.kernels.numba": "numba", "fastbn.kernels.numba_math": "numba", "fastbn.torch": "torch"}
+
+
+def _can_be_imported(module: str) -> bool:
+    return all(find_spec(package) for name, package in NEEDS.items() if f"{module}.".startswith(f"{name}."))
 
 
 def _examples() -> Iterator[doctest.DocTest]:
     finder = doctest.DocTestFinder(exclude_empty=True)
     for found in pkgutil.walk_packages(fastbn.__path__, "fastbn."):
-        if NUMBA or found.name not in NEEDS_NUMBA:
+        if _can_be_imported(found.name):
             yield from finder.find(import_module(found.name))
 
 
@@ -42,13 +45,21 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md", "docs/pytorch.md"])
 def test_text(file: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
+    for package in re.findall(r"^import (torch)$", "".join(blocks), re.MULTILINE):
+        pytest.importorskip(package)
     names: dict[str, object] = {}  # a block may go on where the one before it ended
-    for block in blocks:
-        exec(block, names)  # noqa: S102  our own text
+    try:
+        for block in blocks:
+            exec(block, names)  # noqa: S102  our own text
+    finally:
+        if "torch" in names:
+            from fastbn.torch import disable
+
+            disable()
 
 
 def test_deploying_names_every_variable_and_no_other() -> None:

@@ -37,3 +37,18 @@ def test_train_digits_refuses_a_wrong_argument_before_it_trains(wrong, tmp_path)
     assert f"error: argument {wrong[0]}: " in ended.stderr.splitlines()[-1]
     assert ended.stdout == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_torch_resnet():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("torch", minversion="2.10")
+    command = [sys.executable, EXAMPLES / "torch_resnet.py", "--steps", "40"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+    found = dict(re.findall(r"^(torch|fastbn) .* accuracy (\d+\.\d) %$", printed, re.MULTILINE))
+    assert float(found["torch"]) > 60  # on another machine rounding takes another way
+    assert abs(float(found["torch"]) - float(found["fastbn"])) < 20
+    assert "forward, float32, contiguous" in printed
+    assert "left to torch" not in printed
+    folded = re.search(r"folded for inference: 9 of 9 batch norms; accuracy (\S+) % after (\S+) %", printed)
+    assert folded is not None
+    assert folded[1] == folded[2]

@@ -1,0 +1,144 @@
+"""Networks in PyTorch, from their papers, with random weights: what `bench.in_torch` trains.
+
+He et al. 2015 (residual networks), Sandler et al. 2018 (MobileNetV2), Huang et al. 2016 (DenseNet), Ronneberger et al.
+2015 (U-Net, here with batch norm). `width` divides all channels, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+def _convolution(
+    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = nn.ReLU
+) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, *([] if act is None else [act(inplace=True)]))  # type: ignore[call-arg]
+
+
+class _Residual(nn.Module):
+    """A sum of a body and a shortcut, and what follows it."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None, after: nn.Module):
+        super().__init__()
+        self.body, self.shortcut, self.after = body, shortcut or nn.Identity(), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.body(x) + self.shortcut(x))
+
+
+def _classifier(channels: int, classes: int = 1000) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+
+
+def _resnet(blocks: Sequence[int], bottleneck: bool, width: int) -> nn.Module:
+    expansion, channels = 4 if bottleneck else 1, 64 // width
+    layers: list[nn.Module] = [_convolution(3, channels, 7, 2), nn.MaxPool2d(3, 2, 1)]
+    for stage, count in enumerate(blocks):
+        inner = 64 * 2**stage // width
+        outer = inner * expansion
+        for block in range(count):
+            stride = 2 if stage and not block else 1
+            if bottleneck:
+                body = [_convolution(channels, inner), _convolution(inner, inner, 3, stride), _convolution(inner, outer, act=None)]
+            else:
+                body = [_convolution(channels, inner, 3, stride), _convolution(inner, outer, 3, act=None)]
+            shortcut = None if stride == 1 and channels == outer else _convolution(channels, outer, 1, stride, act=None)
+            layers.append(_Residual(nn.Sequential(*body), shortcut, nn.ReLU(inplace=True)))
+            channels = outer
+    return nn.Sequential(*layers, *_classifier(channels))
+
+
+def resnet18(width: int = 1) -> nn.Module:
+    """18 layers of two convolutions a block."""
+    return _resnet((2, 2, 2, 2), False, width)
+
+
+def resnet50(width: int = 1) -> nn.Module:
+    """50 layers of three convolutions a block."""
+    return _resnet((3, 4, 6, 3), True, width)
+
+
+def mobilenet_v2(width: int = 1) -> nn.Module:
+    """Inverted residuals with linear bottlenecks."""
+    channels = 32 // width
+    layers: list[nn.Module] = [_convolution(3, channels, 3, 2, act=nn.ReLU6)]
+    table = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+    for factor, outputs, count, first in table:
+        for block in range(count):
+            inner, outer, stride = channels * factor, outputs // width, 1 if block else first
+            body = [] if factor == 1 else [_convolution(channels, inner, act=nn.ReLU6)]
+            body += [_convolution(inner, inner, 3, stride, inner, act=nn.ReLU6), _convolution(inner, outer, act=None)]
+            whole = nn.Sequential(*body)
+            layers.append(_Residual(whole, None, nn.Identity()) if stride == 1 and channels == outer else whole)
+            channels = outer
+    return nn.Sequential(*layers, _convolution(channels, 1280 // width, act=nn.ReLU6), *_classifier(1280 // width))
+
+
+class _Dense(nn.Module):
+    """Append to the input what was made of it."""
+
+    def __init__(self, channels: int, growth: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, 4 * growth, 1, bias=False),
+            nn.BatchNorm2d(4 * growth), nn.ReLU(inplace=True), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.body(x)], 1)
+
+
+def densenet121(width: int = 1) -> nn.Module:
+    """Four blocks of densely connected layers."""
+    growth, channels = 32 // width, 64 // width
+    layers: list[nn.Module] = [_convolution(3, channels, 7, 2), nn.MaxPool2d(3, 2, 1)]
+    for i, count in enumerate((6, 12, 24, 16)):
+        if i:
+            layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels // 2, 1, bias=False), nn.AvgPool2d(2)]
+            channels //= 2
+        for _ in range(count):
+            layers.append(_Dense(channels, growth))
+            channels += growth
+    return nn.Sequential(*layers, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), *_classifier(channels))
+
+
+class _UNet(nn.Module):
+    def __init__(self, channels: Sequence[int]):
+        super().__init__()
+
+        def twice(inputs: int, outputs: int) -> nn.Module:
+            return nn.Sequential(_convolution(inputs, outputs, 3), _convolution(outputs, outputs, 3))
+
+        self.down = nn.ModuleList(twice(a, b) for a, b in pairwise((3, *channels)))
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(list(pairwise(channels))))
+        self.up = nn.ModuleList(twice(2 * a, a) for a in channels[-2::-1])
+        self.last = nn.Conv2d(channels[0], 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        for level, layer in enumerate(self.down):
+            x = layer(x if level == 0 else nn.functional.max_pool2d(x, 2))
+            seen.append(x)
+        seen.pop()
+        for grow, layer in zip(self.grow, self.up, strict=True):
+            x = layer(torch.cat([seen.pop(), grow(x)], 1))
+        return self.last(x)
+
+
+def unet(width: int = 1) -> nn.Module:
+    """Contract, expand, and join what was seen on the way."""
+    return _UNet([c // width for c in (32, 64, 128, 256)])
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet50": resnet50,
+    "mobilenet_v2": mobilenet_v2,
+    "densenet121": densenet121,
+    "unet": unet,
+}

@@ -1,0 +1,34 @@
+"""fastbn behind PyTorch's batch norm.
+
+``fastbn.torch.enable()`` puts fastbn's kernels where ATen's batch norm runs on the CPU: `nn.BatchNorm1d`, `2d`, `3d`,
+`nn.functional.batch_norm`, instance norm, and whatever else calls them. Models, state_dict, autograd and hooks stay
+torch's own. See docs/pytorch.md.
+"""
+
+try:
+    import torch as _torch
+except ImportError as error:
+    raise ImportError(f"fastbn.torch needs PyTorch (pip install 'fastbn[torch]'): {error}") from error
+
+from fastbn.torch.folding import Folded, fold
+from fastbn.torch.freezing import freeze, unfreeze
+from fastbn.torch.override import Report, disable, enable, enabled, explain, is_enabled, report
+from fastbn.torch.overview import Summary, summary
+
+__all__ = [
+    "Folded",
+    "Report",
+    "Summary",
+    "disable",
+    "enable",
+    "enabled",
+    "explain",
+    "fold",
+    "freeze",
+    "is_enabled",
+    "report",
+    "summary",
+    "unfreeze",
+]
+
+del _torch

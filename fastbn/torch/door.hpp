@@ -1,0 +1,54 @@
+// PyTorch's door to the kernels: what ATen's batch norm operators run on the CPU while fastbn is enabled. See door.cpp.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "call.hpp"
+
+namespace fastbn::torch {
+
+enum Operation : int { FORWARD, INFERENCE, BACKWARD, FROZEN_BACKWARD, OPERATIONS };
+
+// What becomes of a call: it is taken, or left to torch's own kernel for a reason.
+enum Answer : int {
+    TAKEN,
+    OFF,         // fastbn is disabled, and other threads may be on their way to its kernels
+    DEVICE,      // something does not lie in ordinary memory
+    DTYPE,       // of x
+    SHAPE,       // fewer than two dimensions, too many, or dy unlike x
+    EMPTY,
+    PARAMETERS,  // a dtype or a shape
+    ABSENT,      // something that the call needs
+    OVERLAP,     // running statistics that share memory with something else
+    EPS,         // not positive
+    RANGE,       // channels at the ends of the range
+    MEMORY,      // there is none, or torch refused a request
+    ANSWERS
+};
+
+enum Order : int { CONTIGUOUS, CHANNELS_LAST, OTHER };
+
+// How torch sees an order of memory; what has none of the two is copied to the first.
+Order order_of(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* strides) noexcept;
+
+struct Counts {
+    std::uint64_t taken[OPERATIONS][DTYPES][2];  // the last index: whether channels are last
+    std::uint64_t declined[OPERATIONS][ANSWERS];
+};
+Counts counts() noexcept;
+void reset_counts() noexcept;
+
+// Bring the kernels, once; an empty text, or the functions that torch lacks.
+std::string attach(const Kernels* kernels, void (*end_scratch)());
+
+// From here on ATen's operators come here; false if torch refused. May be repeated.
+bool start();
+
+// From here on they do what they did before. The registration is withdrawn where the caller knows that no other thread
+// can be on its way to the kernels: torch would call what is no more. Else calls are passed on.
+void stop(bool withdraw);
+
+bool is_on() noexcept;
+
+}  // namespace fastbn::torch

@@ -1,0 +1,222 @@
+"""Batch norm of inference, folded into the convolution or linear layer beside it: one multiplication less for each element."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fastbn.torch.freezing import stay_frozen
+from fastbn.torch.graph import Graph, is_batch_norm, norms, trace
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+
+
+class Folded(NamedTuple):
+    """What `fold` returns.
+
+    Attributes
+    ----------
+    model : Module
+        A copy, in which an `nn.Identity` stands for each batch norm that was folded.
+    folded : dict of str to str
+        Path of a batch norm -> path of the layer that took it.
+    left : dict of str to str
+        Path of a normalization layer that is still there -> why.
+    """
+
+    model: nn.Module
+    folded: dict[str, str]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        """A line for each layer."""
+        lines = [f"{path}: folded into {into}" for path, into in self.folded.items()]
+        return "\n".join(lines + [f"{path}: left, {why}" for path, why in self.left.items()]) or "no normalization layers"
+
+
+class Rows(nn.Identity):
+    """What stands for a batch norm that was folded into a linear layer, which is right for two dimensions alone."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as nn.Identity
+        """Return the input."""
+        if input.dim() != 2:
+            raise ValueError(f"a batch norm after a linear layer was folded for inputs of 2 dimensions, got {input.dim()}")
+        return input
+
+
+def _changed(layer: nn.Module) -> str:
+    """Why a layer is not what its class says, or nothing."""
+    hooks = [*layer._forward_hooks.values(), *(h for h in layer._forward_pre_hooks.values() if h is not stay_frozen)]
+    if hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return "has hooks"
+    if is_parametrized(layer):
+        return "is parametrized"
+    return ""
+
+
+def _features(layer: Any) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+
+
+def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True) -> tuple[str, str]:
+    """The layer that can take a batch norm, or why there is none.
+
+    Parameters
+    ----------
+    model : Module
+    graph : Graph
+        Of this model.
+    path : str
+        Of the batch norm.
+    inference : bool
+        Whether the layer must be in evaluation mode.
+
+    Returns
+    -------
+    into, why : str
+        One of them is empty.
+    """
+    layer: Any = model.get_submodule(path)
+    place = graph.places[path]
+    if not is_batch_norm(layer):
+        return "", "it normalizes each image by itself"
+    if layer.running_mean is None or layer.running_var is None:
+        return "", "it has no running statistics"
+    if nn.parameter.is_lazy(layer.running_mean):
+        return "", "it was never called"
+    if inference and layer.training and stay_frozen not in layer._forward_pre_hooks.values():
+        return "", "it is in training mode"
+    if place.calls == 0:
+        return "", "what calls it cannot be traced"
+    if place.calls > 1:
+        return "", "it is shared by several calls"
+    if graph.reads(path):
+        return "", "the model's code reads its tensors"
+    if why := _changed(layer):
+        return "", f"it {why}"
+    for other, backwards in ((place.before, False), (place.after, True)):
+        if not other:
+            continue
+        found = model.get_submodule(other)
+        if type(found) not in LAYERS:
+            continue
+        if why := _refuses(found, other, layer, graph, backwards, place.apart):
+            return "", why
+        return other, ""
+    return "", f"it stands between {place.before_is} and {place.after_is}"
+
+
+def _refuses(other: Any, path: str, layer: Any, graph: Graph, backwards: bool, apart: bool) -> str:
+    """Why the layer before a batch norm, or after it, cannot take it."""
+    kind = type(other).__name__
+    if graph.calls.get(path) != 1:
+        return f"the {kind} {'after' if backwards else 'before'} it is shared by several calls"
+    if graph.reads(path):
+        return f"the model's code reads the weights of the {kind} beside it"
+    if why := _changed(other):
+        return f"the {kind} beside it {why}"
+    if backwards:
+        if type(other) not in CONVOLUTIONS:
+            return f"it stands before a {kind}"
+        if other.padding_mode == "zeros" and other.padding != "valid" and any(other.padding):
+            return f"the {kind} after it pads what it returns with zeros"
+        return "" if other.in_channels == layer.num_features else f"the {kind} after it has another number of features"
+    if not apart:
+        return f"what the {kind} before it returns is read elsewhere, too"
+    return "" if _features(other) == layer.num_features else f"the {kind} before it has another number of features"
+
+
+def _scale_and_shift(layer: Any) -> tuple[Tensor, Tensor]:
+    scale = torch.rsqrt(layer.running_var.double() + layer.eps)
+    if layer.weight is not None:
+        scale = scale * layer.weight.double()
+    shift = -layer.running_mean.double() * scale
+    return scale, shift if layer.bias is None else shift + layer.bias.double()
+
+
+def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(value.to(like.dtype).contiguous(memory_format=_format(like)), like.requires_grad)
+
+
+def _format(like: Tensor) -> torch.memory_format:
+    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    last = known is not None and not like.is_contiguous() and like.is_contiguous(memory_format=known)
+    return known if last and known is not None else torch.contiguous_format
+
+
+def _take(layer: Any, other: Any, backwards: bool) -> None:
+    """Change the weights of a layer so that it does what a batch norm beside it does, too."""
+    scale, shift = _scale_and_shift(layer)
+    weight = other.weight.detach().double()
+    spatial = [1] * (weight.dim() - 2)
+    bias = torch.zeros(_features(other), dtype=torch.float64) if other.bias is None else other.bias.detach().double()
+    if backwards:
+        inputs = weight.shape[1]
+        scales = scale.reshape(other.groups, 1, inputs, *spatial)
+        shifts = shift.reshape(other.groups, 1, inputs, *spatial)
+        grouped = weight.reshape(other.groups, -1, *weight.shape[1:])
+        bias = bias + (grouped * shifts).flatten(2).sum(2).flatten()
+        weight = (grouped * scales).reshape(weight.shape)
+    elif isinstance(other, TRANSPOSED):
+        grouped = weight.reshape(other.groups, -1, *weight.shape[1:])
+        weight = (grouped * scale.reshape(other.groups, 1, -1, *spatial)).reshape(weight.shape)
+        bias = bias * scale + shift
+    else:
+        weight = weight * scale.reshape(-1, 1, *spatial)
+        bias = bias * scale + shift
+    other.weight, other.bias = _parameter(weight, other.weight), nn.Parameter(bias.to(other.weight.dtype), other.weight.requires_grad)
+
+
+def fold(model: nn.Module) -> Folded:
+    """Fold the batch norms of a model in evaluation mode into the convolutions and linear layers beside them.
+
+    The layer before a batch norm takes it; where that is none, a convolution after it that pads nothing. The model itself
+    stays as it is. What stands beside a batch norm is what torch.fx finds, in the parts of a model that it can trace.
+
+    Parameters
+    ----------
+    model : Module
+        In evaluation mode: `model.eval()`.
+
+    Returns
+    -------
+    Folded
+        A copy of the model, what was folded into what, and what was not, with the reason. Printed, it is a list.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.BatchNorm2d(8))
+    >>> print(fastbn.torch.fold(model.eval()))
+    1: folded into 0
+    3: left, it stands between ReLU and the output
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    twin = copy.deepcopy(model)
+    graph = trace(twin)
+    folded: dict[str, str] = {}
+    left: dict[str, str] = {}
+    for path, layer in list(norms(twin)):
+        into, why = target(twin, graph, path)
+        if not into:
+            left[path] = why
+            continue
+        other = twin.get_submodule(into)
+        with torch.no_grad():
+            _take(layer, other, backwards=into == graph.places[path].after)
+        parent, _, name = path.rpartition(".")
+        setattr(twin.get_submodule(parent), name, (Rows() if isinstance(other, nn.Linear) else nn.Identity()).train(layer.training))
+        folded[path] = into
+    return Folded(twin, folded, left)

@@ -1,0 +1,114 @@
+"""Batch norms that stay in evaluation mode, for fine-tuning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastbn.torch.graph import is_batch_norm, norms
+
+STATE = "_fastbn_frozen"  # of a frozen layer: whether weight and bias required gradients
+
+
+def stay_frozen(layer: nn.Module, inputs: Any) -> None:
+    """The hook of a frozen layer, before each call: `train()` has no effect."""
+    layer.training = False
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether `freeze` has frozen a layer."""
+    return stay_frozen in layer._forward_pre_hooks.values()
+
+
+def _layers(model: nn.Module) -> list[Any]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return [layer for _, layer in norms(model) if is_batch_norm(layer)]
+
+
+def freeze(model: nn.Module, *, parameters: bool = True) -> int:
+    """Keep the batch norms of a model in evaluation mode, whatever `model.train()` says.
+
+    For fine-tuning with small batches: running statistics do not move, and normalize. Layers stay what they are, with the
+    same parameters and names; copies and pickles of the model are frozen, too.
+
+    Parameters
+    ----------
+    model : Module
+    parameters : bool
+        Freeze weight and bias, too: they require no gradients.
+
+    Returns
+    -------
+    int
+        How many layers were frozen that were not.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+
+    See Also
+    --------
+    unfreeze
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    >>> fastbn.torch.freeze(model)
+    1
+    >>> _ = model.train()(torch.randn(5, 3))
+    >>> model[0].running_mean
+    tensor([0., 0., 0.])
+    """
+    count = 0
+    for layer in _layers(model):
+        if is_frozen(layer) or layer.running_mean is None:  # without statistics of its own it needs the batch's
+            continue
+        affine = [p for p in (layer.weight, layer.bias) if p is not None]
+        setattr(layer, STATE, [p.requires_grad for p in affine])
+        for p in affine if parameters else ():
+            p.requires_grad_(False)
+        layer.register_forward_pre_hook(stay_frozen)
+        layer.eval()
+        count += 1
+    return count
+
+
+def unfreeze(model: nn.Module) -> int:
+    """Undo `freeze`: batch norms follow `model.train()` again, and parameters require gradients as they did.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    int
+        How many layers were frozen.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    >>> fastbn.torch.freeze(model), fastbn.torch.unfreeze(model), model[0].training
+    (1, 1, True)
+    """
+    count = 0
+    for layer in _layers(model):
+        if not is_frozen(layer):
+            continue
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_frozen]:
+            del layer._forward_pre_hooks[key]
+        for p, required in zip([p for p in (layer.weight, layer.bias) if p is not None], layer.__dict__.pop(STATE), strict=True):
+            p.requires_grad_(required)
+        layer.train(model.training)
+        count += 1
+    return count

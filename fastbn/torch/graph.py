@@ -1,0 +1,132 @@
+"""What stands before and after the batch norms of a model, as torch.fx finds it.
+
+A model that cannot be traced as a whole is traced in parts: its children, theirs, and so on. Nothing is called but the
+model's own Python code, with stand-ins for tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+
+class Place(NamedTuple):
+    """Where a normalization layer stands.
+
+    Attributes
+    ----------
+    calls : int
+        How often it is called; 0 where nobody knows, because what calls it cannot be traced.
+    before, after : str
+        Path of the module before and after it, empty where that is no module or not the only one.
+    apart : bool
+        Whether nothing else reads what the module before it returns.
+    before_is, after_is : str
+        What they are called: a class, a function, "several", or "the input" and "the output".
+    """
+
+    calls: int = 0
+    before: str = ""
+    after: str = ""
+    apart: bool = False
+    before_is: str = "unknown"
+    after_is: str = "unknown"
+
+
+class Graph(NamedTuple):
+    """A part of a model that was traced.
+
+    Attributes
+    ----------
+    places : dict of str to Place
+        Of the normalization layers, by path.
+    calls : dict of str to int
+        How often each module is called.
+    read : set of str
+        Paths of the tensors that the model's code reads itself.
+    """
+
+    places: dict[str, Place]
+    calls: dict[str, int]
+    read: set[str]
+
+    def reads(self, path: str) -> bool:
+        """Whether the model's code reads tensors of a module."""
+        return any(tensor.startswith(f"{path}.") for tensor in self.read)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
+def norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every normalization layer with its path: batch norm and instance norm."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, _NormBase):
+            yield path, layer
+
+
+def is_batch_norm(layer: nn.Module) -> bool:
+    """Whether a layer is batch norm, and not instance norm."""
+    return isinstance(layer, _BatchNorm)
+
+
+def trace(model: nn.Module) -> Graph:
+    """Find the place of every normalization layer."""
+    whole = Graph({}, {}, set())
+    if isinstance(model, _NormBase):
+        whole.places[""] = Place(1, before_is="the input", after_is="the output")
+    _trace(model, "", whole)
+    return Graph({path: whole.places.get(path, Place()) for path, _ in norms(model)}, whole.calls, whole.read)
+
+
+def _trace(part: nn.Module, prefix: str, whole: Graph) -> None:
+    if not any(True for _ in norms(part)) or isinstance(part, _NormBase):
+        return
+    try:
+        graph = _Tracer().trace(part)
+    except Exception:  # the model's own code, which was not written for stand-ins, may raise anything
+        for name, child in part.named_children():
+            _trace(child, f"{prefix}{name}.", whole)
+        return
+    nodes = list(graph.nodes)
+    for node in nodes:
+        if node.op == "call_module":
+            path = prefix + str(node.target)
+            whole.calls[path] = whole.calls.get(path, 0) + 1
+        elif node.op == "get_attr":
+            whole.read.add(prefix + str(node.target))
+    for node in nodes:
+        if node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), _NormBase):
+            path = prefix + str(node.target)
+            whole.places[path] = _place(part, node, prefix, whole.calls[path])
+
+
+def _place(part: nn.Module, node: fx.Node, prefix: str, calls: int) -> Place:
+    sources, users = node.all_input_nodes, list(node.users)
+    before, before_is = _one(part, sources, prefix, "the input")
+    after, after_is = _one(part, users, prefix, "the output")
+    apart = len(sources) == 1 and len(sources[0].users) == 1
+    return Place(calls, before, after, apart, before_is, after_is)
+
+
+def _one(part: nn.Module, nodes: list[fx.Node], prefix: str, edge: str) -> tuple[str, str]:
+    """Path and name of what one node calls."""
+    if len(nodes) != 1:
+        return "", "several" if nodes else "nothing"
+    (node,) = nodes
+    if node.op == "call_module":
+        return prefix + str(node.target), type(part.get_submodule(str(node.target))).__name__
+    if node.op in {"placeholder", "output"}:
+        return "", edge
+    return "", str(getattr(node.target, "__name__", node.target))
+
+
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
+    """A dtype's name without its module's."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,143 @@
+"""The normalization layers of a model as a table."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fastbn.torch.folding import target
+from fastbn.torch.freezing import is_frozen
+from fastbn.torch.graph import norms, trace
+
+DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
+
+
+class Layer(NamedTuple):
+    """One normalization layer of a model.
+
+    Attributes
+    ----------
+    path : str
+        Its name in the model.
+    kind : str
+        Its class.
+    channels : int
+    eps : float
+    momentum : float or None
+        Weight of the new value; None is the cumulative average.
+    mode : str
+        "train", "eval" or "frozen".
+    variance : tuple of float, or None
+        The smallest and the largest running variance.
+    dead : int
+        Channels whose weight is nearly 0.
+    before, after : str
+        What torch.fx finds there: a class, a function, "several" or "unknown".
+    fold : str
+        What can take it in inference, or why nothing can.
+    """
+
+    path: str
+    kind: str
+    channels: int
+    eps: float
+    momentum: float | None
+    mode: str
+    variance: tuple[float, float] | None
+    dead: int
+    before: str
+    after: str
+    fold: str
+
+    def cells(self) -> tuple[str, ...]:
+        """Its line of the table."""
+        variance = "-" if self.variance is None else f"{self.variance[0]:.3g} to {self.variance[1]:.3g}"
+        momentum = "average" if self.momentum is None else f"{self.momentum:g}"
+        numbers = str(self.channels), f"{self.eps:g}", momentum, self.mode, variance, str(self.dead)
+        return self.path or "(the model)", self.kind, *numbers, self.before, self.after, self.fold
+
+
+class Summary(tuple[Layer, ...]):
+    """Layers of a model, in its order; printed, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """A table of columns, and what it counts in all."""
+        if not self:
+            return "the model has no normalization layers"
+        header = "path", "kind", "channels", "eps", "momentum", "mode", "running variance", "dead", "before", "after", "in inference"
+        rows = [header, *(layer.cells() for layer in self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        can = sum(layer.fold.startswith("folds") for layer in self)
+        return "\n".join([*lines, f"{len(self)} layers, {sum(layer.channels for layer in self)} channels, {can} can be folded"])
+
+
+def summary(model: nn.Module) -> Summary:
+    """List the normalization layers of a model: what they are, what they hold, and what could become of them in inference.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    Summary
+        A tuple of `Layer`. Printed, it is a table.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+
+    See Also
+    --------
+    fold : do in inference what the last column says.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+    >>> for layer in fastbn.torch.summary(model):
+    ...     print(layer.path, layer.kind, layer.channels, layer.mode, layer.before, layer.after, layer.fold, sep=", ")
+    1, BatchNorm2d, 8, train, Conv2d, ReLU, folds into 0
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    graph = trace(model)
+    found = []
+    for path, layer in norms(model):
+        into, why = target(model, graph, path, inference=False)
+        place = graph.places[path]
+        found.append(
+            Layer(
+                path, type(layer).__name__, layer.num_features, layer.eps, layer.momentum, _mode(layer), _variance(layer), _dead(layer),
+                place.before_is, place.after_is, f"folds into {into}" if into else why,
+            )
+        )  # fmt: skip
+    return Summary(found)
+
+
+def _mode(layer: Any) -> str:
+    return "frozen" if is_frozen(layer) else "train" if layer.training else "eval"
+
+
+def _known(vector: Any) -> bool:
+    return vector is not None and not nn.parameter.is_lazy(vector) and not vector.is_meta and vector.numel() > 0
+
+
+def _variance(layer: Any) -> tuple[float, float] | None:
+    if not _known(layer.running_var):
+        return None
+    low, high = torch.aminmax(layer.running_var.detach().double())
+    return float(low), float(high)
+
+
+def _dead(layer: Any) -> int:
+    if not _known(layer.weight):
+        return 0
+    size = layer.weight.detach().double().abs()
+    return int((size <= DEAD * size.max()).sum())

@@ -1,0 +1,52 @@
+"""What `bench.in_torch` trains and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+pytest.importorskip("rich")
+
+import fastbn.torch  # noqa: E402
+from bench import in_torch, torch_models  # noqa: E402
+from fastbn.dispatch import select  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
+
+
+@pytest.mark.parametrize(("name", "millions"), [("resnet18", 11.7), ("resnet50", 25.6), ("mobilenet_v2", 3.5), ("densenet121", 8.0)])
+def test_networks_have_the_parameters_of_their_papers(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        model = torch_models.MODELS[name](1)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+
+
+@pytest.mark.parametrize("name", torch_models.MODELS)
+def test_networks_train(name: str) -> None:
+    model = torch_models.MODELS[name](8)
+    y = model(torch.randn(2, 3, 64, 64))
+    y.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("more", [[], ["--eval"]], ids=["training", "eval"])
+def test_each_network_and_order_of_memory_has_a_line(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads, path = torch.get_num_threads(), tmp_path / "found.json"
+    few = ["--networks", "resnet18", "--width", "8", "--pixels", "32", "--batch", "4", "--threads", "1", "--turns", "1", "--steps", "1"]
+    try:
+        assert in_torch.main([*few, *more, "--json", str(path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert not fastbn.torch.is_enabled()
+    printed = capsys.readouterr().out
+    assert all(f"| resnet18 | {order} |" in printed for order in in_torch.FORMATS)
+    rows = json.loads(path.read_text())
+    assert [row["order"] for row in rows] == list(in_torch.FORMATS)
+    for row in rows:
+        assert row["declined"] == 0
+        assert row["shapes"]["torch"].keys() == row["shapes"]["fastbn"].keys()
+        assert any(shape.startswith("backward") for shape in row["shapes"]["torch"]) == (not more)

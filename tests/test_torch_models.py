@@ -1,0 +1,242 @@
+"""What fastbn says of a PyTorch model, and what it makes of one: summary, folding, freezing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+
+import fastbn.torch  # noqa: E402
+
+nn = torch.nn
+
+
+def lived(model: Any) -> Any:
+    """A model whose batch norms have seen something, in evaluation mode."""
+    torch.manual_seed(0)
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            with torch.no_grad():
+                for name, spread in (("weight", 1.0), ("bias", 1.0), ("running_mean", 1.0)):
+                    if getattr(layer, name) is not None:
+                        getattr(layer, name).normal_(0, spread)
+                if layer.running_var is not None:
+                    layer.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+FOLDED: dict[str, tuple[Callable[[], list[Any]], tuple[int, ...], dict[str, str]]] = {
+    "convolution": (lambda: [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()], (2, 3, 7, 8), {"1": "0"}),
+    "without bias": (lambda: [nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6, eps=0.1)], (2, 3, 7, 8), {"1": "0"}),
+    "groups": (lambda: [nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6)], (2, 4, 9), {"1": "0"}),
+    "three dimensions": (lambda: [nn.Conv3d(2, 4, 2, stride=2), nn.BatchNorm3d(4, affine=False)], (2, 2, 6, 4, 4), {"1": "0"}),
+    "transposed": (lambda: [nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), nn.BatchNorm2d(6)], (2, 4, 5, 5), {"1": "0"}),
+    "transposed, three": (lambda: [nn.ConvTranspose3d(4, 2, 2, bias=False), nn.BatchNorm3d(2)], (2, 4, 3, 3, 3), {"1": "0"}),
+    "linear": (lambda: [nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh()], (3, 5), {"1": "0"}),
+    "before a convolution": (lambda: [nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2)], (2, 4, 6, 6), {"0": "1"}),
+    "mirrored": (lambda: [nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], (2, 4, 6, 6), {"0": "1"}),
+    "both sides": (lambda: [nn.BatchNorm2d(3), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)], (2, 3, 6, 6), {"0": "1", "2": "1"}),
+    "synchronized": (lambda: [nn.Conv2d(3, 6, 3), nn.SyncBatchNorm(6)], (2, 3, 7, 8), {"1": "0"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_folded_model_computes_the_same(name: str, dtype: Any) -> None:
+    layers, shape, folded = FOLDED[name]
+    model = lived(nn.Sequential(*layers())).to(dtype)
+    x, before = torch.randn(shape, dtype=dtype), copy.deepcopy(model.state_dict())
+    want = model(x)
+    found = fastbn.torch.fold(model)
+    assert (found.folded, found.left) == (folded, {})
+    torch.testing.assert_close(found.model(x), want)
+    assert not any(isinstance(layer, nn.modules.batchnorm._NormBase) for layer in found.model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in found.model.parameters())
+    assert all(parameter.dtype == dtype for parameter in found.model.parameters())
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.bn = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.b(self.bn(self.a(x))))
+
+
+class Twice(Shared):
+    def forward(self, x: Any) -> Any:
+        x = self.a(x)
+        return self.bn(x) + x
+
+
+class SharedConvolution(Shared):
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.a(self.a(x)))
+
+
+class Reads(Shared):
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.a(x)) + self.a.weight.sum()
+
+
+class Untraceable(Shared):
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.a(x)) if x.sum() > 0 else x
+
+
+class Parts(nn.Module):
+    """One part can be traced, the whole cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.bn = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)
+
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.part(x)) if x.shape[0] > 0 and bool(x.sum() < 1e9) else x
+
+
+def hooked() -> Any:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+LEFT = {
+    "activation": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "2", "it stands between ReLU and the output"),
+    "padding": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)),
+        "0",
+        "the Conv2d after it pads what it returns with zeros",
+    ),
+    "before a transposed one": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ConvTranspose2d(3, 3, 3)),
+        "0",
+        "it stands before a ConvTranspose2d",
+    ),
+    "shared": (Shared, "bn", "it is shared by several calls"),
+    "read twice": (Twice, "bn", "what the Conv2d before it returns is read elsewhere, too"),
+    "shared convolution": (SharedConvolution, "bn", "the Conv2d before it is shared by several calls"),
+    "weights are read": (Reads, "bn", "the model's code reads the weights of the Conv2d beside it"),
+    "untraceable": (Untraceable, "bn", "what calls it cannot be traced"),
+    "hooks": (hooked, "1", "the Conv2d beside it has hooks"),
+    "instance norm": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.InstanceNorm2d(3, track_running_stats=True)),
+        "1",
+        "it normalizes each image by itself",
+    ),
+    "no statistics": (
+        lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)),
+        "1",
+        "it has no running statistics",
+    ),
+    "parametrized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
+        "1",
+        "it stands between ParametrizedConv2d and the output",
+    ),
+    "alone": (lambda: nn.BatchNorm2d(3), "", "it stands between the input and the output"),
+}
+
+
+@pytest.mark.parametrize(("make", "path", "why"), LEFT.values(), ids=LEFT.keys())
+def test_what_is_not_folded_has_a_reason(make: Callable[[], Any], path: str, why: str) -> None:
+    model, x = lived(make()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert (found.folded, found.left) == ({}, {path: why})
+    torch.testing.assert_close(found.model(x), model(x))
+    assert fastbn.torch.summary(model)[0].fold == why
+
+
+def test_a_model_in_training_mode_is_not_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+    assert fastbn.torch.fold(model).left == {"1": "it is in training mode"}
+    fastbn.torch.freeze(model)
+    assert fastbn.torch.fold(model.train()).folded == {"1": "0"}
+
+
+def test_parts_of_a_model_that_cannot_be_traced_are_folded() -> None:
+    model, x = lived(Parts()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert found.folded == {"part.1": "part.0"}
+    assert found.left == {"bn": "what calls it cannot be traced"}
+    torch.testing.assert_close(found.model(x), model(x))
+    assert str(found) == "part.1: folded into part.0\nbn: left, what calls it cannot be traced"
+
+
+def test_a_linear_layer_was_folded_for_two_dimensions_only() -> None:
+    """Batch norm takes the second of three dimensions for the channels, a linear layer the last one."""
+    model = lived(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    found = fastbn.torch.fold(model).model
+    torch.testing.assert_close(found(torch.ones(2, 4)), model(torch.ones(2, 4)))
+    with pytest.raises(ValueError, match="folded for inputs of 2 dimensions, got 3"):
+        found(torch.ones(2, 4, 4))
+
+
+def test_the_order_of_memory_of_weights_stays() -> None:
+    model = lived(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))).to(memory_format=torch.channels_last)
+    assert fastbn.torch.fold(model).model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_summary_lists_every_normalization_layer() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=None), nn.ReLU(), nn.InstanceNorm2d(4), nn.LazyBatchNorm2d(),
+    )  # fmt: skip
+    with torch.no_grad():
+        model[1].weight[1] = 0
+        model[1].running_var[2] = 7
+    fastbn.torch.freeze(model[1])
+    found = fastbn.torch.summary(model)
+    assert [(layer.path, layer.kind, layer.channels) for layer in found] == [
+        ("1", "BatchNorm2d", 4),
+        ("3", "InstanceNorm2d", 4),
+        ("4", "LazyBatchNorm2d", 0),
+    ]
+    first = found[0]
+    assert (first.eps, first.momentum, first.mode, first.variance, first.dead) == (1e-3, None, "frozen", (1.0, 7.0), 1)
+    assert (first.before, first.after, first.fold) == ("Conv2d", "ReLU", "folds into 0")
+    assert [layer.fold for layer in found[1:]] == ["it normalizes each image by itself", "it was never called"]
+    printed = str(found).splitlines()
+    assert printed[0].split()[:3] == ["path", "kind", "channels"]
+    assert printed[1].split()[:6] == ["1", "BatchNorm2d", "4", "0.001", "average", "frozen"]
+    assert printed[-1] == "3 layers, 8 channels, 1 can be folded"
+    assert str(fastbn.torch.summary(nn.ReLU())) == "the model has no normalization layers"
+
+
+def test_frozen_layers_stay_so_through_train_copies_and_pickles() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3, track_running_stats=False)))
+    assert fastbn.torch.freeze(model) == 2
+    assert fastbn.torch.freeze(model) == 0
+    state = copy.deepcopy(model.state_dict())
+    for frozen in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  our own
+        frozen.train()(torch.randn(5, 3) + 2)
+        assert all(torch.equal(value, state[name]) for name, value in frozen.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in frozen[0].parameters())
+        assert fastbn.torch.unfreeze(frozen) == 2
+        assert fastbn.torch.unfreeze(frozen) == 0
+        assert all(parameter.requires_grad for parameter in frozen[0].parameters())
+        frozen.train()(torch.randn(5, 3) + 2)
+        assert not torch.equal(frozen[0].running_mean, state["0.running_mean"])
+
+
+def test_parameters_of_frozen_layers_may_go_on_learning() -> None:
+    model = nn.BatchNorm2d(3)
+    model.bias.requires_grad_(False)
+    fastbn.torch.freeze(model, parameters=False)
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
+    model.train()(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert model.weight.grad is not None
+    fastbn.torch.unfreeze(model)
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
+
+
+@pytest.mark.parametrize("function", ["summary", "fold", "freeze", "unfreeze"])
+def test_what_is_no_module_is_refused(function: str) -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
+        getattr(fastbn.torch, function)(torch.ones(3))
