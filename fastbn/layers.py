@@ -521,18 +521,11 @@ class FrozenBatchNorm:
     ):
         self.activation = activation
         self._activation = checks.activation(activation)
-        given = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-        mean = checks.real("running_mean", running_mean)
-        if mean.ndim != 1:
-            raise ValueError(f"running_mean must have shape (C,), got {mean.shape}")
-        channels = mean.size, f"running_mean has {mean.size} channels"
-        wide = np.dtype(np.float64)
-        w, b = (None if given[name] is None else checks.vector(name, given[name], channels, wide).copy() for name in ("weight", "bias"))
-        m, v = (checks.vector(name, given[name], channels, wide).copy() for name in ("running_mean", "running_var"))
+        m, v, w, b = _vectors(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
         self.eps = checks.number("eps", eps, 0.0)
         self.layout, self.axis = layout, axis
         layouts.check(layout, axis)
-        self.num_features = mean.size
+        self.num_features = m.size
         self._folded = core.Folded(m, v, w, b, self.eps)
 
     @classmethod
@@ -598,7 +591,8 @@ class FrozenBatchNorm:
         >>> bn(np.array([[3.0]]))
         array([[7.]])
         """
-        return cls(moving_mean, moving_variance, gamma, beta, eps=epsilon, axis=axis, activation=activation)
+        vectors = _vectors(moving_mean=moving_mean, moving_variance=moving_variance, gamma=gamma, beta=beta)
+        return cls(*vectors, eps=checks.number("epsilon", epsilon, 0.0), axis=axis, activation=activation)
 
     @classmethod
     def from_onnx(
@@ -632,7 +626,8 @@ class FrozenBatchNorm:
         >>> bn(np.array([[3.0]]))
         array([[7.]])
         """
-        return cls(input_mean, input_var, scale, B, eps=epsilon, activation=activation)
+        vectors = _vectors(input_mean=input_mean, input_var=input_var, scale=scale, B=B)
+        return cls(*vectors, eps=checks.number("epsilon", epsilon, 0.0), activation=activation)
 
     @property
     def scale(self) -> Array:
@@ -678,6 +673,18 @@ class FrozenBatchNorm:
         r = None if residual is None else checks.same("residual", residual, array)
         target = checks.output(out, array, {"x": array, "residual": r})
         return self._folded.apply(Request(array, axis, dtype, view(array, axis), target, self._activation, r))
+
+
+def _vectors(**given: Any) -> tuple[Array, Array, Array | None, Array | None]:
+    """Check mean, variance, weight and bias, under the names that the caller knows; return copies in float64."""
+    (name, first), *_ = given.items()
+    mean = checks.real(name, first)
+    if mean.ndim != 1:
+        raise ValueError(f"{name} must have shape (C,), got {mean.shape}")
+    channels, wide = (mean.size, f"{name} has {mean.size} channels"), np.dtype(np.float64)
+    m, v = (checks.vector(name, a, channels, wide).copy() for name, a in list(given.items())[:2])
+    w, b = (None if a is None else checks.vector(name, a, channels, wide).copy() for name, a in list(given.items())[2:])
+    return m, v, w, b
 
 
 def _detached(module: Any, name: str) -> Any:

@@ -233,3 +233,19 @@ def test_far_out_slopes_are_0_or_1(dtype: str, size: float, activation: str) -> 
     np.testing.assert_allclose(y, [[-1 if activation == "tanh" else 0], [1 if bounded else x[1, 0]]], rtol=0, atol=1e-30)
     dx = fastbn.batch_norm_backward(np.ones_like(x), x, saved).dx
     np.testing.assert_allclose(np.asarray(dx), [[0], [0 if bounded else 1]], rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("shape", [(9, 16, 1), (35, 8, 1), (40, 3, 1), (3, 4, 9)], ids=str)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e-25), ("float32", 1e-39), ("float64", 1e-160), ("float64", 1e-300)])
+def test_a_variance_of_small_numbers_that_cancel(dtype: str, size: float, shape: tuple[int, ...]) -> None:
+    """Around their mean they add up to exactly zero, and their squares are too small a number: that is no constant channel."""
+    for seed in range(50):
+        units = rng(seed).integers(-3, 4, shape).astype(np.float64)
+        units[:, 0] = 1  # this one is
+        x = (units * size).astype(dtype)
+        varies = np.flatnonzero(units.var((0, 2)))
+        units = units[:, varies]
+        _, mean, var = reference.batch_norm_stats(units)
+        y = fastbn.batch_norm(x, None, None, training=True, eps=0.0)[:, varies]
+        within(y, reference.batch_norm(units, mean, var, eps=0.0), 1e-5 if dtype == "float32" else 1e-13)
+        assert fastbn.batch_norm_stats(x).var[0] == 0

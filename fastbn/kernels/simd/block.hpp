@@ -212,17 +212,19 @@ template <class T> struct Block {
     }
 
     // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or it is exactly zero,
-    // and so is another sum.
-    static constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25;
-    static bool in_range(double square, double other) {
-        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && other == 0));
+    // and so is another sum. Around a small shift that sum may be zero because tiny terms, whose squares are zero, cancel.
+    static constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25, small = sizeof(C) == 8 ? 1e-145 : 1e-14;
+    static bool in_range(double square, double other, double shift) {
+        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && other == 0 && std::fabs(shift) >= small));
     }
     // In all lanes.
-    static bool in_range(Block square, Block other) {
+    static bool in_range(Block square, Block other, Block shift) {
         auto kept = square.r[0] == square.r[0];
         FOR_REGISTERS {
             const R size = larger(-square.r[i], square.r[i]);
-            kept &= (size <= std::numeric_limits<C>::max()) & ((size >= (C)tiny) | ((size == 0) & (other.r[i] == 0)));
+            const R far = larger(-shift.r[i], shift.r[i]);
+            kept &= (size <= std::numeric_limits<C>::max())
+                & ((size >= (C)tiny) | ((size == 0) & (other.r[i] == 0) & (far >= (C)small)));
         }
         return !any(~kept);
     }

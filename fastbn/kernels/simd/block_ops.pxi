@@ -215,7 +215,9 @@ cdef inline bint find_nearer_shift(Job[Sum, T]* job, Py_ssize_t index, double n)
 
 cdef inline bint is_lost(Job[Sum, T]* job, Py_ssize_t index) noexcept nogil:
     """Whether the sums at an index left the range in which they keep their digits."""
-    return not Block[T].in_range(job.squares[index], job.sums[index] if Sum is Stats else 0)
+    if Sum is Stats:
+        return not Block[T].in_range(job.squares[index], job.sums[index], job.shifts[index])
+    return not Block[T].in_range(job.squares[index], 0, 1)
 
 
 cdef void sum_exactly(
@@ -223,10 +225,21 @@ cdef void sum_exactly(
 ) noexcept nogil:
     """Sum `runs` runs of n elements, `stride` apart, in double; store the sums at an index."""
     cdef Arrays[T] a = job.arrays()
+    cdef bint constant = Sum is Stats
     cdef Elements[T] e
     cdef double k = 0, g, d, sum = 0, square = 0
     cdef Py_ssize_t r, i
     if Sum is Stats:
+        k = Block[T].element(a.x + offset)
+        for r in range(runs):
+            for i in range(n):  # to the end: without a way out, several at once
+                constant &= Block[T].element(a.x + offset + r * stride + i) == k
+            if not constant:
+                break
+        if constant:
+            job.shifts[index], job.sums[index], job.squares[index] = k, 0, 0
+            return
+        k = 0
         for r in range(runs):
             for i in range(n):
                 k += Block[T].element(a.x + offset + r * stride + i)

@@ -124,7 +124,9 @@ cdef inline bint store_totals(
         if Sum is Stats:
             Block[T].get(k, j).put_double(job.shifts + index, n)
             kept = kept and Block[T].is_near(sum, square, allowance(count))
-        kept = kept and Block[T].in_range(square, sum if Sum is Stats else Block[T].constant(0))
+            kept = kept and Block[T].in_range(square, sum, Block[T].get(k, j))
+        else:
+            kept = kept and Block[T].in_range(square, Block[T].constant(0), Block[T].constant(1))
         index += n
         j += W
     while j < columns:

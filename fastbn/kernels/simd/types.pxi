@@ -44,9 +44,9 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         double shift_at(const T*, const Py_ssize_t*)
         @staticmethod
-        bint in_range(double, double)
+        bint in_range(double, double, double)
         @staticmethod
-        bint in_range(Block[T], Block[T])
+        bint in_range(Block[T], Block[T], Block[T])
         @staticmethod
         bint is_near(Block[T], Block[T], double)
         void put_double(double*, Py_ssize_t)
