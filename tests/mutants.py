@@ -40,9 +40,9 @@ MUTANTS = [
     # Those that survived once, in the words of today's code.
     Mutant("functional.py", '{"dy": dy, "x": r.x, "residual": r.residual}', '{"dy": dy, "x": r.x}', SURVIVORS),
     Mutant("functional.py", '{"dy": dy, "x": r.x, "residual": r.residual}', '{"x": r.x, "residual": r.residual}', SURVIVORS),
-    Mutant("core.py", "np.where(np.isfinite(high), mean - high, 0.0) + mean_lo", "mean - high + mean_lo", SURVIVORS),
+    Mutant("composed.py", "np.where(np.isfinite(high), mean - high, 0.0) + mean_lo", "mean - high + mean_lo", SURVIVORS),
     Mutant(
-        "core.py",
+        "composed.py",
         "memory.empty_like(x) if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx",
         "dx",
         "test_survivors.py -k 'numba and in_place'",
@@ -52,11 +52,11 @@ MUTANTS = [
     Mutant("cpu.py", '{"v4": LEVELS["v4"] | LEVELS["v3"]}.get(level, LEVELS[level])', "LEVELS[level]", SURVIVORS),
     Mutant(
         "layers.py",
-        'wide).copy() for name in ("running_mean", "running_var"))',
-        'wide) for name in ("running_mean", "running_var"))',
+        "wide).copy() for name, a in list(given.items())[:2])",
+        "wide) for name, a in list(given.items())[:2])",
         SURVIVORS,
     ),
-    Mutant("layers.py", 'wide).copy() for name in ("weight", "bias"))', 'wide) for name in ("weight", "bias"))', SURVIVORS),
+    Mutant("layers.py", "wide).copy() for name, a in list(given.items())[2:])", "wide) for name, a in list(given.items())[2:])", SURVIVORS),
     Mutant(
         "activations.py", 'self.name == "leaky_relu" and self.parameter > 0', 'self.name == "leaky_relu" and self.parameter >= 0', ERRORS
     ),
@@ -97,23 +97,33 @@ MUTANTS = [
     Mutant("functional.py", 'checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})', "pass", ERRORS),
     Mutant("functional.py", 'checks.apart({"out": target}, {"mask": r.mask} | used)', "pass", ERRORS),
     # Digits, and what is kept:
-    Mutant("core.py", "if mean_lo is not None:\n        g0 = g0 - mean_lo * g1", "if False:\n        pass", SURVIVORS),
-    Mutant("core.py", "sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy", "pass", "test_survivors.py test_numerics.py -k reference"),
-    Mutant("core.py", "shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)", "shift - mean_lo * scale", SURVIVORS),
+    Mutant("composed.py", "if mean_lo is not None:\n        g0 = g0 - mean_lo * g1", "if False:\n        pass", SURVIVORS),
+    Mutant("composed.py", "sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy", "pass", "test_survivors.py test_numerics.py -k reference"),
+    Mutant("composed.py", "shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)", "shift - mean_lo * scale", SURVIVORS),
     Mutant("core.py", '"x" in wanted or ("residual" in wanted and active) else None', '"x" in wanted else None', SURVIVORS),
     Mutant("core.py", "if compute not in self._parameters:", "if not self._parameters:", SURVIVORS),
     Mutant("core.py", "if self._plain is None or dispatch.pinned() is not None:", "if self._plain is None:", SURVIVORS),
-    Mutant("core.py", "if type(x) is not np.ndarray or dispatch.pinned() is not None:", "if type(x) is not np.ndarray:", SURVIVORS),
+    Mutant(
+        "core.py",
+        "None if type(x) is not np.ndarray or dispatch.pinned() is not None else",
+        "None if type(x) is not np.ndarray else",
+        SURVIVORS,
+    ),
     Mutant("core.py", "None if mean_lo is None else (mean_lo * saved.scale).astype(compute)", "None", SURVIVORS),
     Mutant("core.py", "            old[...] = moved", "            pass", "test_functional.py"),
     Mutant("core.py", "count = r.x.size // max(r.x.shape[r.axis], 1)", "count = r.x.size", SURVIVORS),
     Mutant("core.py", "return high, low.astype(dtype)\n\n\n@default_mode", "return high, None\n\n\n@default_mode", SURVIVORS),
     Mutant("core.py", "else r.mask.copy()", "else r.mask", SURVIVORS),
-    Mutant("core.py", "dy if r.out is None or not np.may_share_memory(r.out, dy) else _copy(dy)", "dy", SURVIVORS),
-    Mutant("core.py", "kept = _copy(r.residual) if keep and", "kept = r.residual if keep and", SURVIVORS),
-    Mutant("core.py", "values = x if counted is None else counted", "values = x", "test_functional.py test_extremes.py"),
-    Mutant("core.py", "part.epilogue(epilogue), part.in_units(counted))", "part.epilogue(epilogue), part.of(counted))", "test_extremes.py"),
-    Mutant("core.py", "part.from_units(momentum * own_var, 2)", "momentum * part.from_units(own_var, 2)", "test_extremes.py"),
+    Mutant("core.py", "dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)", "dy", SURVIVORS),
+    Mutant("core.py", "kept = copied(r.residual) if keep and", "kept = r.residual if keep and", SURVIVORS),
+    Mutant("composed.py", "values = x if counted is None else counted", "values = x", "test_functional.py test_extremes.py"),
+    Mutant(
+        "composed.py",
+        "part.epilogue(epilogue), part.in_units(counted))",
+        "part.epilogue(epilogue), part.of(counted))",
+        "test_extremes.py",
+    ),
+    Mutant("composed.py", "part.from_units(momentum * own_var, 2)", "momentum * part.from_units(own_var, 2)", "test_extremes.py"),
     Mutant("reference.py", "np.ascontiguousarray(np.moveaxis(a, axis, 0))", "np.moveaxis(a, axis, 0)", "test_reference.py"),
     Mutant("reference.py", ".astype(mean.dtype)), x", "), x", "test_reference.py"),
     Mutant("functional.py", "(infinite := np.isinf(saved.invstd)).any()", "(infinite := np.isnan(saved.invstd)).any()", SURVIVORS),
@@ -125,7 +135,7 @@ MUTANTS = [
     Mutant(
         "layers.py", 'if checks.switch("mode", mode) and (self.running_mean is None or self.running_var is None):', "if False:", SURVIVORS
     ),
-    Mutant("layers.py", "if self.affine and not self.frozen else ()", "if self.affine else ()", SURVIVORS),
+    Mutant("layers.py", "if self.affine and not self.frozen else (\"x\",)", "if self.affine else (\"x\",)", SURVIVORS),
     Mutant("layers.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
     Mutant("layers.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:
@@ -196,6 +206,7 @@ SLIPS = [
 ]  # fmt: skip
 RELATED = {
     "functional.py": "test_functional.py test_errors.py test_survivors.py test_layers.py",
+    "composed.py": "test_numerics.py test_extremes.py test_survivors.py test_kernels.py",
     "core.py": "test_functional.py test_survivors.py test_numerics.py test_activations.py",
     "layers.py": "test_layers.py test_errors.py test_survivors.py",
     "threads.py": "test_threads.py test_survivors.py -k 'not same_bits and not numba'",

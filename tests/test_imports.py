@@ -25,7 +25,7 @@ ORDER = (
     {"memory", "threads", "checks", "extremes"},
     {"results"},
     {"dispatch"},
-    {"introspection"},
+    {"introspection", "composed"},
     {"core"},
     {"functional"},
     {"layers"},

@@ -507,7 +507,7 @@ def test_disabled_compiler() -> None:
 
 
 def test_whole_calls() -> None:
-    """What `core.Composed` makes of the operations equals the reference."""
+    """What `composed.Composed` makes of the operations equals the reference."""
     dy: Any = X[::-1]
     with fastbn.use_kernel("numba"):
         assert isinstance(core.whole(dispatch.select("float32")), core.Composed)

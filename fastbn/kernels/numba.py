@@ -60,7 +60,7 @@ MANY_IMAGES = 16  # so many make columns of planes up to a number of bytes, and 
 SUMMED = 256, COLUMNS
 MAPPED = 64, 512
 
-KEEPS = True  # a backward keeps dy before a costly activation, for both loops to read: `core.Composed`
+KEEPS = True  # a backward keeps dy before a costly activation, for both loops to read: `composed.Composed`
 
 
 # ---- The loops ----

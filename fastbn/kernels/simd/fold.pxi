@@ -51,7 +51,7 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
 
 
 cdef inline double fold_channel(Job[Forward, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
-    """Scale and shift of one channel; `core.fold` is the same in NumPy. The result is the scale before it is rounded."""
+    """Scale and shift of one channel; `composed.fold` is the same in NumPy. The result is the scale before it is rounded."""
     cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
     cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)
     cdef double most = Block[T].largest()
@@ -91,7 +91,7 @@ cdef bint fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) no
 
 
 cdef void fold_gradient(Job[GradSums, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    """From the merged sums to the parameters of the map; `core.input_gradient` is the same in NumPy."""
+    """From the merged sums to the parameters of the map; `composed.input_gradient` is the same in NumPy."""
     cdef double low, invstd, g0, g1
     cdef Py_ssize_t c
     for c in range(first, last):
