@@ -13,6 +13,7 @@ except ImportError as error:
 from fastbn.torch.benchmark import Benchmark, benchmark
 from fastbn.torch.folding import Folded, fold
 from fastbn.torch.freezing import freeze, unfreeze
+from fastbn.torch.fused import batch_norm
 from fastbn.torch.override import Report, disable, enable, enabled, explain, is_enabled, report
 from fastbn.torch.overview import Summary, summary
 
@@ -21,6 +22,7 @@ __all__ = [
     "Folded",
     "Report",
     "Summary",
+    "batch_norm",
     "benchmark",
     "disable",
     "enable",

@@ -72,6 +72,14 @@ def _use_up_the_warning() -> None:
     _quiet = True
 
 
+def ready() -> Any:
+    """The compiled part, with its kernels."""
+    door = _door()
+    _check_version()
+    _attach(door)
+    return door
+
+
 def _switch(on: bool) -> None:
     """Make the door take calls, or leave them to torch."""
     if not on and "fastbn.torch._door" not in sys.modules:
@@ -82,8 +90,7 @@ def _switch(on: bool) -> None:
     if not on:
         door.stop(len(sys._current_frames()) == 1)
         return
-    _check_version()
-    _attach(door)
+    ready()
     _use_up_the_warning()
     if not door.start():
         raise RuntimeError(f"PyTorch {torch.__version__} did not let fastbn register its kernels")
