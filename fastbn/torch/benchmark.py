@@ -167,7 +167,7 @@ def _times(step: Callable[[], None], count: int) -> Iterator[float]:
 
 def _profiled(step: Callable[[], None]) -> float:
     """Milliseconds of batch norm in one step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
         for _ in range(PROFILED):
             step()
     return float(sum(event.cpu_time_total for event in found.key_averages() if event.key in OPERATORS)) / 1000 / PROFILED
