@@ -89,9 +89,9 @@ def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array
     return np.where(np.isinf(scale), scale, np.clip(scale, -most, most)).astype(dtype), shift.astype(dtype)
 
 
-def update_running(running: Array, batch: Array, momentum: float) -> None:
-    """Move running statistics towards the batch's: momentum is the weight of the new value."""
-    running[...] = (1.0 - momentum) * running.astype(np.float64) + momentum * batch
+def update_running(running: Array, weighed: Array, momentum: float) -> None:
+    """Move running statistics towards the batch's; these are weighed: times momentum, a number though they may be none."""
+    running[...] = (1.0 - momentum) * running.astype(np.float64) + weighed
 
 
 def deviation(var: Array, eps: float) -> Array:
@@ -144,37 +144,40 @@ class Composed:
     def forward(
         self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float | Array, running_mean: Array | None,
         running_var: Array | None, momentum: float, correction: int, compute: np.dtype[Any], threads: int,
-        epilogue: Epilogue | None = None,
+        epilogue: Epilogue | None = None, counted: Array | None = None,
     ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
         """Normalize with the batch's statistics; return the mean, what it rounds away, invstd, scale and shift.
 
-        The running statistics, in the type of the arithmetic or in float64, are moved last.
+        Where not all of x counts, `counted` is what does: (rows, channels, 1). The running statistics, in the type of the
+        arithmetic or in float64, are moved last.
         """
-        count = x.shape[0] * x.shape[2]
-        mean, mean_lo, m2 = self.stats(x, threads)
-        var = m2 / (count - correction)
+        values = x if counted is None else counted
+        count = values.shape[0] * values.shape[2]
+        mean, mean_lo, m2 = self.stats(values, threads)
+        weighed_mean, weighed_var = momentum * mean, momentum * (m2 / (count - correction))
         high, low = split(mean, mean_lo, compute)
         invstd = 1.0 / np.sqrt(m2 / count + eps)
         scale, shift = fold(low, invstd, weight, bias, compute)
         usual = extremes.are_usual(m2, m2 / count + eps, invstd if weight is None else invstd * weight, compute)
-        part = extremes.unusual(x, usual, eps)
-        again = None if part is None else (part, part.in_units(x), part.epilogue(epilogue))  # y may be x, or the residual
+        part = extremes.unusual(values, usual, eps)
+        # y may be x, or the residual
+        again = None if part is None else (part, part.in_units(x), part.epilogue(epilogue), part.in_units(counted))
         self.normalize(x, y, high, scale, shift, threads, epilogue)
         if again is not None:
-            part, rows, after = again
+            part, rows, after, own_counted = again
             c, own_mean, own_var = part.channels, np.zeros(len(part.channels)), np.zeros(len(part.channels))
             own_eps = part.from_units(np.broadcast_to(eps, c.shape), -2)
             own = own_mean, own_var, 1.0, correction
-            found = self.forward(rows, rows, part.of(weight), part.of(bias), own_eps, *own, compute, threads, after)
+            found = self.forward(rows, rows, part.of(weight), part.of(bias), own_eps, *own, compute, threads, after, own_counted)
             y[:, c] = rows
-            mean[c], var[c] = part.from_units(own_mean), part.from_units(own_var, 2)
+            weighed_mean[c], weighed_var[c] = part.from_units(momentum * own_mean), part.from_units(momentum * own_var, 2)
             for vector, v, power in zip((high, low, invstd, scale, shift), found, (1, 1, -1, -1, 0), strict=True):
                 vector[c] = part.from_units(v.astype(np.float64), power)
         found = high, low.astype(compute), invstd.astype(compute), scale, shift
         if running_mean is not None:
-            update_running(running_mean, mean, momentum)
+            update_running(running_mean, weighed_mean, momentum)
         if running_var is not None:
-            update_running(running_var, var, momentum)
+            update_running(running_var, weighed_var, momentum)
         return found
 
     @default_mode
@@ -240,9 +243,13 @@ def whole(kernel: dispatch.Kernel) -> Any:
     return module if hasattr(module, "forward") else composed
 
 
+def _kernel(dtype: DType, activation: Function) -> dispatch.Kernel:
+    return dispatch.select(dtype.storage, activation is not None and activation.custom)
+
+
 def _module(dtype: DType, activation: Function = None) -> Any:
     """What runs the whole calls on arrays of a dtype."""
-    return whole(dispatch.select(dtype.storage, activation is not None and activation.custom))
+    return whole(_kernel(dtype, activation))
 
 
 def doors(x: object) -> Any:
@@ -406,6 +413,7 @@ def forward(
     """Normalize x with its own statistics; return the output and, where it is to be kept, what the backward needs."""
     compute, x = r.dtype.compute, r.x
     y = _target(r)
+    vectors: tuple[Any, ...]
     if x.size == 0:
         zero = np.zeros(x.shape[r.axis], compute)
         vectors, count = (zero, None, zero.copy(), zero.copy(), zero.copy()), 0
@@ -421,12 +429,10 @@ def forward(
         count = x.size // x.shape[r.axis]
         vectors = module.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue)
     else:
-        # One pass over the positions that count, written to a scratch array: its output is not used.
         rows = _counted(x, r.axis, r.mask)
         count = len(rows)
-        high, low, invstd, _, _ = module.forward(rows, rows, None, None, eps, *new, compute, n, None)
-        vectors = high, low, invstd, *fold(low, invstd, weight, bias, compute)
-        module.normalize(_dense(x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
+        composed = Composed(_kernel(r.dtype, r.activation).module())
+        vectors = composed.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue, rows)
     saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
     y = _deliver(y, r.out)
     for old, moved in ((running.mean, mean), (running.var, var)):
@@ -454,7 +460,7 @@ def forward_with(
     if batch.count:
         for old, new in ((running.mean, batch.mean.astype(np.float64) + batch.mean_lo), (running.var, variance(batch, running.correction))):
             if old is not None:
-                update_running(old, new, running.momentum)  # nothing that can fail comes after it
+                update_running(old, running.momentum * new, running.momentum)  # nothing that can fail comes after it
     return y, saved
 
 

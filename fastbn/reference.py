@@ -9,8 +9,8 @@ user knows it, for any axis.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from math import erfc
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,27 @@ def _columns(v: Array) -> Array:
     return _wide(v)[:, None]
 
 
+def _sum(a: Array, axis: int = 1) -> Array:
+    """Sums over each channel, of numbers that lie side by side: these NumPy adds in pairs, and others one after the other."""
+    rows = np.ascontiguousarray(np.moveaxis(a, axis, 0))
+    return np.asarray(rows.reshape(len(rows), math.prod(rows.shape[1:])).sum(1))
+
+
 def _sigmoid(z: Array) -> Array:
     return np.asarray(np.exp(np.minimum(z, 0)) / (1 + np.exp(-np.abs(z))))
 
 
 def _normal(z: Array) -> Array:
     """The standard normal distribution function."""
-    return np.asarray(np.frompyfunc(lambda v: erfc(-v / 2**0.5) / 2, 1, 1)(z), np.float64)
+    return np.asarray(np.frompyfunc(lambda v: math.erfc(-v / 2**0.5) / 2, 1, 1)(z), np.float64)
 
 
 def _cubic(z: Array) -> Array:
     return np.asarray(2 * np.sqrt(2 / np.pi) * (z + 0.044715 * z**3))
+
+
+def _gelu_tanh_slope(z: Array) -> Array:
+    return np.asarray(_sigmoid(_cubic(z)) * (1 + z * _sigmoid(-_cubic(z)) * 2 * np.sqrt(2 / np.pi) * (1 + 0.134145 * z * z)))
 
 
 # The functions that may follow a normalization, of z and of a parameter, and their derivatives: as PyTorch defines them,
@@ -76,7 +86,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, f
     ),
     "gelu_tanh": (
         lambda z, _: z * _sigmoid(_cubic(z)),
-        lambda z, _: _sigmoid(_cubic(z)) * (1 + z * _sigmoid(-_cubic(z)) * 2 * np.sqrt(2 / np.pi) * (1 + 0.134145 * z * z)),
+        lambda z, _: _gelu_tanh_slope(np.clip(z, -100, 100)),  # beyond it is 0 or 1, and its factors may be no numbers
     ),
 }
 
@@ -104,7 +114,8 @@ def _begin(dy: Array, x: Array, mean: Array, epilogue: Any) -> tuple[Array, Arra
         z = (x - _columns(mean)) * _columns(epilogue.scale) + _columns(epilogue.shift)
         z = z if epilogue.residual is None else z + _wide(epilogue.residual)
     slope = ACTIVATIONS[activation.name][1](z, activation.parameter)
-    return np.where(slope == 0, 0, dy * slope), x
+    # Rounded as the mean of it will be, which is subtracted: from a single value, nothing may be left.
+    return _wide(np.where(slope == 0, 0, dy * slope).astype(mean.dtype)), x
 
 
 @np.errstate(all="ignore")
@@ -129,12 +140,12 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     Statistician 37 (1983): the mean of the deviations from the first mean is the correction `mean_lo`. Sums are of
     deviations from the first value, so that a constant channel has exactly no variance.
     """
-    x = _wide(x)
+    x, count = _wide(x), x.shape[0] * x.shape[2]
     first = np.where(np.isfinite(x[0, :, 0]), x[0, :, 0], 0.0)
-    mean = first + (x - first[:, None]).mean((0, 2))
+    mean = first + _sum(x - first[:, None]) / count
     deviation = x - mean[:, None]
-    mean_lo = deviation.mean((0, 2))
-    m2 = np.square(deviation - mean_lo[:, None]).sum((0, 2))
+    mean_lo = _sum(deviation) / count
+    m2 = _sum(np.square(deviation - mean_lo[:, None]))
     return mean, np.where(np.isfinite(mean_lo), mean_lo, 0.0), m2
 
 
@@ -173,7 +184,7 @@ def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any 
     sum_dy, sum_dy_xmu : ndarray of shape (channels,), float64
     """
     dz, x = _begin(dy, x, mean, epilogue)
-    return dz.sum((0, 2)), (dz * (x - _columns(mean))).sum((0, 2))
+    return _sum(dz), _sum(dz * (x - _columns(mean)))
 
 
 @np.errstate(all="ignore")
@@ -198,10 +209,9 @@ def grad_input(
         epilogue.dresidual[...] = dz.astype(dx.dtype)
 
 
-def _along(axis: int, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axes to reduce, and the shape of a vector of channels that broadcasts."""
-    axis %= ndim
-    return tuple(i for i in range(ndim) if i != axis), tuple(-1 if i == axis else 1 for i in range(ndim))
+def _along(axis: int, ndim: int) -> tuple[int, ...]:
+    """The shape of a vector of channels that broadcasts."""
+    return tuple(-1 if i == axis % ndim else 1 for i in range(ndim))
 
 
 def batch_norm_stats(x: Array, axis: int = 1, mask: Array | None = None) -> tuple[int, Array, Array]:
@@ -227,10 +237,10 @@ def batch_norm_stats(x: Array, axis: int = 1, mask: Array | None = None) -> tupl
     """
     rows = np.moveaxis(_wide(x), axis, -1)
     rows = rows.reshape(-1, rows.shape[-1]) if mask is None else rows[np.broadcast_to(mask, rows.shape[:-1])]
-    mean = rows.mean(0)
-    lost = (rows - mean).mean(0)  # by adding many values in sequence
+    mean = _sum(rows) / len(rows)
+    lost = _sum(rows - mean) / len(rows)  # by adding many values
     mean = mean + np.where(np.isfinite(lost), lost, 0.0)
-    return len(rows), mean, np.square(rows - mean).mean(0)
+    return len(rows), mean, _sum(np.square(rows - mean)) / len(rows)
 
 
 def batch_norm(
@@ -264,7 +274,7 @@ def batch_norm(
     array([[-1.],
            [ 1.]])
     """
-    _, column = _along(axis, x.ndim)
+    column = _along(axis, x.ndim)
     y = (_wide(x) - _wide(mean).reshape(column)) / np.sqrt(_wide(var).reshape(column) + eps)
     if weight is not None:
         y = y * _wide(weight).reshape(column)
@@ -310,17 +320,16 @@ def batch_norm_backward(
     -----
     Ioffe and Szegedy 2015, section 3, with the three terms of dx gathered.
     """
-    reduced, column = _along(axis, x.ndim)
+    column = _along(axis, x.ndim)
     invstd = 1.0 / np.sqrt(_wide(var) + eps)
     scale = invstd if weight is None else invstd * _wide(weight)
     dy = _wide(dy)
     x_hat = (_wide(x) - _wide(mean).reshape(column)) * invstd.reshape(column)
     counted = np.ones(x.shape) if mask is None else np.expand_dims(np.broadcast_to(mask, np.moveaxis(x, axis, -1).shape[:-1]), axis)
     counted = np.broadcast_to(counted, x.shape).astype(np.float64)
-    dbias = (dy * counted).sum(reduced)
-    dweight = (dy * x_hat * counted).sum(reduced)
+    dbias, dweight = _sum(dy * counted, axis), _sum(dy * x_hat * counted, axis)
     dx = dy
     if training:
-        count = counted.sum(reduced).reshape(column)
+        count = _sum(counted, axis).reshape(column)
         dx = dy - counted * (dbias.reshape(column) + x_hat * dweight.reshape(column)) / count
     return dx * scale.reshape(column), dweight, dbias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -478,27 +478,23 @@ class Saved:
     activation: Function
     residual: Array | None
     has_residual: bool
+    made: ClassVar[tuple[Any, ...] | None] = None  # what a plain call has made; None where the fields are from elsewhere
 
     @classmethod
     def of(cls, made: tuple[Any, ...]) -> Saved:
         """One from what a plain call has made. It is taken apart when it is looked at, which takes longer than a small call."""
         saved = object.__new__(cls)
-        saved.__dict__["_made"] = made
+        saved.__dict__["made"] = made
         return saved
 
     def __getattr__(self, name: str) -> Any:
-        made = self.__dict__.get("_made")
+        made = self.made
         if made is None or name not in self.__dataclass_fields__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         if name in _OTHERS:
             return made[1 + _OTHERS.index(name)]
         self.__dict__.update(zip(_VECTORS, made[0], strict=True), mask=None)
         return self.__dict__[name]
-
-    @property
-    def made(self) -> tuple[Any, ...] | None:
-        """What a plain call has made, or None where the fields are from elsewhere."""
-        return self.__dict__.get("_made")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -6,6 +6,7 @@ them, which holds no compiled kernels. So the checkout, where `bench` lies too, 
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -60,14 +61,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A dtype that a kernel does not take makes no test of that kernel; `test_dispatch` holds which it must take."""
+    """A dtype that a kernel does not take makes no test of that kernel; `test_dispatch` holds which it must take.
 
-    def declined(item: pytest.Item) -> bool:
+    Nor do parameters for which a function says no that a test is marked with: ``@pytest.mark.only(lambda kernel, dtype: ...)``.
+    """
+
+    def is_one(item: pytest.Item) -> bool:
         given = item.callspec.params if hasattr(item, "callspec") else {}
         kernel, dtype = given.get("kernel"), given.get("dtype")
-        return isinstance(kernel, Kernel) and isinstance(dtype, str) and kernel.declines(dtype) is not None
+        if isinstance(kernel, Kernel) and isinstance(dtype, str) and kernel.declines(dtype) is not None:
+            return False
+        wanted = [mark.args[0] for mark in item.iter_markers("only")]
+        return all(want(**{name: given[name] for name in inspect.signature(want).parameters}) for want in wanted)
 
-    items[:] = [item for item in items if not declined(item)]
+    items[:] = [item for item in items if is_one(item)]
 
 
 @pytest.hookimpl(trylast=True)

@@ -107,10 +107,16 @@ MUTANTS = [
     Mutant("core.py", "None if mean_lo is None else (mean_lo * saved.scale).astype(compute)", "None", SURVIVORS),
     Mutant("core.py", "            old[...] = moved", "            pass", "test_functional.py"),
     Mutant("core.py", "count = r.x.size // max(r.x.shape[r.axis], 1)", "count = r.x.size", SURVIVORS),
-    Mutant("core.py", "return high, low.astype(dtype)\n\n\n@np.errstate", "return high, None\n\n\n@np.errstate", SURVIVORS),
+    Mutant("core.py", "return high, low.astype(dtype)\n\n\n@default_mode", "return high, None\n\n\n@default_mode", SURVIVORS),
     Mutant("core.py", "else r.mask.copy()", "else r.mask", SURVIVORS),
     Mutant("core.py", "dy if r.out is None or not np.may_share_memory(r.out, dy) else _copy(dy)", "dy", SURVIVORS),
     Mutant("core.py", "kept = _copy(r.residual) if keep and", "kept = r.residual if keep and", SURVIVORS),
+    Mutant("core.py", "values = x if counted is None else counted", "values = x", "test_functional.py test_extremes.py"),
+    Mutant("core.py", "part.epilogue(epilogue), part.in_units(counted))", "part.epilogue(epilogue), part.of(counted))", "test_extremes.py"),
+    Mutant("core.py", "part.from_units(momentum * own_var, 2)", "momentum * part.from_units(own_var, 2)", "test_extremes.py"),
+    Mutant("reference.py", "np.ascontiguousarray(np.moveaxis(a, axis, 0))", "np.moveaxis(a, axis, 0)", "test_reference.py"),
+    Mutant("reference.py", ".astype(mean.dtype)), x", "), x", "test_reference.py"),
+    Mutant("functional.py", "(infinite := np.isinf(saved.invstd)).any()", "(infinite := np.isnan(saved.invstd)).any()", SURVIVORS),
     Mutant("results.py", "base = halves[shares.argmax()]", "base = 0 * halves[0]", STATS),
     Mutant("results.py", "offsets = (halves - base) + halves_lo", "offsets = halves - base", STATS),
     Mutant("results.py", "return rounded(count, 2.0 * mean, 2.0 * mean_lo,", "return rounded(count, 2.0 * mean, 0.0 * mean_lo,", STATS),
@@ -135,10 +141,12 @@ MUTANTS = [
 ]
 # Each means a rebuild. The tests that kill them belong to the kernels' own files.
 NATIVE = [
-    Mutant("kernels/simd/plain.pxi", "if overlaps(y, x) or", "if", "test_errors.py test_survivors.py"),
-    Mutant("kernels/simd/plain.pxi", "or (other is not None and overlaps(y, other)):", ":", "test_errors.py test_survivors.py"),
+    *(
+        Mutant("kernels/plain.pxi", f"and is_apart_or_all(out, {name})", "", "test_errors.py test_survivors.py")
+        for name in ("x", "other", "residual")
+    ),
     Mutant("kernels/simd/block.hpp", "(z.r[i] >= 6)", "(z.r[i] > 6)", "test_activations.py"),
-    Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", "test_pool.py"),
+    Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", SURVIVORS),
 ]
 
 

@@ -63,16 +63,18 @@ def _away_from_kinks(p: Problem, activation: Any, residual: Array | None, traini
     return ~np.logical_or.reduce(near) if near else np.ones(z.shape, bool)
 
 
-def _compiled_enough(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
-    """Skip what Numba would compile for seconds; `test_special_values` and `test_accuracy...` run all of its functions."""
-    if kernel.name == "numba" and activation not in (None, "relu", "gelu") and (dtype, activation) != ("float32", ("leaky_relu", 0.2)):
-        pytest.skip("numba: relu, leaky_relu and gelu stand for all where functions are compiled into the loops")
+# What Numba would compile for seconds: a few stand for all. `test_special_values` and `test_accuracy...` run all of its functions.
+few_for_numba = pytest.mark.only(
+    lambda kernel, dtype, activation: (
+        kernel.name != "numba" or activation in (None, "relu", "gelu") or (dtype, activation) == ("float32", ("leaky_relu", 0.2))
+    )
+)
 
 
+@few_for_numba
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", [None, *ALL], ids=str)
 def test_forward(kernel: Kernel, dtype: np.dtype[Any], activation: Any, shape: str) -> None:
-    _compiled_enough(kernel, dtype, activation)
     p = problem(SHAPES[shape], dtype, _axis(shape))
     residual = rng(1).standard_normal(p.x.shape).astype(dtype)
     for r in (None, residual):
@@ -87,10 +89,10 @@ def test_forward(kernel: Kernel, dtype: np.dtype[Any], activation: Any, shape: s
             within(y, truth, _bound(truth, dtype, activation or "relu"))
 
 
+@few_for_numba
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("activation", [None, *ALL], ids=str)
 def test_backward(kernel: Kernel, dtype: np.dtype[Any], activation: Any, shape: str) -> None:
-    _compiled_enough(kernel, dtype, activation)
     p = problem(SHAPES[shape], dtype, _axis(shape))
     residual = rng(1).standard_normal(p.x.shape).astype(dtype)
     places = {2: 1, 4: 0, 8: 0}[dtype.itemsize] * (1 if activation in (None, *KINKED) else 2)
@@ -259,12 +261,11 @@ SLOPES = {
 }
 
 
+@pytest.mark.only(lambda kernel, dtype, axis: kernel.name != "numba" or (axis, dtype) == (1, "float32"))
 @pytest.mark.parametrize("activation", SLOPES, ids=str)
 @pytest.mark.parametrize("axis", [1, 2])
 def test_derivatives_at_kinks_and_elsewhere(kernel: Kernel, dtype: np.dtype[Any], activation: Any, axis: int) -> None:
     """In the map and in the sums; with a residual of zeros too, which takes another way through the kernels."""
-    if kernel.name == "numba" and (axis, dtype) != (1, "float32"):
-        pytest.skip("numba: one loop stands for all where functions are compiled into the loops")
     z, slope = (np.array(list(values), np.float64) for values in (SLOPES[activation], SLOPES[activation].values()))
     x = np.moveaxis(np.broadcast_to(z, (2, 3, len(z))), 1, axis).astype(dtype).copy()
     compute = np.float64 if dtype == np.float64 else np.float32
@@ -282,11 +283,12 @@ def test_derivatives_at_kinks_and_elsewhere(kernel: Kernel, dtype: np.dtype[Any]
         np.testing.assert_allclose(got.dweight, np.full(3, 2 * (exact * z).sum()), rtol=4 * np.finfo(compute).eps)
 
 
+@pytest.mark.only(  # Numba: one dtype for each
+    lambda kernel, dtype, activation: kernel.name != "numba" or activation not in NAMES or (dtype == "float32") != lookup(activation).costly
+)
 @pytest.mark.parametrize("activation", [None, *ALL], ids=str)
 def test_gradients_have_the_same_bits_in_place(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
     """`out` may be dy or x, in training and frozen, with a mask or without."""
-    if kernel.name == "numba" and activation in NAMES and (dtype == "float32") == lookup(activation).costly:
-        pytest.skip("numba: one dtype each, because functions are compiled into the loops")
     p = problem((2, 4, 3, 5), dtype)
     mask = rng(3).random((2, 3, 5)) < 0.6
     for training, positions in ((True, None), (False, None), (True, mask)):

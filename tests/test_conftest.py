@@ -14,11 +14,11 @@ import fastbn
 SKIPS = "import pytest\n\n\n@pytest.mark.parametrize('n', range(3))\ndef test_n(n):\n    if n:\n        pytest.skip('no n')\n"
 
 
-def _pytest(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def _pytest(folder: Path, *options: str, text: str = SKIPS) -> subprocess.CompletedProcess[str]:
     tests = folder / "tests"
     tests.mkdir()
     shutil.copy(Path(__file__).with_name("conftest.py"), tests)
-    (tests / "test_n.py").write_text(SKIPS)
+    (tests / "test_n.py").write_text(text)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
@@ -41,3 +41,10 @@ def test_a_missing_kernel_stops_the_run(tmp_path: Path, names: str, status: int)
 def test_the_header_says_what_is_tested(tmp_path: Path) -> None:
     place = Path(fastbn.__file__).resolve().parents[1]
     assert f"fastbn {fastbn.__version__} from {place}: " in _pytest(tmp_path).stdout.replace("\n", "")
+
+
+def test_parameters_that_are_not_wanted_make_no_test(tmp_path: Path) -> None:
+    text = "import pytest\n@pytest.mark.only(lambda n: n > 1)\n@pytest.mark.parametrize('n', range(3))\ndef test_n(n):\n    assert n > 1\n"
+    done = _pytest(tmp_path, "-o", "markers=only(function)", text=text)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed" in done.stdout.splitlines()[-1]

@@ -193,3 +193,43 @@ def test_the_bits_do_not_depend_on_threads_and_places(dtype: str, size: float, s
         plain, _ = fastbn.batch_norm_forward(ordinary, eps=0.0, activation=activation, residual=added)
         same_bits(np.ascontiguousarray(results[0][0][:, others]), np.ascontiguousarray(np.asarray(plain, np.float64)[:, others]))
         within(results[0][0][:, 1], np.asarray(plain, np.float64)[:, 1], {"float64": 1e-13, "float32": 1e-5, "bfloat16": 0.05}[dtype])
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(("dtype", "size"), [*CASES, ("float32", 1e-39), ("bfloat16", 5e37), ("bfloat16", 1e-39)])
+def test_a_mask(dtype: str, size: float, layout: str) -> None:
+    """What counts are the ordinary statistics of the rest; what does not is normalized with these."""
+    if dtype == "bfloat16" and any(k.name == fastbn.dispatch.pinned() and k.declines(dtype) for k in KERNELS.values()):
+        return
+    storage: Any = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    axis = 1 if layout == "NCHW" else 3
+    x, _, _, units = _data(storage, size, layout)
+    mask = rng(4).random((8, 5, 4)) < 0.7
+    residual = rng(2).standard_normal(x.shape).astype(storage)
+    weight, bias = np.array([0.5, 2, -3]), np.array([1, -1, 0.5])
+    y, saved = fastbn.batch_norm_forward(x, weight, bias, eps=0.0, layout=layout, mask=mask, residual=residual, activation="relu")
+    count, mean, var = reference.batch_norm_stats(units, axis, mask)
+    assert saved.count == count
+    z = reference.batch_norm(units, mean, var, weight, bias, 0.0, axis) + residual
+    within(y, np.maximum(z, 0), {"float64": 5e-14, "float32": 5e-6}.get(dtype, 0.05))
+
+
+@pytest.mark.parametrize("mask", [None, np.ones(400, bool)], ids=["all", "masked"])
+@pytest.mark.parametrize(("momentum", "truth"), [(1e-3, 1e307), (1.0, np.inf), (0.0, 0.0)])
+def test_a_running_variance_that_is_a_number_though_that_of_the_batch_is_none(momentum: float, truth: float, mask: Array | None) -> None:
+    x = np.resize([1.0, -1.0], (2, 400)).T * [1, 1e155]
+    running = np.zeros(2), np.full(2, 2.0)
+    fastbn.batch_norm(x, *running, training=True, momentum=momentum, correction=0, mask=mask)
+    np.testing.assert_allclose(running[0], 0, atol=1e140)
+    np.testing.assert_allclose(running[1], [2 - momentum, truth + 2 * (1 - momentum)], rtol=1e-14)
+
+
+@pytest.mark.parametrize("activation", ["hardswish", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh"])
+@pytest.mark.parametrize(("dtype", "size"), [("float64", 1e160), ("float32", 1e30)])
+def test_far_out_slopes_are_0_or_1(dtype: str, size: float, activation: str) -> None:
+    x, zero, one = np.array([[-size], [size]], dtype), np.zeros(1), np.ones(1)
+    y, saved = fastbn.batch_norm_forward(x, None, None, zero, one, training=False, eps=0.0, activation=activation)
+    bounded = activation in ("sigmoid", "tanh")
+    np.testing.assert_allclose(y, [[-1 if activation == "tanh" else 0], [1 if bounded else x[1, 0]]], rtol=0, atol=1e-30)
+    dx = fastbn.batch_norm_backward(np.ones_like(x), x, saved).dx
+    np.testing.assert_allclose(np.asarray(dx), [[0], [0 if bounded else 1]], rtol=0, atol=1e-30)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from truth import SHAPES, axis_of, columns, problem, rng
 
+import fastbn
 from fastbn import reference
 from fastbn.layout import Array
 
@@ -49,6 +51,29 @@ def test_gradients_are_slopes(layout: str, training: bool, masked: bool) -> None
     np.testing.assert_allclose(dx, _slope(lambda v: _loss(v, weight, bias, *settings), x), **FINITE_DIFFERENCE)
     np.testing.assert_allclose(dweight, _slope(lambda v: _loss(x, v, bias, *settings), weight), **FINITE_DIFFERENCE)
     np.testing.assert_allclose(dbias, _slope(lambda v: _loss(x, weight, v, *settings), bias), **FINITE_DIFFERENCE)
+
+
+def test_digits_of_sums_over_many_rows() -> None:
+    """NumPy adds the rows of an array one to the other, which loses more digits than adding in pairs."""
+    x, dy = (np.exp(1.5 * rng(seed).standard_normal((30_000, 3))) for seed in (0, 1))
+    exact = np.array([math.fsum(v) for v in dy.T])
+    for sums in (reference.grad_sums(dy[:, :, None], x[:, :, None], np.zeros(3))[0], reference.batch_norm_backward(dy, x, *x[:2])[2]):
+        np.testing.assert_allclose(sums, exact, rtol=1e-15)
+    mean = np.array([math.fsum(v) for v in x.T]) / len(x)
+    var = np.array([math.fsum(v) for v in np.square(x - mean).T]) / len(x)
+    _, *both = reference.batch_norm_stats(x)
+    op_mean, _, m2 = reference.stats(x[:, :, None])
+    for found, truth in zip((*both, op_mean, m2 / len(x)), (mean, var) * 2, strict=True):
+        np.testing.assert_allclose(found, truth, rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_one_value_per_channel_has_no_gradient_however_large_the_scale(dtype: str) -> None:
+    """As in every kernel, what is subtracted from the gradient is exactly the gradient that was rounded."""
+    x = np.arange(1, 8, dtype=dtype).reshape(1, 7)
+    with fastbn.use_kernel("reference"):
+        _, saved = fastbn.batch_norm_forward(x, eps=1e-30, activation=("leaky_relu", 0.1), correction=0)
+        np.testing.assert_array_equal(np.asarray(fastbn.batch_norm_backward(x, x, saved).dx), 0)
 
 
 @pytest.mark.parametrize("layout", SHAPES)

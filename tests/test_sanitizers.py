@@ -154,13 +154,13 @@ def clean(environment: dict[str, str], *arguments: str) -> None:
 
 def test_every_kernel_of_this_machine_is_built_with_sanitizers(sanitized: dict[str, str]) -> None:
     script = (
-        "import fastbn, fastbn.kernels._pool, fastbn.kernels._cpu\n"
+        "import fastbn.kernels._pool, fastbn.kernels._cpu, fastbn.kernels._plan, fastbn.kernels._calls\n"
         "from fastbn.dispatch import TABLE\n"
         "usable = [k.name for k in TABLE if k.level is not None and not k.unusable()]\n"
         f"assert usable == {KERNELS!r}, usable\n"
         "import sys\n"
         "files = [m.__file__ for name, m in sys.modules.items() if name.startswith('fastbn.kernels._') and m.__file__.endswith('.so')]\n"
-        "assert len(files) == len(usable) + 2, files\n"
+        "assert len(files) == len(usable) + 4, files\n"
         "assert all(b'__asan_report_load' in open(f, 'rb').read() for f in files), files\n"
         "print('done')\n"
     )

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -373,6 +376,41 @@ def test_a_slope_that_cannot_be_undone_is_refused(slope: float) -> None:
         fastbn.batch_norm_backward(x, y, saved, from_output=True)
 
 
+@pinned
+@pytest.mark.parametrize("values", [(7, 7), (1e-40, 2e-40)], ids=str)
+def test_why_a_channel_that_hardly_varies_cannot_be_had_from_its_output(values: tuple[float, float]) -> None:
+    """Its weight may be anything: one over the deviation is what is not a number."""
+    x = np.array([[1, values[0]], [3, values[1]]], np.float32)
+    y, saved = fastbn.batch_norm_forward(x, np.array([1, 1e-3]), np.array([1.0, 1.0]), eps=0.0)
+    with pytest.raises(ValueError, match=r"from_output needs channels that vary, or an eps above 0, .* of channel 1 is 0, or"):
+        fastbn.batch_norm_backward(x, y, saved, from_output=True)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 40, 40)], ids=str)
+def test_without_a_pin_an_output_may_overlap_no_array_of_the_call_in_part(shape: tuple[int, ...]) -> None:
+    memory = rng().standard_normal((shape[0] + 1, *shape[1:])).astype(np.float32)
+    given, out, other = memory[:-1], memory[1:], np.ones(shape, np.float32)
+    before, zero, one = memory.copy(), np.zeros(3, np.float32), np.ones(3, np.float32)
+    saved = fastbn.batch_norm_forward(other)[1]
+    frozen = fastbn.FrozenBatchNorm(zero, one)
+    frozen(given)
+    calls: list[tuple[str, Any]] = [
+        ("x", lambda: fastbn.batch_norm(given, zero, one, out=out)),
+        ("x", lambda: fastbn.batch_norm(given, None, None, training=True, out=out)),
+        ("x", lambda: fastbn.batch_norm_forward(given, zero, one, out=out)),
+        ("x", lambda: frozen(given, out=out)),
+        ("x", lambda: fastbn.batch_norm_backward(other, given, saved, out=out)),
+        ("dy", lambda: fastbn.batch_norm_backward(given, other, saved, out=out)),
+        ("residual", lambda: fastbn.batch_norm(other, zero, one, residual=given, out=out)),
+        ("residual", lambda: fastbn.batch_norm_forward(other, residual=given, out=out)),
+        ("residual", lambda: frozen(other, given, out=out)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=f"out overlaps {name} in part"):
+            call()
+        np.testing.assert_array_equal(memory, before)
+
+
 # --- core and layers: a frozen layer
 
 
@@ -550,6 +588,27 @@ def test_caches_of_a_system_that_says_nothing(monkeypatch: pytest.MonkeyPatch, t
     finally:
         monkeypatch.undo()
         cpu.caches.cache_clear()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_the_pool_has_so_many_workers_and_no_more() -> None:
+    pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
+    script = """
+        import os, time, numpy as np, fastbn
+        from fastbn.kernels import _plan
+        x = np.random.default_rng(0).standard_normal((1000, 64, 16)).astype(np.float32)
+        want = fastbn.batch_norm(x, None, None, training=True)
+        before = len(os.listdir("/proc/self/task"))
+        _plan.set_caches(512, 2048, 4096)  # thousands of units of work
+        with fastbn.num_threads(5000):
+            for _ in range(60):  # the pool rests now and then
+                assert np.array_equal(fastbn.batch_norm(x, None, None, training=True), want)
+                fastbn.batch_norm(x, want[0, :, 0], want[0, :, 0] ** 2)
+                time.sleep(0.01)
+        assert len(os.listdir("/proc/self/task")) <= before + 255
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
 
 
 # --- layout and memory

@@ -157,6 +157,16 @@ cdef bint bind_output(cnp.ndarray x, other, residual, out) noexcept:
     )
 
 
+cdef inline bint has_shape(cnp.ndarray x, tuple shape) except -1:
+    cdef int i
+    if len(shape) != cnp.PyArray_NDIM(x):
+        return False
+    for i in range(cnp.PyArray_NDIM(x)):
+        if <Py_ssize_t> shape[i] != cnp.PyArray_DIM(x, i):
+            return False
+    return True
+
+
 cdef inline tuple made_of(const Call* call, cnp.ndarray vectors, bint training, x, int axis, activation, kept, residual):
     """What a backward needs: vectors, count, training, shape, dtype, axis, activation, residual, and whether there was one."""
     return vectors, call.outer * call.inner, training, x.shape, x.dtype, axis, activation, kept, residual is not None
@@ -256,13 +266,28 @@ cdef class Doors(Calls):
         """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
         cdef Call call
         cdef cnp.ndarray vectors
-        cdef bint of_x = "x" in wrt, of_weight = "weight" in wrt, of_bias = "bias" in wrt, of_residual = "residual" in wrt
+        cdef bint of_x = False, of_weight = False, of_bias = False, of_residual = False
         cdef int axis
+        if type(wrt) is not tuple:
+            return None
+        for name in <tuple> wrt:
+            if type(name) is not str:
+                return None
+            if name == "x":
+                of_x = True
+            elif name == "weight":
+                of_weight = True
+            elif name == "bias":
+                of_bias = True
+            elif name == "residual" and made[8]:
+                of_residual = True
+            else:
+                return None
         dx = dweight = dbias = dresidual = None
         found, count, training, shape, dtype, axis, activation, residual, _ = made
         if (
-            not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or x.shape != shape or x.dtype != dtype
-            or not bind_plain(self, &call, "backward", x, None, None, &axis, activation, residual) or not is_twin(dy, x)
+            not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or not has_shape(x, shape)
+            or (x.dtype is not dtype and x.dtype != dtype) or not bind_plain(self, &call, "backward", x, None, None, &axis, activation, residual) or not is_twin(dy, x)
         ):
             return None
         vectors = found

@@ -114,7 +114,11 @@ cdef inline Results[T] mapped(Job[Map, T]* job, Elements[T] e, Parameters[T]* p)
         r.out = Block[T].activated(before_activation(job, e, p), job.activation)
     else:
         r.dresidual = e.dy
-        r.out = p.scale * (e.dy if job.frozen else Block[T].fma(e.x - p.mean, p.slope, e.dy - p.shift))
+        r.out = Block[T].fma(e.x - p.mean, p.slope, e.dy - p.shift)
+        if Map is ActiveGradient:
+            if job.frozen:
+                r.out = e.dy  # x may be infinite
+        r.out = p.scale * r.out
     return r
 
 

@@ -71,6 +71,21 @@ cdef Job[InputGradient, T] of_kept(Job[Backward, T]* job) noexcept nogil:
     return after
 
 
+cdef inline bint only_scales(Job[Backward, T]* job) noexcept nogil:
+    """Whether the map of a frozen backward needs nothing but dy before the activation."""
+    return job.frozen and (Backward is InputGradient or job.kept != NULL)
+
+
+cdef Job[Normalize, T] of_constants(Job[Backward, T]* job) noexcept nogil:
+    """What is left to do there: a multiplication with the scale, around a mean of 0."""
+    cdef Job[Normalize, T] after = (<Job[Normalize, T]*> job)[0]
+    after.x = job.dy if job.kept == NULL else job.kept
+    after.dy = after.residual = after.dresidual = NULL
+    after.mean, after.shift = job.grad_offset, job.grad_slope
+    after.at_mean, after.at_shift = after.mean, after.shift
+    return after
+
+
 cdef void forward_unit(Job[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), tile, end
@@ -92,7 +107,10 @@ cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
     """All planes of a group of channels: sums, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.group, last = min(first + job.group, job.channels), end
     cdef Job[InputGradient, T] after
-    if job.kept != NULL:
+    cdef Job[Normalize, T] scaling
+    if only_scales(job):
+        scaling = of_constants(job)
+    elif job.kept != NULL:
         after = of_kept(job)
     while first < last:
         end = min(first + job.turn, last)
@@ -102,7 +120,9 @@ cdef void backward_unit(Job[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
             sum_channels(<Job[ActiveSums, T]*> job, first, end)
         merge_sums(job, first, end)
         fold_gradient(<Job[GradSums, T]*> job, first, end)
-        if job.kept != NULL:
+        if only_scales(job):
+            map_group(&scaling, first, end)
+        elif job.kept != NULL:
             map_group(&after, first, end)
         else:
             map_group(job, first, end)
@@ -324,23 +344,10 @@ cdef void find_scale(Job[Backward, T]* job, const void* weight, const void* bias
         Block[T].set_value(job.shift, c, (0 if bias == NULL else Block[T].value(bias, c)) - (0 if low == 0 else low * scale))
 
 
-cdef Job[Normalize, T] of_constants(Job[Backward, T]* job) noexcept nogil:
-    """The map of a frozen backward, which needs nothing but dy before the activation: a multiplication with the scale."""
-    cdef Job[Normalize, T] after = (<Job[Normalize, T]*> job)[0]
-    cdef Py_ssize_t c
-    after.x = job.dy if job.kept == NULL else job.kept
-    after.dy = after.residual = after.dresidual = NULL
-    after.mean, after.shift = job.grad_offset, job.grad_slope
-    for c in range(job.channels):
-        Block[T].set_value(after.mean, c, 0)
-        Block[T].set_value(after.shift, c, -0.0)
-    return after
-
-
 cdef void run_backward_map(Job[Backward, T]* job, const Plan* p) noexcept nogil:
     cdef Job[InputGradient, T] after
     cdef Job[Normalize, T] scaling
-    if job.frozen and (Backward is InputGradient or job.kept != NULL):
+    if only_scales(job):
         scaling = of_constants(job)
         run_map(&scaling, p)
     elif job.kept != NULL:
@@ -352,6 +359,7 @@ cdef void run_backward_map(Job[Backward, T]* job, const Plan* p) noexcept nogil:
 
 cdef Status backward_call(Job[Backward, T]* job) noexcept nogil:
     cdef Plan p
+    cdef Py_ssize_t c
     cdef bint sums = not job.frozen or job.dweight != NULL or job.dbias != NULL or job.first != NULL
     cdef bint given = job.scale != NULL
     cdef int reads = 2 + (job.residual != NULL), touched = reads + 1 + (job.dresidual != NULL), arrays = touched
@@ -367,6 +375,10 @@ cdef Status backward_call(Job[Backward, T]* job) noexcept nogil:
         return NO_MEMORY
     if not given and job.invstd != NULL:
         find_scale(job, job.weight, job.bias)
+    if job.frozen:
+        for c in range(job.channels):
+            Block[T].set_value(job.grad_offset, c, 0)
+            Block[T].set_value(job.grad_slope, c, -0.0)
     if p.together:
         take_vectors(job, True)
         parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False, job.host)
