@@ -92,7 +92,7 @@ def stepper(model: torch.nn.Module, x: torch.Tensor, training: bool) -> Callable
 
 def profile(step: Callable[[], None], steps: int) -> dict[str, float]:
     """Milliseconds of batch norm in one step, by operator and shape of x."""
-    with torch.profiler.profile(record_shapes=True, activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+    with torch.profiler.profile(record_shapes=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
         for _ in range(steps):
             step()
     spent: dict[str, float] = defaultdict(float)

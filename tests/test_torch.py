@@ -350,7 +350,7 @@ LEFT = {
     ),
     "dimensions": (
         lambda x, v: native(x.reshape(2, 3, *[1] * 14, 20), None, None, None, None, True, 0.1, 1e-5),
-        "x has fewer than 2 dimensions or more than 16, or the gradient is unlike x",
+        "x has fewer than 2 dimensions or more than 16, or another tensor is unlike x",
     ),
     "far": (lambda x, v: native_backward(x, x, v, v, v, v, v * 1e38, True, 1e-5, [True] * 3), "values are at the ends of the range"),
 }

@@ -12,8 +12,10 @@ import pytest
 torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
 
 import fastbn.torch  # noqa: E402
+from fastbn.dispatch import select  # noqa: E402
 
 nn = torch.nn
+needs_kernels = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
 
 
 def lived(model: Any) -> Any:
@@ -236,7 +238,58 @@ def test_parameters_of_frozen_layers_may_go_on_learning() -> None:
     assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
 
 
-@pytest.mark.parametrize("function", ["summary", "fold", "freeze", "unfreeze"])
+@needs_kernels
+@pytest.mark.parametrize("training", [True, False])
+def test_benchmark_times_both_sides_and_leaves_everything_as_it_was(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(training)
+    state = copy.deepcopy(model.state_dict())
+    for enabled in (False, True):
+        if enabled:
+            fastbn.torch.enable()
+        try:
+            found = fastbn.torch.benchmark(model, torch.randn(2, 3, 8, 8), seconds=0)
+            assert fastbn.torch.is_enabled() == enabled
+            before = sum(fastbn.torch.report().taken.values())
+            model.eval()(torch.randn(2, 3, 8, 8))
+            assert (sum(fastbn.torch.report().taken.values()) > before) == enabled
+        finally:
+            fastbn.torch.disable()
+        model.train(training)
+        assert (found.steps, found.declined) == (6, {})
+        assert found.step.keys() == found.batch_norm.keys() == {"torch", "fastbn"}
+        assert all(found.batch_norm[side] > 0 for side in found.step)
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_verdict_of_a_benchmark() -> None:
+    def of(torchs: float, ours: float, noise: float, share: float = 1.0) -> str:
+        return str(fastbn.torch.Benchmark({"torch": torchs, "fastbn": ours}, {"torch": share, "fastbn": share}, noise, 6, {}).verdict)
+
+    assert of(12, 10, 0.05) == "a step is 1.20 times as fast with fastbn"
+    assert of(10, 12, 0.05) == "a step is 0.83 times as fast with fastbn: leave it to torch"
+    assert of(10, 10.2, 0.05) == "no difference beyond the noise of 5 %"
+    assert of(10, 5, 0.05, 0.0) == "no batch norm ran on the CPU"
+
+
+@needs_kernels
+def test_benchmark_refuses_what_it_cannot_time() -> None:
+    with pytest.raises(ValueError, match="seconds must not be negative, got -1"):
+        fastbn.torch.benchmark(nn.ReLU(), seconds=-1)
+    with pytest.raises(ValueError, match="returns no tensor of floating-point numbers"):
+        fastbn.torch.benchmark(nn.Identity(), torch.ones(2, dtype=torch.long), seconds=0)
+    assert not fastbn.torch.is_enabled()
+
+
+@needs_kernels
+def test_benchmark_counts_what_is_left_to_torch() -> None:
+    model = nn.BatchNorm2d(3).double()
+    found = fastbn.torch.benchmark(model, 1e200 * torch.randn(2, 3, 8, 8, dtype=torch.float64), seconds=0)
+    assert found.declined == {("forward", "values are at the ends of the range"): 1, ("backward", "values are at the ends of the range"): 1}
+    assert str(found).splitlines()[-1] == "1 a step, backward, left to torch: values are at the ends of the range"
+
+
+@pytest.mark.parametrize("function", ["benchmark", "summary", "fold", "freeze", "unfreeze"])
 def test_what_is_no_module_is_refused(function: str) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
         getattr(fastbn.torch, function)(torch.ones(3))

@@ -10,15 +10,20 @@ try:
 except ImportError as error:
     raise ImportError(f"fastbn.torch needs PyTorch (pip install 'fastbn[torch]'): {error}") from error
 
+from fastbn.torch.benchmark import Benchmark, benchmark
 from fastbn.torch.folding import Folded, fold
 from fastbn.torch.freezing import freeze, unfreeze
+from fastbn.torch.fused import batch_norm
 from fastbn.torch.override import Report, disable, enable, enabled, explain, is_enabled, report
 from fastbn.torch.overview import Summary, summary
 
 __all__ = [
+    "Benchmark",
     "Folded",
     "Report",
     "Summary",
+    "batch_norm",
+    "benchmark",
     "disable",
     "enable",
     "enabled",

@@ -19,12 +19,14 @@ cdef extern from "door.hpp" namespace "fastbn::torch" nogil:
     enum:
         OPERATIONS
         ANSWERS
+    const char** TEXTS "fastbn::torch::REASONS"
     int order_of(int64_t dim, const int64_t* sizes, const int64_t* strides) noexcept
     Counts read_counts "fastbn::torch::counts"() noexcept
     void reset_counts() noexcept
     string attach_kernels "fastbn::torch::attach"(const Kernels* kernels, void (*end_scratch)() noexcept nogil) except +
     cbool start_taking "fastbn::torch::start"() except +
     void stop_taking "fastbn::torch::stop"(bint withdraw) except +
+    cbool define_own_operators "fastbn::torch::define_operators"() except +
     cbool is_taking "fastbn::torch::is_on"() noexcept
 
 
@@ -32,21 +34,8 @@ cdef extern from "door.hpp" namespace "fastbn::torch" nogil:
 OPERATIONS_OF_TORCH = ("forward", "inference", "backward", "frozen backward")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 ORDERS = ("contiguous", "channels last", "other")
-REASONS = (
-    None,
-    "fastbn is disabled",
-    "a tensor does not lie in this processor's memory",
-    "x has another dtype than float32, float64, bfloat16 and float16",
-    "x has fewer than 2 dimensions or more than 16, or the gradient is unlike x",
-    "x is empty",
-    "a parameter has another dtype or shape than torch takes",
-    "a tensor that is needed is absent",
-    "running statistics share memory with another tensor",
-    "eps is not positive",
-    "values are at the ends of the range",
-    "memory ran out",
-)
-assert len(REASONS) == ANSWERS and len(OPERATIONS_OF_TORCH) == OPERATIONS
+REASONS = [TEXTS[i].decode() for i in range(ANSWERS)]
+assert len(OPERATIONS_OF_TORCH) == OPERATIONS
 
 
 def attach(kernels):
@@ -86,6 +75,17 @@ def stop(bint withdraw):
         Whether no other thread can be on its way to the kernels, so that they may be withdrawn from torch.
     """
     stop_taking(withdraw)
+
+
+def define_operators():
+    """Define fastbn's own operators, fastbn::batch_norm_forward and fastbn::batch_norm_backward.
+
+    Returns
+    -------
+    bool
+        False if torch refused.
+    """
+    return define_own_operators()
 
 
 def is_on():

@@ -8,6 +8,7 @@
 //   names, which nobody overrides: torch computes, or says what is wrong, as it always does.
 // - Nothing is modified before everything that can fail has succeeded, so a call can be passed on at any point. The
 //   functions that try a call own what they make; the arguments are the stack's until one is sure.
+// - fastbn's own operators are the same with an epilogue, and an error in place of torch's kernel.
 // - Units run on torch's own team of threads. Its members spin for milliseconds after each of torch's operations; other
 //   threads would find the processors taken.
 #include "door.hpp"
@@ -414,7 +415,7 @@ struct Attempt {
     Operation operation;
     Dtype dtype;
     bool last;
-    Tensor results[3];
+    Tensor results[4];
 
     void found(const Input& x) noexcept { dtype = x.dtype, last = x.last; }
 
@@ -424,13 +425,26 @@ struct Attempt {
     }
 };
 
+// What follows a normalization.
+struct Epilogue {
+    Tensor residual = nullptr;
+    Activation activation{};
+    View view{};  // of the residual
+
+    Answer of(const Input& x) noexcept {
+        if (residual == nullptr) return TAKEN;
+        if (!view.of(residual)) return DEVICE;
+        return x.is_like(view) ? TAKEN : SHAPE;
+    }
+};
+
 // input, weight?, bias?, running_mean?, running_var?, training, momentum, eps
-Answer try_forward(const Slot* stack, Attempt& attempt) noexcept {
-    if (!on.load(std::memory_order_relaxed)) return OFF;
+Answer try_forward(const Slot* stack, Attempt& attempt, Epilogue after = {}) noexcept {
     const FloatMode mode;
     Input x;
     if (const Answer no = x.of(tensor_in(stack[0]))) return no;
     attempt.found(x);
+    if (const Answer no = after.of(x)) return no;
     Room room;
     Parameters p(x, room);
     Vector weight, bias, running_mean, running_var;
@@ -445,8 +459,13 @@ Answer try_forward(const Slot* stack, Attempt& attempt) noexcept {
     call.eps = double_in(stack[7]);
     if (!(call.eps > 0)) return EPS;
 
-    Owned y;
+    Owned y, copy_of_residual;
     if (!x.make_like(y)) return MEMORY;
+    call.activation = after.activation;
+    if (after.residual != nullptr) {
+        call.residual = x.ordered(after.residual, x.lies_like(after.view), copy_of_residual);
+        if (call.residual == nullptr) return MEMORY;
+    }
     call.out = writable_memory_of(y.tensor);
     call.x = x.ordered(x.tensor, x.direct, y);  // in place where it must be copied
     if (call.x == nullptr || !p.read(weight, call.weight) || !p.read(bias, call.bias)) return MEMORY;
@@ -461,7 +480,9 @@ Answer try_forward(const Slot* stack, Attempt& attempt) noexcept {
 
     const void* memory = memory_of(x.tensor);
     for (const Vector* moved : {&running_mean, &running_var})
-        if (p.overlaps(*moved, weight) || p.overlaps(*moved, bias) || (x.direct && p.overlaps(*moved, memory, x.bytes()))) return OVERLAP;
+        if (p.overlaps(*moved, weight) || p.overlaps(*moved, bias) || (x.direct && p.overlaps(*moved, memory, x.bytes())) ||
+            (call.residual != nullptr && p.overlaps(*moved, call.residual, x.bytes())))
+            return OVERLAP;
     if (p.overlaps(running_mean, running_var) || (x.channels > 1 && running_mean.stride * running_var.stride == 0)) return OVERLAP;
     call.momentum = double_in(stack[6]), call.correction = 1;
     Output mean, invstd;
@@ -492,8 +513,8 @@ bool read_mask(Slot slot, bool (&wanted)[3]) noexcept {
 }
 
 // grad_out, input, weight?, running_mean?, running_var?, save_mean?, save_invstd?, train, eps, output_mask
-Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
-    if (!on.load(std::memory_order_relaxed)) return OFF;
+// `of_residual` is whether the gradient of the residual is wanted; without an activation it is dy.
+Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after = {}, Tensor its_bias = nullptr, bool of_residual = false) noexcept {
     const FloatMode mode;
     Input x;
     View dy;
@@ -502,12 +523,14 @@ Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
     attempt.found(x);
     if (!dy.of(tensor_in(stack[0]))) return DEVICE;
     if (!x.is_like(dy)) return SHAPE;
+    if (const Answer no = after.of(x)) return no;
     if (!read_mask(stack[9], wanted)) return MEMORY;
     Room room;
     Parameters p(x, room);
     const bool frozen = attempt.operation == FROZEN_BACKWARD;
-    Vector weight;
+    Vector weight, bias;
     if (const Answer no = p.of(optional_in(stack[2]), weight)) return no;
+    if (const Answer no = p.of(its_bias, bias)) return no;
     // Of the other statistics nothing is asked: they are empty, or of no use.
     Vector center, spread;
     if (const Answer no = p.of(optional_in(stack[frozen ? 3 : 5]), center)) return no;
@@ -518,7 +541,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
 
     Call call = begin(x, attempt.operation);
     call.frozen = frozen;
-    Owned dx, copy_of_x, copy_of_dy;
+    Owned dx, dresidual, copy_of_x, copy_of_dy, copy_of_residual;
     Output dweight, dbias;
     if (wanted[0]) {
         if (!x.make_like(dx)) return MEMORY;
@@ -538,14 +561,21 @@ Answer try_backward(const Slot* stack, Attempt& attempt) noexcept {
     if (wanted[1] && !dweight.make(p, false)) return MEMORY;
     if (wanted[2] && !dbias.make(p, false)) return MEMORY;
     call.dweight = dweight.data, call.dbias = dbias.data;
-    Owned* results[] = {&dx, &dweight.made, &dbias.made};
-    for (int i = 0; i < 3; ++i)
-        if (!wanted[i] && !make_none(*results[i])) return MEMORY;
-    if (wanted[0] || wanted[1] || wanted[2])
+    if (after.activation.kind != IDENTITY) {
+        call.activation = after.activation;
+        if (!p.read(bias, call.bias)) return MEMORY;
+        if (after.residual != nullptr) call.residual = x.ordered(after.residual, x.lies_like(after.view), copy_of_residual);
+        if (of_residual && x.make_like(dresidual)) call.dresidual = writable_memory_of(dresidual.tensor);
+        if ((after.residual != nullptr && call.residual == nullptr) || (of_residual && call.dresidual == nullptr)) return MEMORY;
+    }
+    Owned* results[] = {&dx, &dweight.made, &dbias.made, &dresidual};
+    for (int i = 0; i < 4; ++i)
+        if (results[i]->tensor == nullptr && !make_none(*results[i])) return MEMORY;
+    if (wanted[0] || wanted[1] || wanted[2] || of_residual)
         if (const Answer no = run(kernels.load()->backward, call)) return no;
     if (wanted[1]) dweight.finish(p);
     if (wanted[2]) dbias.finish(p);
-    for (int i = 0; i < 3; ++i) attempt.results[i] = results[i]->release();
+    for (int i = 0; i < 4; ++i) attempt.results[i] = results[i]->release();
     return TAKEN;
 }
 
@@ -563,7 +593,7 @@ void pass_on(const char* name, const char* overload, Slot* arguments, Slot* stac
 void native_batch_norm(Slot* stack, std::uint64_t, std::uint64_t) {
     Attempt attempt{};
     attempt.operation = bool_in(stack[5]) ? FORWARD : INFERENCE;
-    const Answer answer = try_forward(stack, attempt);
+    const Answer answer = on.load(std::memory_order_relaxed) ? try_forward(stack, attempt) : OFF;
     attempt.count(answer);
     if (answer == TAKEN) {
         delete_tensor(stack[0]);
@@ -582,18 +612,58 @@ void native_batch_norm(Slot* stack, std::uint64_t, std::uint64_t) {
 void native_batch_norm_backward(Slot* stack, std::uint64_t, std::uint64_t) {
     Attempt attempt{};
     attempt.operation = bool_in(stack[7]) ? BACKWARD : FROZEN_BACKWARD;
-    const Answer answer = try_backward(stack, attempt);
+    const Answer answer = on.load(std::memory_order_relaxed) ? try_backward(stack, attempt) : OFF;
     attempt.count(answer);
     if (answer == TAKEN) {
         delete_tensor(stack[0]), delete_tensor(stack[1]);
         for (int i = 2; i < 7; ++i) delete_optional(stack[i]);
         (void)torch.torch_delete_list(reinterpret_cast<Opaque*>(stack[9]));
+        delete_tensor(reinterpret_cast<Slot>(attempt.results[3]));  // none
         for (int i = 0; i < 3; ++i) stack[i] = reinterpret_cast<Slot>(attempt.results[i]);
     } else {
         Slot arguments[] = {stack[0], stack[1], unboxed(stack[2]), stack[3], stack[4], stack[5], stack[6], stack[7], stack[8], stack[9], unboxed(0)};
         pass_on("aten::batch_norm_backward", "", arguments, stack);
     }
 }
+
+Activation activation_in(Slot kind, Slot parameter) noexcept {
+    const auto known = static_cast<std::int64_t>(kind) >= IDENTITY && static_cast<std::int64_t>(kind) <= GELU_TANH;
+    return {known ? static_cast<int>(kind) : IDENTITY, double_in(parameter)};
+}
+
+// fastbn::batch_norm_forward: as native_batch_norm, then residual?, activation, parameter
+void own_forward(Slot* stack, std::uint64_t, std::uint64_t) {
+    Attempt attempt{};
+    attempt.operation = bool_in(stack[5]) ? FORWARD : INFERENCE;
+    const Answer answer = try_forward(stack, attempt, {optional_in(stack[8]), activation_in(stack[9], stack[10])});
+    attempt.count(answer);
+    delete_tensor(stack[0]);
+    for (int i : {1, 2, 3, 4, 8}) delete_optional(stack[i]);
+    if (answer != TAKEN) throw std::runtime_error(std::string("fastbn cannot compute this: ") + REASONS[answer]);
+    for (int i = 0; i < 3; ++i) stack[i] = reinterpret_cast<Slot>(attempt.results[i]);
+}
+
+// fastbn::batch_norm_backward: as native_batch_norm_backward, then bias?, residual?, activation, parameter, of_residual
+void own_backward(Slot* stack, std::uint64_t, std::uint64_t) {
+    Attempt attempt{};
+    attempt.operation = bool_in(stack[7]) ? BACKWARD : FROZEN_BACKWARD;
+    const Epilogue after{optional_in(stack[11]), activation_in(stack[12], stack[13])};
+    const Answer answer = try_backward(stack, attempt, after, optional_in(stack[10]), bool_in(stack[14]));
+    attempt.count(answer);
+    delete_tensor(stack[0]), delete_tensor(stack[1]);
+    for (int i : {2, 3, 4, 5, 6, 10, 11}) delete_optional(stack[i]);
+    (void)torch.torch_delete_list(reinterpret_cast<Opaque*>(stack[9]));
+    if (answer != TAKEN) throw std::runtime_error(std::string("fastbn cannot compute this: ") + REASONS[answer]);
+    for (int i = 0; i < 4; ++i) stack[i] = reinterpret_cast<Slot>(attempt.results[i]);
+}
+
+constexpr const char* OWN_FORWARD =
+    "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, "
+    "float momentum, float eps, Tensor? residual, int activation, float parameter) -> (Tensor, Tensor, Tensor)";
+constexpr const char* OWN_BACKWARD =
+    "batch_norm_backward(Tensor grad_out, Tensor input, Tensor? weight, Tensor? running_mean, Tensor? running_var, Tensor? save_mean, "
+    "Tensor? save_invstd, bool training, float eps, bool[3] output_mask, Tensor? bias, Tensor? residual, int activation, "
+    "float parameter, bool of_residual) -> (Tensor, Tensor, Tensor, Tensor)";
 
 void leave_team() { in_child.store(true, std::memory_order_relaxed); }
 
@@ -602,6 +672,21 @@ void withdraw_library() {
 }
 
 }  // namespace
+
+const char* const REASONS[ANSWERS] = {
+    "",
+    "fastbn is disabled",
+    "a tensor does not lie in this processor's memory",
+    "x has another dtype than float32, float64, bfloat16 and float16",
+    "x has fewer than 2 dimensions or more than 16, or another tensor is unlike x",
+    "x is empty",
+    "a parameter has another dtype or shape than torch takes",
+    "a tensor that is needed is absent",
+    "running statistics share memory with another tensor",
+    "eps is not positive",
+    "values are at the ends of the range",
+    "memory ran out",
+};
 
 Order order_of(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* strides) noexcept {
     const auto follows = [&](std::int64_t d, std::int64_t& step) {
@@ -670,5 +755,17 @@ void stop(bool withdraw) {
 }
 
 bool is_on() noexcept { return on.load(std::memory_order_relaxed); }
+
+bool define_operators() {
+    static bool defined = false;
+    if (defined) return true;
+    Opaque *schemas = nullptr, *own = nullptr;  // never withdrawn
+    if (torch.aoti_torch_library_init_def("fastbn", "fastbn", 0, &schemas) != 0) return false;
+    if (torch.aoti_torch_library_def(schemas, OWN_FORWARD) != 0 || torch.aoti_torch_library_def(schemas, OWN_BACKWARD) != 0) return false;
+    if (torch.aoti_torch_library_init_impl("fastbn", "CPU", "fastbn", 0, &own) != 0) return false;
+    defined = torch.torch_library_impl(own, "batch_norm_forward", own_forward, VERSION) == 0 &&
+              torch.torch_library_impl(own, "batch_norm_backward", own_backward, VERSION) == 0;
+    return defined;
+}
 
 }  // namespace fastbn::torch

@@ -29,6 +29,8 @@ enum Answer : int {
 
 enum Order : int { CONTIGUOUS, CHANNELS_LAST, OTHER };
 
+extern const char* const REASONS[ANSWERS];
+
 // How torch sees an order of memory; what has none of the two is copied to the first.
 Order order_of(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* strides) noexcept;
 
@@ -50,5 +52,9 @@ bool start();
 void stop(bool withdraw);
 
 bool is_on() noexcept;
+
+// Define fastbn's own operators, once: batch norm with what may follow it, a residual and an activation. They are not
+// switched, and what they do not take is an error. False if torch refused.
+bool define_operators();
 
 }  // namespace fastbn::torch

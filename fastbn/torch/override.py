@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -72,22 +72,48 @@ def _use_up_the_warning() -> None:
     _quiet = True
 
 
-def _apply() -> None:
-    """Make the door do what is asked for."""
-    wanted = _asked or _blocks > 0
-    if not wanted and "fastbn.torch._door" not in sys.modules:
-        return  # nothing was ever enabled
+def ready() -> Any:
+    """The compiled part, with its kernels."""
     door = _door()
-    if wanted == door.is_on():
-        return
-    if not wanted:
-        door.stop(len(sys._current_frames()) == 1)
-        return
     _check_version()
     _attach(door)
+    return door
+
+
+def _switch(on: bool) -> None:
+    """Make the door take calls, or leave them to torch."""
+    if not on and "fastbn.torch._door" not in sys.modules:
+        return  # nothing was ever enabled
+    door = _door()
+    if on == door.is_on():
+        return
+    if not on:
+        door.stop(len(sys._current_frames()) == 1)
+        return
+    ready()
     _use_up_the_warning()
     if not door.start():
         raise RuntimeError(f"PyTorch {torch.__version__} did not let fastbn register its kernels")
+
+
+def _apply() -> None:
+    """Make the door do what is asked for."""
+    _switch(_asked or _blocks > 0)
+
+
+@contextmanager
+def either() -> Iterator[Callable[[bool], None]]:
+    """Choose freely whether fastbn is enabled; after the block is what is asked for, again."""
+
+    def choose(on: bool) -> None:
+        with _lock:
+            _switch(on)
+
+    try:
+        yield choose
+    finally:
+        with _lock:
+            _apply()
 
 
 def enable() -> None:

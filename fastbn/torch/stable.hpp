@@ -53,6 +53,8 @@ constexpr std::uint64_t VERSION = std::uint64_t{2} << 56 | std::uint64_t{10} << 
     FUNCTION(torch_parallel_for, Error, (std::int64_t, std::int64_t, std::int64_t, range_fn, void*))                        \
     FUNCTION(torch_call_dispatcher, Error, (const char*, const char*, Slot*, std::uint64_t))                                \
     FUNCTION(torch_library_impl, Error, (Opaque*, const char*, kernel_fn, std::uint64_t))                                   \
+    FUNCTION(aoti_torch_library_init_def, Error, (const char*, const char*, std::uint32_t, Opaque**))                       \
+    FUNCTION(aoti_torch_library_def, Error, (Opaque*, const char*))                                                         \
     FUNCTION(aoti_torch_library_init_impl, Error, (const char*, const char*, const char*, std::uint32_t, Opaque**))         \
     FUNCTION(aoti_torch_delete_library_object, Error, (Opaque*))
 

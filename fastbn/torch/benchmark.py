@@ -1,0 +1,173 @@
+"""What `enable` brings to one's own model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from statistics import median, quantiles
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbn.torch.override import either, report
+
+OPERATORS = ("aten::native_batch_norm", "aten::native_batch_norm_backward")
+SIDES = ("torch", "fastbn")
+TURN = 3  # steps of one side in a row, of which the first does not count: it finds the other's data in the caches
+LEAST = 3  # turns of each side
+PROFILED = 3  # steps
+
+
+class Benchmark(NamedTuple):
+    """What `benchmark` found.
+
+    Attributes
+    ----------
+    step : dict of str to float
+        Milliseconds of a step by "torch" and by "fastbn": the median.
+    batch_norm : dict of str to float
+        Milliseconds of a step that batch norm takes, by torch's profiler.
+    noise : float
+        Half of what lies between the quartiles of a step, over the median; of the noisier side.
+    steps : int
+        How many of each side were timed.
+    declined : dict
+        (operation, reason) -> number of calls of a step that fastbn left to torch.
+    """
+
+    step: dict[str, float]
+    batch_norm: dict[str, float]
+    noise: float
+    steps: int
+    declined: dict[tuple[str, str], float]
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast a step is with fastbn."""
+        return self.step["torch"] / self.step["fastbn"]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if not self.batch_norm["torch"]:
+            return "no batch norm ran on the CPU"
+        if abs(self.ratio - 1) <= self.noise:
+            return f"no difference beyond the noise of {100 * self.noise:.0f} %"
+        return f"a step is {self.ratio:.2f} times as fast with fastbn" + ("" if self.ratio > 1 else ": leave it to torch")
+
+    def __str__(self) -> str:
+        """A line for each side, the verdict, and what was left to torch."""
+        lines = [
+            f"{side:7} {self.step[side]:9.2f} ms a step, of which batch norm {self.batch_norm[side]:8.2f} ms "
+            f"({100 * self.batch_norm[side] / self.step[side]:.0f} %)"
+            for side in SIDES
+        ]
+        lines += [f"{self.steps} steps of each: {self.verdict}"]
+        lines += [f"{count:g} a step, {operation}, left to torch: {reason}" for (operation, reason), count in self.declined.items()]
+        return "\n".join(lines)
+
+
+def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, **named: Any) -> Benchmark:
+    """Time a model without fastbn and with it, in turns.
+
+    A copy of the model runs: in training mode a step is a forward and a backward from the mean of what it returns, in evaluation
+    mode a call without gradients. While it runs, batch norm in other threads changes between the two, too.
+
+    Parameters
+    ----------
+    model : Module
+    *inputs, **named
+        What the model is called with.
+    seconds : float
+        For the timing; a few steps are taken in any case.
+
+    Returns
+    -------
+    Benchmark
+        Printed, it has a verdict.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+    ValueError
+        If seconds are negative, or the model returns no tensor of floating-point numbers.
+    RuntimeError
+        As `enable`.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    >>> found = fastbn.torch.benchmark(model, torch.randn(2, 3, 8, 8), seconds=0)
+    >>> found.steps, found.declined
+    (6, {})
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not seconds >= 0:
+        raise ValueError(f"seconds must not be negative, got {seconds}")
+    step = _step(copy.deepcopy(model), inputs, named)
+    samples: dict[str, list[float]] = {side: [] for side in SIDES}
+    spent: dict[str, float] = {}
+    with either() as choose:
+        for side in SIDES:
+            choose(side == "fastbn")
+            before = report().declined
+            step()  # everything is new
+            declined = {key: float(count - before.get(key, 0)) for key, count in report().declined.items() if count != before.get(key, 0)}
+        end = perf_counter() + seconds
+        while len(samples["fastbn"]) < LEAST * (TURN - 1) or perf_counter() < end:
+            for side in SIDES:
+                choose(side == "fastbn")
+                samples[side] += list(_times(step, TURN))[1:]
+        for side in SIDES:
+            choose(side == "fastbn")
+            spent[side] = _profiled(step)
+    noise = max((high - low) / 2 / middle for low, middle, high in (quantiles(times, n=4) for times in samples.values()))
+    medians = {side: 1000 * median(times) for side, times in samples.items()}
+    return Benchmark(medians, spent, noise, len(samples["fastbn"]), declined)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+
+
+def _step(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Callable[[], None]:
+    def train() -> None:
+        model.zero_grad()
+        means = [tensor.mean() for tensor in _tensors(model(*inputs, **named))]
+        if not means:
+            raise ValueError("the model returns no tensor of floating-point numbers, of which a backward could start")
+        torch.stack(means).sum().backward()  # type: ignore[no-untyped-call, unused-ignore]
+
+    def evaluate() -> None:
+        with torch.inference_mode():
+            model(*inputs, **named)
+
+    return train if model.training else evaluate
+
+
+def _times(step: Callable[[], None], count: int) -> Iterator[float]:
+    for _ in range(count):
+        start = perf_counter()
+        step()
+        yield perf_counter() - start
+
+
+def _profiled(step: Callable[[], None]) -> float:
+    """Milliseconds of batch norm in one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
+        for _ in range(PROFILED):
+            step()
+    return float(sum(event.cpu_time_total for event in found.key_averages() if event.key in OPERATORS)) / 1000 / PROFILED

@@ -1,0 +1,190 @@
+"""Batch norm with a residual and an activation in one operation of PyTorch's."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+
+import fastbn.torch  # noqa: E402
+from fastbn import checks  # noqa: E402
+from fastbn.dispatch import select  # noqa: E402
+from fastbn.torch import fused  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
+
+ACTIVATIONS = (None, *fused.ALONE, ("leaky_relu", 0.3))
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fused, "SMALLEST", 0)
+    fastbn.torch.report(reset=True)
+    yield
+    torch.set_num_threads(threads)
+
+
+def taken() -> int:
+    return sum(fastbn.torch.report().taken.values())
+
+
+def composed(x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, activation: Any) -> Any:
+    found = fused.IDENTITY if activation is None else checks.activation(activation)
+    return fused.composed(x, residual, weight, bias, mean, var, training, 0.1, 1e-5, found)
+
+
+def ours(x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, activation: Any) -> Any:
+    return fastbn.torch.batch_norm(x, mean, var, weight, bias, training, activation=activation, residual=residual)
+
+
+def step(f: Callable[..., Any], given: list[Any], dy: Any, training: bool, activation: Any, dtype: Any) -> list[Any]:
+    leaves = [None if t is None else t.to(dtype).detach().clone().requires_grad_() for t in given[:4]]
+    running = [None if t is None else t.to(dtype).clone() for t in given[4:]]
+    y = f(*leaves, *running, training, activation)
+    y.backward(dy.to(dtype))
+    return [y.detach(), *(None if t is None else t.grad for t in leaves), *running]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_results_are_those_of_the_composition(dtype: Any, activation: Any) -> None:
+    calls = 0
+    switch = True, False
+    for residual, training, order, affine in itertools.product(switch, switch, ("contiguous", "last", "turned"), switch):
+        torch.manual_seed(0)
+        x, r, dy = (torch.randn(4, 6, 5, 7).to(dtype) for _ in range(3))
+        vectors = [t.to(dtype) for t in (torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 0.5)]
+        x = torch.where(x == vectors[2].reshape(6, 1, 1), x + 1, x)  # there z is 0, and torch's rounded one on either side of the kink
+        if order == "last":
+            x = x.contiguous(memory_format=torch.channels_last)
+        if order == "turned":
+            x, dy = x.transpose(0, 3).contiguous().transpose(0, 3), dy.contiguous(memory_format=torch.channels_last)
+        given = [x, r if residual else None, *(vectors[:2] if affine else (None, None)), *vectors[2:]]
+        want, true = (step(composed, given, dy, training, activation, wide) for wide in (dtype, torch.float64))
+        got = step(ours, given, dy, training, activation, dtype)
+        calls += 2 * (residual or activation is not None)
+        for a, b, c in zip(got, want, true, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+                few = 64 if dtype == torch.float64 else 4
+                allowed = 2 * (b.double() - c).abs().max() + few * torch.finfo(dtype).eps * max(1.0, c.abs().max())
+                assert (a.double() - c).abs().max() <= allowed, (residual, training, order, affine)
+    assert taken() == calls
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_first_and_second_derivatives_are_those_of_finite_differences(training: bool, activation: Any) -> None:
+    torch.manual_seed(1)
+    x, r = (torch.randn(3, 2, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def f(*leaves: Any) -> Any:
+        return ours(*leaves, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64), training, activation)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch itself deprecates
+        assert torch.autograd.gradcheck(f, (x, r, weight, bias))
+        assert torch.autograd.gradgradcheck(f, (x, r, weight, bias))
+
+
+def test_operators_pass_torchs_check() -> None:
+    torch.manual_seed(2)
+    x, w, m, v = torch.randn(4, 3, 5, 5), torch.randn(3), torch.zeros(3), torch.ones(3)
+    last, ops = x.contiguous(memory_format=torch.channels_last), fused._ops()
+    utils = ("test_schema", "test_faketensor")
+    _, mean, invstd = ops.batch_norm_forward(x, w, w, m, v, True, 0.1, 1e-5, None, 1, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for given in (
+            (x, w, w, m, v, True, 0.1, 1e-5, x.clone(), 1, 0.0),
+            (x, w, None, m, v, False, 0.1, 1e-5, None, 7, 0.0),
+            (last, None, None, None, None, True, 0.1, 1e-5, None, 3, 0.1),
+            (x.bfloat16(), w, w, m, v, True, 0.1, 1e-5, None, 1, 0.0),
+        ):
+            torch.library.opcheck(ops.batch_norm_forward.default, given, test_utils=utils)
+        for given in (
+            (x, x, w, None, None, mean, invstd, True, 1e-5, [True] * 3, w, None, 1, 0.0, True),
+            (x, last, w, m, v, None, None, False, 1e-5, [True, False, True], w, x.clone(), 7, 0.0, False),
+        ):
+            torch.library.opcheck(ops.batch_norm_backward.default, given, test_utils=utils)
+
+
+def test_what_is_not_taken_is_composed() -> None:
+    big = 1e200 * torch.randn(4, 3, 5, dtype=torch.float64)
+    given = [big, None, None, None, None, None]
+    got, want = (step(f, given, big, True, "relu", torch.float64) for f in (ours, composed))
+    for a, b in zip(got, want, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    with torch.no_grad():
+        assert torch.equal(ours(*given, True, "relu"), composed(*given, True, "relu"))
+    x = torch.randn(4, 3, 5)
+    for call in (
+        lambda f: torch.vmap(lambda a: f(a, None, None, None, None, None, True, "relu"))(torch.stack([x, 2 * x])),
+        lambda f: torch.func.jvp(lambda a: f(a, None, None, None, None, None, True, "relu"), (x,), (x.square(),)),
+        lambda f: torch.func.grad(lambda a: f(a, None, None, None, None, None, True, "silu").sum())(x),
+        lambda f: f(x[:, :, ::2], None, None, None, None, None, True, "tanh"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch itself deprecates
+            torch.testing.assert_close(call(ours), call(composed))
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    with torch.no_grad():
+        y = ours(x, None, None, None, None, None, True, "relu")
+    assert (y.requires_grad, y.grad_fn) == (False, None)
+    with torch.inference_mode():
+        assert ours(x, x, None, None, torch.zeros(3), torch.ones(3), False, None).is_inference()
+    assert taken() == 2
+
+
+def test_small_tensors_are_composed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    x = torch.randn(4, 3, 5)
+    assert torch.equal(ours(x, None, None, None, None, None, True, "relu"), composed(x, None, None, None, None, None, True, "relu"))
+    assert taken() == 0
+
+
+def test_bad_arguments_are_refused() -> None:
+    x = torch.randn(4, 3, 5)
+    with pytest.raises(ValueError, match="rleu"):
+        ours(x, None, None, None, None, None, True, "rleu")
+    for residual in (x[:2], x.double()):
+        with pytest.raises(ValueError, match="residual must have the shape and dtype of input"):
+            ours(x, residual, None, None, None, None, True, None)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        ours(x[:1, :, :1], None, None, None, None, None, True, "relu")
+    with pytest.raises(RuntimeError, match="must be defined in evaluation mode"):
+        ours(x, None, None, None, None, None, False, "relu")
+    with pytest.raises(RuntimeError, match="should contain 3 elements not 2"):
+        ours(x, None, None, None, torch.zeros(2), torch.ones(2), True, "relu")
+
+
+@pytest.mark.slow
+def test_compiled_and_exported_models_hold_the_composition() -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = torch.nn.BatchNorm2d(3)
+
+        def forward(self, x: Any) -> Any:
+            bn = self.bn
+            return ours(x, x, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.training, "relu")
+
+    model, x = Model(), torch.randn(2, 3, 4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), model(x))
+        exported = torch.export.export(model.eval(), (x,))
+        torch.testing.assert_close(exported.module()(x), model(x))
