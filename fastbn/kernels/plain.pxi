@@ -287,7 +287,8 @@ cdef class Doors(Calls):
         found, count, training, shape, dtype, axis, activation, residual, _ = made
         if (
             not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or not has_shape(x, shape)
-            or (x.dtype is not dtype and x.dtype != dtype) or not bind_plain(self, &call, "backward", x, None, None, &axis, activation, residual) or not is_twin(dy, x)
+            or (x.dtype is not dtype and x.dtype != dtype) or not is_twin(dy, x)
+            or not bind_plain(self, &call, "backward", x, None, None, &axis, activation, residual)
         ):
             return None
         vectors = found

@@ -420,6 +420,7 @@ struct Attempt {
     void found(const Input& x) noexcept { dtype = x.dtype, last = x.last; }
 
     void count(Answer answer) const noexcept {
+        if (answer == OFF) return;  // whether such calls come here at all depends on other threads
         auto& counter = answer == TAKEN ? taken[operation][dtype][last] : declined[operation][answer];
         counter.fetch_add(1, std::memory_order_relaxed);
     }
