@@ -13,6 +13,7 @@ cdef enum:
     FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
     UNITS = 4            # units for each thread, so that none waits long for the last
+    WIDE_UNITS = 2       # the same of sums of columns, which are read the faster the longer the pieces of their rows are
     MOST_THREADS = 4096  # of one call; the pool has fewer
 
 cdef Py_ssize_t L1 = 32 << 10, L2 = 512 << 10, L3 = 8 << 20
@@ -85,7 +86,8 @@ cdef void cut_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
 cdef void cut_sums(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Cut the sums into units: tiles of groups of channels."""
     cdef Py_ssize_t W = lanes(t), room = COLUMNS // BLOCK * W
-    cdef Py_ssize_t enough = up(UNITS * t.threads, p.tiles)  # groups that keep every thread busy
+    cdef Py_ssize_t each = WIDE_UNITS if u.by_columns else UNITS
+    cdef Py_ssize_t enough = up(each * t.threads, p.tiles)  # groups that keep every thread busy
     if not u.by_columns:
         u.far = False  # long runs need no help
         u.group = max(<Py_ssize_t> 1, min(PLANES, t.channels // enough))
