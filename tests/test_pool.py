@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -454,18 +455,18 @@ def test_second_interpreter() -> None:
     """)
 
 
-def compiler() -> str:
+def compiler() -> list[str]:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if found is None:
         pytest.skip("no C++ compiler")
-    return found
+    return shlex.split(found)  # CXX may be several words
 
 
 def test_thread_sanitizer(tmp_path: Path) -> None:
     kernels = ROOT / "fastbn" / "kernels"
     program = tmp_path / "pool_test"
     subprocess.run(
-        [compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{kernels}", ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
+        [*compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{kernels}", ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
          "-pthread", "-o", program],
         check=True,
     )  # fmt: skip
