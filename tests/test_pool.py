@@ -466,8 +466,10 @@ def test_thread_sanitizer(tmp_path: Path) -> None:
     kernels = ROOT / "fastbn" / "kernels"
     program = tmp_path / "pool_test"
     subprocess.run(
-        [*compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{kernels}", ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
-         "-pthread", "-o", program],
+        [
+            *compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{kernels}", "-o", program,
+            ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
+        ],
         check=True,
     )  # fmt: skip
     # Who is woken, and where, other processes may disturb: one undisturbed run of a few will do. A race never will.
