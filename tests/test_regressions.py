@@ -759,3 +759,14 @@ def test_gradients_of_a_frozen_layer_in_place() -> None:
     near_gradients(
         fastbn.batch_norm_backward(p.dy, p.x, fastbn.batch_norm_forward(p.x, p.weight)[1]), backward(p.dy, p.x, p.weight)
     )  # fmt: skip
+
+
+def test_a_copy_of_saved_is_nothing_but_its_fields() -> None:
+    """What it was made from would be a second set of vectors, which a change of the first does not reach."""
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(F32)
+    _, saved = fastbn.batch_norm_forward(x)
+    for other in (pickle.loads(pickle.dumps(saved)), copy.deepcopy(saved)):
+        assert other.made is None
+        other.scale[...] *= 2
+        dx = fastbn.batch_norm_backward(x, x, other).dx
+        np.testing.assert_allclose(dx, 2 * fastbn.batch_norm_backward(x, x, saved).dx, rtol=1e-5, atol=1e-7)

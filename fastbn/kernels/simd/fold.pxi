@@ -50,7 +50,7 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
                 job.second[c] += job.squares[at + c]
 
 
-cdef inline double fold_channel(Job[Forward, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
+cdef inline double fold_channel(Job[Map, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
     """Scale and shift of one channel; `composed.fold` is the same in NumPy. The result is the scale before it is rounded."""
     cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
     cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)

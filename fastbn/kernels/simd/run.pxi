@@ -333,17 +333,6 @@ cdef inline bint is_far(Job[Op, T]* job) noexcept nogil:
         return any_outside(<const float*> job.invstd, job.channels, FAR_FLOAT)
 
 
-cdef void find_scale(Job[Backward, T]* job, const void* weight, const void* bias) noexcept nogil:
-    """Scale and shift of the forward, from weight and bias, as `fold_channel` has found them."""
-    cdef double scale, low, most = Block[T].largest()
-    cdef Py_ssize_t c
-    for c in range(job.channels):
-        scale = Block[T].value(job.invstd, c) * (1 if weight == NULL else Block[T].value(weight, c))
-        low = 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c)
-        Block[T].set_value(job.scale, c, min(max(scale, -most), most) if isfinite(scale) else scale)
-        Block[T].set_value(job.shift, c, (0 if bias == NULL else Block[T].value(bias, c)) - (0 if low == 0 else low * scale))
-
-
 cdef void run_backward_map(Job[Backward, T]* job, const Plan* p) noexcept nogil:
     cdef Job[InputGradient, T] after
     cdef Job[Normalize, T] scaling
@@ -374,7 +363,8 @@ cdef Status backward_call(Job[Backward, T]* job) noexcept nogil:
     if not plan(job, &p, reads if sums else 0, arrays if job.out != NULL else 0, touched):
         return NO_MEMORY
     if not given and job.invstd != NULL:
-        find_scale(job, job.weight, job.bias)
+        for c in range(job.channels):
+            fold_channel(job, c, 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c))
     if job.frozen:
         for c in range(job.channels):
             Block[T].set_value(job.grad_offset, c, 0)
