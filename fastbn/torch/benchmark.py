@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbn.torch.graph import check
 from fastbn.torch.override import either, report
 
 OPERATORS = ("aten::native_batch_norm", "aten::native_batch_norm_backward")
@@ -105,8 +106,7 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, **named: An
     >>> found.steps, found.declined
     (6, {})
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check(model)
     if not seconds >= 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
     step = _step(copy.deepcopy(model), inputs, named)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.freezing import stay_frozen
-from fastbn.torch.graph import Graph, is_batch_norm, norms, trace
+from fastbn.torch.graph import Graph, check, is_batch_norm, norms, trace
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -202,8 +202,7 @@ def fold(model: nn.Module) -> Folded:
     1: folded into 0
     3: left, it stands between ReLU and the output
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check(model)
     twin = copy.deepcopy(model)
     graph = trace(twin)
     folded: dict[str, str] = {}

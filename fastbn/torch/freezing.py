@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastbn.torch.graph import is_batch_norm, norms
+from fastbn.torch.graph import check, is_batch_norm, norms
 
 STATE = "_fastbn_frozen"  # of a frozen layer: whether weight and bias required gradients
 
@@ -22,8 +22,7 @@ def is_frozen(layer: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> list[Any]:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check(model)
     return [layer for _, layer in norms(model) if is_batch_norm(layer)]
 
 

@@ -14,6 +14,12 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
+def check(model: object) -> None:
+    """Check that something is a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 class Place(NamedTuple):
     """Where a normalization layer stands.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastbn.torch.folding import target
 from fastbn.torch.freezing import is_frozen
-from fastbn.torch.graph import norms, trace
+from fastbn.torch.graph import check, norms, trace
 
 DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
 
@@ -105,8 +105,7 @@ def summary(model: nn.Module) -> Summary:
     ...     print(layer.path, layer.kind, layer.channels, layer.mode, layer.before, layer.after, layer.fold, sep=", ")
     1, BatchNorm2d, 8, train, Conv2d, ReLU, folds into 0
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check(model)
     graph = trace(model)
     found = []
     for path, layer in norms(model):
