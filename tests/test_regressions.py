@@ -765,7 +765,7 @@ def test_a_copy_of_saved_is_nothing_but_its_fields() -> None:
     """What it was made from would be a second set of vectors, which a change of the first does not reach."""
     x = np.random.default_rng(0).normal(size=(4, 3)).astype(F32)
     _, saved = fastbn.batch_norm_forward(x)
-    for other in (pickle.loads(pickle.dumps(saved)), copy.deepcopy(saved)):
+    for other in (pickle.loads(pickle.dumps(saved)), copy.deepcopy(saved)):  # noqa: S301  our own
         assert other.made is None
         other.scale[...] *= 2
         dx = fastbn.batch_norm_backward(x, x, other).dx
