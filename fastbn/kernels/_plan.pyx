@@ -12,6 +12,7 @@ cdef enum:
     LONG_ROW = 2048      # gather rows up to this many columns
     FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
+    MOST_L3 = 32 << 20   # bytes of an L3 that one program has to itself, however large that of the whole processor is
     UNITS = 4            # units for each thread, so that none waits long for the last
     WIDE_UNITS = 2       # the same of sums of columns, which are read the faster the longer the pieces of their rows are
     MOST_THREADS = 4096  # of one call; the pool has fewer
@@ -22,7 +23,7 @@ cdef Py_ssize_t L1 = 32 << 10, L2 = 512 << 10, L3 = 8 << 20
 def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
     """Set the sizes of the caches, in bytes, that the units of work are cut for."""
     global L1, L2, L3
-    L1, L2, L3 = l1, l2, l3
+    L1, L2, L3 = l1, l2, min(l3, <Py_ssize_t> MOST_L3)
 
 
 cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t most, Py_ssize_t step) noexcept nogil:
