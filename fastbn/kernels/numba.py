@@ -1,424 +1,97 @@
-"""The Numba kernels: textbook loops, for machines where the compiled ones cannot run.
+"""The Numba kernels: whole calls, where nothing was compiled, and with functions of the user's.
 
-a) Four loops over elements: the sums and the map, of planes and of columns. Without `dy` the sums are those of
-   `stats` and the map is `normalize`; with it they are `grad_sums` and `grad_input`. An argument that is None, and
-   the branch that needs it, are dropped when Numba compiles. So an activation costs nothing where there is none,
-   and any function of the user's becomes part of the loop.
+a) A whole call is one C function, compiled once for each type of arithmetic: `run`. It is told what to do by a `Job`, numbers and
+   addresses, and calls the loops over elements by their addresses. These are compiled for each storage type and activation, when
+   they are first used, and are kept on disk. So nothing of Python's or NumPy's runs between the sums and the map.
 
-b) Sums are float64 for both dtypes: nothing overflows and no chain is too long. Statistics are sums of x - k and
-   (x - k)^2, where k is an element of the channel, the median of three. So constant channels give exactly zero, and
-   the error of M2 is about eps, in the worst case eps times the number of values. Chan, Golub and LeVeque, The
-   American Statistician 37 (1983).
+b) Four loops: `sum_planes`, `sum_columns`, `map_planes`, `map_columns`. *Planes* are runs of `inner` elements that belong to one
+   channel, *columns* rows of channels; short planes are rows of runs, and short rows are gathered to long ones (`repeats`). The
+   loops are written in blocks of lanes (numba_lanes.py), and a condition on what they are made for is dropped by the compiler.
 
-c) The sums of each tile, whose size depends on the shape alone, have a place of their own and are added up in a fixed
-   order: the same bits for any number of threads.
+c) An activation is a loop over numbers in a buffer that stays in L1: LLVM makes vector instructions of it, whatever function of
+   the user's it is, if it can do so at all.
 
-d) Only sums may be reordered, and differences are computed outside of them: x - k must not become a sum of x less a
-   multiple of k. NaN and infinity stay what they are.
+d) The numerics are those of the SIMD kernels: float32 sums of x - k and (x - k)^2 in the lanes of a block, in short chains and
+   tiles that depend on the shape alone, merged in float64 in a fixed order: the same bits for any number of threads. The pivot k
+   is near the mean of a sample of the tile. A tile in which it is far from the mean is summed again around the mean; one whose
+   sums leave the range of their type is summed again in float64.
 
-e) Maps begin at the end: what the sums read last is still in the cache.
+e) The units of work run on the compiled pool, and where that was not built, on Python threads (numba_threads.py).
 
-f) The threads are plain Python threads. They run the loops without the GIL and claim units of work from an atomic
-   counter. Numba's own threads would save these few lines, but cannot be made safe from here: a launch through
-   workqueue that meets one of the user's own code aborts the process, a launch through OpenMP in a forked child kills
-   the child, and OpenMP waits for a thread that is preempted before it has begun.
+f) What a function of the user's raises in a thread must not end it: the loop keeps the values in question, the call ends, and
+   the caller applies the function to them once more.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache, partial
-from queue import SimpleQueue
-from typing import Any
+import ctypes
+from collections.abc import Callable, Iterable
+from functools import cache, lru_cache
+from math import gcd
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, njit
+from numba import config, from_dtype, njit
 from numba.core import types
-from numba.core.caching import NullCache
-from numba.core.compiler_lock import global_compiler_lock
 from numba.core.errors import NumbaError
-from numba.extending import intrinsic
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
+from fastbn.kernels import numba_cache, numba_threads
+from fastbn.kernels.numba_lanes import MEMORY, NUMBERS, STORAGE, call2, call3, call4, call5, claim, fence, fields_of, parallel, stack
 from fastbn.kernels.numba_math import FUNCTIONS, like
 
 Array = np.ndarray[Any, Any]
 
 TILE = 16384  # elements of a tile of planes
-TILE_ROWS = 64  # rows of a tile of columns, at least
-UNIT = 65536  # elements of a unit of work
-RUN = 4096  # elements that a unit of planes reads one behind the other, where planes are small
-BATCH = 8  # rows summed before they are added to the accumulators
-COLUMNS = 2048  # columns of a unit of sums, whose accumulators stay in the cache
-MANY_IMAGES = 16  # so many make columns of planes up to a number of bytes, and rows are gathered to a number of columns:
-SUMMED = 256, COLUMNS
-MAPPED = 64, 512
-
-KEEPS = True  # a backward keeps dy before a costly activation, for both loops to read: `composed.Composed`
-
-
-# ---- The loops ----
-
-
-def _compiled(*flags: str, keep: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """Compile on first use; keep the result on disk where there is a place for it."""
-
-    def decorate(function: Callable[..., Any]) -> Any:
-        compiled = partial(njit, nogil=True, error_model="numpy", fastmath=set(flags))
-        try:
-            return compiled(cache=keep)(function)
-        except RuntimeError:  # no directory can be written
-            return compiled()(function)
-
-    return decorate
-
-
-def _next(typingctx: Any, counter: Any) -> Any:
-    """Take the next number of a counter that threads share."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        array = context.make_array(counter)(context, builder, arguments[0])
-        return builder.atomic_rmw("add", array.data, context.get_constant(types.int64, 1), "monotonic")
-
-    return types.int64(counter), generate
-
-
-_claim: Any = intrinsic(_next)
-
-
-@_compiled(keep=False)
-def _deviation(x: float, k: float) -> Any:
-    return np.float64(x) - k
-
-
-@_compiled("contract", keep=False)
-def _normalized(x: float, mean: float, scale: float, shift: float) -> Any:
-    return (x - mean) * scale + shift
-
-
-@_compiled("contract", keep=False)
-def _input_gradient(dz: float, x: float, mean: float, scale: float, g0: float, g1: float) -> Any:
-    return scale * (dz - g0 - (x - mean) * g1)
-
-
-# Below, `dys` and `rs` are the arrays, or None: where there is none, the element of x stands for theirs.
-
-
-@_compiled(keep=False)
-def _through(
-    dy: float, x: float, r: float, rs: Array | None, f: Any, parameter: float, undo: float | None, mean: float, scale: float, shift: float
-) -> Any:  # fmt: skip
-    """Take dy back through the activation, whose derivative is f."""
-    z = x if undo is not None else _normalized(x, mean, scale, shift)
-    slope = f(z if rs is None else z + r, parameter)
-    return like(z, 0) if slope == 0 else dy * slope
-
-
-@_compiled(keep=False)
-def _restored(x: float, undo: float | None) -> Any:
-    """The element or, where it is the output of leaky_relu, whose slope is `undo`, its input."""
-    if undo is None:
-        return x
-    return x if x > 0 else x / like(x, undo)
-
-
-@_compiled("reassoc", "contract", keep=False)
-def _summed(
-    x: float, dy: float, r: float, dys: Array | None, rs: Array | None, f: Any, parameter: float, undo: float | None,
-    k: float, scale: float, shift: float,
-) -> tuple[float, float]:  # fmt: skip
-    """What one element adds to both sums."""
-    v = _restored(x, undo)
-    d = _deviation(v, k)
-    if dys is None:
-        return d, d * d
-    if f is not None:
-        dy = _through(dy, v, r, rs, f, parameter, undo, like(v, k), scale, shift)
-    return np.float64(dy), dy * d
-
-
-@_compiled(keep=False)
-def _mapped(
-    x: float, dy: float, r: float, dys: Array | None, rs: Array | None, f: Any, parameter: float, undo: float | None,
-    mean: float, scale: float, shift: float, slope: float, factor: float, bias: float,
-) -> tuple[float, float]:  # fmt: skip
-    """What becomes of one element, and the gradient of its residual; the last two are scale and shift of the forward."""
-    if dys is None:
-        z = _normalized(x, mean, scale, shift)
-        z = z if rs is None else z + r
-        if f is not None:
-            z = f(z, parameter)
-        return z, z
-    v = _restored(x, undo)
-    if f is not None:
-        dy = _through(dy, v, r, rs, f, parameter, undo, mean, factor, bias)
-    return _input_gradient(dy, v, mean, scale, shift, slope), dy
-
-
-class _Loop:
-    """A loop over elements: as it is kept on disk, and for activations, which cannot be."""
-
-    def __init__(self, function: Callable[..., Any], *flags: str):
-        self.plain = _compiled(*flags)(function)
-        self.active = _compiled(*flags, keep=False)(function)
-
-
-def _loop(*flags: str) -> Callable[[Callable[..., Any]], _Loop]:
-    return lambda function: _Loop(function, *flags)
-
-
-@_loop("reassoc", "contract")
-def _sum_planes(
-    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, k: Array, scale: Array, shift: Array,
-    sums: Array, squares: Array, images: int, piece: int, group: int, units: int, counter: Array,
-) -> None:  # fmt: skip
-    """Add up tiles of `images` planes, or of a piece of one; a unit is one tile of a group of channels."""
-    outer, channels, inner = x.shape
-    groups, pieces = (channels + group - 1) // group, (inner + piece - 1) // piece
-    unit = _claim(counter)
-    while unit < units:
-        tile, first = unit // groups, unit % groups * group
-        start = tile % pieces * piece
-        stop = min(start + piece, inner)
-        for n in range(tile // pieces * images, min((tile // pieces + 1) * images, outer)):
-            for c in range(first, min(first + group, channels)):
-                plane = x[n, c, start:stop]
-                gradient = plane if dy is None else dy[n, c, start:stop]
-                extra = plane if r is None else r[n, c, start:stop]
-                total = square = 0.0
-                for i in range(len(plane)):
-                    g, s = _summed(plane[i], gradient[i], extra[i], dy, r, f, parameter, undo, k[c], scale[c], shift[c])
-                    total += g
-                    square += s
-                sums[tile, c] += total
-                squares[tile, c] += square
-        unit = _claim(counter)
-
-
-@_loop("reassoc", "contract")
-def _sum_columns(
-    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, k: Array, scale: Array, shift: Array,
-    sums: Array, squares: Array, tile_rows: int, units: int, counter: Array,
-) -> None:  # fmt: skip
-    """Add up tiles of `tile_rows` rows; a unit is a group of the columns of one."""
-    rows, columns = x.shape
-    groups = (columns + COLUMNS - 1) // COLUMNS
-    unit = _claim(counter)
-    while unit < units:
-        tile, first = unit // groups, unit % groups * COLUMNS
-        group = range(np.uintp(first), np.uintp(min(first + COLUMNS, columns)))  # what may be negative is not vectorized
-        row, end = tile * tile_rows, min((tile + 1) * tile_rows, rows)
-        whole = end - (end - row) % BATCH
-        for top in range(row, whole, BATCH):
-            for j in group:
-                total = square = 0.0
-                for b in range(BATCH):
-                    v = x[top + b, j]
-                    dy_j, r_j = v if dy is None else dy[top + b, j], v if r is None else r[top + b, j]
-                    g, s = _summed(v, dy_j, r_j, dy, r, f, parameter, undo, k[j], scale[j], shift[j])
-                    total += g
-                    square += s
-                sums[tile, j] += total
-                squares[tile, j] += square
-        for low in range(whole, end):
-            for j in group:
-                v = x[low, j]
-                dy_j, r_j = v if dy is None else dy[low, j], v if r is None else r[low, j]
-                g, s = _summed(v, dy_j, r_j, dy, r, f, parameter, undo, k[j], scale[j], shift[j])
-                sums[tile, j] += g
-                squares[tile, j] += s
-        unit = _claim(counter)
-
-
-@_loop()
-def _map_planes(
-    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, y: Array, dr: Array | None,
-    mean: Array, scale: Array, shift: Array, slope: Array, factor: Array, bias: Array, group: int, piece: int, units: int, counter: Array,
-) -> None:  # fmt: skip
-    """Map planes, the last ones first; a unit is a group of them, or a piece of one."""
-    planes, inner = x.shape
-    channels, pieces = len(mean), (inner + piece - 1) // piece
-    unit = units - 1 - _claim(counter)
-    while unit >= 0:
-        first, start = unit // pieces * group, unit % pieces * piece
-        stop = min(start + piece, inner)
-        for p in range(first, min(first + group, planes)):
-            c = p % channels
-            source, target = x[p, start:stop], y[p, start:stop]
-            gradient = source if dy is None else dy[p, start:stop]
-            extra = source if r is None else r[p, start:stop]
-            through = target if dr is None else dr[p, start:stop]
-            for i in range(len(source)):
-                target[i], dz = _mapped(
-                    source[i], gradient[i], extra[i], dy, r, f, parameter, undo,
-                    mean[c], scale[c], shift[c], slope[c], factor[c], bias[c],
-                )  # fmt: skip
-                if dr is not None:
-                    through[i] = dz
-        unit = units - 1 - _claim(counter)
-
-
-@_loop()
-def _map_columns(
-    x: Array, dy: Array | None, r: Array | None, f: Any, parameter: float, undo: float | None, y: Array, dr: Array | None,
-    mean: Array, scale: Array, shift: Array, slope: Array, factor: Array, bias: Array, batch: int, units: int, counter: Array,
-) -> None:  # fmt: skip
-    """Map rows, the last ones first; a unit is `batch` of them."""
-    rows, columns = x.shape
-    unit = units - 1 - _claim(counter)
-    while unit >= 0:
-        for row in range(unit * batch, min((unit + 1) * batch, rows)):
-            for j in range(columns):
-                v = x[row, j]
-                dy_j, r_j = v if dy is None else dy[row, j], v if r is None else r[row, j]
-                y[row, j], dz = _mapped(
-                    v, dy_j, r_j, dy, r, f, parameter, undo, mean[j], scale[j], shift[j], slope[j], factor[j], bias[j]
-                )
-                if dr is not None:
-                    dr[row, j] = dz
-        unit = units - 1 - _claim(counter)
-
-
-# ---- Threads ----
-
-class _Ticket:
-    """A share in a job, for one other thread: who holds the lock runs the job, or ends it."""
-
-    def __init__(self, run: Callable[[], Any], errors: list[BaseException]):
-        self._run: Callable[[], Any] | None = run
-        self._errors = errors
-        self._lock = threading.Lock()
-
-    def help(self) -> None:
-        with self._lock:
-            try:
-                if self._run is not None:
-                    self._run()
-            except BaseException as error:  # the caller's to handle: this thread goes on
-                self._errors.append(error)
-
-    def end(self) -> None:
-        """Wait for a thread that has begun; one that has not will do nothing. Twice is as good as once."""
-        with self._lock:
-            self._run = None
-
-
-_tickets: SimpleQueue[_Ticket] = SimpleQueue()
-_hiring = threading.Lock()
-_workers = 0
-
-
-def _work(tickets: SimpleQueue[_Ticket]) -> None:
-    while True:
-        tickets.get().help()
-
-
-def _hire(wanted: int) -> int:
-    """Start threads until there are as many as are wanted; how many of these there are."""
-    global _workers
-    if _workers < wanted:
-        with _hiring:
-            try:
-                while _workers < wanted:
-                    threading.Thread(target=_work, args=(_tickets,), name=f"fastbn-numba-{_workers}", daemon=True).start()
-                    _workers += 1
-            except RuntimeError:  # too many threads, or the interpreter is shutting down: those there are will do
-                pass
-    return min(_workers, wanted)
-
-
-def _share(run: Callable[[], Any], helpers: int) -> None:
-    """Call `run` here and, at the same time, in other threads; return or raise when all that began have ended.
-
-    Threads that work for someone else come later, or not at all. What one of them raises is raised here.
-    """
-    if helpers < 1:
-        run()
-        return
-    errors: list[BaseException] = []
-    pending: list[_Ticket] = []
-    try:
-        for _ in range(_hire(helpers)):
-            pending.append(_Ticket(run, errors))
-            _tickets.put(pending[-1])
-        run()
-    except BaseException as error:  # raised below, when no thread writes to the caller's arrays any more
-        errors.append(error)
-    while pending:
-        try:
-            pending[-1].end()
-            pending.pop()
-        except BaseException as interrupt:  # noqa: PERF203  what a signal's handler raises; few tickets
-            errors.append(interrupt)
-    if errors:
-        try:
-            raise next((error for error in errors if not isinstance(error, Exception)), errors[0])
-        finally:
-            errors.clear()  # else the traceback and this list keep each other, and the arrays
-
-
-def _after_fork() -> None:
-    """Forget the threads, which are the parent's."""
-    global _tickets, _hiring, _workers
-    _tickets, _hiring, _workers = SimpleQueue(), threading.Lock(), 0
-    global_compiler_lock.release()
-
-
-if hasattr(os, "register_at_fork"):
-    # A child forked while another thread compiles could never compile.
-    os.register_at_fork(before=global_compiler_lock.acquire, after_in_parent=global_compiler_lock.release, after_in_child=_after_fork)
-
-
-# ---- Launching ----
-
-PATIENCE = 1.0  # seconds of compiling before the user is told
-_ready: set[tuple[Any, ...]] = set()
-
-
-@cache
-def _tell() -> None:
-    print("fastbn: compiling Numba kernels, once ...", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _announced() -> Iterator[None]:
-    """Say what takes so long, once, and to a terminal only."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield
-        return
-    timer = threading.Timer(PATIENCE, _tell)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _prepare(loop: Any, arguments: tuple[Any, ...]) -> None:
-    """Compile a loop by running none of its units."""
-    run = partial(loop, *arguments, 0, np.zeros(1, np.int64))
-    with _announced():
-        try:
-            run()
-        except Exception:  # the cache on disk may be full, or damaged
-            loop._cache = NullCache()
-            run()
-
-
-def _sealed(a: Array | None) -> Array | None:
-    """Take a view that cannot be written, so that Numba sees one type, whether `a` can be written or not."""
-    if a is None:
-        return None
-    view = a.view()
-    view.flags.writeable = False
-    return view
+TILE_ROWS = 256  # rows of a tile of columns
+CHAIN = 64  # blocks, or images, added to one accumulator: long chains lose digits
+BATCH = 8  # rows taken at once
+MANY_ROWS = 32  # images from which planes of less than two blocks are columns
+LONG_ROW = 2048  # rows are gathered up to this many columns
+GROUP = 4096  # bytes of the accumulators of a unit's columns
+UNITS = 4  # units for each thread
+FEW_VALUES = 64  # values of a tile up to which its sums round so seldom that the pivot may be farther away
+L2, L3 = 1 << 20, 32 << 20  # bytes that the units are cut for, and from which outputs are written past the caches
+
+STATS, FORWARD, INFERENCE, NORMALIZE, GRAD_SUMS, GRAD_INPUT, BACKWARD = range(7)  # kinds of calls
+SUMMING, MAPPING, BOTH = range(3)  # phases
+
+
+# ---- A call, as compiled code sees it ----
+
+_INTEGERS = (
+    # Arrays like x, or 0; dz is what the map of a gradient reads: dy, or what its sums kept, dy before the activation.
+    "x", "dy", "dz", "out", "residual", "dresidual", "kept",
+    # Vectors of channels, in the type of the arithmetic, or 0.
+    "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift", "offset", "slope", "running_mean", "running_var",
+    # The same, in float64: merged sums; and those of the tiles.
+    "first", "second", "low", "pivots", "sums", "squares",
+    # Vectors of columns.
+    "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope",
+    # C functions; and the values that a function of the user's was applied to when it raised.
+    "sum", "map", "settle", "unit_of", "parallel", "failed",
+    # The shape, the tiles, and the units of work.
+    "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "rest",
+    "group", "sum_units", "map_group", "map_piece", "map_units", "threads",
+    # What to do, and what came out.
+    "kind", "phase", "by_columns", "together", "streams", "wide", "wide_mean", "wide_var", "unusual", "raised", "failures",
+)  # fmt: skip
+_NUMBERS = ("eps", "momentum", "correction", "parameter")
+
+
+class Job(ctypes.Structure):
+    """A call: all numbers that the compiled functions need."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _NUMBERS]  # noqa: RUF012
+
+
+fields = fields_of(from_dtype(np.dtype(Job)))
+get64, put64 = NUMBERS[types.float64].get, NUMBERS[types.float64].put
+
+
+# ---- Activations ----
 
 
 def _functions(activation: Any) -> tuple[Any, Any]:
@@ -429,172 +102,1115 @@ def _functions(activation: Any) -> tuple[Any, Any]:
 @cache
 def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
-        return None if function is None else _compiled(keep=False)(lambda z, _: like(z, function(z)))
+        if function is None:
+            return None
+        return njit(nogil=True, error_model="numpy", fastmath={"contract"})(lambda z, _: like(z, function(z)))
 
     return with_parameter(activation.forward), with_parameter(activation.derivative)
 
 
-def _given(epilogue: Any, backward: bool) -> tuple[Any, ...]:
-    """The arguments of the loops that an epilogue stands for: function, parameter, and what undoes the activation."""
-    if epilogue is None or epilogue.activation is None:
-        return None, 0.0, None
-    activation = epilogue.activation
-    function = _functions(activation)[backward]
-    return function, activation.parameter, activation.parameter if epilogue.from_output else None
+def _helper(name: str, **options: Any) -> Callable[[Any], Any]:
+    """Compile a part of a function, under a name unlike any other: what is read from disk is linked by names."""
+
+    def decorate(function: Any) -> Any:
+        function.__name__ = function.__qualname__ = f"{function.__name__}_{name}"
+        return njit(error_model="numpy", **options)(function)
+
+    return decorate
 
 
-def _launch(
-    loop: _Loop, x: Array, dy: Array | None, r: Array | None, given: tuple[Any, ...], arguments: Iterable[Any], units: int, threads: int
-) -> None:  # fmt: skip
-    """Run all units of a loop."""
-    arguments = _sealed(x), _sealed(dy), _sealed(r), *given, *arguments
-    compiled = loop.plain if given[0] is None and r is None else loop.active
-    key = compiled, x.dtype, given[0], *(a is None for a in arguments[:8])
-    if key not in _ready:
-        try:
-            _prepare(compiled, arguments)
-        except NumbaError as error:
-            raise TypeError(f"activation cannot be compiled by Numba for {x.dtype}: {error}") from error
-        _ready.add(key)
-    _share(partial(compiled, *arguments, units, np.zeros(1, np.int64)), min(threads, units) - 1)
+def _applied(function: Any, number: Any, name: str) -> Any:
+    """A loop that applies a function to n numbers at an address, and writes to another one."""
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+
+    @_helper(name, fastmath={"contract"})
+    def apply(source: int, to: int, n: int, parameter: float) -> None:
+        for i in range(n):
+            put(to, i, function(get(source, i), parameter))
+
+    return apply
 
 
-def warmup(dtype: np.dtype[Any], patterns: Iterable[str]) -> None:
-    """Compile what the four operations need.
+_customs: list[Any] = []
 
-    Parameters
+
+def _name(activation: Any) -> str:
+    if activation is None or not activation.custom:
+        return activation.name if activation else "plain"
+    if activation not in _customs:
+        _customs.append(activation)
+    return f"custom{_customs.index(activation)}"
+
+
+class Loop(NamedTuple):
+    """What a loop over elements is compiled for.
+
+    Attributes
     ----------
-    dtype : numpy.dtype
-        float32 or float64.
-    patterns : iterable of str
-        "ncsp", "nspc" or both.
+    pattern : str
+        "planes" or "columns".
+    operation : str
+        "stats", "grad_sums", "normalize" or "grad_input".
+    storage : str
+    activation : Builtin, Activation or None
+    residual : bool
+    second : bool
+        Whether a gradient before the activation is written, too.
+    undone : bool
+        Whether the activation, leaky_relu, was applied to x, and is undone.
     """
-    shapes = {"ncsp": [(1, 1, 2), (MANY_IMAGES, 1, 2)], "nspc": [(1, 1, 1)]}  # small planes of many images are columns
-    with _announced():
-        for shape in (shape for pattern in patterns for shape in shapes[pattern]):
-            x, v = np.zeros(shape, dtype), np.zeros(1, dtype)
-            stats(x)
-            normalize(x, x, v, v, v)
-            grad_sums(x, x, v)
-            grad_input(x, x, x, v, v, v, v)
+
+    pattern: str
+    operation: str
+    storage: str
+    activation: Any = None
+    residual: bool = False
+    second: bool = False
+    undone: bool = False
+
+    @property
+    def name(self) -> str:
+        flags = [_name(self.activation), *(f for f in ("residual", "second", "undone") if getattr(self, f))]
+        return "_".join((self.operation, self.pattern, self.storage, *flags))
+
+
+def _evaluator(loop: Loop) -> Any:
+    """What fills a buffer with the activation, or its derivative, of the n values in another; None where there is nothing to do."""
+    number = STORAGE[loop.storage].number
+    if loop.activation is None:
+        return None
+    apply = _applied(_functions(loop.activation)[loop.operation.startswith("grad")], number, loop.name)
+    if not loop.activation.custom:
+
+        @_helper(loop.name)
+        def evaluate(j: Any, source: int, to: int, n: int) -> None:
+            apply(source, to, n, j.parameter)
+
+        return evaluate
+
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+
+    @_helper(loop.name)
+    def evaluate_caught(j: Any, source: int, to: int, n: int) -> None:
+        try:
+            apply(source, to, n, j.parameter)
+        except Exception:
+            j.raised = 1
+            if claim(j.failures) == 0:
+                for i in range(n):
+                    put(j.failed, i, get(source, i))
+                put64(j.failures, 1, np.float64(n))
+
+    return evaluate_caught
+
+
+# ---- The loops ----
+
+
+def _parts(loop: Loop) -> tuple[Any, ...]:
+    m = MEMORY[loop.storage]
+    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    return m, own.load, own.store, NUMBERS[m.number].get, NUMBERS[m.number].put
+
+
+def _exact(loop: Loop, evaluate: Any) -> Any:
+    """Sums of `runs` runs of n elements, `stride` apart, in float64: of what leaves the range of float32."""
+    m, load, store, get, _ = _parts(loop)
+    read, element, splat, fma, through, restored, first_lanes, total = m.read, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total
+    STATISTICS, ACTIVE, RESIDUAL, UNDONE = loop.operation == "stats", evaluate is not None, loop.residual, loop.undone
+
+    def exact(j: Any, index: int, offset: int, runs: int, stride: int, n: int, mean: int, scale: int, shift: int, c: int) -> None:
+        k = 0.0
+        if STATISTICS:
+            same, lowest = True, element(j.x, offset)
+            for r in range(runs):
+                for i in range(n):
+                    same &= element(j.x, offset + r * stride + i) == lowest
+                    k += element(j.x, offset + r * stride + i)
+            k = lowest if same else k / (runs * n)
+            k = k if np.isfinite(k) else 0.0
+            put64(j.pivots, index, k)
+            if same:
+                put64(j.sums, index, 0.0)
+                put64(j.squares, index, 0.0)
+                return
+        else:
+            k = np.float64(get(mean, c))
+        z, f = stack(), stack()
+        sum, square = 0.0, 0.0
+        for r in range(runs):
+            for i in range(n):
+                at = offset + r * stride + i
+                d = element(j.x, at) - k
+                g = d
+                if not STATISTICS:
+                    g = element(j.dy, at)
+                    v = read(j.x, at, 1)
+                    if UNDONE:
+                        v = restored(v, splat(j.parameter))
+                        d = total(first_lanes(v, 1)) - k
+                    if ACTIVE:
+                        if not UNDONE:
+                            v = fma(v - splat(k), splat(get(scale, c)), splat(get(shift, c)))
+                        if RESIDUAL:
+                            v = v + read(j.residual, at, 1)
+                        store(z, 0, v)
+                        evaluate(j, z, f, 1)
+                        g = total(first_lanes(through(read(j.dy, at, 1), load(f, 0)), 1))
+                sum += g
+                square += g * d
+        put64(j.sums, index, sum)
+        put64(j.squares, index, square)
+
+    return _helper(loop.name)(exact)
+
+
+@njit
+def _is_near(sum: float, square: float, count: int) -> bool:
+    """Whether the pivot is within a deviation of the mean, or sqrt(2) for few values; NaN is as near as it can be."""
+    return not sum * sum > square * (count / 2 if count > FEW_VALUES else count * 2 / 3)
+
+
+@njit
+def _is_lost(square: float, other: float, pivot: float) -> bool:
+    """Whether sums in float32 left the range in which they keep their digits."""
+    size = abs(square)
+    return not (size < 3.0e38 and (size >= 1e-25 or (square == 0 and other == 0 and abs(pivot) >= 1e-12)))
+
+
+def _sum_planes(loop: Loop) -> Any:
+    evaluate = _evaluator(loop)
+    exact = _exact(loop, evaluate)
+    m, load, store, get, _ = _parts(loop)
+    read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
+        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
+    )  # fmt: skip
+    W, CHUNK = m.lanes, CHAIN * m.lanes
+    STATISTICS, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+        loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
+    )  # fmt: skip
+    NARROW = m.number is types.float32
+
+    def sum_planes(job: int, tile: int, first: int, last: int) -> None:
+        """The sums of one tile of channels first ... last."""
+        j = fields(job)
+        if j.raised:
+            return
+        stride = j.channels * j.inner
+        image = tile // j.pieces * j.images
+        images = min(j.images, j.outer - image)
+        start = tile % j.pieces * j.piece
+        length = min(j.piece, j.inner - start)
+        count = images * length
+        zero, undo = splat(0.0), splat(j.parameter)
+        z, f = stack(), stack()
+        for c in range(first, last):
+            index = tile * j.channels + c
+            begin = image * stride + c * j.inner + start
+            pivot = 0.0
+            if STATISTICS:
+                lowest, mean = element(j.x, begin), 0.0
+                for i in range(8):
+                    place = (2 * i + 1) * count // 16
+                    lowest = min(lowest, element(j.x, begin + place // length * stride + place % length))
+                for i in range(8):
+                    place = (2 * i + 1) * count // 16
+                    mean += (element(j.x, begin + place // length * stride + place % length) - lowest) / 8
+                pivot = total(first_lanes(splat(lowest) + coarse(splat(mean)), 1))
+                pivot = pivot if np.isfinite(pivot) else 0.0
+            else:
+                pivot = np.float64(get(j.mean, c))
+            scale, shift = zero, zero
+            if ACTIVE and not UNDONE:
+                scale, shift = splat(get(j.scale, c)), splat(get(j.shift, c))
+            sum, square = 0.0, 0.0
+            for attempt in range(2):
+                k = splat(pivot)
+                sums, squares = zero, zero
+                for n in range(images):
+                    at = begin + n * stride
+                    done = 0
+                    while done < length:  # a chain
+                        end = min(done + CHUNK, length)
+                        if ACTIVE:
+                            i = done
+                            while i < end:
+                                v = read(j.x, at + i, end - i)
+                                v = restored(v, undo) if UNDONE else fma(v - k, scale, shift)
+                                if RESIDUAL:
+                                    v = v + read(j.residual, at + i, end - i)
+                                store(z, i - done, v)
+                                i += W
+                            evaluate(j, z, f, end - done)
+                        t, q = zero, zero
+                        i = done
+                        while i < end:
+                            rest = end - i
+                            v = read(j.x, at + i, rest)
+                            if UNDONE:
+                                v = restored(v, undo)
+                            d = v - k
+                            if rest < W:
+                                d = first_lanes(d, rest)
+                            g = d
+                            if not STATISTICS:
+                                g = read(j.dy, at + i, rest)
+                                if ACTIVE:
+                                    g = through(g, load(f, i - done))
+                                if SECOND:
+                                    write(j.kept, at + i, g, rest, 0)
+                                if rest < W:
+                                    g = first_lanes(g, rest)
+                            t = t + g
+                            q = fma(g, d, q)
+                            i += W
+                        sums, squares = sums + t, squares + q
+                        done = end
+                sum, square = total(sums), total(squares)
+                if not STATISTICS or attempt == 1 or _is_near(sum, square, count):
+                    break
+                closer = total(first_lanes(splat(pivot + sum / count), 1))
+                if not np.isfinite(closer):
+                    break
+                pivot = closer
+            put64(j.pivots, index, pivot)
+            put64(j.sums, index, sum)
+            put64(j.squares, index, square)
+            if NARROW and (_is_lost(square, sum, pivot) if STATISTICS else _is_lost(square, 0.0, 1.0)):
+                exact(j, index, begin, images, stride, length, j.mean, j.scale, j.shift, c)
+
+    return sum_planes
+
+
+def _sum_columns(loop: Loop) -> Any:
+    evaluate = _evaluator(loop)
+    exact = _exact(loop, evaluate)
+    m, load, store, get, put = _parts(loop)
+    read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
+        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
+    )  # fmt: skip
+    W = m.lanes
+    STATISTICS, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+        loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
+    )  # fmt: skip
+    NARROW = m.number is types.float32
+
+    def sum_columns(job: int, tile: int, first: int, last: int) -> None:
+        """The sums of columns first ... last of one tile."""
+        j = fields(job)
+        if j.raised:
+            return
+        K, run = j.columns, j.run
+        row, rows = tile * TILE_ROWS, 1
+        if row < j.rows:
+            rows, last = min(TILE_ROWS, j.rows - row), min(last, K)
+        else:
+            row, last = j.rows, min(last, j.rest)
+        begin, columns, count = row * K + first, last - first, rows * run
+        zero, undo = splat(0.0), splat(j.parameter)
+        z, f, pivots, sums, squares = stack(), stack(), stack(), stack(), stack()
+        i = 0
+        while STATISTICS and run == 1 and i < columns:
+            lowest, mean = read(j.x, begin + i, columns - i), zero
+            for n in range(8):
+                mean = mean + (read(j.x, begin + (2 * n + 1) * rows // 16 * K + i, columns - i) - lowest)
+            store(pivots, i, lowest + coarse(mean * splat(0.125)))
+            i += W
+        while STATISTICS and i < columns:
+            lowest, mean = element(j.x, begin + i), 0.0
+            for n in range(8):
+                mean += (element(j.x, begin + (2 * n + 1) * rows // 16 * K + i + (2 * n + 1) * run // 16) - lowest) / 8
+            pivot = splat(lowest) + coarse(splat(mean))
+            n = 0
+            while n < run:
+                store(pivots, i + n, pivot)
+                n += W
+            i += run
+        for attempt in range(2):
+            i = 0
+            while i < columns:
+                store(sums, i, zero)
+                store(squares, i, zero)
+                i += W
+            for top in range(0, rows, BATCH):
+                batch = min(BATCH, rows - top)
+                i = 0
+                while i < columns:
+                    rest = columns - i
+                    at = begin + top * K + i
+                    k = load(pivots, i) if STATISTICS else load(j.columns_mean, first + i)
+                    if ACTIVE:
+                        for n in range(batch):
+                            v = read(j.x, at + n * K, rest)
+                            if UNDONE:
+                                v = restored(v, undo)
+                            else:
+                                v = fma(v - k, load(j.columns_scale, first + i), load(j.columns_shift, first + i))
+                            if RESIDUAL:
+                                v = v + read(j.residual, at + n * K, rest)
+                            store(z, n * W, v if rest >= W else first_lanes(v, rest))
+                            if rest < W:
+                                evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
+                        if rest >= W:
+                            evaluate(j, z, f, batch * W)
+                    t, q = zero, zero
+                    for n in range(batch):
+                        v = read(j.x, at + n * K, rest)
+                        if UNDONE:
+                            v = restored(v, undo)
+                        d = v - k
+                        if rest < W:
+                            d = first_lanes(d, rest)
+                        g = d
+                        if not STATISTICS:
+                            g = read(j.dy, at + n * K, rest)
+                            if ACTIVE:
+                                g = through(g, load(f, n * W))
+                            if SECOND:
+                                write(j.kept, at + n * K, g, rest, 0)
+                            if rest < W:
+                                g = first_lanes(g, rest)
+                        t = t + g
+                        q = fma(g, d, q)
+                    store(sums, i, load(sums, i) + t)
+                    store(squares, i, load(squares, i) + q)
+                    i += W
+            near = True
+            for w in range(columns // run):
+                sum, square = 0.0, 0.0
+                for i in range(run):
+                    sum += get(sums, w * run + i)
+                    square += get(squares, w * run + i)
+                index = tile * j.width + first // run + w
+                pivot = np.float64(get(pivots, w * run)) if STATISTICS else 1.0
+                if STATISTICS and attempt == 0 and not _is_near(sum, square, count):
+                    closer = pivot + sum / count
+                    if np.isfinite(closer):
+                        near = False
+                        for i in range(run):
+                            put(pivots, w * run + i, closer)
+                put64(j.pivots, index, pivot)
+                put64(j.sums, index, sum)
+                put64(j.squares, index, square)
+                if NARROW and (near or attempt == 1) and _is_lost(square, sum if STATISTICS else 0.0, pivot):
+                    c = first + w * run
+                    exact(j, index, begin + w * run, rows, K, run, j.columns_mean, j.columns_scale, j.columns_shift, c)
+            if near:
+                break
+
+    return sum_columns
+
+
+def _map_planes(loop: Loop) -> Any:
+    evaluate = _evaluator(loop)
+    m, load, store, get, _ = _parts(loop)
+    read, write, splat, fma, through, restored = m.read, m.write, m.splat, m.fma, m.through, m.restored
+    W, CHUNK = m.lanes, CHAIN * m.lanes
+    GRADIENT, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
+    )  # fmt: skip
+
+    def map_planes(job: int, first: int, last: int, start: int, stop: int) -> None:
+        """Elements start ... stop of planes first ... last."""
+        j = fields(job)
+        if j.raised:
+            return
+        zero, undo = splat(0.0), splat(j.parameter)
+        z, f = stack(), stack()
+        for p in range(first, last):
+            c, at = p % j.channels, p * j.inner
+            mean, scale, shift, offset, slope = splat(get(j.mean, c)), splat(get(j.scale, c)), zero, zero, zero
+            if GRADIENT:
+                offset, slope = splat(get(j.offset, c)), splat(get(j.slope, c))
+            if not GRADIENT or (ACTIVE and not UNDONE):
+                shift = splat(get(j.shift, c))
+            done = start
+            while done < stop:
+                end = min(done + CHUNK, stop)
+                if ACTIVE:
+                    i = done
+                    while i < end:
+                        v = read(j.x, at + i, end - i)
+                        v = restored(v, undo) if UNDONE else fma(v - mean, scale, shift)
+                        if RESIDUAL:
+                            v = v + read(j.residual, at + i, end - i)
+                        store(z, i - done, v)
+                        i += W
+                    evaluate(j, z, f, end - done)
+                i = done
+                while i < end:
+                    rest = end - i
+                    if GRADIENT:
+                        v, g = read(j.x, at + i, rest), read(j.dz, at + i, rest)
+                        if UNDONE:
+                            v = restored(v, undo)
+                        if ACTIVE:
+                            g = through(g, load(f, i - done))
+                        v = scale * fma(v - mean, slope, g - offset)
+                        if SECOND:
+                            write(j.dresidual, at + i, g, rest, j.streams)
+                    elif ACTIVE:
+                        v = load(f, i - done)
+                    else:
+                        v = fma(read(j.x, at + i, rest) - mean, scale, shift)
+                        if RESIDUAL:
+                            v = v + read(j.residual, at + i, rest)
+                    write(j.out, at + i, v, rest, j.streams)
+                    i += W
+                done = end
+        if j.streams:
+            fence()
+
+    return map_planes
+
+
+def _map_columns(loop: Loop) -> Any:
+    evaluate = _evaluator(loop)
+    m, load, store, _, _ = _parts(loop)
+    read, write, splat, fma, through, restored, first_lanes = m.read, m.write, m.splat, m.fma, m.through, m.restored, m.first
+    W = m.lanes
+    GRADIENT, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
+    )  # fmt: skip
+
+    def map_columns(job: int, first: int, last: int, start: int, stop: int) -> None:
+        """Columns start ... stop of rows first ... last; the row behind the whole ones is a short one."""
+        j = fields(job)
+        if j.raised:
+            return
+        zero, undo = splat(0.0), splat(j.parameter)
+        z, f = stack(), stack()
+        K, row = j.columns, first
+        while row < last:
+            batch = min(BATCH, (last if row == j.rows else min(last, j.rows)) - row)
+            end = min(stop, j.rest) if row == j.rows else stop
+            i = start
+            while i < end:
+                rest, at = end - i, row * K + i
+                mean, scale, shift, offset, slope = load(j.columns_mean, i), load(j.columns_scale, i), zero, zero, zero
+                if GRADIENT:
+                    offset, slope = load(j.columns_offset, i), load(j.columns_slope, i)
+                if not GRADIENT or (ACTIVE and not UNDONE):
+                    shift = load(j.columns_shift, i)
+                if ACTIVE:
+                    for n in range(batch):
+                        v = read(j.x, at + n * K, rest)
+                        v = restored(v, undo) if UNDONE else fma(v - mean, scale, shift)
+                        if RESIDUAL:
+                            v = v + read(j.residual, at + n * K, rest)
+                        store(z, n * W, v if rest >= W else first_lanes(v, rest))
+                        if rest < W:
+                            evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
+                    if rest >= W:
+                        evaluate(j, z, f, batch * W)
+                for n in range(batch):
+                    if GRADIENT:
+                        v, g = read(j.x, at + n * K, rest), read(j.dz, at + n * K, rest)
+                        if UNDONE:
+                            v = restored(v, undo)
+                        if ACTIVE:
+                            g = through(g, load(f, n * W))
+                        v = scale * fma(v - mean, slope, g - offset)
+                        if SECOND:
+                            write(j.dresidual, at + n * K, g, rest, j.streams)
+                    elif ACTIVE:
+                        v = load(f, n * W)
+                    else:
+                        v = fma(read(j.x, at + n * K, rest) - mean, scale, shift)
+                        if RESIDUAL:
+                            v = v + read(j.residual, at + n * K, rest)
+                    write(j.out, at + n * K, v, rest, j.streams)
+                i += W
+            row += batch
+        if j.streams:
+            fence()
+
+    return map_columns
+
+
+_LOOPS = {
+    ("planes", True): _sum_planes, ("planes", False): _map_planes, ("columns", True): _sum_columns, ("columns", False): _map_columns,
+}  # fmt: skip
+
+
+# ---- Around the loops: the same for all storage types and activations ----
+
+
+def _settle(number: Any) -> Any:
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+    largest = float(np.finfo(np.float32 if number is types.float32 else np.float64).max)
+    most_m2 = min(largest / 4, 2.0**500) ** 2
+
+    def optional(vector: int, c: int, otherwise: float) -> float:
+        return np.float64(get(vector, c)) if vector else otherwise
+
+    optional = _helper(str(number))(optional)
+
+    def fold(j: Any, c: int, low: float, invstd: float) -> float:
+        """Scale and shift of one channel; the result is the scale before it is rounded."""
+        scale = invstd * optional(j.weight, c, 1.0)
+        shift = optional(j.bias, c, 0.0)
+        # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
+        put(j.scale, c, min(max(scale, -largest), largest) if np.isfinite(scale) else scale)
+        put(j.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
+        return scale
+
+    fold = _helper(str(number))(fold)
+
+    def tile_count(j: Any, tile: int) -> int:
+        """Values of a channel, or a column's run, in a tile."""
+        if j.by_columns:
+            return (min(TILE_ROWS, j.rows - tile * TILE_ROWS) if tile * TILE_ROWS < j.rows else 1) * j.run
+        return min(j.images, j.outer - tile // j.pieces * j.images) * min(j.piece, j.inner - tile % j.pieces * j.piece)
+
+    tile_count = _helper(str(number))(tile_count)
+
+    def settle(job: int, first: int, last: int) -> None:
+        """From the sums of tiles to those of channels first ... last, and from these to the parameters of the map."""
+        j = fields(job)
+        C, count = j.channels, np.float64(j.outer * j.inner)
+        if j.kind == INFERENCE:
+            for c in range(first, last):
+                invstd = 1 / np.sqrt(get(j.var, c) + j.eps) if j.var else np.float64(get(j.invstd, c))
+                fold(j, c, optional(j.mean_lo, c, 0.0), invstd)
+            return
+        whole, statistics = j.rows * j.repeats * C if j.by_columns else 0, j.kind <= FORWARD
+        for c in range(first, last):
+            put64(j.first, c, 0.0)
+            put64(j.second, c, 0.0)
+            put64(j.low, c, 0.0)
+        for tile in range(j.tiles):
+            n = tile_count(j, tile)
+            short = j.by_columns and tile * TILE_ROWS >= j.rows
+            for repeat in range(j.repeats):
+                at = tile * j.width + repeat * C
+                end = min(last, j.rest // j.run - repeat * C) if short else last
+                for c in range(first, end):
+                    if statistics:  # of the mean from the first pivot; two near numbers have an exact difference
+                        moved = get64(j.pivots, at + c) - get64(j.pivots, c)
+                        put64(j.low, c, get64(j.low, c) + (get64(j.sums, at + c) + n * moved))
+                    else:
+                        put64(j.first, c, get64(j.first, c) + get64(j.sums, at + c))
+                        put64(j.second, c, get64(j.second, c) + get64(j.squares, at + c))
+        if not statistics:
+            for c in range(first, last):
+                low = optional(j.mean_lo, c, 0.0)
+                put64(j.second, c, get64(j.second, c) - low * get64(j.first, c))
+                if j.kind == BACKWARD:
+                    invstd = np.float64(get(j.invstd, c))
+                    slope = invstd * (invstd * get64(j.second, c) / count)  # the square alone may leave the range
+                    put(j.offset, c, get64(j.first, c) / count - low * slope)
+                    put(j.slope, c, -slope)
+            return
+        for c in range(first, last):
+            put64(j.low, c, get64(j.low, c) / count)
+        for tile in range(j.tiles):
+            n = tile_count(j, tile)
+            short = j.by_columns and tile * TILE_ROWS >= j.rows
+            for repeat in range(j.repeats):
+                at = tile * j.width + repeat * C
+                end = min(last, j.rest // j.run - repeat * C) if short else last
+                for c in range(first, end):
+                    e = get64(j.low, c) - (get64(j.pivots, at + c) - get64(j.pivots, c))
+                    m2 = get64(j.squares, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
+                    put64(j.second, c, get64(j.second, c) + m2)
+        unusual = False
+        for c in range(first, last):
+            m2, offset, pivot = get64(j.second, c), get64(j.low, c), get64(j.pivots, c)
+            m2 = 0.0 if m2 < 0 else m2
+            mean = pivot + offset
+            high = mean - pivot
+            low = (pivot - (mean - high)) + (offset - high)
+            low = low if np.isfinite(low) else 0.0
+            put64(j.first, c, mean)
+            put64(j.second, c, m2)
+            put64(j.low, c, low)
+            if j.kind == FORWARD:
+                spread = m2 / count + j.eps
+                invstd = 1 / np.sqrt(spread)
+                put(j.mean, c, mean)
+                high = np.float64(get(j.mean, c))
+                low += mean - high if np.isfinite(high) else 0.0
+                scale = fold(j, c, low, invstd)
+                put(j.mean_lo, c, low)
+                put(j.invstd, c, invstd)
+                unusual |= not (m2 < most_m2 and spread > 2.0**-900 and abs(scale) <= largest)
+        if unusual:
+            j.unusual = 1
+
+    return settle
+
+
+def _unit(number: Any) -> Any:
+    def unit(job: int, number: int) -> None:
+        """One unit of work: sums of a tile, a part of the map, or all of some channels."""
+        j = fields(job)
+        C = j.channels
+        if j.phase == SUMMING:
+            first = number // j.tiles * j.group
+            call4(j.sum, job, number % j.tiles, first, min(first + j.group, j.columns if j.by_columns else C))
+        elif j.phase == BOTH:
+            first = number * j.group
+            last = min(first + j.group, C)
+            for tile in range(j.tiles):
+                call4(j.sum, job, tile, first, last)
+            call3(j.settle, job, first, last)
+            if not (j.unusual or j.raised):
+                for n in range(j.outer - 1, -1, -1):
+                    call5(j.map, job, n * C + first, n * C + last, 0, j.inner)
+        else:
+            pieces = ((j.columns if j.by_columns else j.inner) + j.map_piece - 1) // j.map_piece
+            first, start = number // pieces * j.map_group, number % pieces * j.map_piece
+            last = min(first + j.map_group, j.rows + (j.rest > 0) if j.by_columns else j.outer * C)
+            call5(j.map, job, first, last, start, min(start + j.map_piece, j.columns if j.by_columns else j.inner))
+
+    return unit
+
+
+def _run(number: Any) -> Any:
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+    far = 2.0**400 if number is types.float64 else 2.0**100  # as extremes.py has it
+
+    def expand(j: Any, source: int, to: int) -> None:
+        """A vector of columns from one of channels."""
+        at = 0
+        for _ in range(j.repeats):
+            for c in range(j.channels):
+                value = get(source, c)
+                for i in range(at, at + j.run):
+                    put(to, i, value)
+                at += j.run
+
+    expand = _helper(str(number))(expand)
+
+    def units(j: Any, job: int, phase: int, number: int, backwards: int) -> None:
+        j.phase = phase
+        if j.threads > 1 and number > 1:
+            parallel(j.parallel, j.unit_of, job, number, j.threads, backwards)
+            return
+        for i in range(number):
+            call2(j.unit_of, job, number - 1 - i if backwards else i)
+
+    units = _helper(str(number))(units)
+
+    def move(running: int, wide: int, source: int, divisor: float, channels: int, momentum: float) -> None:
+        for c in range(channels):
+            moved = momentum * (get64(source, c) / divisor)
+            if wide:
+                put64(running, c, (1 - momentum) * get64(running, c) + moved)
+            else:
+                put(running, c, (1 - momentum) * get(running, c) + moved)
+
+    move = _helper(str(number))(move)
+
+    def run(job: int) -> None:
+        """A whole call."""
+        j = fields(job)
+        gradient = j.kind >= GRAD_SUMS
+        if gradient and j.invstd:
+            for c in range(j.channels):
+                invstd = get(j.invstd, c)
+                if (invstd >= far or invstd < 0.5 / far) and invstd > 0 and np.isfinite(invstd):
+                    j.unusual = 1
+                    return
+        if j.kind == INFERENCE:
+            call3(j.settle, job, 0, j.channels)
+        if j.together:
+            units(j, job, BOTH, j.sum_units, 0)
+        else:
+            if j.by_columns and gradient:
+                expand(j, j.mean, j.columns_mean)
+                if j.scale:
+                    expand(j, j.scale, j.columns_scale)
+                if j.shift:
+                    expand(j, j.shift, j.columns_shift)
+            if j.sum:
+                units(j, job, SUMMING, j.sum_units, 0)
+                if not j.raised:
+                    call3(j.settle, job, 0, j.channels)
+            if j.map and not (j.unusual or j.raised):
+                if j.by_columns and not gradient:
+                    expand(j, j.mean, j.columns_mean)
+                    expand(j, j.scale, j.columns_scale)
+                    expand(j, j.shift, j.columns_shift)
+                if j.by_columns and j.offset:
+                    expand(j, j.offset, j.columns_offset)
+                    expand(j, j.slope, j.columns_slope)
+                units(j, job, MAPPING, j.map_units, 1 if j.sum else 0)
+        if j.kind == FORWARD and not (j.unusual or j.raised):
+            if j.running_mean:
+                move(j.running_mean, j.wide_mean, j.first, 1.0, j.channels, j.momentum)
+            if j.running_var:
+                move(j.running_var, j.wide_var, j.second, j.outer * j.inner - j.correction, j.channels, j.momentum)
+
+    return run
+
+
+# ---- Compiling ----
+
+
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _compile(function: Any, name: str, arguments: int, keep: bool = True) -> int:
+    function.__name__ = function.__qualname__ = name
+    return numba_cache.compiled(function, types.void(*[types.intp] * arguments), name, keep)
+
+
+@cache
+def _loop(loop: Loop) -> int:
+    """The address of a loop."""
+    sums = loop.operation in ("stats", "grad_sums")
+    custom = loop.activation is not None and loop.activation.custom
+    try:
+        return _compile(_LOOPS[loop.pattern, sums](loop), loop.name, 4 if sums else 5, not custom)
+    except NumbaError as error:
+        if not custom:
+            raise
+        number = STORAGE[loop.storage].number
+        raise TypeError(f"activation cannot be compiled by Numba for {number}: {error}") from error
+
+
+@cache
+def _around(number: Any) -> tuple[int, int, Any]:
+    """Addresses of `settle` and `unit`, and `run` as a function of Python's."""
+    settle, unit = (_compile(make(number), f"{make.__name__}_{number}", n) for make, n in ((_settle, 3), (_unit, 2)))
+    return settle, unit, _ENTRY(_compile(_run(number), f"run_{number}", 1))
+
+
+# ---- How a call is cut ----
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _even(n: int, most: int, step: int) -> int:
+    """The size of equal parts of n, of at most `most` each, in whole steps."""
+    return _up(_up(n, _up(n, most)), step) * step
+
+
+def set_caches(l1: int, l2: int, l3: int) -> None:
+    """Set the sizes of the caches, in bytes, that the units of work are cut for."""
+    global L2, L3
+    L2, L3 = l2, min(l3, 32 << 20)
+    _template.cache_clear()
+
+
+def by_columns(shape: tuple[int, int, int], lanes: int) -> bool:
+    """Whether the loops take the memory as columns: also planes of less than two blocks, of many images."""
+    outer, _, inner = shape
+    return inner == 1 or (inner < 2 * lanes and inner % lanes != 0 and outer >= MANY_ROWS)
+
+
+def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: int, arrays: int, fresh: bool) -> None:
+    """Tiles, which decide the bits and depend on the shape alone, and units of work, which do not.
+
+    The sums read so many arrays, and the map reads and writes so many; `fresh` is an output of its own, on cache lines.
+    """
+    job.outer, job.channels, job.inner = outer, channels, inner = shape
+    lanes, total = 128 // max(size, 4), outer * channels * inner
+    enough = UNITS * threads
+    job.images = job.pieces = job.repeats = job.run = 1
+    job.piece, job.columns, job.width = inner, channels, channels
+    job.by_columns = columns = by_columns(shape, lanes)
+    if columns:
+        repeats = lanes // gcd(channels, lanes)
+        if inner == 1 and repeats * channels <= LONG_ROW and outer >= 4 * repeats:
+            job.repeats = repeats
+        job.run, job.width = inner, job.repeats * channels
+        job.columns = job.width * inner
+        job.rows, job.rest = outer // job.repeats, outer % job.repeats * channels
+        job.tiles = _up(job.rows, TILE_ROWS) + (job.rest > 0)
+        room, groups = GROUP // (128 // lanes), _up(enough, job.tiles)
+        if inner > 1:
+            job.group = max(1, min(room // inner, _up(channels, groups))) * inner
+        else:
+            job.group = _even(job.columns, min(room, _up(job.columns, groups)), lanes)
+        job.sum_units = job.tiles * _up(job.columns, job.group)
+    else:
+        if inner > TILE:
+            job.piece = _even(inner, TILE, lanes)
+            job.pieces = _up(inner, job.piece)
+        else:
+            job.images = max(1, min(CHAIN, TILE // inner))
+        job.tiles = _up(outer, job.images) * job.pieces
+        job.group = max(1, min(32, channels // _up(enough, job.tiles)))
+        job.sum_units = job.tiles * _up(channels, job.group)
+    if arrays == 0:
+        return
+    job.streams = fresh and total * size * arrays > L3 and (job.columns if columns else inner) * size % 64 == 0
+    part = max(lanes, min(L2 // 2 // (arrays * size), _up(total, enough)))
+    if columns:
+        job.map_piece = _even(job.columns, part, lanes)
+        job.map_group = _up(max(1, part // job.columns), BATCH) * BATCH
+        job.map_units = _up(job.rows + (job.rest > 0), job.map_group) * _up(job.columns, job.map_piece)
+    else:
+        job.map_group, job.map_piece = max(1, part // inner), inner if part >= inner else _even(inner, part, lanes)
+        job.map_units = _up(outer * channels, job.map_group) * _up(inner, job.map_piece)
+    if reads == 0 or columns or not fresh or (threads > 1 and channels < enough):
+        return
+    channel, all_of_it = reads * outer * inner * size, arrays * total * size
+    if outer > 1 and L3 // 3 < all_of_it <= L3:
+        return  # long runs from L3 take less time than short ones
+    job.together = 1
+    job.group = max(1, min(L2 // 2 // channel, channels // enough))
+    job.sum_units = _up(channels, job.group)
+
+
+# ---- From arrays to a job ----
+
+
+_SUMMING = (STATS, FORWARD, GRAD_SUMS, BACKWARD)
+_NAMES: dict[Any, str] = {}
+_PADDING = 64  # elements behind a vector of columns: a block is read at its last ones
+
+
+class _Template(NamedTuple):
+    """All of a call that does not depend on the arrays: the job, what runs it, and the bytes of parts of its scratch memory."""
+
+    job: Job
+    run: Any
+    columns: int
+    partials: int
+    scratch: int
+    failures: int
+
+
+def _storage(dtype: np.dtype[Any]) -> str:
+    if dtype not in _NAMES:
+        _NAMES[dtype] = dtype.name
+    return _NAMES[dtype]
+
+
+@lru_cache(maxsize=512)
+def _template(
+    kind: int, shape: tuple[int, int, int], dtype: np.dtype[Any], threads: int, fresh: bool, kept: bool,
+    activation: Any, residual: bool, dresidual: bool, undone: bool,
+) -> _Template:  # fmt: skip
+    job, storage = Job(), _storage(dtype)
+    m = STORAGE[storage]
+    gradient, sums, maps = kind >= GRAD_SUMS, kind in _SUMMING, kind not in (STATS, GRAD_SUMS)
+    reads = (1 + gradient + (residual and gradient)) if sums else 0
+    arrays = (2 + gradient + residual + dresidual) if maps else 0
+    _cut(job, shape, m.size, threads, reads, arrays, fresh)
+    pattern = "columns" if job.by_columns else "planes"
+    if sums and gradient:
+        job.sum = _loop(Loop(pattern, "grad_sums", storage, activation, residual, kept, undone))
+    elif sums:
+        job.sum = _loop(Loop(pattern, "stats", storage))
+    if maps and gradient:
+        after = () if kept else (activation, residual, dresidual, undone)
+        job.map = _loop(Loop(pattern, "grad_input", storage, *after))
+    elif maps:
+        job.map = _loop(Loop(pattern, "normalize", storage, activation, residual))
+    job.settle, job.unit_of, run = _around(m.number)
+    job.parallel, job.threads, job.kind = numba_threads.address(), threads, kind
+    job.wide = m.number is types.float64
+    job.parameter = 0.0 if activation is None else activation.parameter
+    columns = (job.columns + _PADDING) * 8 if job.by_columns else 0
+    partials = job.tiles * job.width * 8 if sums else 0
+    failures = 0 if activation is None or not activation.custom else 16 + 8192
+    return _Template(job, run, columns, partials, 5 * columns + 3 * partials + 8 * 8 * shape[1] + failures, failures)
+
+
+def _address(a: Array | None) -> int:
+    return 0 if a is None else a.__array_interface__["data"][0]
+
+
+class _Call:
+    """One call: its job, and what must live as long."""
+
+    def __init__(self, kind: int, x: Array, dy: Array | None, out: Array | None, threads: int, epilogue: Any):
+        activation = residual = dresidual = None
+        undone = False
+        if epilogue is not None:
+            activation, residual, dresidual, undone = epilogue.activation, epilogue.residual, epilogue.dresidual, epilogue.from_output
+        source, to = _address(x), _address(out)
+        gradient, other, after, second = _address(dy), _address(residual), 0, 0
+        fresh = bool(to) and to not in (source, gradient, other) and to % 64 == 0
+        if dresidual is not None:
+            second = _address(dresidual)
+            fresh = fresh and second % 64 == 0 and second not in (source, gradient, other)
+        if kind == BACKWARD and x.itemsize >= 4 and activation is not None and activation.costly and fresh:
+            after = second or to
+        template = _template(
+            kind, x.shape, x.dtype, threads, fresh, bool(after), activation, residual is not None, dresidual is not None, bool(undone),
+        )  # fmt: skip
+        self.job = job = Job.from_buffer_copy(template.job)
+        self.activation, self.function = activation, template.run
+        self.scratch = scratch = np.empty(template.scratch, np.uint8)
+        job.x, job.dy, job.dz, job.out, job.residual, job.dresidual = source, gradient, after or gradient, to, other, second
+        job.kept = after
+        free, c = _address(scratch), 8 * job.channels
+        job.columns_mean = free
+        job.columns_scale, job.columns_shift = free + template.columns, free + 2 * template.columns
+        job.columns_offset, job.columns_slope = free + 3 * template.columns, free + 4 * template.columns
+        free += 5 * template.columns
+        job.pivots, job.sums, job.squares = free, free + template.partials, free + 2 * template.partials
+        free += 3 * template.partials
+        job.first, job.second, job.low = free, free + c, free + 2 * c
+        job.offset, job.slope, job.invstd, job.scale, job.shift = free + 3 * c, free + 4 * c, 0, free + 5 * c, free + 6 * c
+        free += 8 * c
+        job.failures, job.failed = free, free + 16
+        if activation is not None and activation.custom:
+            scratch[-template.failures :][:16] = 0
+
+    def run(self) -> bool:
+        """Run it; whether it had only channels that it can do."""
+        self.function(ctypes.byref(self.job))
+        numba_threads.raise_interrupt()
+        if self.job.raised:
+            self._raise()
+        return not self.job.unusual
+
+    def _raise(self) -> None:
+        """Raise here what a function of the user's raised in some thread."""
+        function = _functions(self.activation)[self.job.kind >= GRAD_SUMS]
+        number = np.float64 if self.job.wide else np.float32
+        count = int(self.scratch[-8208 + 8 :][:8].view(np.float64)[0])
+        for z in self.scratch[-8192:].view(number)[:count]:
+            function(z, self.activation.parameter)
+        raise RuntimeError("the activation raised an exception, but not when it was called again")
 
 
 # ---- The four operations ----
 
 
-def _by_planes(a: _Arrays, short: int) -> bool:
-    outer, _, inner = a.shape
-    return bool(inner > 1 and (outer < MANY_IMAGES or inner * a.item > short))
-
-
-def _as_columns(a: _Arrays, longest: int) -> list[tuple[slice, int]]:
-    """Cut the arrays into images whose columns are gathered, so many to a row, and the rest; each a slice and a number."""
-    outer, channels, inner = a.shape
-    repeats = max(1, longest // (channels * inner))
-    full = outer - outer % repeats
-    return [part for part in ((slice(0, full), repeats), (slice(full, outer), 1)) if part[0].start < part[0].stop]
-
-
-def _spread(v: Array, inner: int, repeats: int) -> Array:
-    """Make a vector of columns from one of channels."""
-    return np.tile(np.repeat(v, inner), repeats) if inner * repeats > 1 else v
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-class _Arrays:
-    """The arrays of a call that are laid out as x, and what the loops are given besides."""
-
-    def __init__(self, x: Array, dy: Array | None, y: Array | None, epilogue: Any):
-        self.shape = x.shape
-        self.item = x.itemsize
-        self.given = _given(epilogue, dy is not None)
-        r, dr = (None, None) if epilogue is None else (epilogue.residual, epilogue.dresidual)
-        self._all = x, dy, r, y, dr
-
-    def of(self, part: slice, *shape: int) -> list[Any]:
-        """Some of the images, in another shape."""
-        return [None if a is None else a[part].reshape(shape) for a in self._all]
-
-
-def _sums(a: _Arrays, vectors: tuple[Array, Array, Array], threads: int) -> Array:
-    """Both sums of each channel."""
-    outer, channels, inner = a.shape
-    short, longest = SUMMED
-    if _by_planes(a, short):
-        piece, images = min(TILE, inner), max(1, TILE // inner)
-        group = max(1, UNIT // (min(images, outer) * piece), _ceil(RUN, inner))
-        tiles = _ceil(outer, images) * _ceil(inner, piece)
-        sums = np.zeros((2, tiles, channels))
-        x, dy, r, _, _ = a.of(slice(None), outer, channels, inner)
-        _launch(_sum_planes, x, dy, r, a.given, (*vectors, *sums, images, piece, group), tiles * _ceil(channels, group), threads)
-        total: Array = sums.sum(1)
-        return total
-    total = np.zeros((2, channels))
-    for part, repeats in _as_columns(a, longest):
-        columns = repeats * channels * inner
-        x, dy, r, _, _ = a.of(part, -1, columns)
-        tile_rows = max(TILE_ROWS, UNIT // columns)
-        tiles = _ceil(len(x), tile_rows)
-        sums = np.zeros((2, tiles, columns))
-        spread = (_spread(v, inner, repeats) for v in vectors)
-        _launch(_sum_columns, x, dy, r, a.given, (*spread, *sums, tile_rows), tiles * _ceil(columns, COLUMNS), threads)
-        total += sums.sum(1).reshape(2, repeats, channels, inner).sum((1, 3))
-    return total
-
-
-def _map(a: _Arrays, vectors: tuple[Array, ...], threads: int) -> None:
-    """Write what becomes of each element; the vectors are those of the channels."""
-    outer, channels, inner = a.shape
-    short, longest = MAPPED
-    if _by_planes(a, short):
-        x, dy, r, y, dr = a.of(slice(None), -1, inner)
-        piece, group = min(UNIT, inner), max(1, UNIT // inner)
-        units = _ceil(outer * channels, group) * _ceil(inner, piece)
-        _launch(_map_planes, x, dy, r, a.given, (y, dr, *vectors, group, piece), units, threads)
-        return
-    for part, repeats in _as_columns(a, longest):
-        columns = repeats * channels * inner
-        x, dy, r, y, dr = a.of(part, -1, columns)
-        spread = (_spread(v, inner, repeats) for v in vectors)
-        batch = max(1, UNIT // columns)
-        _launch(_map_columns, x, dy, r, a.given, (y, dr, *spread, batch), _ceil(len(x), batch), threads)
-
-
-@np.errstate(all="ignore")
 def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     """Mean, what it rounds away, and M2 of each channel; see `fastbn.reference.stats`."""
-    outer, _, inner = x.shape
-    a, b, c = (x[n * outer // 6, :, n * inner // 6].astype(np.float64) for n in (1, 3, 5))
-    k = np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
-    k = np.where(np.isfinite(k), k, 0.0)
-    total, square = _sums(_Arrays(x, None, None, None), (k, k, k), threads)
-    offset = total / (outer * inner)
-    mean = k + offset
-    high = mean - k
-    low = (k - (mean - high)) + (offset - high)
-    return mean, np.where(np.isfinite(low), low, 0.0), np.maximum(square - total * offset, 0.0)
+    call = _Call(STATS, x, None, None, threads, None)
+    found = np.empty((3, x.shape[1]))
+    address, step = _address(found), 8 * x.shape[1]
+    call.job.first, call.job.low, call.job.second = address, address + step, address + 2 * step
+    call.run()
+    mean, low, m2 = found
+    return mean, low, m2
 
 
 def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threads: int = 1, epilogue: Any = None) -> None:
     """Write ``(x - mean) * scale + shift`` and what follows to `y`; see `fastbn.reference.normalize`."""
-    _map(_Arrays(x, None, y, epilogue), (mean, scale, shift, shift, scale, shift), threads)
+    call = _Call(NORMALIZE, x, None, y, threads, epilogue)
+    call.job.mean, call.job.scale, call.job.shift = _address(mean), _address(scale), _address(shift)
+    call.run()
 
 
-@np.errstate(all="ignore")
 def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any = None) -> tuple[Array, Array]:
     """Sum dy and ``dy * (x - mean)`` over each channel; see `fastbn.reference.grad_sums`."""
-    k = mean.astype(np.float64)
-    scale, shift = (k, k) if epilogue is None else (epilogue.scale, epilogue.shift)
-    sum_dy, sum_dy_xmu = _sums(_Arrays(x, dy, None, epilogue), (k, scale, shift), threads)
-    return sum_dy, sum_dy_xmu
+    sums, _ = _backward(GRAD_SUMS, dy, x, None, (mean, None, None, None), threads, epilogue)
+    return sums
 
 
 def grad_input(
     dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1, epilogue: Any = None
 ) -> None:  # fmt: skip
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; see `fastbn.reference.grad_input`."""
-    forward = (scale, g0) if epilogue is None else (epilogue.scale, epilogue.shift)
-    _map(_Arrays(x, dy, dx, epilogue), (mean, scale, g0, g1, *forward), threads)
+    call, slope = _Call(GRAD_INPUT, x, dy, dx, threads, epilogue), -g1
+    call.job.mean, call.job.scale, call.job.offset, call.job.slope = _address(mean), _address(scale), _address(g0), _address(slope)
+    if epilogue is not None:
+        call.job.shift = _address(epilogue.shift)
+    call.run()
+
+
+# ---- Whole calls ----
+
+_composed: Any = None  # what computes channels at the ends of the range, from the operations
+
+
+def connect(*, composed: Any, **_: Any) -> None:
+    """Bring what the calls need of the library: kernels know nothing of it."""
+    global _composed
+    _composed = composed
+
+
+def inference(
+    x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
+    eps: float | None, threads: int, epilogue: Any = None,
+) -> None:  # fmt: skip
+    """Normalize with given statistics; see `composed.Composed.inference`."""
+    call = _Call(INFERENCE, x, None, y, threads, epilogue)
+    job = call.job
+    job.mean, job.mean_lo, job.weight, job.bias = _address(mean), _address(mean_lo), _address(weight), _address(bias)
+    if eps is None:
+        job.invstd = _address(spread)
+    else:
+        job.var, job.eps = _address(spread), eps
+    call.run()
+
+
+def forward(
+    x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None, running_var: Array | None,
+    momentum: float, correction: int, compute: np.dtype[Any], threads: int, epilogue: Any = None,
+) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    """Normalize with the batch's statistics; see `composed.Composed.forward`."""
+    call = _Call(FORWARD, x, None, y, threads, epilogue)
+    job, made = call.job, np.empty((5, x.shape[1]), compute)
+    address, step = _address(made), made.strides[0]
+    job.mean, job.mean_lo, job.invstd, job.scale, job.shift = range(address, address + 5 * step, step)
+    job.weight, job.bias = _address(weight), _address(bias)
+    job.running_mean, job.running_var = _address(running_mean), _address(running_var)
+    job.wide_mean = running_mean is not None and running_mean.itemsize == 8
+    job.wide_var = running_var is not None and running_var.itemsize == 8
+    job.eps, job.momentum, job.correction = eps, momentum, correction
+    if not call.run():  # x and the running statistics are as they were
+        vectors = weight, bias, eps, running_mean, running_var
+        found: tuple[Array, Array, Array, Array, Array] = _composed.forward(x, y, *vectors, momentum, correction, compute, threads, epilogue)
+        return found
+    mean, low, invstd, scale, shift = made
+    return mean, low, invstd, scale, shift
+
+
+def backward(
+    dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array | None, scale: Array | None, threads: int,
+    epilogue: Any = None,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Sums of dy and of dy (x - mean), and dx unless it is None; see `composed.Composed.backward`."""
+    kind = GRAD_SUMS if dx is None else BACKWARD
+    sums, usual = _backward(kind, dy, x, dx, (mean, mean_lo, invstd, scale), threads, epilogue)
+    if not usual:
+        sums = _composed.backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)
+    return sums
+
+
+def _backward(
+    kind: int, dy: Array, x: Array, dx: Array | None, vectors: tuple[Array | None, ...], threads: int, epilogue: Any
+) -> tuple[tuple[Array, Array], bool]:  # fmt: skip
+    call = _Call(kind, x, dy, dx, threads, epilogue)
+    job, (mean, mean_lo, invstd, scale) = call.job, vectors
+    sums = np.empty((2, x.shape[1]))
+    job.first = _address(sums)
+    job.second = job.first + 8 * x.shape[1]
+    job.mean, job.mean_lo, job.invstd = _address(mean), _address(mean_lo), _address(invstd)
+    job.scale = _address(scale)
+    if epilogue is not None:
+        job.scale, job.shift = job.scale or _address(epilogue.scale), _address(epilogue.shift)
+    usual = call.run()
+    sum_dy, sum_dy_xmu = sums
+    return (sum_dy, sum_dy_xmu), usual
+
+
+def warmup(dtype: np.dtype[Any], patterns: Iterable[str], activations: Iterable[Any] = (None,)) -> None:
+    """Compile what whole calls need, from the disk or anew.
+
+    Parameters
+    ----------
+    dtype : numpy.dtype
+    patterns : iterable of str
+        "ncsp", "nspc" or both.
+    activations : iterable of Builtin, Activation or None
+        None is a plain batch normalization.
+    """
+    storage = _storage(dtype)
+    _around(STORAGE[storage].number)
+    loops = {"ncsp": ("planes", "columns"), "nspc": ("columns",)}  # small planes of many images are columns
+    for pattern in sorted({p for given in patterns for p in loops[given]}):
+        for activation in activations:
+            _loop(Loop(pattern, "stats", storage))
+            _loop(Loop(pattern, "normalize", storage, activation))
+            if activation is None:
+                _loop(Loop(pattern, "grad_sums", storage))
+                _loop(Loop(pattern, "grad_input", storage))
+            elif not activation.custom or activation.derivative is not None:
+                keeps = activation.costly and dtype.itemsize >= 4
+                _loop(Loop(pattern, "grad_sums", storage, activation, False, keeps))
+                _loop(Loop(pattern, "grad_input", storage, *(() if keeps else (activation,))))

@@ -1,0 +1,114 @@
+"""C functions compiled by Numba, and kept on disk, each in files of its own.
+
+Numba keeps an index of all signatures of a function, which two processes may write at the same time: one could find the other's
+code under its own key. Here every function has one signature and a name of its own, which also tells the processor, and the state of
+the sources: whoever writes last, what is read is right.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import llvmlite.binding as llvm
+import numba
+from numba import cfunc
+from numba.core import sigutils
+from numba.core.caching import CompileResultCacheImpl, FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.errors import NumbaError
+
+PATIENCE = 1.0  # seconds of compiling before the user is told
+compiled_here: list[str] = []  # names of what was compiled, and of what was read from disk
+read_here: list[str] = []
+
+
+@cache
+def _stamp() -> str:
+    """What compiled code depends on besides its name."""
+    here = Path(__file__).parent
+    parts = [numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    try:
+        parts += [str((here / f"{name}.py").read_bytes()) for name in ("numba", "numba_cache", "numba_lanes", "numba_math", "numba_threads")]
+    except OSError:  # in a zip file, which changes as a whole
+        parts.append(str(here))
+    return sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """One function's place on disk."""
+
+    def __init__(self, function: Callable[..., None], name: str):
+        class Named(CompileResultCacheImpl):  # type: ignore[misc]
+            def get_filename_base(self, fullname: str, abiflags: str) -> str:
+                return f"{name}-{_stamp()}"
+
+        self._impl_class = Named
+        super().__init__(function)
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return sig, codegen.magic_tuple()
+
+
+@cache
+def _tell() -> None:
+    print("fastbn: compiling Numba kernels, once ...", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Say what takes so long, once, and to a terminal only."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    timer = threading.Timer(PATIENCE, _tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_kept: list[Any] = []  # code lives as long as its owner
+
+
+def compiled(function: Callable[..., None], signature: Any, name: str, keep: bool = True) -> int:
+    """Compile a C function, or read it from disk; its address.
+
+    Parameters
+    ----------
+    function : function
+    signature : numba signature
+    name : str
+        Unlike that of any other function.
+    keep : bool
+        Whether the name tells all, so that the code may be kept on disk.
+    """
+    options = {"nopython": True, "error_model": "numpy", "fastmath": {"contract"}}
+    with announced():
+        made = _with_cache(function, signature, name, options) if keep else None
+        made = made or cfunc(signature, **options)(function)
+    _kept.append(made)
+    return int(made.address)
+
+
+def _with_cache(function: Callable[..., None], signature: Any, name: str, options: dict[str, Any]) -> Any:
+    """None where there is no place on disk, or what lies there is damaged."""
+    try:
+        made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        made._cache = _Cache(function, name)
+        made.compile()
+    except NumbaError:
+        raise
+    except Exception:  # no directory can be written; the disk is full; a file is damaged
+        return None
+    (read_here if made.cache_hits else compiled_here).append(name)
+    return made

@@ -1,0 +1,377 @@
+"""Blocks of lanes for the Numba kernels: 128 bytes of arithmetic as one value, and the memory they come from and go to.
+
+Numba has no vectors, and what LLVM makes of a loop over numbers is not ours to choose. So a block is a type of Numba's here,
+an LLVM vector of 32 float32 or 16 float64 lanes: a few registers on every processor, whose lanes are the same everywhere.
+Loads convert from the storage type, stores convert to it. Memory is given by its address, an integer, and an index.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import types
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+BLOCK = 128  # bytes of arithmetic
+
+_WORD = ir.IntType(64)
+_SHORT = ir.IntType(16)
+_FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+_FEATURES = llvm.get_host_cpu_features()
+HAS_FMA = bool(_FEATURES.get("fma", False)) or not llvm.get_process_triple().startswith("x86_64")
+HAS_HALF = bool(_FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
+
+
+class Lanes(types.Type):  # type: ignore[misc]  # Numba has no types of its own
+    """A block of numbers."""
+
+    def __init__(self, number: Any):
+        self.number = number
+        self.count = BLOCK // (number.bitwidth // 8)
+        super().__init__(name=f"Lanes({number}, {self.count})")
+
+    @property
+    def vector(self) -> Any:
+        return ir.VectorType(_FLOATS[self.number], self.count)
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, dmm: Any, fe_type: Lanes):
+        super().__init__(dmm, fe_type, fe_type.vector)
+
+
+BLOCKS = {number: Lanes(number) for number in _FLOATS}
+
+
+def _register(operation: Any, instruction: str) -> None:
+    """Let an operator of Python's be an instruction on blocks."""
+
+    class Template(ConcreteTemplate):  # type: ignore[misc]
+        key = operation
+        cases = [signature(block, block, block) for block in BLOCKS.values()]  # noqa: RUF012
+
+    infer_global(operation)(Template)
+    for block in BLOCKS.values():
+        lower_builtin(operation, block, block)(lambda context, builder, signature, arguments: getattr(builder, instruction)(*arguments))
+
+
+_register(operator.add, "fadd")
+_register(operator.sub, "fsub")
+_register(operator.mul, "fmul")
+
+
+class Storage(NamedTuple):
+    """How elements lie in memory, and the type of the arithmetic on them."""
+
+    name: str
+    size: int
+    number: Any
+
+
+STORAGE = {
+    "float32": Storage("float32", 4, types.float32),
+    "float64": Storage("float64", 8, types.float64),
+    "bfloat16": Storage("bfloat16", 2, types.float32),
+    "float16": Storage("float16", 2, types.float32),
+}
+
+
+def _emit(result: Any, arguments: tuple[Any, ...], body: Callable[..., Any]) -> Any:
+    """An intrinsic of fixed types, from what writes its instructions: body(builder, *values)."""
+
+    def typed(typingctx: Any, *_: Any) -> Any:
+        return result(*arguments), lambda context, builder, signature, values: body(builder, *values)
+
+    names = ", ".join(f"a{i}" for i in range(len(arguments)))
+    scope: dict[str, Any] = {"typed": typed}
+    exec(f"def f(typingctx{', ' if names else ''}{names}): return typed(typingctx)", scope)  # noqa: S102  Numba counts arguments
+    return intrinsic(scope["f"])
+
+
+def _at(builder: Any, address: Any, index: Any, kind: Any, size: int) -> Any:
+    pointer = builder.inttoptr(address, kind.as_pointer())
+    return builder.bitcast(builder.gep(builder.bitcast(pointer, ir.IntType(8).as_pointer()), [builder.mul(index, _WORD(size))], source_etype=ir.IntType(8)), kind.as_pointer())  # fmt: skip
+
+
+def _constant(vector: Any, value: Any) -> Any:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _first(builder: Any, n: Any, count: int) -> Any:
+    """A mask of the first n lanes."""
+    words = ir.VectorType(ir.IntType(32), count)
+    wanted = builder.insert_element(ir.Constant(words, ir.Undefined), builder.trunc(n, ir.IntType(32)), ir.IntType(32)(0))
+    wanted = builder.shuffle_vector(wanted, ir.Constant(words, ir.Undefined), _constant(words, 0))
+    return builder.icmp_signed("<", ir.Constant(words, list(range(count))), wanted)
+
+
+def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in arguments])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, arguments)
+
+
+def _local(builder: Any, kind: Any) -> Any:
+    with builder.goto_entry_block():
+        room = builder.alloca(kind)
+        room.align = BLOCK
+        return room
+
+
+def _memory_type(storage: Storage) -> Any:
+    return {"float32": ir.FloatType(), "float64": ir.DoubleType(), "bfloat16": _SHORT, "float16": ir.HalfType()}[storage.name]
+
+
+def _vector(kind: Any, count: int) -> Any:
+    return ir.VectorType(kind, count) if count else kind
+
+
+def _widened(builder: Any, storage: Storage, v: Any, count: int) -> Any:
+    """From what lies in memory to numbers; a count of 0 is one number."""
+    if storage.name == "bfloat16":
+        words = _vector(ir.IntType(32), count)
+        sixteen = _constant(words, 16) if count else words(16)
+        return builder.bitcast(builder.shl(builder.zext(v, words), sixteen), _vector(ir.FloatType(), count))
+    return builder.fpext(v, _vector(ir.FloatType(), count)) if storage.name == "float16" else v
+
+
+def _narrowed(builder: Any, storage: Storage, v: Any, count: int) -> Any:
+    """From numbers to what lies in memory: rounded to nearest, ties to even."""
+    if storage.name == "float16":
+        return builder.fptrunc(v, ir.VectorType(ir.HalfType(), count))
+    if storage.name != "bfloat16":
+        return v
+    words = ir.VectorType(ir.IntType(32), count)
+    bits = builder.bitcast(v, words)
+    high = builder.lshr(bits, _constant(words, 16))
+    tie = builder.and_(high, _constant(words, 1))
+    rounded = builder.lshr(builder.add(bits, builder.add(tie, _constant(words, 0x7FFF))), _constant(words, 16))
+    quiet = builder.or_(high, _constant(words, 0x40))  # NaN stays NaN
+    return builder.trunc(builder.select(builder.fcmp_unordered("uno", v, v), quiet, rounded), ir.VectorType(_SHORT, count))
+
+
+class Memory:
+    """Loads and stores of one storage type, and the arithmetic of its type: functions for compiled code.
+
+    Attributes
+    ----------
+    load, store
+        A block at an address and an index of elements.
+    read, write
+        The first n elements of one, if it has more; the other lanes are read as zero. `write` is told whether to write past the
+        caches, which needs whole cache lines.
+    element
+        One element, as float64.
+    splat, fma, first, total, through, restored, coarse
+        A block of one number; a * b + c; a block's first n lanes, the others zero; the sum of all lanes, as float64;
+        dy times a slope, and 0 where that is 0; x, or x / slope where it is not positive; a block of few digits.
+    """
+
+    def __init__(self, name: str):
+        storage = STORAGE[name]
+        number = storage.number
+        block = BLOCKS[number]
+        count, size, kind = block.count, storage.size, _memory_type(storage)
+        raw = ir.VectorType(kind, count)
+        lanes = block.vector
+        i64 = types.intp
+        masked = size >= 4 or (bool(_FEATURES.get("avx512bw", False)) and bool(_FEATURES.get("avx512vl", False)))
+        # Masks know integers of 16 bits, and half precision not everywhere.
+        plain = ir.VectorType(_SHORT if size == 2 else kind, count)
+        suffix = f"v{count}{'i16' if size == 2 else 'f32' if size == 4 else 'f64'}.p0"
+
+        def load(builder: Any, address: Any, index: Any) -> Any:
+            return _widened(builder, storage, builder.load(_at(builder, address, index, raw, size), align=size), count)
+
+        def store(builder: Any, address: Any, index: Any, v: Any) -> Any:
+            builder.store(_narrowed(builder, storage, v, count), _at(builder, address, index, raw, size), align=size)
+            return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+        def stream(builder: Any, address: Any, index: Any, v: Any) -> Any:
+            pointer = _at(builder, address, index, raw, size)
+            done = builder.store(_narrowed(builder, storage, v, count), pointer, align=64)
+            done.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+            return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+        def read(builder: Any, address: Any, index: Any, n: Any) -> Any:
+            room = _local(builder, lanes)
+            with builder.if_else(builder.icmp_signed(">=", n, _WORD(count)), likely=True) as (whole, part):
+                with whole:
+                    builder.store(load(builder, address, index), room)
+                with part:
+                    builder.store(load_part(builder, address, index, n), room)
+            return builder.load(room)
+
+        def write(builder: Any, address: Any, index: Any, v: Any, n: Any, streams: Any) -> Any:
+            with builder.if_else(builder.icmp_signed(">=", n, _WORD(count)), likely=True) as (whole, part):
+                with whole, builder.if_else(builder.icmp_signed("!=", streams, _WORD(0))) as (past, through):
+                    with past:
+                        stream(builder, address, index, v)
+                    with through:
+                        store(builder, address, index, v)
+                with part:
+                    store_part(builder, address, index, v, n)
+            return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+        def copy(builder: Any, to: Any, source: Any, n: Any) -> None:
+            nbytes = builder.mul(n, _WORD(size))
+            _call(builder, "llvm.memcpy.p0.p0.i64", ir.VoidType(), to, source, nbytes, ir.IntType(1)(0))
+
+        def load_part(builder: Any, address: Any, index: Any, n: Any) -> Any:
+            if masked:
+                pointer = _at(builder, address, index, plain, size)
+                mask, rest = _first(builder, n, count), ir.Constant(plain, None)
+                v = _call(builder, f"llvm.masked.load.{suffix}", plain, pointer, ir.IntType(32)(size), mask, rest)
+                return _widened(builder, storage, builder.bitcast(v, raw), count)
+            room = _local(builder, raw)
+            builder.store(ir.Constant(raw, None), room)
+            copy(builder, room, _at(builder, address, index, raw, size), n)
+            return _widened(builder, storage, builder.load(room), count)
+
+        def store_part(builder: Any, address: Any, index: Any, v: Any, n: Any) -> Any:
+            v = _narrowed(builder, storage, v, count)
+            if masked:
+                pointer = _at(builder, address, index, plain, size)
+                mask = _first(builder, n, count)
+                _call(builder, f"llvm.masked.store.{suffix}", ir.VoidType(), builder.bitcast(v, plain), pointer, ir.IntType(32)(size), mask)
+            else:
+                room = _local(builder, raw)
+                builder.store(v, room)
+                copy(builder, _at(builder, address, index, raw, size), room, n)
+            return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+        def element(builder: Any, address: Any, index: Any) -> Any:
+            v = _widened(builder, storage, builder.load(_at(builder, address, index, kind, size), align=size), 0)
+            return v if number is types.float64 else builder.fpext(v, ir.DoubleType())
+
+        def splat(builder: Any, value: Any) -> Any:
+            value = value if number is types.float64 else builder.fptrunc(value, ir.FloatType())
+            v = builder.insert_element(ir.Constant(lanes, ir.Undefined), value, ir.IntType(32)(0))
+            return builder.shuffle_vector(v, ir.Constant(lanes, ir.Undefined), _constant(ir.VectorType(ir.IntType(32), count), 0))
+
+        def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+            if HAS_FMA:
+                return _call(builder, f"llvm.fma.v{count}f{number.bitwidth}", lanes, a, b, c)
+            return builder.fadd(builder.fmul(a, b), c)
+
+        def first(builder: Any, v: Any, n: Any) -> Any:
+            return builder.select(_first(builder, n, count), v, ir.Constant(lanes, None))
+
+        def total(builder: Any, v: Any) -> Any:
+            n = count
+            while n > 1:
+                n //= 2
+                halves = (ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(low, low + n))) for low in (0, n))
+                v = builder.fadd(*(builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), half) for half in halves))
+            value = builder.extract_element(v, ir.IntType(32)(0))
+            return value if number is types.float64 else builder.fpext(value, ir.DoubleType())
+
+        def through(builder: Any, dy: Any, slope: Any) -> Any:
+            zero = ir.Constant(lanes, None)
+            return builder.select(builder.fcmp_ordered("==", slope, zero), zero, builder.fmul(dy, slope))
+
+        def restored(builder: Any, v: Any, slope: Any) -> Any:
+            return builder.select(builder.fcmp_ordered(">", v, ir.Constant(lanes, None)), v, builder.fdiv(v, slope))
+
+        def coarse(builder: Any, v: Any) -> Any:
+            bits, dropped = number.bitwidth, 16 if number is types.float32 else 45
+            words = ir.VectorType(ir.IntType(bits), count)
+            kept = builder.and_(builder.bitcast(v, words), _constant(words, (1 << bits) - (1 << dropped)))
+            return builder.bitcast(kept, lanes)
+
+        self.lanes = count
+        self.size = size
+        self.number = number
+        self.load = _emit(block, (i64, i64), load)
+        self.store = _emit(types.none, (i64, i64, block), store)
+        self.read = _emit(block, (i64, i64, i64), read)
+        self.write = _emit(types.none, (i64, i64, block, i64, i64), write)
+        self.element = _emit(types.float64, (i64, i64), element)
+        self.splat = _emit(block, (types.float64,), splat)
+        self.fma = _emit(block, (block, block, block), fma)
+        self.first = _emit(block, (block, i64), first)
+        self.total = _emit(types.float64, (block,), total)
+        self.through = _emit(block, (block, block), through)
+        self.restored = _emit(block, (block, block), restored)
+        self.coarse = _emit(block, (block,), coarse)
+
+
+MEMORY = {name: Memory(name) for name in STORAGE}
+
+
+# ---- One number, and what is not arithmetic ----
+
+
+class Numbers:
+    """Single numbers of one type in memory: get(address, index), and put(address, index, value)."""
+
+    def __init__(self, number: Any):
+        kind, size = _FLOATS[number], number.bitwidth // 8
+
+        def get(builder: Any, address: Any, index: Any) -> Any:
+            return builder.load(_at(builder, address, index, kind, size), align=size)
+
+        def put(builder: Any, address: Any, index: Any, value: Any) -> Any:
+            builder.store(value, _at(builder, address, index, kind, size), align=size)
+            return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+        self.get = _emit(number, (types.intp, types.intp), get)
+        self.put = _emit(types.none, (types.intp, types.intp, number), put)
+
+
+NUMBERS = {number: Numbers(number) for number in _FLOATS}
+
+
+def fields_of(record: Any) -> Any:
+    """An intrinsic that gives the fields of a structure at an address."""
+
+    def typed(typingctx: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(record))
+
+        return record(types.intp), generate
+
+    return intrinsic(typed)
+
+
+def _invoke(builder: Any, function: Any, *arguments: Any) -> Any:
+    kind = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
+    builder.call(builder.inttoptr(function, kind.as_pointer()), arguments)
+    return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+
+def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, threads: Any, backwards: Any) -> Any:
+    threads, backwards = builder.trunc(threads, ir.IntType(32)), builder.trunc(backwards, ir.IntType(32))
+    return _invoke(builder, function, unit, job, units, threads, backwards, _WORD(0))
+
+
+def _stack(builder: Any) -> Any:
+    with builder.goto_entry_block():
+        room = builder.alloca(ir.ArrayType(ir.IntType(8), STACK))
+        room.align = BLOCK
+    return builder.ptrtoint(room, _WORD)
+
+
+def _next(builder: Any, address: Any) -> Any:
+    return builder.atomic_rmw("add", builder.inttoptr(address, _WORD.as_pointer()), _WORD(1), "monotonic")
+
+
+def _fence(builder: Any) -> Any:
+    builder.fence("seq_cst")
+    return ir.Constant(ir.IntType(8).as_pointer(), None)
+
+
+STACK = 8192  # bytes of the buffer that `stack` gives, for as long as the function runs
+_i = types.intp
+# Call the C function at an address, of so many integers.
+call2, call3, call4, call5 = (_emit(types.none, (_i,) * (n + 1), _invoke) for n in (2, 3, 4, 5))
+parallel = _emit(types.none, (_i,) * 6, _parallel)  # function(unit, job, units, threads, backwards, no host)
+stack = _emit(_i, (), _stack)
+claim = _emit(_i, (_i,), _next)  # takes the next number of a counter that threads share
+fence = _emit(types.none, (), _fence)  # what was streamed is written before what comes after
