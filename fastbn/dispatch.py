@@ -83,6 +83,8 @@ class Kernel:
         """The module, imported when first used; of an ISA's kernels, NumPy's doors to them."""
         module = import_module(self.path)
         if self.level is None:
+            if hasattr(module, "set_caches"):
+                module.set_caches(*cpu.caches())
             return module
         from fastbn.kernels import _calls, _plan
 
@@ -95,7 +97,7 @@ TABLE = (
     Kernel("simd_v3", "fastbn.kernels._simd_v3", level="v3"),
     Kernel("simd_v2", "fastbn.kernels._simd_v2", level="v2"),
     Kernel("simd_neon", "fastbn.kernels._simd_neon", level="neon"),
-    Kernel("numba", "fastbn.kernels.numba", package="numba", dtypes=frozenset({"float32", "float64"}), custom=True),
+    Kernel("numba", "fastbn.kernels.numba", package="numba", custom=True),
     Kernel("reference", "fastbn.reference"),
 )
 KERNELS = {kernel.name: kernel for kernel in TABLE}

@@ -13,8 +13,8 @@ c) An activation is a loop over numbers in a buffer that stays in L1: LLVM makes
 
 d) The numerics are those of the SIMD kernels: float32 sums of x - k and (x - k)^2 in the lanes of a block, in short chains and
    tiles that depend on the shape alone, merged in float64 in a fixed order: the same bits for any number of threads. The pivot k
-   is near the mean of a sample of the tile. A tile in which it is far from the mean is summed again around the mean; one whose
-   sums leave the range of their type is summed again in float64.
+   is near the mean of a sample of the tile; a tile in which it is far from the mean is summed again around the mean. Channels
+   whose sums leave the range of float32 are summed again in a copy of float64: the call is then made of operations.
 
 e) The units of work run on the compiled pool, and where that was not built, on Python threads (numba_threads.py).
 
@@ -52,6 +52,7 @@ MANY_ROWS = 32  # images from which planes of less than two blocks are columns
 LONG_ROW = 2048  # rows are gathered up to this many columns
 GROUP = 4096  # bytes of the accumulators of a unit's columns
 UNITS = 4  # units for each thread
+LEAST, MOST = 1e-25, 3e38  # sums of squares in float32 between these keep their digits
 FEW_VALUES = 64  # values of a tile up to which its sums round so seldom that the pivot may be farther away
 L2, L3 = 1 << 20, 32 << 20  # bytes that the units are cut for, and from which outputs are written past the caches
 
@@ -68,16 +69,17 @@ _INTEGERS = (
     "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift", "offset", "slope", "running_mean", "running_var",
     # The same, in float64: merged sums; and those of the tiles.
     "first", "second", "low", "pivots", "sums", "squares",
-    # Vectors of columns.
-    "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope",
-    # C functions; and the values that a function of the user's was applied to when it raised.
-    "sum", "map", "settle", "unit_of", "parallel", "failed",
+    # Vectors of columns; how often a function of the user's raised, how many values it had been applied to, and these.
+    "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures", "scratch",
+    # C functions.
+    "sum", "map", "settle", "unit_of", "parallel",
     # The shape, the tiles, and the units of work.
     "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "rest",
     "group", "sum_units", "map_group", "map_piece", "map_units", "threads",
     # What to do, and what came out.
-    "kind", "phase", "by_columns", "together", "streams", "wide", "wide_mean", "wide_var", "unusual", "raised", "failures",
+    "kind", "phase", "by_columns", "together", "streams", "wide", "wide_mean", "wide_var", "unusual", "raised",
 )  # fmt: skip
+FAILURES = 16 + 8192  # bytes
 _NUMBERS = ("eps", "momentum", "correction", "parameter")
 
 
@@ -89,6 +91,8 @@ class Job(ctypes.Structure):
 
 fields = fields_of(from_dtype(np.dtype(Job)))
 get64, put64 = NUMBERS[types.float64].get, NUMBERS[types.float64].put
+get_word, put_word = NUMBERS[types.intp].get, NUMBERS[types.intp].put
+WORDS = len(_INTEGERS)
 
 
 # ---- Activations ----
@@ -198,7 +202,7 @@ def _evaluator(loop: Loop) -> Any:
             j.raised = 1
             if claim(j.failures) == 0:
                 for i in range(n):
-                    put(j.failed, i, get(source, i))
+                    put(j.failures + 16, i, get(source, i))
                 put64(j.failures, 1, np.float64(n))
 
     return evaluate_caught
@@ -213,74 +217,35 @@ def _parts(loop: Loop) -> tuple[Any, ...]:
     return m, own.load, own.store, NUMBERS[m.number].get, NUMBERS[m.number].put
 
 
-def _exact(loop: Loop, evaluate: Any) -> Any:
-    """Sums of `runs` runs of n elements, `stride` apart, in float64: of what leaves the range of float32."""
-    m, load, store, get, _ = _parts(loop)
-    read, element, splat, fma, through, restored, first_lanes, total = m.read, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total
-    STATISTICS, ACTIVE, RESIDUAL, UNDONE = loop.operation == "stats", evaluate is not None, loop.residual, loop.undone
+def _judge(loop: Loop) -> tuple[Any, Any]:
+    """Whether the pivot of a tile is near its mean, and whether its sums left the range of their type."""
+    element, narrow, statistics = MEMORY[loop.storage].element, MEMORY[loop.storage].number is types.float32, loop.operation == "stats"
 
-    def exact(j: Any, index: int, offset: int, runs: int, stride: int, n: int, mean: int, scale: int, shift: int, c: int) -> None:
-        k = 0.0
-        if STATISTICS:
-            same, lowest = True, element(j.x, offset)
-            for r in range(runs):
-                for i in range(n):
-                    same &= element(j.x, offset + r * stride + i) == lowest
-                    k += element(j.x, offset + r * stride + i)
-            k = lowest if same else k / (runs * n)
-            k = k if np.isfinite(k) else 0.0
-            put64(j.pivots, index, k)
-            if same:
-                put64(j.sums, index, 0.0)
-                put64(j.squares, index, 0.0)
-                return
-        else:
-            k = np.float64(get(mean, c))
-        z, f = stack(), stack()
-        sum, square = 0.0, 0.0
-        for r in range(runs):
+    @_helper(loop.name)
+    def is_near(sum: float, square: float, count: int) -> bool:
+        # Within a deviation, or sqrt(2) of one for few values. NaN is as near as it can be.
+        return not sum * sum > square * (count / 2 if count > FEW_VALUES else count * 2 / 3)
+
+    @_helper(loop.name)
+    def is_lost(x: int, start: int, runs: int, stride: int, n: int, square: float, sum: float) -> bool:
+        if not narrow or LEAST < square < MOST:
+            return False
+        if not statistics or square != 0:
+            return square != 0
+        if sum != 0:
+            return True
+        for r in range(runs):  # all numbers are the same, or are too small
             for i in range(n):
-                at = offset + r * stride + i
-                d = element(j.x, at) - k
-                g = d
-                if not STATISTICS:
-                    g = element(j.dy, at)
-                    v = read(j.x, at, 1)
-                    if UNDONE:
-                        v = restored(v, splat(j.parameter))
-                        d = total(first_lanes(v, 1)) - k
-                    if ACTIVE:
-                        if not UNDONE:
-                            v = fma(v - splat(k), splat(get(scale, c)), splat(get(shift, c)))
-                        if RESIDUAL:
-                            v = v + read(j.residual, at, 1)
-                        store(z, 0, v)
-                        evaluate(j, z, f, 1)
-                        g = total(first_lanes(through(read(j.dy, at, 1), load(f, 0)), 1))
-                sum += g
-                square += g * d
-        put64(j.sums, index, sum)
-        put64(j.squares, index, square)
+                if element(x, start + r * stride + i) != element(x, start):
+                    return True
+        return False
 
-    return _helper(loop.name)(exact)
-
-
-@njit
-def _is_near(sum: float, square: float, count: int) -> bool:
-    """Whether the pivot is within a deviation of the mean, or sqrt(2) for few values; NaN is as near as it can be."""
-    return not sum * sum > square * (count / 2 if count > FEW_VALUES else count * 2 / 3)
-
-
-@njit
-def _is_lost(square: float, other: float, pivot: float) -> bool:
-    """Whether sums in float32 left the range in which they keep their digits."""
-    size = abs(square)
-    return not (size < 3.0e38 and (size >= 1e-25 or (square == 0 and other == 0 and abs(pivot) >= 1e-12)))
+    return is_near, is_lost
 
 
 def _sum_planes(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
-    exact = _exact(loop, evaluate)
+    is_near, is_lost = _judge(loop)
     m, load, store, get, _ = _parts(loop)
     read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
         m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
@@ -289,7 +254,6 @@ def _sum_planes(loop: Loop) -> Any:
     STATISTICS, ACTIVE, RESIDUAL, SECOND, UNDONE = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
-    NARROW = m.number is types.float32
 
     def sum_planes(job: int, tile: int, first: int, last: int) -> None:
         """The sums of one tile of channels first ... last."""
@@ -367,7 +331,7 @@ def _sum_planes(loop: Loop) -> Any:
                         sums, squares = sums + t, squares + q
                         done = end
                 sum, square = total(sums), total(squares)
-                if not STATISTICS or attempt == 1 or _is_near(sum, square, count):
+                if not STATISTICS or attempt == 1 or is_near(sum, square, count):
                     break
                 closer = total(first_lanes(splat(pivot + sum / count), 1))
                 if not np.isfinite(closer):
@@ -376,15 +340,16 @@ def _sum_planes(loop: Loop) -> Any:
             put64(j.pivots, index, pivot)
             put64(j.sums, index, sum)
             put64(j.squares, index, square)
-            if NARROW and (_is_lost(square, sum, pivot) if STATISTICS else _is_lost(square, 0.0, 1.0)):
-                exact(j, index, begin, images, stride, length, j.mean, j.scale, j.shift, c)
+            if is_lost(j.x, begin, images, stride, length, square, sum):
+                put64(j.squares, index, np.nan)
+                j.unusual = 1
 
     return sum_planes
 
 
 def _sum_columns(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
-    exact = _exact(loop, evaluate)
+    is_near, is_lost = _judge(loop)
     m, load, store, get, put = _parts(loop)
     read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
         m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
@@ -393,7 +358,6 @@ def _sum_columns(loop: Loop) -> Any:
     STATISTICS, ACTIVE, RESIDUAL, SECOND, UNDONE = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
-    NARROW = m.number is types.float32
 
     def sum_columns(job: int, tile: int, first: int, last: int) -> None:
         """The sums of columns first ... last of one tile."""
@@ -483,7 +447,7 @@ def _sum_columns(loop: Loop) -> Any:
                     square += get(squares, w * run + i)
                 index = tile * j.width + first // run + w
                 pivot = np.float64(get(pivots, w * run)) if STATISTICS else 1.0
-                if STATISTICS and attempt == 0 and not _is_near(sum, square, count):
+                if STATISTICS and attempt == 0 and not is_near(sum, square, count):
                     closer = pivot + sum / count
                     if np.isfinite(closer):
                         near = False
@@ -492,9 +456,9 @@ def _sum_columns(loop: Loop) -> Any:
                 put64(j.pivots, index, pivot)
                 put64(j.sums, index, sum)
                 put64(j.squares, index, square)
-                if NARROW and (near or attempt == 1) and _is_lost(square, sum if STATISTICS else 0.0, pivot):
-                    c = first + w * run
-                    exact(j, index, begin + w * run, rows, K, run, j.columns_mean, j.columns_scale, j.columns_shift, c)
+                if is_lost(j.x, begin + w * run, rows, K, run, square, sum):
+                    put64(j.squares, index, np.nan)
+                    j.unusual = 1
             if near:
                 break
 
@@ -807,6 +771,10 @@ def _run(number: Any) -> Any:
         """A whole call."""
         j = fields(job)
         gradient = j.kind >= GRAD_SUMS
+        for i in range(WORDS):
+            word = get_word(job, i)
+            if word < 0:  # from an offset to an address
+                put_word(job, i, j.scratch - 1 - word)
         if gradient and j.invstd:
             for c in range(j.channels):
                 invstd = get(j.invstd, c)
@@ -967,14 +935,11 @@ _PADDING = 64  # elements behind a vector of columns: a block is read at its las
 
 
 class _Template(NamedTuple):
-    """All of a call that does not depend on the arrays: the job, what runs it, and the bytes of parts of its scratch memory."""
+    """All of a call that does not depend on the arrays; an address in its scratch memory is -1 less the offset."""
 
     job: Job
     run: Any
-    columns: int
-    partials: int
     scratch: int
-    failures: int
 
 
 def _storage(dtype: np.dtype[Any]) -> str:
@@ -1008,10 +973,18 @@ def _template(
     job.parallel, job.threads, job.kind = numba_threads.address(), threads, kind
     job.wide = m.number is types.float64
     job.parameter = 0.0 if activation is None else activation.parameter
-    columns = (job.columns + _PADDING) * 8 if job.by_columns else 0
+    columns, vector = (job.columns + _PADDING) * 8 if job.by_columns else 0, 8 * shape[1]
     partials = job.tiles * job.width * 8 if sums else 0
-    failures = 0 if activation is None or not activation.custom else 16 + 8192
-    return _Template(job, run, columns, partials, 5 * columns + 3 * partials + 8 * 8 * shape[1] + failures, failures)
+    size = 0
+    for names, length in (
+        (("columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope"), columns),
+        (("pivots", "sums", "squares"), partials), (("first", "second", "low", "offset", "slope", "scale", "shift"), vector),
+        (("failures",), FAILURES if activation is not None and activation.custom else 0),
+    ):  # fmt: skip
+        for name in names:
+            setattr(job, name, -1 - size)
+            size += length
+    return _Template(job, run, size)
 
 
 def _address(a: Array | None) -> int:
@@ -1042,19 +1015,9 @@ class _Call:
         self.scratch = scratch = np.empty(template.scratch, np.uint8)
         job.x, job.dy, job.dz, job.out, job.residual, job.dresidual = source, gradient, after or gradient, to, other, second
         job.kept = after
-        free, c = _address(scratch), 8 * job.channels
-        job.columns_mean = free
-        job.columns_scale, job.columns_shift = free + template.columns, free + 2 * template.columns
-        job.columns_offset, job.columns_slope = free + 3 * template.columns, free + 4 * template.columns
-        free += 5 * template.columns
-        job.pivots, job.sums, job.squares = free, free + template.partials, free + 2 * template.partials
-        free += 3 * template.partials
-        job.first, job.second, job.low = free, free + c, free + 2 * c
-        job.offset, job.slope, job.invstd, job.scale, job.shift = free + 3 * c, free + 4 * c, 0, free + 5 * c, free + 6 * c
-        free += 8 * c
-        job.failures, job.failed = free, free + 16
+        job.scratch = _address(scratch)
         if activation is not None and activation.custom:
-            scratch[-template.failures :][:16] = 0
+            scratch[-FAILURES:][:16] = 0
 
     def run(self) -> bool:
         """Run it; whether it had only channels that it can do."""
@@ -1068,7 +1031,7 @@ class _Call:
         """Raise here what a function of the user's raised in some thread."""
         function = _functions(self.activation)[self.job.kind >= GRAD_SUMS]
         number = np.float64 if self.job.wide else np.float32
-        count = int(self.scratch[-8208 + 8 :][:8].view(np.float64)[0])
+        count = int(self.scratch[8 - FAILURES :][:8].view(np.float64)[0])
         for z in self.scratch[-8192:].view(number)[:count]:
             function(z, self.activation.parameter)
         raise RuntimeError("the activation raised an exception, but not when it was called again")
@@ -1083,7 +1046,8 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     found = np.empty((3, x.shape[1]))
     address, step = _address(found), 8 * x.shape[1]
     call.job.first, call.job.low, call.job.second = address, address + step, address + 2 * step
-    call.run()
+    if not call.run() and x.dtype != np.float64 and (lost := np.isnan(found[2])).any():
+        found[:, lost] = stats(_wide(x, lost), threads)
     mean, low, m2 = found
     return mean, low, m2
 
@@ -1097,8 +1061,18 @@ def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threa
 
 def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any = None) -> tuple[Array, Array]:
     """Sum dy and ``dy * (x - mean)`` over each channel; see `fastbn.reference.grad_sums`."""
-    sums, _ = _backward(GRAD_SUMS, dy, x, None, (mean, None, None, None), threads, epilogue)
+    sums, usual = _backward(GRAD_SUMS, dy, x, None, (mean, None, None, None), threads, epilogue)
+    if not usual and x.dtype != np.float64 and (lost := np.isnan(sums[1])).any():
+        if epilogue is not None:
+            names = ("residual", "scale", "shift")
+            epilogue = epilogue._replace(dresidual=None, **{name: _wide(getattr(epilogue, name), lost) for name in names})
+        sums[0][lost], sums[1][lost] = grad_sums(_wide(dy, lost), _wide(x, lost), _wide(mean, lost), threads, epilogue)
     return sums
+
+
+def _wide(a: Array | None, channels: Array) -> Any:
+    """Some channels of an array or a vector in float64."""
+    return None if a is None else np.ascontiguousarray(a[:, channels] if a.ndim > 1 else a[channels], np.float64)
 
 
 def grad_input(

@@ -312,7 +312,7 @@ class Numbers:
     """Single numbers of one type in memory: get(address, index), and put(address, index, value)."""
 
     def __init__(self, number: Any):
-        kind, size = _FLOATS[number], number.bitwidth // 8
+        kind, size = _FLOATS.get(number, _WORD), number.bitwidth // 8
 
         def get(builder: Any, address: Any, index: Any) -> Any:
             return builder.load(_at(builder, address, index, kind, size), align=size)
@@ -325,7 +325,7 @@ class Numbers:
         self.put = _emit(types.none, (types.intp, types.intp, number), put)
 
 
-NUMBERS = {number: Numbers(number) for number in _FLOATS}
+NUMBERS = {number: Numbers(number) for number in (*_FLOATS, types.intp)}
 
 
 def fields_of(record: Any) -> Any:
