@@ -468,7 +468,7 @@ def test_thread_sanitizer(tmp_path: Path) -> None:
     subprocess.run(
         [
             *compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{kernels}", "-o", program,
-            ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
+            ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp", kernels / "scratch.cpp",
         ],
         check=True,
     )  # fmt: skip

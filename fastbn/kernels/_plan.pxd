@@ -15,7 +15,7 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
 
     cdef cppclass Units:
         bint by_columns, backwards, streams, far
-        Py_ssize_t rows, rest, skip, unit, group, turn, units
+        Py_ssize_t rows, rest, skip, unit, group, turn, units, bytes
 
     cdef cppclass Plan:
         Tiles tiles

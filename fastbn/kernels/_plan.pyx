@@ -14,6 +14,7 @@ cdef enum:
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
     MOST_L3 = 32 << 20   # bytes of an L3 that one program has to itself, however large that of the whole processor is
     UNITS = 4            # units for each thread, so that none waits long for the last
+    WHOLE_UNITS = 8      # the same of whole channels, whose last unit takes the longest
     WIDE_UNITS = 2       # the same of sums of columns, which are read the faster the longer the pieces of their rows are
     MOST_THREADS = 4096  # of one call; the pool has fewer
 
@@ -149,7 +150,7 @@ cdef bint cut_together(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     elif t.outer > 1 and u.far and not exceeds(L3, t, t.touched):
         return False  # long runs from L3 take less time than short ones
     else:
-        u.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (UNITS * t.threads)))
+        u.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (WHOLE_UNITS * t.threads)))
         # Several images would be read in short runs, if only a few channels took their turn.
         u.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if t.outer == 1 else u.group
         u.streams = is_streamed(u, p, t, t.touched)
@@ -158,16 +159,20 @@ cdef bint cut_together(Units* u, const Tiles* p, const Task* t) noexcept nogil:
 
 
 cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
+    cdef Py_ssize_t size = t.outer * t.channels * t.inner * t.item
     memset(p, 0, sizeof(Plan))
     cut_tiles(&p.tiles, &p.sums, t)
     p.map = p.sums
     p.together = t.reads > 0 and t.arrays > 0 and cut_together(&p.sums, &p.tiles, t)
     if p.together:
+        p.sums.bytes = t.touched * size
         return
     if t.reads > 0:
         cut_sums(&p.sums, &p.tiles, t)
+        p.sums.bytes = t.reads * size
     if t.arrays > 0:
         cut_map(&p.map, &p.tiles, t)
+        p.map.bytes = t.arrays * size
 
 
 # Rows of a tile of columns; and how many arrays like x each operation reads and writes: by the sums, by the map, by both.
@@ -211,7 +216,7 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
 cdef dict numbers(const Units* u):
     return {
         "by_columns": bool(u.by_columns), "backwards": bool(u.backwards), "streams": bool(u.streams), "far": bool(u.far),
-        "rows": u.rows, "rest": u.rest, "skip": u.skip, "unit": u.unit, "group": u.group, "turn": u.turn, "units": u.units,
+        "rows": u.rows, "rest": u.rest, "skip": u.skip, "unit": u.unit, "group": u.group, "turn": u.turn, "units": u.units, "bytes": u.bytes,
     }
 
 

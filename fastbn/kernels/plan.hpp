@@ -46,6 +46,7 @@ struct Units {
     std::ptrdiff_t unit, group;       // what one unit takes: rows or elements, and channels or columns
     std::ptrdiff_t turn;              // channels whose sums are followed by their map, before the next ones of the unit
     std::ptrdiff_t units;
+    std::ptrdiff_t bytes;             // that all units read and write
 };
 
 struct Plan {

@@ -215,7 +215,7 @@ cdef void run_sums(Job[Sum, T]* job) noexcept nogil:
     if Sum is ActiveSums:
         job.at_scale = spread(job, job.scale, 1)
         job.at_bias = spread(job, job.shift, 2)
-    parallel(<unit_fn> sum_unit[Sum, T], job, job.units, job.threads, False, job.host)
+    parallel(<unit_fn> sum_unit[Sum, T], job, job.units, job.threads, False, job.bytes, job.host)
     if Sum is Stats:
         merge_stats(job, 0, job.channels)
     else:
@@ -240,7 +240,7 @@ cdef void take_vectors(Job[Map, T]* job, bint as_they_are) noexcept nogil:
 cdef void run_map(Job[Map, T]* job, const Plan* p) noexcept nogil:
     job.follow(p.tiles, p.map)
     take_vectors(job, False)
-    parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads, job.backwards, job.host)
+    parallel(<unit_fn> map_unit[Map, T], job, job.units, job.threads, job.backwards, job.bytes, job.host)
 
 
 cdef Status sum_call(Job[Sum, T]* job) noexcept nogil:
@@ -293,7 +293,7 @@ cdef Status forward_call(Job[Forward, T]* job) noexcept nogil:
         return NO_MEMORY
     if p.together:
         take_vectors(job, True)
-        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False, job.host)
+        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
     else:
         run_sums(<Job[Stats, T]*> job)
         if fold_batch(job, 0, job.channels):
@@ -371,7 +371,7 @@ cdef Status backward_call(Job[Backward, T]* job) noexcept nogil:
             Block[T].set_value(job.grad_slope, c, -0.0)
     if p.together:
         take_vectors(job, True)
-        parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False, job.host)
+        parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False, job.bytes, job.host)
         return DONE
     if sums:
         if Backward is InputGradient:
