@@ -216,7 +216,8 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
 cdef dict numbers(const Units* u):
     return {
         "by_columns": bool(u.by_columns), "backwards": bool(u.backwards), "streams": bool(u.streams), "far": bool(u.far),
-        "rows": u.rows, "rest": u.rest, "skip": u.skip, "unit": u.unit, "group": u.group, "turn": u.turn, "units": u.units, "bytes": u.bytes,
+        "rows": u.rows, "rest": u.rest, "skip": u.skip, "unit": u.unit, "group": u.group, "turn": u.turn, "units": u.units,
+        "bytes": u.bytes,
     }
 
 

@@ -12,6 +12,8 @@ cdef extern from "pool.hpp" namespace "fastbn" nogil:
 
 ctypedef void (*unit_fn)(void* job, Py_ssize_t unit) noexcept nogil
 
-cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host) noexcept nogil
+cdef void parallel(
+    unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host
+) noexcept nogil
 cdef void* scratch(size_t nbytes) noexcept nogil
 cdef void end_scratch() noexcept nogil

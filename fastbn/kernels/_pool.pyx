@@ -16,6 +16,7 @@ cdef extern from "pool.hpp" namespace "fastbn" nogil:
     cppclass Waking:
         double cost
         double delay
+        double worth
     Waking measured_waking "fastbn::waking"() noexcept
 
 cdef extern from "float_mode.hpp" namespace "fastbn" nogil:
@@ -30,7 +31,9 @@ cdef extern from "scratch.hpp" namespace "fastbn" nogil:
     size_t release_own_memory "fastbn::release_scratch"() noexcept
 
 
-cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host) noexcept nogil:
+cdef void parallel(
+    unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host
+) noexcept nogil:
     run_units(unit, job, units, threads, reverse, nbytes, host)
 
 
@@ -98,11 +101,11 @@ def waking():
     Returns
     -------
     dict
-        Seconds: the "cost" to the caller, and the "delay" until the thread runs. A call wakes threads only where it has
-        more than twice their sum to share. Until one was woken, what is common.
+        Seconds: the "cost" to the caller, the "delay" until the thread runs, and the "worth": what a call must have to
+        share for each thread that takes part, before it wakes one that sleeps. Until one was woken, what is common.
     """
     cdef Waking found = measured_waking()
-    return {"cost": found.cost, "delay": found.delay}
+    return {"cost": found.cost, "delay": found.delay, "worth": found.worth}
 
 
 cdef struct Copy:

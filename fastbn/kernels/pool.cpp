@@ -422,7 +422,7 @@ Waking waking() noexcept {
     Pool* p = the_pool.load(std::memory_order_acquire);
     const Time cost = p == nullptr ? WAKE_COST : Time(p->wake_cost()), delay = p == nullptr ? WAKE_DELAY : Time(p->wake_delay());
     using Seconds = std::chrono::duration<double>;
-    return {Seconds(cost).count(), Seconds(delay).count()};
+    return {Seconds(cost).count(), Seconds(delay).count(), WORTH * Seconds(cost + delay).count()};
 }
 
 }  // namespace fastbn

@@ -28,9 +28,10 @@ void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool r
 int workers() noexcept;
 int awake() noexcept;
 
-// Running means, in seconds: what it costs a caller to wake a worker, and how much later that runs.
+// Running means, in seconds: what it costs a caller to wake a worker, and how much later that runs; and what a call must
+// have to share for each thread before it wakes one.
 struct Waking {
-    double cost, delay;
+    double cost, delay, worth;
 };
 Waking waking() noexcept;
 
