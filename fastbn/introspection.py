@@ -91,9 +91,9 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
     else:
         tiles = f"{min(plan['images'], dims[0])} images for each channel"
     work, written = f"{last['units']}", int(op != "stats")
-    if plan["together"]:
-        work += f" of {sums['group']} channels, sums and map on resident data"
-        resident = reads * sums["group"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
+    if plan["resident"]:
+        work += f" of {sums['channels_per_unit']} channels, sums and map on resident data"
+        resident = reads * sums["channels_per_unit"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
         reads *= 1 if resident else 2
     elif sums and mapped:
         work, reads = f"{sums['units']}, then backwards {work}", 2 * reads
@@ -103,7 +103,7 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
     return {
         "tiles": f"{plan['tiles']} tiles of {tiles}",
         "units": work,
-        "streaming": "yes" if last["streams"] else "no",
+        "streaming": "yes" if last["nontemporal"] else "no",
         "traffic": f"at most {reads} reads and {written} writes of x, {size} bytes",
     }
 
