@@ -28,8 +28,9 @@ ORDER = (
     {"introspection", "composed"},
     {"core"},
     {"functional"},
+    {"sync"},
     {"layers"},
-    {"torch", "onnx", "keras"},
+    {"torch", "onnx", "keras", "mpi"},
     {"fastbn"},
     {"__main__"},
 )
