@@ -401,10 +401,12 @@ def backward(
         else:
             module.grad_input(*arrays, v.of(direct), mean, scale, zero, zero, n, epilogue)
         if saved.mask is not None and shared is not None:
-            input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, *shared, saved.count, n, epilogue)
+            sum_dy, sum_dy_xmu = shared
+            input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
             np.copyto(np.moveaxis(dx, r.axis, -1), np.moveaxis(direct, r.axis, -1), where=~saved.mask[..., None])
     elif dx is not None and total is not None and shared is not None:
-        input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, *shared, saved.count, n, epilogue)
+        sum_dy, sum_dy_xmu = shared
+        input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
     dweight = dbias = None
     if want_sums and totals is not None:
         dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,7 +74,7 @@ def cuts(n: int, ranks: int) -> list[slice]:
         return [slice(0, n)]
     filled = ranks - 1 if ranks > 2 else ranks
     edges = [0, *(n - (n >> i) for i in range(1, filled)), n]
-    parts = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [slice(a, b) for a, b in itertools.pairwise(edges)]
     return parts if ranks == filled else [*parts[:-1], slice(edges[-2], edges[-2]), parts[-1]]
 
 

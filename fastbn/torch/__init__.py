@@ -16,14 +16,18 @@ from fastbn.torch.freezing import freeze, unfreeze
 from fastbn.torch.fused import batch_norm
 from fastbn.torch.override import Report, disable, enable, enabled, explain, is_enabled, report
 from fastbn.torch.overview import Summary, summary
+from fastbn.torch.sync import Communicator, SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
     "Benchmark",
+    "Communicator",
     "Folded",
     "Report",
     "Summary",
+    "SyncBatchNorm",
     "batch_norm",
     "benchmark",
+    "convert_sync_batchnorm",
     "disable",
     "enable",
     "enabled",

@@ -1,0 +1,263 @@
+"""Batch norm over the processes of torch.distributed, on the CPU.
+
+The layer is none of `torch.nn.SyncBatchNorm`, which computes on GPUs alone, and which DistributedDataParallel refuses in
+models on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from fastbn import sync
+from fastbn.layout import Array
+from fastbn.torch.arrays import TYPES, array_of, computable, vector
+from fastbn.torch.graph import check, is_batch_norm
+
+distributed: Any = torch.distributed  # it is typed in part only
+
+
+class Communicator(sync.OfProcess):
+    """Carries numbers between the processes of torch.distributed, for NumPy's layers and functions too.
+
+    Parameters
+    ----------
+    process_group : ProcessGroup, optional
+        One that works on CPU tensors, as gloo does; None is the default group.
+
+    Raises
+    ------
+    RuntimeError
+        If torch.distributed is not initialized, or this process is not in the group. Its methods raise what torch does,
+        where a process is gone, at the latest after the group's time-out.
+
+    See Also
+    --------
+    fastbn.sync : what takes it.
+
+    Examples
+    --------
+    >>> import torch.distributed as dist, fastbn.torch, numpy as np
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> fastbn.torch.Communicator().all_gather(np.array([1.0, 2.0]))
+    array([[1., 2.]])
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, process_group: Any = None):
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError("torch.distributed is not initialized: call torch.distributed.init_process_group first")
+        self.group = process_group
+        self.ranks: int = distributed.get_world_size(process_group)
+        if self.ranks < 1:
+            raise RuntimeError("this process does not belong to the process group")
+
+    def all_gather(self, array: Array) -> Array:
+        """Everybody's array, in the order of the ranks."""
+        found = np.empty((self.ranks, *array.shape), array.dtype)
+        distributed.all_gather(list(torch.from_numpy(found)), torch.from_numpy(np.array(array)), group=self.group)
+        return found
+
+    def all_reduce(self, array: Array) -> Array:
+        """The sum of everybody's arrays."""
+        found = np.array(array)
+        distributed.all_reduce(torch.from_numpy(found), group=self.group)
+        return found
+
+
+def _like(x: Tensor) -> Tensor:
+    """Of x's shape and, where that is dense, its order of memory."""
+    return torch.empty_like(x, memory_format=torch.preserve_format)
+
+
+class _Synchronized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+        momentum: float, eps: float, group: Any,
+    ) -> Tensor:  # fmt: skip
+        ctx.communicator = Communicator(group)
+        source = computable(x)
+        y = _like(source)
+        moved = [None if v is None else np.array(vector(v)) for v in (mean, var)]
+        _, ctx.saved = sync.batch_norm_forward(
+            array_of(source), vector(weight), vector(bias), *moved, momentum, eps, communicator=ctx.communicator, out=array_of(y)
+        )
+        for old, new in zip((mean, var), moved, strict=True):
+            if old is not None and new is not None:
+                old.copy_(torch.from_numpy(new))
+        ctx.save_for_backward(x, weight, bias)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        wanted = tuple(name for name, need in zip(("x", "weight", "bias"), ctx.needs_input_grad, strict=False) if need)
+        source = computable(x)
+        dx = _like(source) if "x" in wanted else None
+        g = sync.batch_norm_backward(
+            array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
+            out=None if dx is None else array_of(dx),
+        )  # fmt: skip
+        dweight = None if g.dweight is None else torch.from_numpy(g.dweight).to(weight.dtype)
+        dbias = None if g.dbias is None else torch.from_numpy(g.dbias).to(bias.dtype)
+        return None if dx is None else dx.to(x.dtype), dweight, dbias, None, None, None, None, None
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose statistics in training are those of all processes of a group, on the CPU.
+
+    As ``torch.nn.SyncBatchNorm``, which is for GPUs: parameters, buffers and names are the same. It works inside
+    `torch.nn.parallel.DistributedDataParallel`. Processes may have batches of different sizes, or empty ones; all must call.
+    In evaluation, and where torch.distributed is not initialized, it is plain batch norm.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in ``torch.nn.BatchNorm2d``.
+    process_group : ProcessGroup, optional
+        The processes that share a batch; None is all of them. It must work on CPU tensors, as gloo does.
+
+    Attributes
+    ----------
+    process_group : ProcessGroup or None
+    synchronize : bool
+        False makes it a plain batch norm, for a while.
+
+    Notes
+    -----
+    A forward sends one message, of 2 C + 1 float64 numbers (4 C + 1 for float64 inputs), and a backward another, of 2 C.
+    Gradients of weight and bias are sums over the process's own part of the batch: DistributedDataParallel averages them,
+    as those of all other parameters. Running statistics have the same bits on every process.
+    There is no double backward.
+
+    See Also
+    --------
+    convert_sync_batchnorm : of a model's batch norms.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> fastbn.torch.SyncBatchNorm(3)(torch.ones(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None,
+    ):  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.synchronize = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A copy in the same process, and so with the same group."""
+        memo[id(self.process_group)] = self.process_group
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  torch's name
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _ranks(self) -> int:
+        """How many processes share a batch."""
+        if not (self.synchronize and self.training and distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return Communicator(self.process_group).ranks
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as torch's layers
+        """Normalize; with others, where there are others."""
+        self._check_input_dim(input)
+        if self._ranks() == 1:
+            return super().forward(input)
+        if input.device.type != "cpu" or input.dtype not in TYPES or input.layout is not torch.strided:
+            raise ValueError(
+                f"fastbn.torch.SyncBatchNorm takes strided floating-point tensors on the CPU, got {input.dtype} on {input.device}"
+                f"{'' if input.device.type == 'cpu' else '; torch.nn.SyncBatchNorm is for GPUs'}"
+            )
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"input has {input.shape[1]} channels, but the layer has num_features={self.num_features}")
+        momentum = 0.0 if self.momentum is None else self.momentum
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        if mean is not None and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        found: Tensor = _Synchronized.apply(  # type: ignore[no-untyped-call, unused-ignore]
+            input, self.weight, self.bias, mean, var, momentum, self.eps, self.process_group
+        )
+        return found
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """As the function `convert_sync_batchnorm`, where torch's layer has it, too."""
+        return convert_sync_batchnorm(module, process_group)
+
+
+def unusual(layer: nn.Module) -> str:
+    """Why a batch norm does something else than torch's, or nothing."""
+    if isinstance(layer, _LazyNormBase):
+        return "it is a lazy batch norm, which was never called: call the model once"
+    if type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
+        return f"{type(layer).__name__} has a forward of its own"
+    return ""
+
+
+def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Make every batch norm of a model a `SyncBatchNorm`.
+
+    Parameters
+    ----------
+    model : Module
+        It is changed: the new layers have the parameters, buffers, hooks and mode of the old ones, which are the same
+        objects, so that optimizers need not be made anew.
+    process_group : ProcessGroup, optional
+        The processes that share a batch; None is all of them.
+
+    Returns
+    -------
+    Module
+        The model itself, or the new layer where it is a batch norm.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+    ValueError
+        If a lazy batch norm was never called, or a layer is of a class whose forward is another than batch norm's. Nothing
+        is changed then.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    >>> [type(layer).__name__ for layer in fastbn.torch.convert_sync_batchnorm(model)]
+    ['Conv2d', 'SyncBatchNorm']
+    """
+    check(model)
+    for path, layer in model.named_modules():
+        if is_batch_norm(layer) and (why := unusual(layer)):
+            raise ValueError(f"{path or 'the model'} cannot be converted: {why}")
+    made: dict[nn.Module, SyncBatchNorm] = {}
+
+    def converted(layer: nn.Module) -> SyncBatchNorm:
+        if layer not in made:
+            new = made[layer] = SyncBatchNorm.__new__(SyncBatchNorm)
+            new.__dict__.update(layer.__dict__)
+            new.process_group, new.synchronize = process_group, True
+        return made[layer]
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and is_batch_norm(child):
+                parent._modules[name] = converted(child)
+    return converted(model) if is_batch_norm(model) else model
