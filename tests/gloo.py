@@ -294,6 +294,7 @@ def wrong_inputs_are_refused_by_all(rank: int, ranks: int) -> None:
     assert int(layer.num_batches_tracked) == 0
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.ones(1 if rank == 0 else 0, 3))
+    assert int(layer.num_batches_tracked) == 0
 
 
 def gone(step: Callable[[], object], seconds: float) -> None:

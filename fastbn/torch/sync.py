@@ -85,11 +85,12 @@ class _Synchronized(torch.autograd.Function):
         ctx.communicator = Communicator(group)
         source = computable(x)
         y = _like(source)
-        moved = [None if v is None else np.array(vector(v)) for v in (mean, var)]
+        new_mean, new_var = (None if v is None else np.array(vector(v)) for v in (mean, var))
         _, ctx.saved = sync.batch_norm_forward(
-            array_of(source), vector(weight), vector(bias), *moved, momentum, eps, communicator=ctx.communicator, out=array_of(y)
-        )
-        for old, new in zip((mean, var), moved, strict=True):
+            array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator,
+            out=array_of(y),
+        )  # fmt: skip
+        for old, new in ((mean, new_mean), (var, new_var)):
             if old is not None and new is not None:
                 old.copy_(torch.from_numpy(new))
         ctx.save_for_backward(x, weight, bias)
@@ -161,7 +162,7 @@ class SyncBatchNorm(_BatchNorm):
         """A copy in the same process, and so with the same group."""
         memo[id(self.process_group)] = self.process_group
         twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call, unused-ignore]
         return twin
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  torch's name
@@ -186,15 +187,15 @@ class SyncBatchNorm(_BatchNorm):
             )
         if input.shape[1] != self.num_features:
             raise ValueError(f"input has {input.shape[1]} channels, but the layer has num_features={self.num_features}")
-        momentum = 0.0 if self.momentum is None else self.momentum
         mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        if mean is not None and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+        seen = self.num_batches_tracked if mean is not None else None
+        cumulative = 0.0 if seen is None else 1.0 / (int(seen) + 1)
+        momentum = cumulative if self.momentum is None else self.momentum
         found: Tensor = _Synchronized.apply(  # type: ignore[no-untyped-call, unused-ignore]
             input, self.weight, self.bias, mean, var, momentum, self.eps, self.process_group
         )
+        if seen is not None:
+            seen.add_(1)
         return found
 
     @classmethod
