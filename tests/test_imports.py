@@ -30,6 +30,7 @@ ORDER = (
     {"functional"},
     {"sync"},
     {"layers"},
+    {"reestimate"},
     {"torch", "onnx", "keras", "mpi"},
     {"fastbn"},
     {"__main__"},

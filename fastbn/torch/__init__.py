@@ -16,6 +16,7 @@ from fastbn.torch.freezing import freeze, unfreeze
 from fastbn.torch.fused import batch_norm
 from fastbn.torch.override import Report, disable, enable, enabled, explain, is_enabled, report
 from fastbn.torch.overview import Summary, summary
+from fastbn.torch.reestimate import update_bn
 from fastbn.torch.sync import Communicator, SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "report",
     "summary",
     "unfreeze",
+    "update_bn",
 ]
 
 del _torch
