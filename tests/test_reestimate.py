@@ -177,7 +177,8 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Net], object]]] = {
                  lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"c": Stats.identity(3)}))),
     "channels": (ValueError, "layer 'a' has 5 channels, but those of start are 3",
                  lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"a": Stats.identity(3)}))),
-    "one value": (ValueError, "layer 'a': an unbiased variance needs a count of at least 2", lambda n: fastbn.update_bn(n.layers, [], n, start=ONE)),
+    "one value": (ValueError, "layer 'a': an unbiased variance needs a count of at least 2",
+                  lambda n: fastbn.update_bn(n.layers, [], n, start=ONE)),
     "one row": (ValueError, "Expected more than 1 value per channel", lambda n: fastbn.update_bn(n.layers, [data()[0][:1]], n)),
     "user": (OSError, "the disk is gone", lambda n: fastbn.update_bn(n.layers, data(), fails(n))),
     "Estimate": (TypeError, "layers must be a mapping of names to Stats, got int for 'a'", lambda n: Estimate({"a": 3})),  # type: ignore[dict-item]

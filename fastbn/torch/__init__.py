@@ -10,6 +10,7 @@ try:
 except ImportError as error:
     raise ImportError(f"fastbn.torch needs PyTorch (pip install 'fastbn[torch]'): {error}") from error
 
+from fastbn.torch.adaptation import Adaptation, adapt
 from fastbn.torch.benchmark import Benchmark, benchmark
 from fastbn.torch.folding import Folded, fold
 from fastbn.torch.freezing import freeze, unfreeze
@@ -20,12 +21,14 @@ from fastbn.torch.reestimate import update_bn
 from fastbn.torch.sync import Communicator, SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [
+    "Adaptation",
     "Benchmark",
     "Communicator",
     "Folded",
     "Report",
     "Summary",
     "SyncBatchNorm",
+    "adapt",
     "batch_norm",
     "benchmark",
     "convert_sync_batchnorm",
