@@ -283,10 +283,11 @@ def _watched(named: Mapping[str, Layer], moving: Mapping[str, Layer], recorder: 
 
         def forward(x: Array, residual: Array | None = None, **options: Any) -> Array:
             recorder.saw(name, batch_norm_stats(x, layout=layer.layout, axis=layer.axis, mask=options.get("mask")))
+            layer.training = True  # the model may have said otherwise
             y: Array = usual(x, residual, **options)
             return y
 
-        layer.forward, layer.training, layer.track_running_stats, layer.communicator = forward, True, False, None
+        layer.forward, layer.track_running_stats, layer.communicator = forward, False, None
 
     try:
         for name, layer in moving.items():

@@ -26,6 +26,7 @@ class Net:
         self.ended = 0
 
     def __call__(self, x: Array) -> Array:
+        self.layers["a"].eval()  # as models do that know of training alone
         y = self.layers["b"](self.layers["a"](x @ self.first) @ self.second)
         self.ended += 1
         return y

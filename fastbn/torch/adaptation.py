@@ -217,5 +217,6 @@ def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> A
             raise ValueError(f"{path or 'the model'} cannot adapt: {why}")
     for _, layer in layers:
         layer.__dict__[STATE] = _Memory(count, memory)
-        layer.__class__ = _adapted(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _adapted(kind)
     return Adaptation(model)

@@ -139,10 +139,10 @@ def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) ->
     def watch(path: str, layer: Any) -> None:
         def saw(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             x = inputs[0] if inputs else named["input"]
+            layer.training = True  # the model may have said otherwise
             recorder.saw(path, batch_norm_stats(array_of(computable(x.detach().cpu()))))
 
         hooks.append(layer.register_forward_pre_hook(saw, with_kwargs=True))
-        layer.training = True
         for name in own:
             if name in layer.__dict__:
                 setattr(layer, name, False)
