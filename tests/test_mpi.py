@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,15 @@ def test_an_error_on_one_process_ends_all(tmp_path: Path) -> None:
     ended = mpirun(2, PROGRAM, tmp_path, "dies")
     assert ended.returncode != 0
     assert "this process had an accident" in ended.stderr
+
+
+def test_a_network_trains(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    ended = mpirun(2, PROGRAM.parents[1] / "examples" / "sync_mpi.py", "--steps", "300")
+    assert ended.returncode == 0, ended.stderr
+    found = re.findall(r"^2 processes, statistics (.*): accuracy (\S+) %, running statistics (.*)$", ended.stdout, re.MULTILINE)
+    assert [(what, bits) for what, _, bits in found] == [("of the whole batch", "the same bits"), ("of each process's part", "different")]
+    assert float(found[0][1]) > 70
 
 
 def test_its_examples() -> None:

@@ -103,3 +103,12 @@ def test_what_is_no_plain_batch_norm_is_refused(layer: Any, message: str) -> Non
     assert type(model[0]) is nn.BatchNorm2d
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         fastbn.torch.convert_sync_batchnorm(3)
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_tables() -> None:
+    command = [sys.executable, "-m", "bench.sync", "--times", "3", "--steps", "1", "--batch", "2", "--pixels", "32"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 0, ended.stderr
+    for words in ("2 processes, a thread each", "| 2048 | ", "| 8 x 512 x 4 x 4 | ", "on each process, 20 batch norms: "):
+        assert words in ended.stdout
