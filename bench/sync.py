@@ -27,17 +27,45 @@ CHANNELS = (64, 256, 1024, 2048)
 SHAPES = ((8, 64, 32, 32), (8, 256, 8, 8), (8, 512, 4, 4))
 
 
-def in_turns(calls: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
-    """Microseconds of each, the median; every call begins when all processes are there."""
+def compute(seconds: float) -> None:
+    """Keep the processor busy, as a network between two layers does: what waits for a message has gone to sleep then."""
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        pass
+
+
+def in_turns(calls: dict[str, Callable[[], object]], times: int, before: float = 0.0) -> dict[str, float]:
+    """Microseconds of each, the median; every call begins when all processes are there and have computed for so many seconds."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(times + 2):
         for name, call in calls.items():
             dist.barrier()
+            compute(before)
             start = perf_counter()
             call()
             if i >= 2:
                 taken[name].append(1e6 * (perf_counter() - start))
     return {name: median(values) for name, values in taken.items()}
+
+
+class Messages:
+    """How long a process has been in messages, waiting for the others to come to theirs included."""
+
+    def __init__(self) -> None:
+        self.taken: list[float] = []
+        for name in ("all_gather", "all_reduce"):
+            setattr(fastbn.torch.Communicator, name, self.timed(getattr(fastbn.torch.Communicator, name)))
+
+    def timed(self, method: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        """The same method, with a clock."""
+
+        def call(communicator: fastbn.torch.Communicator, array: np.ndarray) -> np.ndarray:
+            start = perf_counter()
+            found = method(communicator, array)
+            self.taken.append(perf_counter() - start)
+            return found
+
+        return call
 
 
 def step(layer: torch.nn.Module, shape: tuple[int, ...]) -> Callable[[], object]:
@@ -58,12 +86,15 @@ def process(rank: int, file: str, args: argparse.Namespace) -> None:
     store = dist.FileStore(file, args.processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=args.processes, timeout=timedelta(seconds=300))
     say = print if rank == 0 else lambda *_, **__: None
-    say(f"{args.processes} processes, a thread each\n\n| channels | all_gather us | all_reduce us |\n|---:|---:|---:|")
+    say(f"{args.processes} processes, a thread each\n")
+    say("| channels | all_gather us | all_reduce us | after 3 ms of computing: all_gather | all_reduce |")
+    say("|---:|---:|---:|---:|---:|")
     messages = fastbn.torch.Communicator()
     for channels in CHANNELS:
         up, back = np.zeros(2 * channels + 1), np.zeros((2, channels))
-        found = in_turns({"up": lambda a=up: messages.all_gather(a), "back": lambda a=back: messages.all_reduce(a)}, args.times)
-        say(f"| {channels} | {found['up']:.0f} | {found['back']:.0f} |", flush=True)
+        calls = {"up": lambda a=up: messages.all_gather(a), "back": lambda a=back: messages.all_reduce(a)}
+        found = [f"{t:.0f}" for before in (0.0, 3e-3) for t in in_turns(calls, args.times, before).values()]
+        say(f"| {channels} | {' | '.join(found)} |", flush=True)
     say("\n| forward and backward | plain us | over processes us | more |\n|---|---:|---:|---:|")
     fastbn.torch.enable()
     for shape in SHAPES:
@@ -75,11 +106,14 @@ def process(rank: int, file: str, args: argparse.Namespace) -> None:
     over = fastbn.torch.convert_sync_batchnorm(copy.deepcopy(plain))
     count = sum(isinstance(layer, fastbn.torch.SyncBatchNorm) for layer in over.modules())
     steps = {name: training(model, args.batch, args.pixels) for name, model in (("plain", plain), ("over", over))}
+    clock = Messages()
     found = in_turns(steps, args.steps)
-    more = found["over"] - found["plain"]
+    each = len(clock.taken) // (args.steps + 2)
+    waited = 1e6 * median(sum(clock.taken[i : i + each]) for i in range(2 * each, len(clock.taken), each))
     x = f"{args.batch} x 3 x {args.pixels} x {args.pixels}"
     say(f"\n{args.network}, {x} on each process, {count} batch norms: {found['plain'] / 1e3:.0f} ms plain, ", end="")
-    say(f"{found['over'] / 1e3:.0f} ms over processes, of which the difference is {100 * more / found['over']:.1f} %")
+    share = 100 * waited / found["over"]
+    say(f"{found['over'] / 1e3:.0f} ms over processes, of which {waited / 1e3:.0f} ms ({share:.0f} %) in {each} messages")
     dist.destroy_process_group()
 
 

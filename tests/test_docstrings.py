@@ -47,11 +47,11 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md", "docs/pytorch.md"])
+@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md", "docs/distributed.md", "docs/pytorch.md"])
 def test_text(file: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
-    for package in re.findall(r"^import (torch)$", "".join(blocks), re.MULTILINE):
+    for package in re.findall(r"^(?:import|from) (torch|dask|joblib)\b", "".join(blocks), re.MULTILINE):
         pytest.importorskip(package)
     names: dict[str, object] = {}  # a block may go on where the one before it ended
     try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
+from fastbn.threads import num_threads
 
 TYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<V2"}
 
@@ -45,6 +47,11 @@ def array_of(tensor: Tensor) -> Array:
         return np.empty(tuple(tensor.shape), resolve(str(tensor.dtype).removeprefix("torch.")))
     array: Array = np.asarray(_Memory(tensor.detach()))
     return array.view(resolve("bfloat16")) if tensor.dtype is torch.bfloat16 else array
+
+
+def on_torchs_threads() -> AbstractContextManager[None]:
+    """As many threads as torch would take: where several processes share a machine, that is where it is said."""
+    return num_threads(torch.get_num_threads())
 
 
 def vector(tensor: Tensor | None) -> Array | None:

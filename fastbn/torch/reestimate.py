@@ -14,7 +14,7 @@ from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.reestimate import Estimate, Recorder, collect, running_of
 from fastbn.sync import Communicator
-from fastbn.torch.arrays import array_of, computable
+from fastbn.torch.arrays import array_of, computable, on_torchs_threads
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import check, is_batch_norm, norms
 
@@ -140,7 +140,9 @@ def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) ->
         def saw(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             x = inputs[0] if inputs else named["input"]
             layer.training = True  # the model may have said otherwise
-            recorder.saw(path, batch_norm_stats(array_of(computable(x.detach().cpu()))))
+            with on_torchs_threads():
+                stats = batch_norm_stats(array_of(computable(x.detach().cpu())))
+            recorder.saw(path, stats)
 
         hooks.append(layer.register_forward_pre_hook(saw, with_kwargs=True))
         for name in own:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from fastbn import sync
 from fastbn.layout import Array
-from fastbn.torch.arrays import TYPES, array_of, computable, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, on_torchs_threads, vector
 from fastbn.torch.graph import check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
@@ -86,10 +86,11 @@ class _Synchronized(torch.autograd.Function):
         source = computable(x)
         y = _like(source)
         new_mean, new_var = (None if v is None else np.array(vector(v)) for v in (mean, var))
-        _, ctx.saved = sync.batch_norm_forward(
-            array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator,
-            out=array_of(y),
-        )  # fmt: skip
+        with on_torchs_threads():
+            _, ctx.saved = sync.batch_norm_forward(
+                array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator,
+                out=array_of(y),
+            )  # fmt: skip
         for old, new in ((mean, new_mean), (var, new_var)):
             if old is not None and new is not None:
                 old.copy_(torch.from_numpy(new))
@@ -103,10 +104,11 @@ class _Synchronized(torch.autograd.Function):
         wanted = tuple(name for name, need in zip(("x", "weight", "bias"), ctx.needs_input_grad, strict=False) if need)
         source = computable(x)
         dx = _like(source) if "x" in wanted else None
-        g = sync.batch_norm_backward(
-            array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
-            out=None if dx is None else array_of(dx),
-        )  # fmt: skip
+        with on_torchs_threads():
+            g = sync.batch_norm_backward(
+                array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
+                out=None if dx is None else array_of(dx),
+            )  # fmt: skip
         dweight = None if g.dweight is None else torch.from_numpy(g.dweight).to(weight.dtype)
         dbias = None if g.dbias is None else torch.from_numpy(g.dbias).to(bias.dtype)
         return None if dx is None else dx.to(x.dtype), dweight, dbias, None, None, None, None, None
