@@ -273,6 +273,21 @@ def an_empty_process_takes_part_in_distributed_data_parallel(rank: int, ranks: i
 
 
 @check
+def compiled_models_take_part(rank: int, ranks: int) -> None:
+    if ranks > 2:  # the compiler takes seconds
+        return
+    model = convert_sync_batchnorm(network())
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(rank))
+    grads = []
+    for run in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        grads.append(model[0].weight.grad.clone())
+    assert torch.equal(*grads)
+    assert int(model[1].num_batches_tracked) == 2
+
+
+@check
 def arrays_of_numpy(rank: int, ranks: int) -> None:
     x = np.random.default_rng(0).standard_normal((9, 4))
     bn, whole = fastbn.BatchNorm1d(4, dtype="float64", communicator=fastbn.torch.Communicator()), fastbn.BatchNorm1d(4, dtype="float64")

@@ -160,6 +160,15 @@ def test_threads_share_a_model() -> None:
     assert wrong == []
 
 
+def test_a_compiled_model_adapts() -> None:
+    model, x = layer(), drawn()
+    adapt(model, prior=2, memory=9)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(3):
+        assert torch.equal(compiled(x), twin(x))
+
+
 def test_gradients_go_through_statistics_that_are_constants() -> None:
     model, x = layer(), drawn().requires_grad_()
     adapt(model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.results import Stats
-from fastbn.torch.arrays import array_of, computable, on_torchs_threads, vector
+from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, vector
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.sync import unusual
 
@@ -61,6 +61,15 @@ class _Memory:
         return found
 
 
+def _mixed(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance to normalize x with."""
+    stats = layer.__dict__[STATE].statistics(layer, x)
+    if stats is None:
+        return layer.running_mean, layer.running_var
+    mean, var = (torch.from_numpy(v).to(layer.running_mean) for v in stats.to_running(unbiased=False))
+    return mean, var
+
+
 class _Adapted:
     """What the subclasses share; the other base is the layer's own class."""
 
@@ -70,11 +79,7 @@ class _Adapted:
             found: Tensor = super().forward(input)  # type: ignore[misc]
             return found
         self._check_input_dim(input)
-        stats = self.__dict__[STATE].statistics(self, input)
-        if stats is None:
-            mean, var = self.running_mean, self.running_var
-        else:
-            mean, var = (torch.from_numpy(v).to(self.running_mean) for v in stats.to_running(unbiased=False))
+        mean, var = eagerly(_mixed, self, input)
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -49,6 +49,18 @@ def array_of(tensor: Tensor) -> Array:
     return array.view(resolve("bfloat16")) if tensor.dtype is torch.bfloat16 else array
 
 
+_disabled: dict[Any, Any] = {}
+
+
+def eagerly(function: Any, *arguments: Any) -> Any:
+    """Call a function that works on arrays, which torch.compile must not look into."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    if function not in _disabled:  # to disable takes the import of the compiler, which is there now
+        _disabled[function] = torch.compiler.disable(function)
+    return _disabled[function](*arguments)
+
+
 def on_torchs_threads() -> AbstractContextManager[None]:
     """As many threads as torch would take: where several processes share a machine, that is where it is said."""
     return num_threads(torch.get_num_threads())

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from fastbn import sync
 from fastbn.layout import Array
-from fastbn.torch.arrays import TYPES, array_of, computable, on_torchs_threads, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
 from fastbn.torch.graph import check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
@@ -114,6 +114,10 @@ class _Synchronized(torch.autograd.Function):
         return None if dx is None else dx.to(x.dtype), dweight, dbias, None, None, None, None, None
 
 
+def _synchronized(*arguments: Any) -> Any:
+    return _Synchronized.apply(*arguments)  # type: ignore[no-untyped-call, unused-ignore]
+
+
 class SyncBatchNorm(_BatchNorm):
     """Batch norm whose statistics in training are those of all processes of a group, on the CPU.
 
@@ -191,11 +195,11 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"input has {input.shape[1]} channels, but the layer has num_features={self.num_features}")
         mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         seen = self.num_batches_tracked if mean is not None else None
-        cumulative = 0.0 if seen is None else 1.0 / (int(seen) + 1)
-        momentum = cumulative if self.momentum is None else self.momentum
-        found: Tensor = _Synchronized.apply(  # type: ignore[no-untyped-call, unused-ignore]
-            input, self.weight, self.bias, mean, var, momentum, self.eps, self.process_group
-        )
+        momentum = self.momentum
+        if momentum is None:  # the cumulative average
+            momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
+        vectors = self.weight, self.bias, mean, var
+        found: Tensor = eagerly(_synchronized, input, *vectors, momentum, self.eps, self.process_group)
         if seen is not None:
             seen.add_(1)
         return found
