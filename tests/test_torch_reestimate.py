@@ -170,6 +170,26 @@ def test_a_compiled_model_is_run_uncompiled() -> None:
         assert torch.equal(other.bn2.running_var, want.bn2.running_var)
 
 
+class Moves(nn.BatchNorm1d):
+    """Moves its statistics whatever its attributes say."""
+
+    def forward(self, input: Any) -> Any:  # noqa: A002  torch's name
+        self.running_mean.add_(1)
+        return super().forward(input)
+
+
+def test_a_layer_that_moves_by_itself_is_as_before_after_an_error() -> None:
+    model = Moves(3)
+    for wrong in ("no tensor", torch.ones(4, 3, dtype=torch.int64)):
+        with pytest.raises((AttributeError, RuntimeError)) as error:  # torch's own
+            fastbn.torch.update_bn(model, [torch.randn(4, 3), wrong])
+        assert "fastbn" not in str(error.traceback[-1].path)
+    assert not model.running_mean.any()
+    x = torch.randn(4, 3)
+    fastbn.torch.update_bn(model, [x])
+    torch.testing.assert_close(model.running_mean, x.mean(0))
+
+
 def raises() -> Any:
     yield batches()[0]
     raise OSError("the disk is gone")

@@ -57,7 +57,7 @@ def eagerly(function: Any, *arguments: Any) -> Any:
     if not torch.compiler.is_compiling():
         return function(*arguments)
     if function not in _disabled:  # to disable takes the import of the compiler, which is there now
-        _disabled[function] = torch.compiler.disable(function)
+        _disabled[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call, unused-ignore]
     return _disabled[function](*arguments)
 
 

@@ -14,7 +14,7 @@ from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.reestimate import Estimate, Recorder, collect, running_of
 from fastbn.sync import Communicator
-from fastbn.torch.arrays import array_of, computable, on_torchs_threads
+from fastbn.torch.arrays import TYPES, array_of, computable, on_torchs_threads
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import check, is_batch_norm, norms
 
@@ -138,8 +138,10 @@ def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) ->
 
     def watch(path: str, layer: Any) -> None:
         def saw(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            x = inputs[0] if inputs else named["input"]
             layer.training = True  # the model may have said otherwise
+            x = inputs[0] if inputs else named.get("input")
+            if not isinstance(x, torch.Tensor) or x.dtype not in TYPES or x.layout is not torch.strided:
+                return  # the layer says what is wrong with it
             with on_torchs_threads():
                 stats = batch_norm_stats(array_of(computable(x.detach().cpu())))
             recorder.saw(path, stats)
