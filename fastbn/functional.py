@@ -357,8 +357,9 @@ def gradients(
     wanted = checks.names("wrt", wrt, GRADIENTS)
     held = _held(r.x, r.axis, saved.mask)
     if "x" in wanted and saved.training and total is None and saved.count != held:
+        had = held if saved.mask is None else f"{held} where saved.mask is True"
         raise ValueError(
-            f"the forward was given stats of {saved.count} values per channel, of which x has {held}: the gradient of x needs sums over "
+            f"saved is of statistics of {saved.count} values per channel, of which x has {had}: the gradient of x needs sums over "
             "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and give them to "
             "batch_norm_backward_elemt"
         )
