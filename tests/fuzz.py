@@ -1521,6 +1521,7 @@ def scenario_layer(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
             "layout": ("NHCW", "", ["NCHW"], {}, 5, True, "NC" if rank > 3 else "NCHW", Hostile(), np.zeros(2)),
             "activation": BAD_ACTIVATIONS,
             "affine": (np.ones(2), Hostile()),
+            "communicator": (3, "x", object(), np.ones(2), {}, Hostile()),
         }  # fmt: skip
         k = d.choice(tuple(bad))
         make.arguments[k] = d.choice(bad[k])
