@@ -210,6 +210,16 @@ def test_errors_change_nothing(error: Any, message: str, model: Any, options: di
     assert kinds == ([type(m) for m in made.modules()] if kinds else [])
 
 
+def test_a_layer_that_adapts_or_does_more_is_not_folded() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).eval()
+    adapt(model)
+    more = nn.Sequential(nn.Conv2d(3, 3, 1), Active(3)).eval()
+    assert fastbn.torch.fold(model).left == {"1": "AdaptedBatchNorm2d has a forward of its own"}
+    assert fastbn.torch.fold(more).left == {"1": "Active has a forward of its own"}
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(fastbn.torch.fold(more).model(x), more(x))
+
+
 def test_a_model_of_another_domain_gets_better() -> None:
     """Digits in other light: what `docs/statistics.md` reports, smaller."""
     datasets = pytest.importorskip("sklearn.datasets")
