@@ -199,13 +199,14 @@ def groups_of_processes(rank: int, ranks: int) -> None:
 
 @check
 def two_messages_a_step(rank: int, ranks: int) -> None:
+    model = nn.Sequential(SyncBatchNorm(64), nn.ReLU(), SyncBatchNorm(64))
+    x = torch.randn(2, 64, 4, 4, requires_grad=True)
+    model(x)
     sent: list[tuple[str, int]] = []
     gather, reduce = dist.all_gather, dist.all_reduce
     dist.all_gather = lambda out, t, **k: (sent.append(("all_gather", t.numel() * t.itemsize)), gather(out, t, **k))
     dist.all_reduce = lambda t, **k: (sent.append(("all_reduce", t.numel() * t.itemsize)), reduce(t, **k))
     try:
-        model = nn.Sequential(SyncBatchNorm(64), nn.ReLU(), SyncBatchNorm(64))
-        x = torch.randn(2, 64, 4, 4, requires_grad=True)
         model(x).sum().backward()
         assert sent == [("all_gather", 8 * (2 * 64 + 1))] * 2 + [("all_reduce", 8 * 2 * 64), ("all_reduce", 8 * 2 * 64)]
         sent.clear()
@@ -220,6 +221,9 @@ def two_messages_a_step(rank: int, ranks: int) -> None:
             layer.synchronize = True
         model(x.detach()).sum().backward()  # without a gradient of x, the backward of the first layer asks nobody
         assert [kind for kind, _ in sent] == ["all_gather", "all_gather", "all_reduce"]
+        sent.clear()
+        copy.deepcopy(model[0])(x)
+        assert sent == [("all_gather", 8), ("all_gather", 8 * (2 * 64 + 1))]  # a new layer asks once whether all agree
     finally:
         dist.all_gather, dist.all_reduce = gather, reduce
 
@@ -270,6 +274,21 @@ def an_empty_process_takes_part_in_distributed_data_parallel(rank: int, ranks: i
         assert torch.isfinite(p.grad).all(), name
         assert set(everybody(float(p.grad.double().sum()))) == {float(p.grad.double().sum())}
     assert set(everybody(model.module[1].running_var.numpy().tobytes())) == {model.module[1].running_var.numpy().tobytes()}
+
+
+@check
+def processes_that_disagree_are_told(rank: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=r"do not agree: in the order of the ranks, they have messages of \[7, 9"):
+        SyncBatchNorm(3 if rank == 0 else 4)(torch.randn(4, 3 if rank == 0 else 4))
+    layer = SyncBatchNorm(3)
+    x = torch.randn(4, 3)
+    layer(x)
+    layer(x.double())
+    other = SyncBatchNorm(3)
+    with pytest.raises(ValueError, match="an input of another dtype"):
+        other(x.double() if rank == 0 else x)
+    other(x)
+    assert int(other.num_batches_tracked) == 1
 
 
 @check

@@ -7,6 +7,7 @@ models on the CPU.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,25 @@ class Communicator(sync.OfProcess):
         self.ranks: int = distributed.get_world_size(process_group)
         if self.ranks < 1:
             raise RuntimeError("this process does not belong to the process group")
+        self._agreed: set[int] = set()
 
     def all_gather(self, array: Array) -> Array:
-        """Everybody's array, in the order of the ranks."""
+        """Everybody's array, in the order of the ranks.
+
+        Where one process sends more numbers than another, gloo ends the program. So what is as long as nothing before it is
+        announced, once.
+        """
+        if array.size not in self._agreed:
+            sizes = [int(size) for (size,) in self._gathered(np.array([float(array.size)]))]
+            if set(sizes) != {array.size}:
+                raise ValueError(
+                    f"the processes do not agree: in the order of the ranks, they have messages of {sizes} numbers; has one of them "
+                    "a layer with other channels, or an input of another dtype?"
+                )
+            self._agreed.add(array.size)
+        return self._gathered(array)
+
+    def _gathered(self, array: Array) -> Array:
         found = np.empty((self.ranks, *array.shape), array.dtype)
         distributed.all_gather(list(torch.from_numpy(found)), torch.from_numpy(np.array(array)), group=self.group)
         return found
@@ -80,9 +97,9 @@ class _Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
-        momentum: float, eps: float, group: Any,
+        momentum: float, eps: float, communicator: Communicator,
     ) -> Tensor:  # fmt: skip
-        ctx.communicator = Communicator(group)
+        ctx.communicator = communicator
         source = computable(x)
         y = _like(source)
         new_mean, new_var = (None if v is None else np.array(vector(v)) for v in (mean, var))
@@ -112,6 +129,10 @@ class _Synchronized(torch.autograd.Function):
         dweight = None if g.dweight is None else torch.from_numpy(g.dweight).to(weight.dtype)
         dbias = None if g.dbias is None else torch.from_numpy(g.dbias).to(bias.dtype)
         return None if dx is None else dx.to(x.dtype), dweight, dbias, None, None, None, None, None
+
+
+# Of layers, beside them: it is of this process, and no part of a copy or a pickle.
+_communicators: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Communicator]] = weakref.WeakKeyDictionary()
 
 
 def _synchronized(*arguments: Any) -> Any:
@@ -175,16 +196,21 @@ class SyncBatchNorm(_BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    def _ranks(self) -> int:
-        """How many processes share a batch."""
+    def _communicator(self) -> Communicator | None:
+        """What carries numbers to others, where there are others."""
         if not (self.synchronize and self.training and distributed.is_available() and distributed.is_initialized()):
-            return 1
-        return Communicator(self.process_group).ranks
+            return None
+        key = id(distributed.group.WORLD), id(self.process_group)
+        known = _communicators.get(self)
+        if known is None or known[0] != key:
+            known = _communicators[self] = key, Communicator(self.process_group)
+        return known[1] if known[1].ranks > 1 else None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as torch's layers
         """Normalize; with others, where there are others."""
         self._check_input_dim(input)
-        if self._ranks() == 1:
+        communicator = self._communicator()
+        if communicator is None:
             return super().forward(input)
         if input.device.type != "cpu" or input.dtype not in TYPES or input.layout is not torch.strided:
             raise ValueError(
@@ -199,7 +225,7 @@ class SyncBatchNorm(_BatchNorm):
         if momentum is None:  # the cumulative average
             momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
         vectors = self.weight, self.bias, mean, var
-        found: Tensor = eagerly(_synchronized, input, *vectors, momentum, self.eps, self.process_group)
+        found: Tensor = eagerly(_synchronized, input, *vectors, momentum, self.eps, communicator)
         if seen is not None:
             seen.add_(1)
         return found
