@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from truth import ulp, within
 
 from fastbn import sync
 from fastbn.layout import Array
@@ -80,3 +81,11 @@ def cuts(n: int, ranks: int) -> list[slice]:
 
 def joined(parts: Sequence[Array]) -> Array:
     return np.concatenate([np.asarray(part) for part in parts])
+
+
+def as_one(actual: Any, whole: Any, scale: float = 1.0) -> None:
+    """What parts give, within 1e-6 of what one process gives on the whole: 1e-12 for float64, a last place more for 16 bits."""
+    truth = np.asarray(whole, np.float64)
+    assert actual.shape == truth.shape
+    bound = {"float64": 1e-12, "float32": 1e-6}.get(actual.dtype.name, 2e-6) * np.maximum(scale, np.abs(truth))
+    within(actual, truth, bound + (ulp(truth, actual.dtype) if actual.dtype.itemsize == 2 else 0))

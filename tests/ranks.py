@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
-from processes import cuts
-from truth import SHAPES, axis_of, near, near_gradient, problem
+from processes import as_one, cuts
+from truth import SHAPES, axis_of, problem
 
 import fastbn
 import fastbn.mpi
@@ -33,11 +33,11 @@ def parts_give_what_the_whole_gives(layout: str, dtype: object) -> None:
         x, p.weight, p.bias, *own, layout=layout, activation="silu", communicator=communicator
     )
     back = sync.batch_norm_backward(dy, x, kept, communicator=communicator)
-    near(part, y[cut].astype(np.float64))
-    near_gradient(back.dx, g.dx[cut].astype(np.float64), np.abs(g.dx.astype(np.float64)).max())
+    as_one(part, y[cut])
+    as_one(back.dx, g.dx[cut], np.abs(g.dx.astype(np.float64)).max())
     count = np.sqrt(p.x.size / p.x.shape[axis])
     for name in ("dweight", "dbias"):
-        near_gradient(np.sum(WORLD.allgather(getattr(back, name)), 0), getattr(g, name).astype(np.float64), count)
+        as_one(np.sum(WORLD.allgather(getattr(back, name)), 0), getattr(g, name), count)
     for mine, whole in zip(own, moved, strict=True):
         np.testing.assert_allclose(mine, whole, rtol=1e-6)
         assert set(WORLD.allgather(mine.tobytes())) == {mine.tobytes()}

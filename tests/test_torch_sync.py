@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def test_alone_it_is_plain_batch_norm() -> None:
     for _ in range(2):
         assert torch.equal(layer(x), plain(x))
     assert torch.equal(layer.running_var, plain.running_var)
+    again = pickle.loads(pickle.dumps(layer))  # noqa: S301  our own
+    assert torch.equal(again(x), layer(x))
+    assert "SyncBatchNorm(3, " in repr(layer)
     with pytest.raises(RuntimeError, match=r"torch\.distributed is not initialized"):
         fastbn.torch.Communicator()
 
