@@ -238,11 +238,12 @@ class Folded:
 
 
 @default_mode
-def stats(r: Request) -> Stats:
-    """Statistics of x, of which only the positions in the mask count."""
+def stats(r: Request, dtype: np.dtype[Any] | None = None) -> Stats:
+    """Statistics of x, of which only the positions in the mask count; in the type of the arithmetic, or in float64."""
+    dtype = dtype or r.dtype.compute
     rows = _dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
     if rows.size == 0:
-        return Stats.identity(r.x.shape[r.axis], r.dtype.compute)
+        return Stats.identity(r.x.shape[r.axis], dtype)
     count = rows.shape[0] * rows.shape[2]
     module, n = _module(r.dtype), threads.for_call("stats", rows.nbytes)
     mean, mean_lo, m2 = module.stats(rows, n)
@@ -251,7 +252,7 @@ def stats(r: Request) -> Stats:
         found = module.stats(part.in_units(rows), n)
         mean[part.channels], mean_lo[part.channels] = (part.from_units(v) for v in found[:2])
         var[part.channels] = part.from_units(found[2] / count, 2)
-    return rounded(count, mean, mean_lo, var, r.dtype.compute)
+    return rounded(count, mean, mean_lo, var, dtype)
 
 
 @default_mode

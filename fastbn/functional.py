@@ -512,6 +512,11 @@ def batch_norm_stats(
     return found
 
 
+def wide_stats(x: Array, layout: LayoutName | None, axis: int | None, mask: Array | None) -> Stats:
+    """As `batch_norm_stats` of an array, in float64 whatever its dtype: a variance has twice the range of a value."""
+    return core.stats(_request(x, layout, axis, mask=mask)[0], np.dtype(np.float64))
+
+
 def batch_norm_elemt(
     x: Array,
     mean: ArrayLike,

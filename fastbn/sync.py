@@ -106,22 +106,27 @@ def merge(parts: Sequence[Stats], communicator: Communicator) -> list[Stats]:
     for part in given:
         if not isinstance(part, Stats):
             raise TypeError(f"parts must be a sequence of Stats, got {type(part).__name__} in it")
-    return _merge(given, communicator, np.dtype(np.float64))
+    return _merge(given, communicator, 4)
 
 
-def _merge(parts: list[Stats], communicator: Communicator, dtype: np.dtype[Any]) -> list[Stats]:
-    """Merge all ranks' statistics; the vectors of each travel in `dtype`, as they lie in memory."""
-    # Four vectors of float32 are two of float64, bit by bit: nothing here may look at them as numbers.
-    sent = [np.concatenate([[float(part.count)], part.vectors.astype(dtype).ravel().view(np.float64)]) for part in parts]
+def _merge(parts: list[Stats], communicator: Communicator, rows: int) -> list[Stats]:
+    """Merge all ranks' statistics; of each, so many vectors travel: mean and var, or all four."""
+    sent = [np.concatenate([[float(part.count)], part.vectors[:rows].astype(np.float64).ravel()]) for part in parts]
     message = np.concatenate(sent) if sent else np.zeros(0)
     ranks = _returned("all_gather", check(communicator).all_gather(message), message, gathered=True)
     merged, start = [], 0
     for part, own in zip(parts, sent, strict=True):
-        rows = np.ascontiguousarray(ranks[:, start : start + own.size])
-        found = [of_rows(int(row[0]), row[1:].view(dtype).reshape(4, -1)) for row in rows.copy()]
+        found = [_received(row, rows) for row in ranks[:, start : start + own.size]]
         merged.append(found[0].merge(*found[1:]) if part.mean.size else Stats(sum(s.count for s in found), part.mean, part.var))
         start += own.size
     return merged
+
+
+def _received(message: Array, rows: int) -> Stats:
+    """Statistics as another process has sent them."""
+    vectors = np.zeros((4, (message.size - 1) // rows))
+    vectors[:rows] = message[1:].reshape(rows, -1)
+    return of_rows(int(message[0]), vectors)
 
 
 def _returned(method: str, found: object, sent: Array, *, gathered: bool = False) -> Array:
@@ -150,7 +155,7 @@ def batch_norm_stats(
     Returns
     -------
     Stats
-        The same bits on every process.
+        In float64, with the same bits on every process.
 
     Raises
     ------
@@ -164,8 +169,9 @@ def batch_norm_stats(
     Stats(count=2, mean=array([2.]), var=array([1.]))
     """
     check(communicator)
-    own = functional.batch_norm_stats(x, layout=layout, axis=axis, mask=mask)
-    return _merge([own], communicator, own.mean.dtype)[0]
+    own = functional.wide_stats(x, layout, axis, mask)
+    # What a float64 rounds away of a mean counts for float64 values alone.
+    return _merge([own], communicator, 4 if x.dtype == np.float64 else 2)[0]
 
 
 def batch_norm_forward(

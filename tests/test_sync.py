@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Member, as_one, cuts, joined, together
-from truth import SHAPES, axis_of, near, near_gradients, problem, rng, same_bits
+from truth import SHAPES, axis_of, near, near_gradient, near_gradients, problem, rng, same_bits
 
 import fastbn
 from fastbn import Stats, sync
@@ -164,7 +164,6 @@ def test_any_cut_of_a_batch_gives_the_same(sizes: list[int], seed: int, far: flo
 
 @DTYPES
 def test_merging_over_processes_is_merging_in_the_order_of_the_ranks(dtype: str) -> None:
-    compute = np.float64 if dtype == "float64" else np.float32
     x = (1e3 + rng().standard_normal((3, 2, 8, 3))).astype(real(dtype))
     parts = [[fastbn.batch_norm_stats(layer) for layer in rank] for rank in x]
     found, messages = together(3, lambda rank, c: sync.merge(parts[rank], c))
@@ -177,8 +176,10 @@ def test_merging_over_processes_is_merging_in_the_order_of_the_ranks(dtype: str)
             np.testing.assert_allclose(s.mean + s.mean_lo, want.mean.astype(float) + want.mean_lo, rtol=1e-13)
             np.testing.assert_allclose(s.var, want.var.astype(float) + want.var_lo, rtol=1e-12)
     own = together(3, lambda rank, c: sync.batch_norm_stats(x[rank, 0], c))[0]
-    assert own[0] == own[1] == own[2] == parts[0][0].merge(parts[1][0], parts[2][0])
-    assert own[0].mean.dtype == compute
+    whole = parts[0][0].merge(parts[1][0], parts[2][0])
+    assert own[0] == own[1] == own[2]
+    np.testing.assert_allclose(own[0].mean, whole.mean.astype(float) + whole.mean_lo, rtol=1e-13)
+    np.testing.assert_allclose(own[0].var, whole.var.astype(float) + whole.var_lo, rtol=1e-12)
 
 
 def test_alone_is_the_communicator_of_one_process() -> None:
@@ -260,6 +261,25 @@ def test_what_a_communicator_raises_goes_through_and_nothing_is_moved() -> None:
     with pytest.raises(ConnectionError, match="rank 3 is gone"):
         sync.batch_norm_backward(dy, X, saved, communicator=lost, out=dy)
     assert (dy == 1).all()
+
+
+@pytest.mark.parametrize("std", [1e-30, 1e-20, 1e20, 1e30])
+def test_values_at_the_ends_of_the_range_over_processes(std: float) -> None:
+    p = problem((16, 4, 3))
+    x = (p.x * std).astype(np.float32)
+    eps = 0.0 if std < 1 else 1e-5
+    y, saved = fastbn.batch_norm_forward(x, p.weight, p.bias, eps=eps)
+    g = fastbn.batch_norm_backward(p.dy, x, saved)
+
+    def work(rank: int, communicator: Member) -> Any:
+        cut = slice(8 * rank, 8 * rank + 8)
+        own, kept = sync.batch_norm_forward(x[cut], p.weight, p.bias, eps=eps, communicator=communicator)
+        return own, sync.batch_norm_backward(p.dy[cut], x[cut], kept, communicator=communicator).dx
+
+    ys, dxs = zip(*together(2, work)[0], strict=True)
+    near(joined(ys), y.astype(np.float64))
+    assert g.dx is not None
+    near_gradient(joined(dxs), g.dx.astype(np.float64))
 
 
 def test_far_means_keep_their_digits_over_processes() -> None:
