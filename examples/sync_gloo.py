@@ -1,7 +1,7 @@
 """DistributedDataParallel on the CPU with one batch norm over all processes: ``python examples/sync_gloo.py``.
 
 Each process has a few of the digits of a batch. Printed is the accuracy with statistics of the whole batch, and with each
-process's own: one image says little about a mean.
+process's own: two images say little about a mean.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import fastbn.torch
 
 
 def network() -> nn.Module:
-    """Two convolutions and a linear classifier; the same on every process."""
+    """A convolution and two linear layers; the same on every process."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, bias=False), nn.BatchNorm2d(32),
-        nn.ReLU(), nn.Flatten(), nn.Linear(512, 10),
+        nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 64, bias=False), nn.BatchNorm1d(64),
+        nn.ReLU(), nn.Linear(64, 10),
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def main() -> int:
     """Start the processes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--each", type=int, default=1, help="images of a batch on each process (default: %(default)s)")
+    parser.add_argument("--each", type=int, default=2, help="images of a batch on each process (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of training (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
