@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.graph import Graph, check, is_batch_norm, norms, trace
+from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -90,6 +91,8 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
         return "", "it has no running statistics"
     if nn.parameter.is_lazy(layer.running_mean):
         return "", "it was never called"
+    if why := unusual(layer):
+        return "", why
     if inference and layer.training and stay_frozen not in layer._forward_pre_hooks.values():
         return "", "it is in training mode"
     if place.calls == 0:
