@@ -11,6 +11,7 @@ except ImportError as error:
     raise ImportError(f"fastbn.torch needs PyTorch (pip install 'fastbn[torch]'): {error}") from error
 
 from fastbn.torch.benchmark import Benchmark, benchmark
+from fastbn.torch.conversion import Conversion, convert, revert
 from fastbn.torch.folding import Folded, fold
 from fastbn.torch.freezing import freeze, unfreeze
 from fastbn.torch.fused import batch_norm
@@ -19,11 +20,13 @@ from fastbn.torch.overview import Summary, summary
 
 __all__ = [
     "Benchmark",
+    "Conversion",
     "Folded",
     "Report",
     "Summary",
     "batch_norm",
     "benchmark",
+    "convert",
     "disable",
     "enable",
     "enabled",
@@ -32,6 +35,7 @@ __all__ = [
     "freeze",
     "is_enabled",
     "report",
+    "revert",
     "summary",
     "unfreeze",
 ]

@@ -50,7 +50,7 @@ class Rows(nn.Identity):
         return input
 
 
-def _changed(layer: nn.Module) -> str:
+def changed(layer: nn.Module) -> str:
     """Why a layer is not what its class says, or nothing."""
     hooks = [*layer._forward_hooks.values(), *(h for h in layer._forward_pre_hooks.values() if h is not stay_frozen)]
     if hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -98,7 +98,7 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
         return "", "it is shared by several calls"
     if graph.reads(path):
         return "", "the model's code reads its tensors"
-    if why := _changed(layer):
+    if why := changed(layer):
         return "", f"it {why}"
     for other, backwards in ((place.before, False), (place.after, True)):
         if not other:
@@ -119,7 +119,7 @@ def _refuses(other: Any, path: str, layer: Any, graph: Graph, backwards: bool, a
         return f"the {kind} {'after' if backwards else 'before'} it is shared by several calls"
     if graph.reads(path):
         return f"the model's code reads the weights of the {kind} beside it"
-    if why := _changed(other):
+    if why := changed(other):
         return f"the {kind} beside it {why}"
     if backwards:
         if type(other) not in CONVOLUTIONS:

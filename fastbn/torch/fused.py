@@ -41,13 +41,13 @@ def is_ours(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.layout is not torch.strided or x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
     # An autograd.Function has no rule for functorch and forward mode.
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes long to import
 
-        return not statically_known_true(x.numel() * x.itemsize < SMALLEST)
-    if x.numel() * x.itemsize < SMALLEST or x.numel() == 0:
+        return not statically_known_true(x.numel() * x.dtype.itemsize < SMALLEST)
+    if x.numel() * x.dtype.itemsize < SMALLEST or x.numel() == 0:
         return False
     jit: Any = torch.jit  # it has no types
     return not (jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0)

@@ -232,8 +232,7 @@ def _normalize(
     if found is None:
         z, *saved = torch.native_batch_norm(input, weight, bias, mean, var, training, momentum, eps)
         found = _after(z, residual, after), saved[0], saved[1]
-    none = input.new_empty(0)
-    return *found, *(none if t is None or not training else t for t in (mean, var))
+    return *found, *(input.new_empty(0) if t is None or not training else t for t in (mean, var))
 
 
 def _fake_normalize(
