@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbn.torch.deferred import Input, Pending, Steps
+from fastbn.torch.deferred import Input, Pending, Steps, settle
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours
 from fastbn.torch.graph import Part, check, norms, parts, traced
-from fastbn.torch.overview import table
 from fastbn.torch.override import is_enabled, ready
+from fastbn.torch.overview import table
 
 F = torch.nn.functional
 STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow
@@ -53,10 +53,11 @@ class Converted:
         if torch.compiler.is_compiling():
             return isinstance(x, Tensor) and is_ours(x)
         me: Any = self
+        modules: Any = torch_module  # it has no types
         if type(x) is not Tensor or (is_enabled() and not (steps.sum or steps.activation)):
             return False
         # A hook wants tensors.
-        if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or torch_module._has_any_global_hook():  # type: ignore[attr-defined]
+        if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or modules._has_any_global_hook():
             return False
         return is_ours(x)
 
@@ -69,13 +70,13 @@ class Converted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the layer's own class, of which this one is derived again."""
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
-        return _empty, (_own_class(self),), *state
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return _empty, (_own_class(self),), *made[2:]
 
 
 @functools.cache
-def _class_of(kind: type) -> type:
-    return type(kind.__name__, (Converted, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__})
+def _class_of(kind: Any) -> type:
+    return type(kind.__name__, (Converted, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")})
 
 
 def _own_class(layer: Any) -> type:
@@ -85,7 +86,7 @@ def _own_class(layer: Any) -> type:
 
 def _empty(kind: type) -> Any:
     """A converted layer of a class, for a pickle."""
-    derived = _class_of(kind)
+    derived: Any = _class_of(kind)
     return derived.__new__(derived)
 
 
@@ -123,12 +124,12 @@ class Conversion(tuple[Layer, ...]):
         """A table of columns, and what it counts in all."""
         if not self:
             return "the model has no normalization layers"
-        rows = [
-            (layer.path or "(the model)", layer.kind, str(layer.channels), ", ".join(layer.fused) or ("alone" if layer.converted else "left"), layer.why)
-            for layer in self
-        ]
-        counts = sum(layer.converted for layer in self), sum(bool(layer.fused) for layer in self)
-        return "\n".join([*table([("path", "kind", "channels", "fused with", "why not"), *rows]), f"{len(self)} layers, {counts[0]} converted, {counts[1]} fused"])
+        rows = [("path", "kind", "channels", "fused with", "why not")]
+        for layer in self:
+            what = ", ".join(layer.fused) or ("alone" if layer.converted else "left")
+            rows.append((layer.path or "(the model)", layer.kind, str(layer.channels), what, layer.why))
+        converted, fused = sum(layer.converted for layer in self), sum(bool(layer.fused) for layer in self)
+        return "\n".join([*table(rows), f"{len(self)} layers, {converted} converted, {fused} fused"])
 
 
 def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
@@ -176,7 +177,7 @@ def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
     check(model)
     ready()
     revert(model)
-    plans = _plans(model) if fuse else {}
+    plans, roots = _plans(model) if fuse else ({}, [])
     found = []
     for path, layer in norms(model):
         why, inner = _refuses(layer)
@@ -185,8 +186,10 @@ def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
             plan = plans.get(id(layer), _NOBODY) if inner.fits_outside else inner
             fused, why = plan.names if fuse else (), plan.why if fuse else "it was not asked for"
             layer.__dict__[STATE] = plan.steps if fuse else Steps()
-            layer.__class__ = _class_of(type(layer))
+            layer.__class__ = _class_of(layer.__class__)
         found.append(Layer(path, type(layer).__name__, layer.num_features, fused, why, isinstance(layer, Converted)))
+    for root in roots:
+        root.register_forward_hook(settle, prepend=True)
     return Conversion(found)
 
 
@@ -220,6 +223,9 @@ def revert(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = _own_class(layer)
         del layer.__dict__[STATE]
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is settle]:
+            del module._forward_hooks[key]
     return len(layers)
 
 
@@ -241,32 +247,34 @@ def _refuses(layer: Any) -> tuple[str, _Plan]:
         return "it normalizes each image by itself", _NOBODY
     if isinstance(layer, nn.SyncBatchNorm):
         return "it is synchronized", _NOBODY
-    if any(nn.parameter.is_lazy(t) for t in (*layer._parameters.values(), *layer._buffers.values())):
+    if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
         return "it was never called", _NOBODY
     if why := changed(layer):
         return f"it {why}", _NOBODY
     if type(layer).forward is _BatchNorm.forward:
         return "", _Plan(fits_outside=True)
-    nodes = traced(layer)
-    inside = [node for node in nodes or () if node.target is F.batch_norm]
-    if nodes is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
+    part = traced(layer)
+    inside = [node for node in part.nodes if node.target is F.batch_norm] if part else []
+    if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
         return f"the code of {type(layer).__name__} is not understood", _NOBODY
-    plan = _follow(Part(layer, "", nodes), inside[0], set())
+    plan = _follow(part, inside[0], set())
     return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
 
 
-def _plans(model: nn.Module) -> dict[int, _Plan]:
-    """What follows each layer that traced code calls, by the layer's id."""
+def _plans(model: nn.Module) -> tuple[dict[int, _Plan], list[nn.Module]]:
+    """What follows each layer that traced code calls, by the layer's id; and the modules that this is the code of."""
     found: dict[int, _Plan] = {}
+    roots = []
     calls: Counter[int] = Counter()
     for part in parts(model, defaults=True):
         taken: set[fx.Node] = set()
+        roots.append(part.module)
         for node in part.nodes:
             layer = _module(part, node)
             if isinstance(layer, _BatchNorm):
                 calls[id(layer)] += 1
                 found[id(layer)] = _follow(part, node, taken)
-    return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}
+    return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}, roots
 
 
 def _module(part: Part, node: fx.Node) -> nn.Module | None:
@@ -337,6 +345,9 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
     steps = Steps(outside=True)
     node, why = start, ""
     while not steps.activation:
+        if node in part.stored:
+            why = "the model's code keeps what it returns"
+            break
         if len(node.users) != 1:
             why = f"what it returns is read {len(node.users)} times"
             break

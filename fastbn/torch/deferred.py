@@ -94,6 +94,28 @@ def _tensor(a: Any) -> Any:
     return a
 
 
+def settle(module: Any, inputs: Any, output: Any) -> Any:
+    """The hook of what was traced, after each call: nothing that waits leaves it, whatever its code did."""
+    return _settled(output)
+
+
+def _settled(output: Any) -> Any:
+    if isinstance(output, Standing):
+        return output.tensor()
+    if isinstance(output, dict):
+        for key, value in output.items():
+            if (found := _settled(value)) is not value:
+                output[key] = found
+    elif isinstance(output, list):
+        for i, value in enumerate(output):
+            if (found := _settled(value)) is not value:
+                output[i] = found
+    elif isinstance(output, tuple) and any(_settled(value) is not value for value in output):
+        made = map(_settled, output)
+        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    return output
+
+
 class Input(Standing):
     """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm`."""
 

@@ -41,7 +41,7 @@ def is_ours(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.layout is not torch.strided or x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
     # An autograd.Function has no rule for functorch and forward mode.
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._are_functorch_transforms_active():
         return False
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes long to import

@@ -77,11 +77,14 @@ class Part(NamedTuple):
         What stands before the names of its modules.
     nodes : list of Node
         In the order in which they run.
+    stored : set of Node
+        Those whose output the model's code keeps in a module.
     """
 
     module: nn.Module
     prefix: str
     nodes: list[fx.Node]
+    stored: set[fx.Node]
 
 
 class _Tracer(fx.Tracer):
@@ -94,26 +97,36 @@ class _Tracer(fx.Tracer):
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Undo what the model's code does to its modules, and to torch's random numbers."""
-    names = "_parameters", "_buffers", "_modules"
-    before = [(m, dict(m.__dict__), [dict(m.__dict__[name]) for name in names]) for m in model.modules()]
+    values = (value for m in model.modules() for value in (m.__dict__, *m.__dict__.values()))
+    own: list[Any] = [value for value in values if isinstance(value, list | dict | set)]
+    before = [list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value) for value in own]
     try:
         with torch.random.fork_rng(devices=()):
             yield
     finally:
-        for module, attributes, contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for name, content in zip(names, contents, strict=True):
-                module.__dict__[name].clear()
-                module.__dict__[name].update(content)
+        for value, content in zip(own, before, strict=True):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
 
 
-def traced(part: nn.Module, *, defaults: bool = False) -> list[fx.Node] | None:
-    """The nodes of a module's graph, or None if it cannot be traced.
+def _stored(model: nn.Module) -> set[fx.Node]:
+    """Nodes whose output stands in a module after tracing."""
+    found = set()
+    for module in model.modules():
+        for value in module.__dict__.values():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else (value,)
+            found |= {item.node for item in items if isinstance(item, fx.Proxy)}
+    return found
+
+
+def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part | None:
+    """The graph of a module, or None if it cannot be traced.
 
     Parameters
     ----------
     part : Module
+    prefix : str
+        What stands before the names of its modules.
     defaults : bool
         Where it cannot be traced, try again with what optional arguments are by default.
     """
@@ -124,9 +137,10 @@ def traced(part: nn.Module, *, defaults: bool = False) -> list[fx.Node] | None:
     for concrete in [None, optional] if optional else [None]:
         with _untouched(part):
             try:
-                return list(_Tracer().trace(part, concrete).nodes)
+                nodes = list(_Tracer().trace(part, concrete).nodes)
             except Exception:  # noqa: S112  the model's own code, which was not written for stand-ins, may raise anything
                 continue
+            return Part(part, prefix, nodes, _stored(part))
     return None
 
 
@@ -134,9 +148,9 @@ def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iter
     """The largest parts of a model that can be traced and have normalization layers."""
     if not any(True for _ in norms(model)) or isinstance(model, _NormBase):
         return
-    nodes = traced(model, defaults=defaults)
-    if nodes is not None:
-        yield Part(model, prefix, nodes)
+    part = traced(model, prefix, defaults=defaults)
+    if part is not None:
+        yield part
         return
     for name, child in model.named_children():
         yield from parts(child, f"{prefix}{name}.", defaults=defaults)

@@ -192,7 +192,8 @@ def _attempt_gradients(dy: Tensor, a: Arguments, saved: tuple[Tensor | None, Ten
 
 # What graphs hold.
 
-_OWN: Any = torch.library.Library("fastbn", "FRAGMENT")
+_library: Any = torch.library.Library  # it has no types
+_OWN = _library("fastbn", "FRAGMENT")
 _OWN.define(
     "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
     "float momentum, float eps, str activation, float parameter) -> "
@@ -252,9 +253,8 @@ def _gradients(
     after = _builtin(activation, parameter)
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, after)
     saved = ((save_mean, save_invstd) if training else (None, None)) if _is_compiled(input) else None
-    # The gradient of a residual without an activation is grad_out, which an operator must not return.
-    leaves = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(a[:4], output_mask, strict=True)]
-    return gradients(grad_out, Arguments(*leaves, *a[4:]), output, saved, tuple(output_mask))
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(a[:4], output_mask, strict=True)]
+    return gradients(grad_out, Arguments._make([*leaves, *a[4:]]), output, saved, tuple(output_mask))
 
 
 def _fake_gradients(
@@ -267,7 +267,7 @@ def _fake_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a = Arguments(*inputs[:9], _builtin(*inputs[9:]))
+    a = Arguments._make([*inputs[:9], _builtin(*inputs[9:])])
     keep(ctx, a, output[0], output[1:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -297,7 +297,7 @@ def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
         return *gradients(dy, a, y, saved, wanted), *nothing
-    direct = a.activation.code == 0
+    direct = a.activation.code == 0  # then the residual's gradient is dy, which an operator must not return
     mask = [wanted[0], wanted[1] and not direct, *wanted[2:]]
     first, second = saved if a.training else (dy.new_empty(0), dy.new_empty(0))
     numbers = a.training, a.eps, a.activation.name, a.activation.parameter, mask
