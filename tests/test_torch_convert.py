@@ -564,13 +564,92 @@ def test_what_is_no_module_is_refused() -> None:
 def test_the_table() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.InstanceNorm2d(8))
     assert str(fastbn.torch.convert(model)).splitlines() == [
-        "path  kind            channels  fused with  why not",
-        "1     BatchNorm2d     8         ReLU",
-        "3     BatchNorm2d     8         alone       InstanceNorm2d follows",
-        "4     InstanceNorm2d  8         left        it normalizes each image by itself",
+        "path  kind            channels  keeps  fused with  why not",
+        "1     BatchNorm2d     8         input  ReLU",
+        "3     BatchNorm2d     8         input  alone       InstanceNorm2d follows",
+        "4     InstanceNorm2d  8         input  left        it normalizes each image by itself",
         "3 layers, 2 converted, 1 fused",
     ]
     assert str(fastbn.torch.convert(nn.ReLU())) == "the model has no normalization layers"
+
+
+def kept_bytes(model: Any, x: Any) -> int:
+    """Bytes of the memory that a forward keeps for the backward."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    assert y.requires_grad
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_input_is_had_from_the_output(order: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = fastbn.torch.convert
+    monkeypatch.setattr(fastbn.torch, "convert", lambda model: convert(model, inplace_abn=True))
+    x = image(8, 3, 9, 9).to(dtype).contiguous(memory_format=order)
+    for layers, saved in (
+        ([nn.BatchNorm2d(4), nn.LeakyReLU(0.1)], True),
+        ([nn.BatchNorm2d(4), nn.LeakyReLU(0.1, inplace=True)], True),
+        ([nn.BatchNorm2d(4, affine=False)], True),
+        ([nn.BatchNorm2d(4)], True),
+        ([nn.BatchNorm2d(4), nn.ReLU()], False),
+    ):
+        model = sequential(*layers, nn.Conv2d(4, 4, 1, bias=False)).to(dtype)
+        if model[1].affine:
+            with torch.no_grad():
+                model[1].weight.copy_(torch.tensor([0.5, -2.0, 1.0, 0.1]))
+                model[1].bias.copy_(torch.tensor([0.1, -1.0, 0.0, 1.0]))
+        before = kept_bytes(copy.deepcopy(model), x)
+        assert same(model, x)[0].keeps == ("output" if saved else "input")
+        assert (before - kept_bytes(model, x) > 0.9 * 8 * 4 * 9 * 9 * dtype.itemsize) == saved
+
+
+def test_what_cannot_be_had_from_the_output_keeps_the_input() -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1), nn.Conv2d(4, 2, 1)), image()
+    with torch.no_grad():
+        model[1].weight[2], model[1].weight[3], model[1].bias[3] = 0, 1e-3, 1e5
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model, inplace_abn=True)[0].keeps == "output"
+    torch.testing.assert_close(step(model, x), step(own, x))
+    model[2].negative_slope = own[2].negative_slope = 0.0
+    torch.testing.assert_close(step(model, x), step(own, x))
+    torch.testing.assert_close(step(model.eval(), x), step(own.eval(), x))
+    torch.testing.assert_close(step(model.double().train(), 1e200 * x.double()), step(own.double().train(), 1e200 * x.double()))
+
+
+def test_an_output_that_others_change_is_not_kept() -> None:
+    for after in (
+        lambda m, x: F.leaky_relu(m.bn(m.conv(x))).add_(1),
+        lambda m, x: operator.iadd(F.leaky_relu(m.bn(m.conv(x))), m.other(x)),
+        lambda m, x: m.bn(m.conv(x)).exp_(),
+        lambda m, x: m.drop(F.leaky_relu(m.bn(m.conv(x)))),
+        lambda m, x: F.dropout(F.leaky_relu(m.bn(m.conv(x))), 0.0, inplace=True),
+    ):
+        model = Body(after, drop=nn.Dropout(0.0, inplace=True))
+        own = copy.deepcopy(model)
+        assert fastbn.torch.convert(model, inplace_abn=True)[0].keeps == "input"
+        torch.testing.assert_close(step(model, image()), step(own, image()), rtol=1e9, atol=1e9)
+    model = Body(lambda m, x: m.bn(m.conv(x)))
+    fastbn.torch.convert(model, inplace_abn=True)
+    y = model(image())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.mul_(2).sum().backward()
+
+
+def test_second_derivatives_need_the_input() -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1)), image().requires_grad_()
+    fastbn.torch.convert(model, inplace_abn=True)
+    with pytest.raises(
+        RuntimeError,
+        match=r"second derivatives need the input of a batch norm, which was not kept: fastbn\.torch\.convert\(inplace_abn=False\)",
+    ):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
 
 
 class Small(nn.Module):

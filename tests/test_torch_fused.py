@@ -112,8 +112,8 @@ def test_operators_pass_torchs_check() -> None:
         ):
             torch.library.opcheck(ops.batch_norm_forward.default, given, test_utils=utils)
         for given in (
-            (x, x, w, None, None, mean, invstd, True, 1e-5, [True] * 3, w, None, 1, 0.0, True),
-            (x, last, w, m, v, None, None, False, 1e-5, [True, False, True], w, x.clone(), 7, 0.0, False),
+            (x, x, w, None, None, mean, invstd, True, 1e-5, [True] * 3, w, None, 1, 0.0, True, False),
+            (x, last, w, m, v, None, None, False, 1e-5, [True, False, True], w, x.clone(), 7, 0.0, False, False),
         ):
             torch.library.opcheck(ops.batch_norm_backward.default, given, test_utils=utils)
 

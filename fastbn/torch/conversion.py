@@ -34,6 +34,9 @@ FUNCTIONS = {
     torch.sigmoid_, F.tanh, torch.tanh, torch.tanh_, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_",
 }  # fmt: skip
 MASKED = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, "relu", "relu_"}
+LEAKY = {nn.LeakyReLU, F.leaky_relu, F.leaky_relu_}
+# What torch.fx calls them: it sees `a += b` as `a + b`.
+INPLACE = {name for i_name in dir(operator) if f"__{i_name}__" in dir(operator) for name in (i_name, i_name[1:]) if i_name[0] == "i"}
 FRESH = {F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}  # return nobody else's memory
 
 
@@ -54,7 +57,7 @@ class Converted:
             return isinstance(x, Tensor) and is_ours(x)
         me: Any = self
         modules: Any = torch_module  # it has no types
-        if type(x) is not Tensor or (is_enabled() and not (steps.sum or steps.activation)):
+        if type(x) is not Tensor or (is_enabled() and not (steps.sum or steps.activation or steps.from_output)):
             return False
         # A hook wants tensors.
         if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or modules._has_any_global_hook():
@@ -105,6 +108,8 @@ class Layer(NamedTuple):
     why : str
         Why nothing does, or why the layer was left as it was; empty where something does.
     converted : bool
+    keeps : str
+        What its backward needs: "input" or, with `inplace_abn`, "output".
     """
 
     path: str
@@ -113,6 +118,7 @@ class Layer(NamedTuple):
     fused: tuple[str, ...]
     why: str
     converted: bool
+    keeps: str
 
 
 class Conversion(tuple[Layer, ...]):
@@ -124,15 +130,15 @@ class Conversion(tuple[Layer, ...]):
         """A table of columns, and what it counts in all."""
         if not self:
             return "the model has no normalization layers"
-        rows = [("path", "kind", "channels", "fused with", "why not")]
+        rows = [("path", "kind", "channels", "keeps", "fused with", "why not")]
         for layer in self:
             what = ", ".join(layer.fused) or ("alone" if layer.converted else "left")
-            rows.append((layer.path or "(the model)", layer.kind, str(layer.channels), what, layer.why))
+            rows.append((layer.path or "(the model)", layer.kind, str(layer.channels), layer.keeps, what, layer.why))
         converted, fused = sum(layer.converted for layer in self), sum(bool(layer.fused) for layer in self)
         return "\n".join([*table(rows), f"{len(self)} layers, {converted} converted, {fused} fused"])
 
 
-def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
+def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -> Conversion:
     """Make the batch norms of a model run by fastbn, each with the sum and the activation after it in one operation.
 
     The model stays what it is: the same modules, parameters, buffers and names; only the class of a batch norm is one derived
@@ -145,6 +151,10 @@ def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
     model : Module
     fuse : bool
         False: layers run alone.
+    inplace_abn : bool
+        In training, keep the output in place of the input for the backward, which has the input from it: where nothing follows a
+        layer, or a leaky_relu with a slope above 0. Another layer keeps that output anyway, as a rule, so half of the memory of
+        both is saved. Layers with weights that are nearly 0 keep the input; there are no second derivatives.
 
     Returns
     -------
@@ -167,9 +177,9 @@ def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
     >>> import torch, fastbn.torch
     >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.BatchNorm2d(8))
     >>> print(fastbn.torch.convert(model))
-    path  kind         channels  fused with  why not
-    1     BatchNorm2d  8         ReLU
-    3     BatchNorm2d  8         alone       the model's output follows
+    path  kind         channels  keeps  fused with  why not
+    1     BatchNorm2d  8         input  ReLU
+    3     BatchNorm2d  8         input  alone       the model's output follows
     2 layers, 2 converted, 1 fused
     >>> fastbn.torch.revert(model)
     2
@@ -177,17 +187,20 @@ def convert(model: nn.Module, *, fuse: bool = True) -> Conversion:
     check(model)
     ready()
     revert(model)
-    plans, roots = _plans(model) if fuse else ({}, [])
+    plans, roots = _plans(model)
     found = []
     for path, layer in norms(model):
         why, inner = _refuses(layer)
-        fused: tuple[str, ...] = ()
+        plan = _Plan(why=why)
         if not why:
             plan = plans.get(id(layer), _NOBODY) if inner.fits_outside else inner
-            fused, why = plan.names if fuse else (), plan.why if fuse else "it was not asked for"
-            layer.__dict__[STATE] = plan.steps if fuse else Steps()
+            if not fuse:
+                plan = _Plan(why="it was not asked for", steady=plan.steady and not plan.names)
+            keeps_output = inplace_abn and plan.steady and inner.fits_outside
+            layer.__dict__[STATE] = plan.steps._replace(from_output=keeps_output)
             layer.__class__ = _class_of(layer.__class__)
-        found.append(Layer(path, type(layer).__name__, layer.num_features, fused, why, isinstance(layer, Converted)))
+        keeps = "output" if not why and keeps_output else "input"
+        found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
     for root in roots:
         root.register_forward_hook(settle, prepend=True)
     return Conversion(found)
@@ -236,6 +249,7 @@ class _Plan(NamedTuple):
     names: tuple[str, ...] = ()
     why: str = ""
     fits_outside: bool = False  # the layer's own code does nothing after it
+    steady: bool = False  # the input can be had from the output, which nobody changes in place
 
 
 _NOBODY = _Plan(why="what calls it cannot be traced")
@@ -374,4 +388,16 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
         node = user
         if is_sum:
             taken.add(user)
-    return _Plan(steps, tuple(names), "" if names else why)
+    inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
+    steady = inverts and node not in part.stored and not any(_changes(part, user, node) for user in node.users)
+    return _Plan(steps, tuple(names), "" if names else why, steady=steady)
+
+
+def _changes(part: Part, node: fx.Node, one: fx.Node) -> bool:
+    """Whether a node may change in place what another one returns."""
+    layer: Any = _module(part, node)
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place = name.endswith("_") or (node.op == "call_function" and name in INPLACE) or node.kwargs.get("inplace", False)
+    return bool(in_place) and (one in node.args[:1] or one in node.kwargs.values())

@@ -30,11 +30,14 @@ class Steps(NamedTuple):
     sum, activation : bool
     outside : bool
         Whether they are beyond the layer's own code.
+    from_output : bool
+        Whether a backward may find the input from the output.
     """
 
     sum: bool = False
     activation: bool = False
     outside: bool = False
+    from_output: bool = False
 
 
 class Standing:
@@ -213,7 +216,9 @@ def _batch_norm(
 ) -> Any:  # fmt: skip
     if not isinstance(input, Input):
         return None
-    call = _Call(Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY))
+    call = _Call(
+        Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, input.steps.from_output)
+    )
     return Pending(call, input.steps) if input.steps.sum or input.steps.activation else call.run(None, IDENTITY)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastbn import checks
 from fastbn.activations import Builtin
 from fastbn.functional import ActivationName
-from fastbn.torch.operators import IDENTITY, Arguments, attempt, composed, gradients, in_graph, keep, kept
+from fastbn.torch.operators import IDENTITY, Arguments, attempt, gradients, gradients_from_output, in_graph, keep, kept
 from fastbn.torch.override import is_enabled
 
 DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
@@ -26,14 +26,16 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, *given: Any) -> Tensor:
         a = Arguments(*given)
         found = attempt(a)
-        y, saved = (composed(*a), None) if found is None else (found[0], found[1:])
+        y, saved = (a.composed(), None) if found is None else (found[0], found[1:])
         keep(ctx, a, y, saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         a, y, saved = kept(ctx)
-        return *gradients(dy, a, y, saved, ctx.needs_input_grad[:4]), *(None,) * 6
+        wanted = ctx.needs_input_grad[:4]
+        found = gradients_from_output(dy, y, a, saved, wanted) if a.x is None else gradients(dy, a, y, saved, wanted)
+        return *found, *(None,) * 7
 
 
 def is_ours(x: Tensor) -> bool:
@@ -57,17 +59,17 @@ def run(a: Arguments) -> Tensor:
     """Compute it, where `is_ours` is true of x."""
     tensors = a.tensors()
     usual = a.eps > 0 and all(t.device.type == "cpu" for t in tensors) and not (a.training and a.x.numel() == a.x.shape[1])
-    if (a.activation.code == 0 and a.residual is None and is_enabled()) or not usual:
-        return composed(*a)
+    if (a.activation.code == 0 and a.residual is None and not a.from_output and is_enabled()) or not usual:
+        return a.composed()
     if torch.compiler.is_compiling():
         return in_graph(a)
     if torch.overrides.has_torch_function((a.x, *tensors)):
-        return composed(*a)
+        return a.composed()
     if torch.is_grad_enabled() and any(t.requires_grad for t in (a.x, *tensors)):
         y: Tensor = _Fused.apply(*a)  # type: ignore[no-untyped-call, unused-ignore]
         return y
     found = attempt(a)
-    return composed(*a) if found is None else found[0]
+    return a.composed() if found is None else found[0]
 
 
 def batch_norm(
@@ -115,4 +117,4 @@ def batch_norm(
         mine, its = (f"{tuple(t.shape)} and {t.dtype}" for t in (input, residual))
         raise ValueError(f"residual must have the shape and dtype of input, {mine}, got {its}")
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, found)
-    return composed(*a) if (found is IDENTITY and residual is None) or not is_ours(input) else run(a)
+    return a.composed() if (found is IDENTITY and residual is None) or not is_ours(input) else run(a)

@@ -45,7 +45,7 @@ _operators: Any = None
 
 
 class Arguments(NamedTuple):
-    """What `batch_norm` is called with."""
+    """What `batch_norm` is called with, and whether a backward may find the input from the output."""
 
     x: Tensor
     residual: Tensor | None
@@ -57,15 +57,33 @@ class Arguments(NamedTuple):
     momentum: float
     eps: float
     activation: Builtin
+    from_output: bool = False
 
     def tensors(self) -> list[Tensor]:
         """All but x."""
         return [t for t in self[1:6] if t is not None]
 
+    def composed(self) -> Tensor:
+        """Compute it by torch's own operators."""
+        return composed(*self[:10])
+
     def is_masked(self) -> bool:
         """Whether the derivative of what follows is had from the output."""
         a = self.activation
         return self.residual is not None and a.name in FROM_OUTPUT and a.parameter >= 0
+
+    def is_invertible(self) -> bool:
+        """Whether the input can be had from the output, to some digits at least."""
+        invertible = self.activation.code == 0 or (self.activation.name == "leaky_relu" and self.activation.parameter > 0)
+        if not (self.from_output and self.training and invertible) or self.residual is not None:
+            return False
+        if any(t.dtype not in (torch.float32, torch.float64) for t in (self.weight, self.bias) if t is not None):
+            return False
+        if self.weight is None:
+            return self.x.dtype in (torch.float32, torch.float64)
+        # The output is known to its last place, which is one of the bias; the input times the weight must be larger.
+        least = torch.finfo(self.x.dtype).tiny if self.bias is None else self.bias.detach().abs() * torch.finfo(self.x.dtype).eps * 8
+        return bool((self.weight.detach().abs() > least).all())
 
 
 def compiled() -> Any:
@@ -101,7 +119,7 @@ def _fake_forward(
 def _fake_backward(
     grad_out: Tensor, input: Tensor, weight: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None,  # noqa: A002
     save_mean: Tensor | None, save_invstd: Tensor | None, training: bool, eps: float, output_mask: list[bool], bias: Tensor | None,
-    residual: Tensor | None, activation: int, parameter: float, of_residual: bool,
+    residual: Tensor | None, activation: int, parameter: float, of_residual: bool, from_output: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     center = save_mean if training else running_mean
     dtype = (input if center is None else center).dtype
@@ -168,7 +186,7 @@ def gradients(
         if found is not None:
             return found[0], dy if direct and of_residual else found[1], *found[2:]
     with torch.enable_grad():
-        z = composed(*a._replace(mean=None, var=None) if a.training else a)
+        z = (a._replace(mean=None, var=None) if a.training else a).composed()
     inputs = a[:4]
     asked = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]
     grads = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
@@ -177,7 +195,7 @@ def gradients(
 
 
 def _attempt_gradients(dy: Tensor, a: Arguments, saved: tuple[Tensor | None, Tensor | None], wanted: tuple[bool, ...]) -> Any:
-    after = a.bias, a.residual, a.activation.code, a.activation.parameter, wanted[1]
+    after = a.bias, a.residual, a.activation.code, a.activation.parameter, wanted[1], a.from_output
     mask = [wanted[0], wanted[2], wanted[3]]
     try:
         dx, dweight, dbias, dresidual = compiled().batch_norm_backward(
@@ -188,6 +206,28 @@ def _attempt_gradients(dy: Tensor, a: Arguments, saved: tuple[Tensor | None, Ten
             raise
         return None
     return dx, dresidual, dweight, dbias
+
+
+def gradients_from_output(dy: Tensor, y: Tensor, a: Arguments, saved: tuple[Tensor, Tensor], wanted: tuple[bool, ...]) -> Any:
+    """Gradients of x, weight and bias where x was not kept.
+
+    Before the activation, y is z = (x - mean) invstd weight + bias, which has the mean `bias` and the deviation `weight`. For
+    these dx lacks a factor of weight² invstd, which stands for the weight.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("second derivatives need the input of a batch norm, which was not kept: fastbn.torch.convert(inplace_abn=False)")
+    mean, invstd = saved
+    one = torch.ones_like(invstd) if a.weight is None else a.weight.detach()
+    shift = torch.zeros_like(mean) if a.bias is None else a.bias.detach()
+    of_z = a._replace(x=y, weight=one * one * invstd, bias=shift, mean=None, var=None)
+    found = _attempt_gradients(dy, of_z, (shift, 1 / one), (wanted[0], False, *wanted[2:]))
+    if found is not None:
+        return found
+    slope = a.activation.parameter
+    z = torch.where(y < 0, y / slope, y) if a.activation.code else y
+    around = (1, -1) + (1,) * (y.dim() - 2)
+    x = (z - shift.reshape(around)) / (one * invstd).reshape(around) + mean.reshape(around)
+    return gradients(dy, a._replace(x=x.to(y.dtype).requires_grad_(), from_output=False), None, None, wanted)
 
 
 # What graphs hold.
@@ -254,7 +294,7 @@ def _gradients(
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, after)
     saved = ((save_mean, save_invstd) if training else (None, None)) if _is_compiled(input) else None
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(a[:4], output_mask, strict=True)]
-    return gradients(grad_out, Arguments._make([*leaves, *a[4:]]), output, saved, tuple(output_mask))
+    return gradients(grad_out, a._replace(**dict(zip(a._fields, leaves, strict=False))), output, saved, tuple(output_mask))
 
 
 def _fake_gradients(
@@ -267,7 +307,7 @@ def _fake_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a = Arguments._make([*inputs[:9], _builtin(*inputs[9:])])
+    a = Arguments._make((*inputs[:9], _builtin(*inputs[9:]), False))
     keep(ctx, a, output[0], output[1:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -278,8 +318,11 @@ def keep(ctx: Any, a: Arguments, y: Tensor, saved: Any) -> None:
     residual = a.residual if a.activation.code and not a.is_masked() else None
     statistics = (None, None) if a.training else (a.mean, a.var)
     of_batch = saved if a.training and saved is not None else (None, None)
-    ctx.save_for_backward(a.x, residual, a.weight, a.bias, *statistics, *of_batch, y if a.is_masked() else None)
-    ctx.numbers = a[6:]
+    from_output = saved is not None and a.is_invertible()
+    ctx.save_for_backward(
+        None if from_output else a.x, residual, a.weight, a.bias, *statistics, *of_batch, y if a.is_masked() or from_output else None
+    )
+    ctx.numbers = *a[6:10], from_output
     ctx.composed = saved is None
 
 
