@@ -188,3 +188,20 @@ def test_compiled_and_exported_models_hold_the_composition() -> None:
         torch.testing.assert_close(compiled(x), model(x))
         exported = torch.export.export(model.eval(), (x,))
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_operators_of_graphs_pass_torchs_check() -> None:
+    torch.manual_seed(3)
+    x, r, w, b = (torch.randn(size, requires_grad=True) for size in ((4, 3, 5, 5), (4, 3, 5, 5), (3,), (3,)))
+    m, v = torch.zeros(3), torch.ones(3)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for given in (
+            (x, r, w, b, m, v, True, 0.1, 1e-5, "relu", 0.0),
+            (x, None, w, b, m, v, False, 0.1, 1e-5, "silu", 0.0),
+            (x, r, w, None, m, v, False, 0.1, 1e-5, "identity", 0.0),
+            (last, r, None, None, None, None, True, 0.1, 1e-5, "gelu", 0.0),
+            (x.detach().bfloat16(), None, w, b, m, v, True, 0.1, 1e-5, "leaky_relu", 0.1),
+        ):
+            torch.library.opcheck(torch.ops.fastbn.batch_norm.default, given)
