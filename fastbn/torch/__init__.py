@@ -12,6 +12,7 @@ except ImportError as error:
 
 from fastbn.torch.adaptation import Adaptation, adapt
 from fastbn.torch.benchmark import Benchmark, benchmark
+from fastbn.torch.conversion import Conversion, convert, revert
 from fastbn.torch.folding import Folded, fold
 from fastbn.torch.freezing import freeze, unfreeze
 from fastbn.torch.fused import batch_norm
@@ -24,6 +25,7 @@ __all__ = [
     "Adaptation",
     "Benchmark",
     "Communicator",
+    "Conversion",
     "Folded",
     "Report",
     "Summary",
@@ -31,6 +33,7 @@ __all__ = [
     "adapt",
     "batch_norm",
     "benchmark",
+    "convert",
     "convert_sync_batchnorm",
     "disable",
     "enable",
@@ -40,6 +43,7 @@ __all__ = [
     "freeze",
     "is_enabled",
     "report",
+    "revert",
     "summary",
     "unfreeze",
     "update_bn",
