@@ -546,6 +546,21 @@ def test_summaries_folding_and_freezing_of_a_converted_model() -> None:
     torch.testing.assert_close(synced(x), model.eval()(x))
 
 
+def test_converted_layers_adapt_and_are_synchronized() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval(), image()
+    same = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    with fastbn.torch.adapt(model), fastbn.torch.adapt(same):
+        torch.testing.assert_close(model(x), same(x))
+    fastbn.torch.update_bn(model, [x])
+    fastbn.torch.update_bn(same, [x])
+    torch.testing.assert_close(model.eval()(x), same.eval()(x))
+    synced = fastbn.torch.convert_sync_batchnorm(model)
+    assert type(synced[1]) is fastbn.torch.SyncBatchNorm
+    assert not [key for key in synced[1].__dict__ if key.startswith("_fastbn")]
+    torch.testing.assert_close(synced(x), same(x))
+
+
 def test_torch_fx_sees_a_layer_of_torchs() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
     fastbn.torch.convert(model)

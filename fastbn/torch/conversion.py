@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastbn.torch.deferred import Input, Pending, Steps, settle
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours
-from fastbn.torch.graph import Part, check, norms, parts, traced
+from fastbn.torch.graph import CONVERTED, Part, check, norms, parts, traced
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.overview import table
 
@@ -79,7 +79,7 @@ class Converted:
 
 @functools.cache
 def _class_of(kind: Any) -> type:
-    return type(kind.__name__, (Converted, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")})
+    return type(kind.__name__, (Converted, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")} | {CONVERTED: kind})
 
 
 def _own_class(layer: Any) -> type:

@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+CONVERTED = "_fastbn_converted"  # of the class of a converted layer: the class that the layer had
+
 
 def check(model: object) -> None:
     """Check that something is a model."""
