@@ -1,9 +1,10 @@
 """Threads where people are: ``python -m bench.situations``.
 
 In a loop the threads of the pool are still awake from the call before. In a program something lies between two calls: a
-product of matrices, whose threads spin for a while; a sweep over other memory; the wait for the next request; another
-process, or another thread that calls too. Each operation is timed in each of these situations, on 1 to n threads in
-turn, so that what the machine does meanwhile falls on all of them.
+product of matrices, whose threads spin for a while; work of an OpenMP team, which spins longer; a sweep over other
+memory; the wait for the next request; another process, or another thread that calls too; a container that has half a
+processor. Each operation is timed in each of these situations, on 1 to n threads in turn, so that what the machine does
+meanwhile falls on all of them. What there is not on this machine is named.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +25,8 @@ import fastbn
 from bench import options, report, text
 from bench.busy import busy
 from bench.progress import each
+from bench.quota import quota
+from bench.quota import unavailable as no_quota
 
 CHANNELS, SIDE = 64, 28  # one image: 0.2 MB
 SIZES = (200, 800, 3200, 12800)  # kB of x
@@ -63,6 +68,18 @@ def _product() -> Call:
     return lambda: np.matmul(a, b, out=c)
 
 
+def _openmp() -> Call:
+    """An operation of PyTorch's, whose OpenMP workers spin for milliseconds after it."""
+    import torch
+
+    x = torch.ones(1 << 20)
+    return lambda: torch.exp(x, out=x).fill_(0)
+
+
+def _no_torch() -> str | None:
+    return None if find_spec("torch") else "its OpenMP team is PyTorch's, which is not installed"
+
+
 def _sweep() -> Call:
     memory = np.ones(4 << 20, np.float32)
     return memory.sum
@@ -101,7 +118,16 @@ SITUATIONS: dict[str, Situation] = {
     "pause-50ms": (_pause(50), nullcontext),
     "busy": (lambda: _nothing, lambda: busy(1)),
     "two-callers": (lambda: _nothing, _another_caller),
+    "openmp": (_openmp, nullcontext),
+    "half-a-processor": (lambda: _nothing, lambda: quota(0.5)),
 }
+# Of those that not every machine has: why there is none here, or None.
+UNAVAILABLE: dict[str, Callable[[], str | None]] = {"openmp": _no_torch, "half-a-processor": no_quota}
+
+
+def why_not(name: str) -> str | None:
+    """Why a situation cannot be had here, or None."""
+    return UNAVAILABLE.get(name, lambda: None)()
 
 
 def times(call: Call, before: Call, threads: Sequence[int], seconds: float) -> dict[int, np.ndarray]:
@@ -150,6 +176,23 @@ def write(rows: Sequence[Row], threads: Sequence[int], unstable: Sequence[str]) 
     ]
 
 
+def draw(rows: Sequence[Row], threads: Sequence[int], file: Path) -> None:
+    """Draw the gain of all threads over one, by size: a panel for each operation, a line for each situation."""
+    from matplotlib.figure import Figure
+
+    ops = list(dict.fromkeys(row.op for row in rows))
+    figure = Figure((6 * len(ops), 4.5), layout="constrained")
+    for panel, op in zip(np.atleast_1d(figure.subplots(1, len(ops), sharey=True)), ops, strict=True):
+        for name in dict.fromkeys(row.situation for row in rows):
+            mine = [row for row in rows if row.op == op and row.situation == name]
+            gains = [row.median[threads[0]] / row.median[threads[-1]] for row in mine]
+            panel.plot([row.nbytes / 1e6 for row in mine], gains, marker="o", markersize=3, label=name)
+        panel.axhline(1, color="gray", linewidth=0.5)
+        panel.set(title=op, xscale="log", xlabel="MB of x", ylabel=f"gain of {threads[-1]} threads over {threads[0]}")
+        panel.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m bench.situations", description="Time calls on 1 to n threads after and beside other work.")
     add = parser.add_argument
@@ -159,7 +202,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sizes", nargs="+", type=options.whole(1), default=list(SIZES), metavar="KB", help="of x (default: %(default)s)")
     add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="the most, after 1, 2, 4 ... (default: %(default)s)")
     add("--seconds", type=options.seconds, default=1.0, help="for each row (default: %(default)s)")
-    return parser.parse_args(argv)
+    add("--plot", type=options.output_file, metavar="FILE", help="draw the gains there (needs matplotlib)")
+    arguments = parser.parse_args(argv)
+    if arguments.plot is not None:
+        options.need(parser, "--plot", "matplotlib")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,13 +214,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     threads = [n for n in (1 << i for i in range(20)) if n < arguments.threads] + [arguments.threads]
     before = report.load()
+    reasons = {name: why_not(name) for name in dict.fromkeys(arguments.situations)}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"{name}: {reason}", file=sys.stderr)
     rows, interrupted = each(
-        list(dict.fromkeys(arguments.situations)),
+        [name for name, reason in reasons.items() if reason is None],
         str,
         lambda name: measure(name, arguments.sizes, arguments.ops, threads, arguments.seconds),
     )
     if interrupted:
         print(f"interrupted after {len(rows)} rows", file=sys.stderr)
+    if rows and arguments.plot is not None:
+        options.keep(arguments.plot)
+        draw(rows, threads, arguments.plot)
     if rows:
         text.show(write(rows, threads, report.unstable(before)))
     return options.INTERRUPTED if interrupted else 0

@@ -15,6 +15,7 @@ from fastbn.introspection import explain, show_config
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from fastbn.memory import release as release_memory
 from fastbn.memory import statistics as memory_statistics
+from fastbn.reestimate import Estimate, update_bn
 from fastbn.results import Gradients, Saved, Stats
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
 
@@ -25,6 +26,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Estimate",
     "FrozenBatchNorm",
     "Gradients",
     "Saved",
@@ -44,6 +46,7 @@ __all__ = [
     "release_memory",
     "set_num_threads",
     "show_config",
+    "update_bn",
     "use_kernel",
     "warmup",
 ]

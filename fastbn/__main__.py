@@ -298,6 +298,8 @@ def info(as_json: bool = False) -> int:
         entries = value if isinstance(value, dict) else {"": value}
         for i, (name, entry) in enumerate(entries.items()):
             shown = size(entry) if name in sizes.get(key, ()) and entry is not None else text_of(entry)
+            if key == "waking" and entry is not None:
+                shown = f"{entry * 1e6:.0f} us"
             if (key, name) == ("selected", "bfloat16") and find_spec("ml_dtypes") is None:
                 shown += ", once ml_dtypes is installed (pip install 'fastbn[bf16]')"
             print_within(f"{'' if i else key:<11}{f'{name}: ' if name else ''}", shown)

@@ -5,7 +5,7 @@ Who computes a whole call is decided here: the kernel itself, or `composed.Compo
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from fastbn.layout import Array, View, channel_axis, view
 from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
 
 _WIDE = np.dtype(np.float64)
+Total = Callable[[Array], Array]  # adds up float64 sums of shape (2, C) over all parts of a batch
 
 
 class Request(NamedTuple):
@@ -237,11 +238,12 @@ class Folded:
 
 
 @default_mode
-def stats(r: Request) -> Stats:
-    """Statistics of x, of which only the positions in the mask count."""
+def stats(r: Request, dtype: np.dtype[Any] | None = None) -> Stats:
+    """Statistics of x, of which only the positions in the mask count; in the type of the arithmetic, or in float64."""
+    dtype = dtype or r.dtype.compute
     rows = _dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
     if rows.size == 0:
-        return Stats.identity(r.x.shape[r.axis], r.dtype.compute)
+        return Stats.identity(r.x.shape[r.axis], dtype)
     count = rows.shape[0] * rows.shape[2]
     module, n = _module(r.dtype), threads.for_call("stats", rows.nbytes)
     mean, mean_lo, m2 = module.stats(rows, n)
@@ -250,7 +252,7 @@ def stats(r: Request) -> Stats:
         found = module.stats(part.in_units(rows), n)
         mean[part.channels], mean_lo[part.channels] = (part.from_units(v) for v in found[:2])
         var[part.channels] = part.from_units(found[2] / count, 2)
-    return rounded(count, mean, mean_lo, var, r.dtype.compute)
+    return rounded(count, mean, mean_lo, var, dtype)
 
 
 @default_mode
@@ -341,8 +343,14 @@ def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array
 
 
 @default_mode
-def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_output: bool) -> Gradients:
-    """Gradients of x, weight, bias and residual; only what is wanted is computed."""
+def backward(
+    r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_output: bool, total: Total | None = None
+) -> Gradients:
+    """Gradients of x, weight, bias and residual; only what is wanted is computed.
+
+    Where x is a part of a batch, `total` is called exactly once for the gradient of x, whatever x holds: it may wait for
+    other processes to do the same. The other gradients are of x alone.
+    """
     x, v, compute = r.x, r.view, r.dtype.compute
     active, want_sums = saved.activation is not None, "weight" in wanted or "bias" in wanted
     dx = _target(r) if "x" in wanted or ("residual" in wanted and active) else None
@@ -350,8 +358,12 @@ def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_
     if "residual" in wanted:
         # dy itself is the gradient of a sum, unless dx is about to be written over it.
         dresidual = memory.empty_like(x) if active else dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)
+    if not saved.training or "x" not in wanted:
+        total = None
     if x.size == 0:
         nothing = np.zeros((2, x.shape[r.axis]), compute)
+        if total is not None:
+            total(nothing.astype(np.float64))
         return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)
     module = _module(r.dtype, saved.activation)
     n = threads.for_call("backward", x.nbytes)
@@ -369,7 +381,7 @@ def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_
         epilogue = Epilogue(saved.activation, residual, saved.scale, saved.shift, target, from_output)
 
     totals = None
-    if saved.training and dx is not None and saved.mask is None:
+    if saved.training and dx is not None and saved.mask is None and total is None:
         totals = module.backward(*arrays, v.of(dx), mean, mean_lo, invstd, scale, n, epilogue)
     elif want_sums or (saved.training and dx is not None):
         counted, after = arrays, epilogue and epilogue._replace(dresidual=None)
@@ -377,7 +389,9 @@ def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_
             counted = _counted(dy, r.axis, saved.mask), _counted(x, r.axis, saved.mask)
             if after is not None and saved.residual is not None:
                 after = after._replace(residual=_counted(saved.residual, r.axis, saved.mask))
-        totals = module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
+        nothing_counts = counted[0].size == 0
+        totals = np.zeros((2, mean.size)) if nothing_counts else module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
+    shared = totals if total is None or totals is None else total(np.array(totals, np.float64))
     if dx is not None and (saved.mask is not None or not saved.training):
         # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,
         # because dx may be x or dy.
@@ -387,10 +401,13 @@ def backward(r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_
             module.normalize(arrays[0], v.of(direct), zero, scale, zero, n)
         else:
             module.grad_input(*arrays, v.of(direct), mean, scale, zero, zero, n, epilogue)
-        if saved.mask is not None and totals is not None:
-            sum_dy, sum_dy_xmu = totals
+        if saved.mask is not None and shared is not None:
+            sum_dy, sum_dy_xmu = shared
             input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
             np.copyto(np.moveaxis(dx, r.axis, -1), np.moveaxis(direct, r.axis, -1), where=~saved.mask[..., None])
+    elif dx is not None and total is not None and shared is not None:
+        sum_dy, sum_dy_xmu = shared
+        input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
     dweight = dbias = None
     if want_sums and totals is not None:
         dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)

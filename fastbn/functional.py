@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core
 from fastbn.activations import Activation, Builtin
-from fastbn.core import Request, Running
+from fastbn.core import Request, Running, Total
 from fastbn.layout import Array, LayoutName, plain, view
 from fastbn.results import Gradients, Saved, Stats, of_rows
 
@@ -46,7 +46,7 @@ def _more_than_one(r: Request, correction: int) -> None:
     """An unbiased variance needs more than one value per channel, unless there is nothing at all."""
     if r.x.size == 0 or (correction == 0 and r.mask is None):
         return
-    count = r.x.size // r.x.shape[r.axis] if r.mask is None else int(np.count_nonzero(r.mask))
+    count = _held(r.x, r.axis, r.mask)
     if count < 1 + correction:
         what = f"x of shape {r.x.shape}" if r.mask is None else f"x of shape {r.x.shape} with {count} True positions in mask"
         raise ValueError(f"Expected more than {correction} value per channel when training, got {what}")
@@ -58,12 +58,11 @@ def _of_batch(stats: object, r: Request, channels: tuple[int, str], correction: 
         raise TypeError(f"stats must be a Stats, as batch_norm_stats returns, got {type(stats).__name__}")
     if stats.mean.size != channels[0]:
         raise ValueError(f"{channels[1]} but stats have {stats.mean.size}")
-    if r.mask is not None:
-        raise ValueError("stats and mask cannot both be given: stats are those of the positions that count")
-    held = _held(r.x, r.axis)
+    held = _held(r.x, r.axis, r.mask)
     if stats.count < held:
-        raise ValueError(f"stats must be of a batch that holds x: they count {stats.count} values per channel, but x has {held}")
-    if 0 < stats.count < 1 + correction:
+        had = held if r.mask is None else f"{held} at True positions of mask"
+        raise ValueError(f"stats must be of a batch that holds x: they count {stats.count} values per channel, but x has {had}")
+    if (stats.count or r.x.size) and stats.count < 1 + correction:
         raise ValueError(f"Expected more than {correction} value per channel when training, got stats with a count of {stats.count}")
     return stats
 
@@ -158,9 +157,9 @@ def batch_norm_forward(
         1: the running variance moves towards the batch's unbiased one, as in PyTorch, and training needs two values per
         channel. 0: towards the population's, as in ONNX, Keras and Flax, and one value per channel will do.
     stats : Stats, optional
-        The statistics of the batch, where they are known already: training then uses these. They may be of a larger batch
-        of which x is a part, as over several processes; the gradient of x then needs sums over all of that, see
-        `batch_norm_backward_reduce`.
+        The statistics of the batch, or with a mask of what counts in it, where they are known already: training then uses
+        these. They may be of a larger batch of which x is a part, as over several processes; the gradient of x then needs
+        sums over all of that, see `fastbn.sync` and `batch_norm_backward_reduce`.
     out : ndarray of the shape and dtype of x, optional
         Where to write the result; may be x.
 
@@ -177,8 +176,8 @@ def batch_norm_forward(
     ValueError
         If a shape does not fit, if a number is out of range, if `out` is read-only, overlaps an array like x in part, or
         shares memory with any other argument, if running statistics are missing when not training, if training has too few
-        values per channel, or if `stats` are given when not training, with a mask, or of fewer values than x has. Nothing
-        is modified then.
+        values per channel, or if `stats` are given when not training, or are of fewer values than x has. Nothing is modified
+        then.
 
     Notes
     -----
@@ -340,19 +339,29 @@ def batch_norm_backward(
     >>> fastbn.batch_norm_backward(np.array([[1.0], [0.0]]), x, saved, wrt=["weight", "bias"])
     Gradients(dx=None, dweight=array([-1.]), dbias=array([1.]), dresidual=None)
     """
-    if not isinstance(saved, Saved):
-        raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    if saved.made is not None and from_output is False and (doors := core.doors(x)) is not None:
+    if isinstance(saved, Saved) and saved.made is not None and from_output is False and (doors := core.doors(x)) is not None:
         found = doors.plain_backward(x, dy, saved.made, wrt, out)
         if found is not None:
             return tuple.__new__(Gradients, found)  # what Gradients(*found) is, in a third of the time
+    return gradients(dy, x, saved, wrt, from_output, out)
+
+
+def gradients(
+    dy: Array, x: Array, saved: Saved, wrt: Sequence[str], from_output: object, out: Array | None, total: Total | None = None
+) -> Gradients:
+    """As `batch_norm_backward`; `total` adds up sums over all parts of the batch, of which x is one."""
+    if not isinstance(saved, Saved):
+        raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
     r, saved = _of_saved(x, saved)
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
-    if "x" in wanted and saved.training and saved.mask is None and saved.count != _held(r.x, r.axis):
+    held = _held(r.x, r.axis, saved.mask)
+    if "x" in wanted and saved.training and total is None and saved.count != held:
+        had = held if saved.mask is None else f"{held} where saved.mask is True"
         raise ValueError(
-            f"the forward was given stats of {saved.count} values per channel, of which x has {_held(r.x, r.axis)}: the gradient of x "
-            "needs sums over all of them. Add up those of batch_norm_backward_reduce, and give them to batch_norm_backward_elemt"
+            f"saved is of statistics of {saved.count} values per channel, of which x has {had}: the gradient of x needs sums over "
+            "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and give them to "
+            "batch_norm_backward_elemt"
         )
     if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
         raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
@@ -363,7 +372,7 @@ def batch_norm_backward(
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     kept = {f"saved.{name}": getattr(saved, name) for name in ("mean", "mean_lo", "invstd", "scale", "shift", "mask", "residual")}
-    return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output))
+    return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output), total)
 
 
 def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
@@ -399,15 +408,17 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
     mask = checks.mask(saved.mask, array, axis)
     if not saved.training:
         mask = None
-    elif mask is not None and array.size and np.count_nonzero(mask) != saved.count:
+    elif mask is not None and saved.count < _held(array, axis, mask):
         raise ValueError(f"saved.mask has {np.count_nonzero(mask)} True positions, but saved.count is {saved.count}")
     elif mask is None and saved.count < _held(array, axis):
         raise ValueError(f"saved.count is {saved.count}, but x has {_held(array, axis)} values per channel")
     return Request(array, axis, dtype, view(array, axis)), saved
 
 
-def _held(x: Array, axis: int) -> int:
-    """How many values per channel x has."""
+def _held(x: Array, axis: int, mask: Array | None = None) -> int:
+    """How many values per channel of x count."""
+    if mask is not None:
+        return int(np.count_nonzero(mask)) if x.size else 0
     return int(x.size // max(x.shape[axis], 1))
 
 
@@ -499,6 +510,11 @@ def batch_norm_stats(
     if found is None:
         raise ValueError("x is an iterable without any array, so that its channels are not known")
     return found
+
+
+def wide_stats(x: Array, layout: LayoutName | None, axis: int | None, mask: Array | None) -> Stats:
+    """As `batch_norm_stats` of an array, in float64 whatever its dtype: a variance has twice the range of a value."""
+    return core.stats(_request(x, layout, axis, mask=mask)[0], np.dtype(np.float64))
 
 
 def batch_norm_elemt(

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from fastbn import cpu, memory, threads
-from fastbn.dispatch import TABLE, passed_over, pinned, select
+from fastbn.dispatch import TABLE, Kernel, passed_over, pinned, select
 from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, LayoutName, channel_axis, plain, view
 
@@ -61,11 +61,20 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
-        f"  threads: {n}",
+        f"  threads: {n}" + _who_sleeps(kernel, n),
     ]
     if kernel.level is not None and x.size:
         lines += [f"  {key}: {value}" for key, value in _in_words(op, v.dims, x.itemsize, n).items()]
     return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
+
+
+def _who_sleeps(kernel: Kernel, n: int) -> str:
+    """What decides whether a call on several threads wakes those of the pool that sleep."""
+    waking = threads.waking() if n > 1 and kernel.level is not None else None
+    if waking is None:
+        return ""
+    cost, delay, worth = (round(1e6 * waking[name]) for name in ("cost", "delay", "worth"))
+    return f"; those that sleep are woken for {worth} us of work each (a wake takes {cost} us, and {delay} us until the thread runs)"
 
 
 def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dict[str, str]:
@@ -82,9 +91,9 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
     else:
         tiles = f"{min(plan['images'], dims[0])} images for each channel"
     work, written = f"{last['units']}", int(op != "stats")
-    if plan["together"]:
-        work += f" of {sums['group']} channels, sums and map on resident data"
-        resident = reads * sums["group"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
+    if plan["resident"]:
+        work += f" of {sums['channels_per_unit']} channels, sums and map on resident data"
+        resident = reads * sums["channels_per_unit"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
         reads *= 1 if resident else 2
     elif sums and mapped:
         work, reads = f"{sums['units']}, then backwards {work}", 2 * reads
@@ -94,7 +103,7 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
     return {
         "tiles": f"{plan['tiles']} tiles of {tiles}",
         "units": work,
-        "streaming": "yes" if last["streams"] else "no",
+        "streaming": "yes" if last["nontemporal"] else "no",
         "traffic": f"at most {reads} reads and {written} writes of x, {size} bytes",
     }
 
@@ -117,6 +126,7 @@ class Config(TypedDict):
     processor: Processor
     caches: dict[str, int]
     threads: dict[str, Any]
+    waking: dict[str, float] | None
     memory: dict[str, Any]
     kernels: dict[str, str]
     selected: dict[str, str]
@@ -129,7 +139,8 @@ def show_config() -> Config:
     Returns
     -------
     dict
-        Versions, the folder of the package, the processor and its features, caches in bytes, threads, recycled memory,
+        Versions, the folder of the package, the processor and its features, caches in bytes, threads, what waking
+        one costs in seconds (`threads.waking`), recycled memory,
         for each kernel "usable" or the reason why not, for each dtype the kernel that is selected (empty while one is
         pinned), and the pinned kernel or None.
 
@@ -149,6 +160,7 @@ def show_config() -> Config:
         "processor": {"machine": platform.machine(), "model": cpu.model(), "features": sorted(cpu.features())},
         "caches": cpu.caches()._asdict(),
         "threads": {"used": threads.get_num_threads(), **threads.limits()},
+        "waking": threads.waking(),
         "memory": memory.statistics(),
         "kernels": {k.name: k.unusable() or "usable" for k in TABLE},
         "selected": {dtype: select(dtype).name for dtype in DTYPES if pinned() is None},

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, core, functional
+from fastbn import checks, core, functional, sync
 from fastbn import layout as layouts
 from fastbn.core import Request
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis, view
-from fastbn.results import Gradients, Saved
+from fastbn.results import Gradients, Saved, Stats
+from fastbn.sync import Communicator
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -52,6 +53,7 @@ class _Context(NamedTuple):
     residual: weakref.ref[Array] | None
     saved: Saved | Callable[..., tuple[Array, Saved]]  # or how to have it, from x
     from_output: bool
+    communicator: Communicator | None  # of the processes that share the batch
 
 
 class _BatchNorm:
@@ -72,6 +74,7 @@ class _BatchNorm:
         activation: ActivationLike = None,
         correction: int = 1,
         skip_nonfinite: bool = False,
+        communicator: Communicator | None = None,
         dtype: DTypeLike = np.float32,
     ):
         checks.activation(activation)
@@ -85,6 +88,7 @@ class _BatchNorm:
         self.activation = activation
         self.correction = checks.integer("correction", correction, 0, 1)
         self.skip_nonfinite = checks.switch("skip_nonfinite", skip_nonfinite)
+        self.communicator = None if communicator is None else sync.check(communicator)
         self.training = True
         self.frozen = False
         self.num_batches_skipped = 0
@@ -112,7 +116,7 @@ class _BatchNorm:
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, layout={self.layout!r}, activation={self.activation!r}"
         )
-        unusual = {"axis": None, "correction": 1, "skip_nonfinite": False}
+        unusual = {"axis": None, "correction": 1, "skip_nonfinite": False, "communicator": None}
         text += "".join(f", {name}={getattr(self, name)!r}" for name, usual in unusual.items() if getattr(self, name) != usual)
         text += "" if self.dtype == np.float32 else f", dtype='{self.dtype}'"
         return f"{text}){'' if self.training else '.eval()'}{'.freeze()' if self.frozen else ''}"
@@ -126,7 +130,9 @@ class _BatchNorm:
             return
         channel_axis(self.layout, self._ranks[-1], self.axis)  # raises the reason
 
-    def forward(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
+    def forward(
+        self, x: Array, residual: Array | None = None, *, mask: Array | None = None, stats: Stats | None = None, out: Array | None = None
+    ) -> Array:
         """Normalize x, and remember it for `backward`.
 
         Parameters
@@ -137,6 +143,8 @@ class _BatchNorm:
             Added before the activation.
         mask : ndarray of bool, optional
             Positions that count in the statistics, broadcastable to the shape of x without the channel axis.
+        stats : Stats, optional
+            The statistics of the batch, where they are known already; only in training. With a communicator it asks nobody.
         out : ndarray of the shape and dtype of x, optional
             Where to write the result. If it is x, `backward` works from the output instead, which must not be changed
             until then; see `from_output` in `batch_norm_backward` for which layers can.
@@ -166,15 +174,18 @@ class _BatchNorm:
                 raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has num_features={self.num_features}")
         options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
-        if not batch and not self.training and residual is not None and self.activation is not None:
+        if not batch and not self.training and residual is not None and self.activation is not None and stats is None:
             # The residual is not copied for a backward that may never come.
             given = (self.running_mean, self.running_var, self.weight, self.bias)
             y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
             mean, var, weight, bias = (None if v is None else v.copy() for v in given)
             again = partial(functional.batch_norm_forward, weight=weight, bias=bias, running_mean=mean, running_var=var)
             again = partial(again, training=False, eps=self.eps, **options)
-            self._context = _Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x))
+            self._context = _Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x), None)
             return y
+        asked = self.communicator if batch and self.training else None
+        if asked is not None and stats is None:
+            stats = sync.batch_norm_stats(x, asked, layout=self.layout, axis=self.axis, mask=mask)
         statistics: tuple[Array | None, Array | None] = (None, None)
         if not batch or (self.track_running_stats and self.training and not self.frozen):
             statistics = self.running_mean, self.running_var
@@ -184,16 +195,16 @@ class _BatchNorm:
             moved = mean, var
         y, saved = functional.batch_norm_forward(
             x, self.weight, self.bias, *moved, training=batch, momentum=self._weight_of_new(), eps=self.eps,
-            residual=residual, mask=mask, correction=self.correction, out=out, **options,
+            residual=residual, mask=mask, correction=self.correction, stats=stats, out=out, **options,
         )  # fmt: skip
-        if batch and x.size:
+        if batch and saved.count:
             self._count(statistics, moved)
-        self._remember(x, saved, _is(out, x))
+        self._remember(x, saved, _is(out, x), asked)
         return y
 
-    def __call__(self, x: Array, residual: Array | None = None, *, mask: Array | None = None, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
         """As `forward`."""
-        return self.forward(x, residual, mask=mask, out=out)
+        return self.forward(x, residual, **options)
 
     def _count(self, statistics: tuple[Array | None, ...], moved: tuple[Array | None, ...]) -> None:
         """Take over statistics that were moved on the side, if they may be, and count the batch."""
@@ -207,14 +218,14 @@ class _BatchNorm:
         if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
-    def _remember(self, x: Array, saved: Saved, overwritten: bool) -> None:
+    def _remember(self, x: Array, saved: Saved, overwritten: bool, communicator: Communicator | None) -> None:
         """Keep what the backward needs."""
         if overwritten and not saved.invertible:
             self._context = None
         elif self.training:
-            self._context = _Context(x, None, saved, overwritten)
+            self._context = _Context(x, None, saved, overwritten, communicator)
         else:
-            self._context = _Context(weakref.ref(x), None, saved, overwritten)
+            self._context = _Context(weakref.ref(x), None, saved, overwritten, communicator)
 
     def _weight_of_new(self) -> float:
         """Momentum of the next batch; None is the cumulative average."""
@@ -249,7 +260,7 @@ class _BatchNorm:
         """
         if self._context is None:
             raise RuntimeError(_NO_INPUT)
-        kept, residual, saved, from_output = self._context
+        kept, residual, saved, from_output, communicator = self._context
         x = kept() if isinstance(kept, weakref.ref) else kept
         r = None if residual is None else residual()
         if x is None or (residual is not None and r is None):
@@ -261,6 +272,8 @@ class _BatchNorm:
         if wrt is None:
             wrt = functional.USUAL if self.affine and not self.frozen else ("x",)
             wrt = (*wrt, "residual") if saved.has_residual else wrt
+        if communicator is not None:
+            return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, from_output=from_output, out=out)
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
 
     def train(self, mode: bool = True) -> Self:
@@ -412,6 +425,9 @@ class BatchNorm1d(_BatchNorm):
     skip_nonfinite : bool
         Whether a batch that would make a running statistic infinite or NaN leaves all of them alone;
         ``num_batches_skipped`` counts these.
+    communicator : Communicator, optional
+        Of the processes that share a batch, see `fastbn.sync`: training uses the statistics of the whole batch. All of them
+        must call. An attribute of the same name; copies share it.
     dtype : dtype
         Of the input; parameters and statistics are float64 for float64, else float32.
 
@@ -434,7 +450,7 @@ class BatchNorm2d(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, dtype
+    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCHW" or "channels_first" (as None), "NHWC" or "channels_last".
@@ -455,7 +471,7 @@ class BatchNorm3d(_BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, dtype
+    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCDHW" or "channels_first" (as None), "NDHWC" or "channels_last".

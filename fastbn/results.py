@@ -90,6 +90,11 @@ class Stats:
         return self._count
 
     @property
+    def vectors(self) -> Array:
+        """Mean, var, mean_lo and var_lo, one below the other: of shape (4, C)."""
+        return self._vectors
+
+    @property
     def mean(self) -> Array:
         """Mean of each channel."""
         return self._vectors[0]  # type: ignore[no-any-return]

@@ -181,6 +181,24 @@ def for_call(op: str, nbytes: int) -> int:
     return 1 if nbytes < WORTH_THREADS[op] else get_num_threads()
 
 
+def waking() -> dict[str, float] | None:
+    """What it has cost lately, in this process, to wake a thread.
+
+    Returns
+    -------
+    dict or None
+        Seconds, by name: the "cost" to the caller, the "delay" until the thread runs, and the "worth": what a call must
+        have to share for each thread that takes part, before any that sleeps is woken. Until one was woken, what is
+        common. None where the thread pool is not compiled.
+    """
+    try:
+        from fastbn.kernels import _pool
+    except ImportError:
+        return None
+    measured: dict[str, float] = _pool.waking()
+    return measured
+
+
 def register_with_threadpoolctl() -> None:
     """Let threadpoolctl see and limit fastbn's threads; done at import where threadpoolctl was imported before fastbn.
 

@@ -623,10 +623,12 @@ class Truth:
         correction = arguments.get("correction", 1)
         self.correction = 1 if correction is None else int(correction)
         self.given = arguments.get("stats") if training else None
+        self.held = self.count
         if self.empty:
             self.mean = self.var = np.zeros((p.channels, 1), LD)
         elif self.given is not None:
-            self.count, (mean, var, low, var_low) = self.given.count, (column(v, p.channels, 0) for v in self.given.to_arrays()[1:])
+            self.count = self.given.count
+            mean, var, low, var_low = (column(v, p.channels, 0) for v in self.given.to_arrays()[1:])
             self.mean, self.var = mean + low, var + var_low
         elif training:
             self.mean, self.var = statistics(xs)
@@ -962,7 +964,7 @@ def finish_forward(call: Call, d: Draw, p: Place) -> Truth:
     )
     bad: tuple[str, tuple[str, ...]] | None = None
     few = t.count < (2 if t.correction else 1)
-    if "stats" in a and (not training or "mask" in a or a["stats"].count < math.prod(p.rest) or few):
+    if "stats" in a and (not training or a["stats"].count < t.held or few):
         bad = "stats that do not fit", ("stats", "mask")
     elif training and not t.empty and few:
         bad = "too few values", ("x", "mask")
@@ -1155,7 +1157,7 @@ def scenario_backward(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
         draw_out(back, d, p, ("dy", "x"))
         back.blame += small
     impossible: tuple[str, ...] = ()
-    if "x" in wrt and t.given is not None and t.count != math.prod(p.rest):
+    if "x" in wrt and t.given is not None and t.count != t.held:
         impossible = ("x", "wrt", "stats")
     if t.activation is not None and t.activation[0] == "sine":
         impossible = (*impossible, "derivative")
@@ -1519,6 +1521,7 @@ def scenario_layer(d: Draw, dtypes: tuple[str, ...]) -> Iterator[Call]:
             "layout": ("NHCW", "", ["NCHW"], {}, 5, True, "NC" if rank > 3 else "NCHW", Hostile(), np.zeros(2)),
             "activation": BAD_ACTIVATIONS,
             "affine": (np.ones(2), Hostile()),
+            "communicator": (3, "x", object(), np.ones(2), {}, Hostile()),
         }  # fmt: skip
         k = d.choice(tuple(bad))
         make.arguments[k] = d.choice(bad[k])

@@ -1,6 +1,7 @@
 // Many callers, uneven units, different numbers of threads, floating-point modes, scratch memory, who is woken and where,
 // hosts: to be built with a sanitizer.
 #include "pool.hpp"
+#include "scratch.hpp"
 
 #include <atomic>
 #include <cfenv>
@@ -32,7 +33,7 @@ void unit(void* data, std::ptrdiff_t i) {
 int call(std::ptrdiff_t units, int threads) {
     Job job;
     job.seen.assign(static_cast<std::size_t>(units), 0);
-    fastbn::parallel(unit, &job, units, threads, units % 2 == 0);
+    fastbn::parallel(unit, &job, units, threads, units % 2 == 0, units % 3 << 20);
     for (int seen : job.seen)
         if (seen != 1) return 1;
     return job.total != units * (units - 1) / 2;
@@ -243,20 +244,20 @@ int hosts() {
             const fastbn::Host host{run_team, &team};
             Job job;
             job.seen.assign(static_cast<std::size_t>(units), 0);
-            fastbn::parallel(unit, &job, units, 5, skip == 2, &host);
+            fastbn::parallel(unit, &job, units, 5, skip == 2, 0, &host);
             for (int seen : job.seen) wrong += seen != 1;
             wrong += team.most != (units < 5 ? units : 5);
         }
         std::atomic<int> modes{0};
         Team team{skip};
         const fastbn::Host host{run_team, &team};
-        fastbn::parallel(check_mode, &modes, 16, 4, false, &host);
+        fastbn::parallel(check_mode, &modes, 16, 4, false, 0, &host);
         wrong += modes;
         team.most = 0;
-        fastbn::parallel(nothing, nullptr, 16, 1, false, &host);  // one thread needs no team
-        fastbn::parallel(nothing, nullptr, 1, 4, false, &host);
+        fastbn::parallel(nothing, nullptr, 16, 1, false, 0, &host);  // one thread needs no team
+        fastbn::parallel(nothing, nullptr, 1, 4, false, 0, &host);
         wrong += team.most;
-        fastbn::parallel(nothing, nullptr, 1000, 1000, false, &host);
+        fastbn::parallel(nothing, nullptr, 1000, 1000, false, 0, &host);
         wrong += team.most > 256;
     }
     return wrong + (fastbn::workers() != before);

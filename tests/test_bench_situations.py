@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from bench import situations
+from bench import quota, situations
+from fastbn import threads
 
 
 @pytest.mark.parametrize("name", situations.SITUATIONS)
 def test_each_situation_measures_each_size_and_operation(name: str) -> None:
+    if reason := situations.why_not(name):
+        assert name in situations.UNAVAILABLE
+        assert len(reason) > 20
+        return
     rows = list(situations.measure(name, [200, 400], ["forward", "backward"], [1, 2], 1e-3))
     assert [(row.nbytes, row.op) for row in rows] == [(kb * 1000, op) for kb in (200, 400) for op in ("forward", "backward")]
     assert all(0 < row.median[n] <= row.p99[n] for row in rows for n in (1, 2))
@@ -27,6 +34,30 @@ def test_the_table_has_a_column_for_each_number_of_threads(capsys: pytest.Captur
     assert situations.main(few) == 0
     printed = capsys.readouterr().out
     assert all(title in printed for title in ("1 thread", "2 threads", "3 threads", "inference"))
+
+
+def test_what_this_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(situations.UNAVAILABLE, "half-a-processor", lambda: "the moon is full")
+    assert situations.main(["--situations", "half-a-processor"]) == 0
+    assert "half-a-processor: the moon is full" in capsys.readouterr().err
+
+
+def test_a_quota_ends_with_its_situation() -> None:
+    if quota.unavailable():
+        with pytest.raises(RuntimeError, match="control group"), quota.quota(0.5):
+            pass
+        return
+    before = threads.quota()
+    with quota.quota(0.5):
+        assert threads.quota() == 0.5
+    assert threads.quota() == before
+
+
+def test_the_gains_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [situations.Row("forward", size, name, {1: 2.0, 2: 1.0}, {1: 3.0, 2: 2.0}) for size in (10, 20) for name in ("loop", "busy")]
+    situations.draw(rows, [1, 2], tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("wrong", [["--threads", "0"], ["--seconds", "-1"], ["--sizes", "0"], ["--situations", "sea"], ["--ops", "sum"]])

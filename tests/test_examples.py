@@ -52,3 +52,40 @@ def test_torch_resnet():
     folded = re.search(r"folded for inference: 9 of 9 batch norms; accuracy (\S+) % after (\S+) %", printed)
     assert folded is not None
     assert folded[1] == folded[2]
+
+
+def test_recalibrate(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plot.png"
+    command = [sys.executable, EXAMPLES / "recalibrate.py", "--epochs", "4", "--output", plot]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+    found = {name: (float(before), float(after)) for name, before, after in re.findall(r"^ *(\S+): +(\S+) % -> +(\S+) %$", printed, re.M)}
+    assert len(found) == 10
+    assert found["60%"][1] > found["60%"][0] + 10  # what the example is there to show, with room for other rounding
+    assert found["8"][1] > 80
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_reestimate_dask():
+    pytest.importorskip("dask.array", reason="needs dask")
+    command = [sys.executable, EXAMPLES / "reestimate_dask.py", "--rows", "20000", "--chunk", "900"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+    assert "in 23 chunks: 20000 values in each of 32 channels" in printed
+    off = re.search(r"off from float64: mean (\S+), variance (\S+)$", printed, re.MULTILINE)
+    assert off is not None
+    assert float(off[1]) < 1e-6
+    assert float(off[2]) < 1e-6
+
+
+@pytest.mark.slow
+def test_sync_gloo():
+    pytest.importorskip("sklearn")
+    torch = pytest.importorskip("torch", minversion="2.10")
+    if not torch.distributed.is_available():
+        pytest.skip("needs a PyTorch with torch.distributed")
+    command = [sys.executable, EXAMPLES / "sync_gloo.py", "--steps", "30", "--each", "4"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+    found = re.findall(r"^2 processes, statistics (.*): accuracy (\S+) %$", printed, re.MULTILINE)
+    assert [what for what, _ in found] == ["of the whole batch", "of each process's part"]
+    assert float(found[0][1]) > 30

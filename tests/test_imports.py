@@ -28,8 +28,10 @@ ORDER = (
     {"introspection", "composed"},
     {"core"},
     {"functional"},
+    {"sync"},
     {"layers"},
-    {"torch", "onnx", "keras"},
+    {"reestimate"},
+    {"torch", "onnx", "keras", "mpi"},
     {"fastbn"},
     {"__main__"},
 )
@@ -39,6 +41,7 @@ OPTIONAL = {
     "torch": {"torch"},
     "onnx": {"onnx"},
     "keras": {"keras", "tensorflow"},
+    "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
     "kernels.numba_math": {"numba", "llvmlite"},
     "threads": {"threadpoolctl"},
@@ -106,9 +109,9 @@ def _python(code: str) -> str:
 def test_importing_imports_no_framework() -> None:
     loaded = _python("import sys, fastbn; print(*sys.modules)").split()
     assert "fastbn.functional" in loaded
-    unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "ml_dtypes", "rich", "threadpoolctl"}
+    unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "mpi4py", "ml_dtypes", "rich", "threadpoolctl"}
     assert not unwanted & {module.split(".")[0] for module in loaded}
-    assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.kernels.numba"} & set(loaded)
+    assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.mpi", "fastbn.kernels.numba"} & set(loaded)
 
 
 def test_importing_starts_no_thread_and_prints_nothing() -> None:

@@ -94,7 +94,7 @@ def test_large_outputs_are_streamed(op: str) -> None:
     for inner in (112 * 112, 1):
         for outer, streamed in ((1 << 20, True), (2, False)):
             plan = plans.plan(op, (outer, 64, inner), 4, 2)
-            assert (plan["map"] or plan["sums"])["streams"] is streamed
+            assert (plan["map"] or plan["sums"])["nontemporal"] is streamed
 
 
 @pytest.mark.parametrize("op", ["stats", "normalize", "forward", "backward"])
@@ -109,4 +109,4 @@ def test_explain_prints_the_plan(op: str, layout: Any) -> None:
     last = plan["map"] or plan["sums"]
     assert f"{plan['tiles']} tiles of" in text
     assert f"{last['units']}" in text.split("units: ")[1].split("\n")[0]
-    assert f"streaming: {'yes' if last['streams'] else 'no'}" in text
+    assert f"streaming: {'yes' if last['nontemporal'] else 'no'}" in text

@@ -297,8 +297,12 @@ def test_workers_sleep_and_waking_them_is_measured() -> None:
             time.sleep(0.01)
             step()
         after = _pool.waking()
-        assert before.keys() == after.keys() == {"cost", "delay"}
-        assert all(0 < seconds <= 1e-3 for seconds in (*before.values(), *after.values()))
+        assert before.keys() == after.keys() == {"cost", "delay", "worth"}
+        assert after["worth"] == 2 * (after["cost"] + after["delay"])
+        assert fastbn.show_config()["waking"] == after
+        assert f"woken for {after['worth'] * 1e6:.0f} us of work" in fastbn.explain("forward", x)
+        assert "woken" not in fastbn.explain("forward", x[:1, :, :2])
+        assert all(0 < seconds <= 1e-2 for seconds in (*before.values(), *after.values()))
     """)
 
 
@@ -468,7 +472,7 @@ def test_thread_sanitizer(tmp_path: Path) -> None:
     subprocess.run(
         [
             *compiler(), "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", f"-I{kernels}", "-o", program,
-            ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp",
+            ROOT / "tests" / "pool_test.cpp", kernels / "pool.cpp", kernels / "scratch.cpp",
         ],
         check=True,
     )  # fmt: skip

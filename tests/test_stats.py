@@ -421,6 +421,46 @@ def test_parts_of_a_batch_give_what_the_whole_gives(layout: str, dtype: Any) -> 
     near_gradient(np.sum([g.dbias for g in local], 0), dbias, np.sqrt(s.count))
 
 
+@pytest.mark.parametrize("layout", ["NC", "NCHW", "NHWC"])
+@both
+def test_with_a_mask_the_statistics_are_those_of_what_counts(layout: str, dtype: Any) -> None:
+    axis = axis_of(layout)
+    p = problem((7, *SHAPES[layout][1:]), dtype, axis, mean=5.0)
+    shape = [n for i, n in enumerate(p.x.shape) if i != axis % p.x.ndim]
+    mask = rng(3).random(shape) < 0.6
+    mask[1] = False  # what the second part has
+    options: dict[str, Any] = {"layout": layout, "activation": "silu"}
+    moved = [(p.mean.copy(), p.var.copy()) for _ in range(2)]
+    y, saved = fastbn.batch_norm_forward(p.x, p.weight, p.bias, *moved[0], mask=mask, **options)
+    s = fastbn.batch_norm_stats(p.x, layout=layout, mask=mask)
+    y1, saved1 = fastbn.batch_norm_forward(p.x, p.weight, p.bias, *moved[1], mask=mask, stats=s, **options)
+    near(y1, y.astype(np.float64))
+    np.testing.assert_allclose(moved[1], moved[0], rtol=1e-6)
+    want = fastbn.batch_norm_backward(p.dy, p.x, saved)
+    truth = tuple(np.asarray(g, np.float64) for g in want[:3])
+    near_gradients(fastbn.batch_norm_backward(p.dy, p.x, saved1), truth)  # type: ignore[arg-type]
+    for cut in (slice(0, 1), slice(1, 2), slice(2, None)):
+        part, saved2 = fastbn.batch_norm_forward(p.x[cut], p.weight, p.bias, mask=mask[cut], stats=s, **options)
+        near(part, y[cut].astype(np.float64))
+        with pytest.raises(ValueError, match="the gradient of x needs sums over all of them"):
+            fastbn.batch_norm_backward(p.dy[cut], p.x[cut], saved2)
+
+
+def test_a_layer_takes_known_statistics() -> None:
+    p = problem((6, 3, 4), mean=5.0)
+    layers = [fastbn.BatchNorm1d(3) for _ in range(2)]
+    s = fastbn.batch_norm_stats(p.x)
+    near(layers[1](p.x, stats=s), layers[0](p.x).astype(np.float64))
+    for key, v in layers[0].state_dict().items():
+        np.testing.assert_allclose(layers[1].state_dict()[key], v, rtol=1e-6)
+    near_gradients(layers[1].backward(p.dy), tuple(np.asarray(g, np.float64) for g in layers[0].backward(p.dy)[:3]))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stats are of the batch, and training is False"):
+        layers[0].eval()(p.x, stats=s)
+    layers[1](p.x[:2], stats=s)
+    with pytest.raises(ValueError, match=r"fastbn\.sync\.batch_norm_backward"):
+        layers[1].backward(p.dy[:2])
+
+
 def test_statistics_of_nothing_move_nothing() -> None:
     mean, var = np.full(3, 5.0), np.full(3, 6.0)
     y, saved = fastbn.batch_norm_forward(np.ones((0, 3)), None, None, mean, var, stats=Stats.identity(3, np.float64))
@@ -442,6 +482,7 @@ def test_statistics_in_the_other_dtype_are_used_to_all_their_digits() -> None:
 
 X = np.ones((4, 3), np.float32)
 S = Stats(4, np.float32([1, 1, 1]), np.float32([1, 1, 1]))
+MASK = np.array([False, True, True, False])
 ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "count-type": (TypeError, "count must be an int, got 2.0", lambda: Stats(2.0, [1.0], [1.0])),  # type: ignore[arg-type]
     "count-bool": (TypeError, "count must be an int, got True", lambda: Stats(True, [1.0], [1.0])),
@@ -495,13 +536,14 @@ def test_errors_say_what_was_expected_and_what_came(name: str) -> None:
     [
         (TypeError, "stats must be a Stats, as batch_norm_stats returns, got tuple", {"stats": (4, [1.0], [1.0])}),
         (ValueError, "x has 3 channels on axis 1 but stats have 2", {"stats": Stats.identity(2)}),
-        (ValueError, "stats and mask cannot both be given", {"stats": S, "mask": np.ones(4, np.bool_)}),
+        (ValueError, "they count 1 values .* has 2 at True positions", {"stats": Stats(1, S.mean, S.var), "mask": MASK}),
+        (ValueError, "more than 1 value .* a count of 0", {"stats": Stats.identity(3), "mask": np.zeros(4, np.bool_)}),
         (ValueError, "they count 3 values per channel, but x has 4", {"stats": Stats(3, S.mean, S.var)}),
         (ValueError, "they count 0 values per channel, but x has 4", {"stats": Stats.identity(3)}),
         (ValueError, "more than 1 value .* got stats with a count of 1", {"x": X[:1], "stats": Stats(1, S.mean, S.var)}),
         (ValueError, "stats are of the batch, and training is False", {"stats": S, "training": False}),
     ],
-    ids=["type", "channels", "mask", "fewer", "none", "one", "training"],
+    ids=["type", "channels", "mask", "masked out", "fewer", "none", "one", "training"],
 )  # fmt: skip
 def test_statistics_that_are_not_of_the_batch_are_refused(error: type[Exception], message: str, options: dict[str, Any]) -> None:
     mean, var, out = np.ones(3), np.ones(3), np.ones_like(options.get("x", X))

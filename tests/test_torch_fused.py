@@ -14,11 +14,11 @@ torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastb
 import fastbn.torch  # noqa: E402
 from fastbn import checks  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
-from fastbn.torch import fused  # noqa: E402
+from fastbn.torch import fused, operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
 
-ACTIVATIONS = (None, *fused.ALONE, ("leaky_relu", 0.3))
+ACTIVATIONS = (None, *operators.ALONE, ("leaky_relu", 0.3))
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +36,8 @@ def taken() -> int:
 
 
 def composed(x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, activation: Any) -> Any:
-    found = fused.IDENTITY if activation is None else checks.activation(activation)
-    return fused.composed(x, residual, weight, bias, mean, var, training, 0.1, 1e-5, found)
+    found = operators.IDENTITY if activation is None else checks.activation(activation)
+    return operators.composed(x, residual, weight, bias, mean, var, training, 0.1, 1e-5, found)
 
 
 def ours(x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, activation: Any) -> Any:
@@ -99,7 +99,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(training: 
 def test_operators_pass_torchs_check() -> None:
     torch.manual_seed(2)
     x, w, m, v = torch.randn(4, 3, 5, 5), torch.randn(3), torch.zeros(3), torch.ones(3)
-    last, ops = x.contiguous(memory_format=torch.channels_last), fused._ops()
+    last, ops = x.contiguous(memory_format=torch.channels_last), operators.compiled()
     utils = ("test_schema", "test_faketensor")
     _, mean, invstd = ops.batch_norm_forward(x, w, w, m, v, True, 0.1, 1e-5, None, 1, 0.0)
     with warnings.catch_warnings():
@@ -112,8 +112,8 @@ def test_operators_pass_torchs_check() -> None:
         ):
             torch.library.opcheck(ops.batch_norm_forward.default, given, test_utils=utils)
         for given in (
-            (x, x, w, None, None, mean, invstd, True, 1e-5, [True] * 3, w, None, 1, 0.0, True),
-            (x, last, w, m, v, None, None, False, 1e-5, [True, False, True], w, x.clone(), 7, 0.0, False),
+            (x, x, w, None, None, mean, invstd, True, 1e-5, [True] * 3, w, None, 1, 0.0, True, False),
+            (x, last, w, m, v, None, None, False, 1e-5, [True, False, True], w, x.clone(), 7, 0.0, False, False),
         ):
             torch.library.opcheck(ops.batch_norm_backward.default, given, test_utils=utils)
 
@@ -188,3 +188,20 @@ def test_compiled_and_exported_models_hold_the_composition() -> None:
         torch.testing.assert_close(compiled(x), model(x))
         exported = torch.export.export(model.eval(), (x,))
         torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_operators_of_graphs_pass_torchs_check() -> None:
+    torch.manual_seed(3)
+    x, r, w, b = (torch.randn(size, requires_grad=True) for size in ((4, 3, 5, 5), (4, 3, 5, 5), (3,), (3,)))
+    m, v = torch.zeros(3), torch.ones(3)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for given in (
+            (x, r, w, b, m, v, True, 0.1, 1e-5, "relu", 0.0),
+            (x, None, w, b, m, v, False, 0.1, 1e-5, "silu", 0.0),
+            (x, r, w, None, m, v, False, 0.1, 1e-5, "identity", 0.0),
+            (last, r, None, None, None, None, True, 0.1, 1e-5, "gelu", 0.0),
+            (x.detach().bfloat16(), None, w, b, m, v, True, 0.1, 1e-5, "leaky_relu", 0.1),
+        ):
+            torch.library.opcheck(torch.ops.fastbn.batch_norm.default, given)

@@ -239,15 +239,17 @@ def test_parameters_of_frozen_layers_may_go_on_learning() -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_benchmark_times_both_sides_and_leaves_everything_as_it_was(training: bool) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(training)
+def test_benchmark_times_both_sides_and_leaves_everything_as_it_was(training: bool, fuse: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train(training)
     state = copy.deepcopy(model.state_dict())
     for enabled in (False, True):
         if enabled:
             fastbn.torch.enable()
         try:
-            found = fastbn.torch.benchmark(model, torch.randn(2, 3, 8, 8), seconds=0)
+            found = fastbn.torch.benchmark(model, torch.randn(2, 3, 8, 8), seconds=0, fuse=fuse)
+            assert type(model[1]) is nn.BatchNorm2d
             assert fastbn.torch.is_enabled() == enabled
             before = sum(fastbn.torch.report().taken.values())
             model.eval()(torch.randn(2, 3, 8, 8))

@@ -14,19 +14,19 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
         Py_ssize_t tiles, width, images, pieces, piece, columns, repeats, run
 
     cdef cppclass Units:
-        bint by_columns, backwards, streams, far
-        Py_ssize_t rows, rest, skip, unit, group, turn, units
+        bint by_columns, reverse, nontemporal, exceeds_l3
+        Py_ssize_t rows, rest, skip, channels_per_unit, channels_per_pass, rows_per_unit, elements_per_unit, units, bytes
 
     cdef cppclass Plan:
         Tiles tiles
-        bint together
+        bint resident
         Units sums, map
 
 cdef void make_plan(Plan* p, const Task* t) noexcept nogil
 cdef int thread_count(threads) except -1
 
 
-cdef inline Py_ssize_t up(Py_ssize_t n, Py_ssize_t step) noexcept nogil:
+cdef inline Py_ssize_t div_up(Py_ssize_t n, Py_ssize_t step) noexcept nogil:
     """Number of steps that cover n."""
     return (n + step - 1) // step
 

@@ -14,6 +14,7 @@ cdef enum:
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
     MOST_L3 = 32 << 20   # bytes of an L3 that one program has to itself, however large that of the whole processor is
     UNITS = 4            # units for each thread, so that none waits long for the last
+    WHOLE_UNITS = 8      # the same of whole channels, whose last unit takes the longest
     WIDE_UNITS = 2       # the same of sums of columns, which are read the faster the longer the pieces of their rows are
     MOST_THREADS = 4096  # of one call; the pool has fewer
 
@@ -26,9 +27,9 @@ def set_caches(Py_ssize_t l1, Py_ssize_t l2, Py_ssize_t l3):
     L1, L2, L3 = l1, l2, min(l3, <Py_ssize_t> MOST_L3)
 
 
-cdef inline Py_ssize_t even_part(Py_ssize_t n, Py_ssize_t most, Py_ssize_t step) noexcept nogil:
+cdef inline Py_ssize_t balance(Py_ssize_t n, Py_ssize_t most, Py_ssize_t step) noexcept nogil:
     """The size of equal parts of n, of at most `most` each, in whole steps."""
-    return up(up(n, up(n, most)), step) * step
+    return div_up(div_up(n, div_up(n, most)), step) * step
 
 
 cdef Py_ssize_t common_divisor(Py_ssize_t a, Py_ssize_t b) noexcept nogil:
@@ -56,7 +57,7 @@ cdef bint are_columns(const Task* t) noexcept nogil:
     return t.inner == 1 or (t.inner < 2 * W and t.inner % W != 0 and t.outer >= MANY_ROWS)
 
 
-cdef void cut_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
+cdef void set_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
     """Fix the numeric tiles."""
     cdef Py_ssize_t C = t.channels, R = t.outer, W = lanes(t)
     p.count = <double> t.outer * t.inner
@@ -66,12 +67,12 @@ cdef void cut_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
     u.by_columns = are_columns(t)
     if not u.by_columns:
         if t.inner > TILE:
-            p.piece = even_part(t.inner, TILE, W)
-            p.pieces = up(t.inner, p.piece)
+            p.piece = balance(t.inner, TILE, W)
+            p.pieces = div_up(t.inner, p.piece)
             p.tiles = t.outer * p.pieces
         else:
             p.images = max(<Py_ssize_t> 1, min(CHAIN, TILE // t.inner))
-            p.tiles = up(t.outer, p.images)
+            p.tiles = div_up(t.outer, p.images)
         return
     p.run = t.inner
     p.repeats = W // common_divisor(C, W)
@@ -81,31 +82,31 @@ cdef void cut_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
     p.columns = p.width * p.run
     u.rows = R // p.repeats
     u.rest = R % p.repeats * C
-    p.tiles = up(u.rows, TILE_ROWS) + (u.rest > 0)
+    p.tiles = div_up(u.rows, TILE_ROWS) + (u.rest > 0)
 
 
-cdef void cut_sums(Units* u, const Tiles* p, const Task* t) noexcept nogil:
+cdef void plan_sums(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Cut the sums into units: tiles of groups of channels."""
     cdef Py_ssize_t W = lanes(t), room = COLUMNS // BLOCK * W
     cdef Py_ssize_t each = WIDE_UNITS if u.by_columns else UNITS
-    cdef Py_ssize_t enough = up(each * t.threads, p.tiles)  # groups that keep every thread busy
+    cdef Py_ssize_t enough = div_up(each * t.threads, p.tiles)  # groups that keep every thread busy
     if not u.by_columns:
-        u.far = False  # long runs need no help
-        u.group = max(<Py_ssize_t> 1, min(PLANES, t.channels // enough))
-        u.units = p.tiles * up(t.channels, u.group)
+        u.exceeds_l3 = False  # long runs need no help
+        u.channels_per_unit = max(<Py_ssize_t> 1, min(PLANES, t.channels // enough))
+        u.units = p.tiles * div_up(t.channels, u.channels_per_unit)
         return
-    u.far = exceeds(L3 // FAR, t, t.reads)
+    u.exceeds_l3 = exceeds(L3 // FAR, t, t.reads)
     if p.run > 1:
-        u.group = min(room // p.run, up(t.channels, enough)) * p.run
+        u.channels_per_unit = min(room // p.run, div_up(t.channels, enough)) * p.run
     else:
-        u.group = even_part(p.columns, min(room, up(p.columns, enough)), W)
-    u.units = p.tiles * up(p.columns, u.group)
+        u.channels_per_unit = balance(p.columns, min(room, div_up(p.columns, enough)), W)
+    u.units = p.tiles * div_up(p.columns, u.channels_per_unit)
 
 
-cdef void cut_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
+cdef void plan_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Cut the map into units: rows, planes, or pieces of a plane."""
     cdef Py_ssize_t W = lanes(t), size = t.outer * t.channels * t.inner
-    cdef Py_ssize_t elements = max(W, min(L2 // 2 // (t.arrays * t.item), up(size, UNITS * t.threads)))
+    cdef Py_ssize_t elements = max(W, min(L2 // 2 // (t.arrays * t.item), div_up(size, UNITS * t.threads)))
     if 2 * t.inner >= 3 * W:
         u.by_columns = False  # long runs need no parameters for each column
     if u.by_columns and p.columns * t.item % LINE == 0:
@@ -113,19 +114,19 @@ cdef void cut_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.skip = t.to_line
         u.rows = (size - u.skip) // p.columns
         u.rest = (size - u.skip) % p.columns
-    u.backwards = t.reads > 0
-    u.streams = is_streamed(u, p, t, t.arrays)
-    u.far = exceeds(L3 // FAR, t, t.arrays)
+    u.reverse = t.reads > 0
+    u.nontemporal = is_streamed(u, p, t, t.arrays)
+    u.exceeds_l3 = exceeds(L3 // FAR, t, t.arrays)
     if u.by_columns:
-        u.group = even_part(p.columns, elements, W)
-        u.unit = up(max(<Py_ssize_t> 1, elements // p.columns), MAP_ROWS) * MAP_ROWS
-        u.units = (up(u.rows, u.unit) + (u.rest > 0)) * up(p.columns, u.group)
+        u.channels_per_unit = balance(p.columns, elements, W)
+        u.rows_per_unit = div_up(max(<Py_ssize_t> 1, elements // p.columns), MAP_ROWS) * MAP_ROWS
+        u.units = (div_up(u.rows, u.rows_per_unit) + (u.rest > 0)) * div_up(p.columns, u.channels_per_unit)
     elif elements >= t.inner:
-        u.unit = elements // t.inner * t.inner
-        u.units = up(t.outer * t.channels, elements // t.inner)
+        u.elements_per_unit = elements // t.inner * t.inner
+        u.units = div_up(t.outer * t.channels, elements // t.inner)
     else:
-        u.unit = even_part(t.inner, elements, W)
-        u.units = t.outer * t.channels * up(t.inner, u.unit)
+        u.elements_per_unit = balance(t.inner, elements, W)
+        u.units = t.outer * t.channels * div_up(t.inner, u.elements_per_unit)
 
 
 cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays) noexcept nogil:
@@ -135,39 +136,44 @@ cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays)
     return p.columns * t.item % LINE == 0 if u.by_columns else not is_staged(t.inner, t.item) or not t.two_outputs
 
 
-cdef bint cut_together(Units* u, const Tiles* p, const Task* t) noexcept nogil:
+cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
     cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item
-    u.far = exceeds(L3 // FAR, t, t.touched)
+    u.exceeds_l3 = exceeds(L3 // FAR, t, t.touched)
     if u.by_columns:
         # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
         if u.rows > FEW_ROWS or p.columns != t.channels or t.channels % W or t.channels < 2 * t.threads * W:
             return False
-        u.group = u.turn = min(COLUMNS // BLOCK * W, up(up(t.channels, UNITS * t.threads), W) * W)
+        u.channels_per_pass = min(COLUMNS // BLOCK * W, div_up(div_up(t.channels, UNITS * t.threads), W) * W)
+        u.channels_per_unit = u.channels_per_pass
     elif t.threads > 1 and t.channels < UNITS * t.threads:
         return False
-    elif t.outer > 1 and u.far and not exceeds(L3, t, t.touched):
+    elif t.outer > 1 and u.exceeds_l3 and not exceeds(L3, t, t.touched):
         return False  # long runs from L3 take less time than short ones
     else:
-        u.group = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (UNITS * t.threads)))
+        u.channels_per_unit = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (WHOLE_UNITS * t.threads)))
         # Several images would be read in short runs, if only a few channels took their turn.
-        u.turn = max(L1 // 2 // channel, <Py_ssize_t> 1) if t.outer == 1 else u.group
-        u.streams = is_streamed(u, p, t, t.touched)
-    u.units = up(t.channels, u.group)
+        u.channels_per_pass = max(L1 // 2 // channel, <Py_ssize_t> 1) if t.outer == 1 else u.channels_per_unit
+        u.nontemporal = is_streamed(u, p, t, t.touched)
+    u.units = div_up(t.channels, u.channels_per_unit)
     return True
 
 
 cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
+    cdef Py_ssize_t size = t.outer * t.channels * t.inner * t.item
     memset(p, 0, sizeof(Plan))
-    cut_tiles(&p.tiles, &p.sums, t)
+    set_tiles(&p.tiles, &p.sums, t)
     p.map = p.sums
-    p.together = t.reads > 0 and t.arrays > 0 and cut_together(&p.sums, &p.tiles, t)
-    if p.together:
+    p.resident = t.reads > 0 and t.arrays > 0 and plan_resident(&p.sums, &p.tiles, t)
+    if p.resident:
+        p.sums.bytes = t.touched * size
         return
     if t.reads > 0:
-        cut_sums(&p.sums, &p.tiles, t)
+        plan_sums(&p.sums, &p.tiles, t)
+        p.sums.bytes = t.reads * size
     if t.arrays > 0:
-        cut_map(&p.map, &p.tiles, t)
+        plan_map(&p.map, &p.tiles, t)
+        p.map.bytes = t.arrays * size
 
 
 # Rows of a tile of columns; and how many arrays like x each operation reads and writes: by the sums, by the map, by both.
@@ -203,15 +209,17 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
     return {
         "count": p.tiles.count, "tiles": p.tiles.tiles, "width": p.tiles.width, "images": p.tiles.images,
         "pieces": p.tiles.pieces, "piece": p.tiles.piece, "columns": p.tiles.columns, "repeats": p.tiles.repeats,
-        "run": p.tiles.run, "together": bool(p.together), "sums": numbers(&p.sums) if t.reads else None,
-        "map": numbers(&p.map) if t.arrays and not p.together else None,
+        "run": p.tiles.run, "resident": bool(p.resident), "sums": numbers(&p.sums) if t.reads else None,
+        "map": numbers(&p.map) if t.arrays and not p.resident else None,
     }
 
 
 cdef dict numbers(const Units* u):
     return {
-        "by_columns": bool(u.by_columns), "backwards": bool(u.backwards), "streams": bool(u.streams), "far": bool(u.far),
-        "rows": u.rows, "rest": u.rest, "skip": u.skip, "unit": u.unit, "group": u.group, "turn": u.turn, "units": u.units,
+        "by_columns": bool(u.by_columns), "reverse": bool(u.reverse), "nontemporal": bool(u.nontemporal),
+        "exceeds_l3": bool(u.exceeds_l3), "rows": u.rows, "rest": u.rest, "skip": u.skip,
+        "channels_per_unit": u.channels_per_unit, "channels_per_pass": u.channels_per_pass, "rows_per_unit": u.rows_per_unit,
+        "elements_per_unit": u.elements_per_unit, "units": u.units, "bytes": u.bytes,
     }
 
 

@@ -9,25 +9,32 @@ cnp.import_array()
 
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
     void run_units "fastbn::parallel"(
-        unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards, const Host* host
+        unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host
     ) noexcept
-    void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
-    void end_own_memory "fastbn::end_scratch"() noexcept
-    size_t release_own_memory "fastbn::release_scratch"() noexcept
     int count_workers "fastbn::workers"() noexcept
     int count_awake "fastbn::awake"() noexcept
     cppclass Waking:
         double cost
         double delay
+        double worth
     Waking measured_waking "fastbn::waking"() noexcept
+
+cdef extern from "float_mode.hpp" namespace "fastbn" nogil:
     const uint32_t DEFAULT_MODE
     const uint32_t MODES
     uint32_t read_mode() noexcept
     void write_mode(uint32_t mode) noexcept
 
+cdef extern from "scratch.hpp" namespace "fastbn" nogil:
+    void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
+    void end_own_memory "fastbn::end_scratch"() noexcept
+    size_t release_own_memory "fastbn::release_scratch"() noexcept
 
-cdef void parallel(unit_fn unit, void* job, Py_ssize_t units, int threads, bint backwards, const Host* host) noexcept nogil:
-    run_units(unit, job, units, threads, backwards, host)
+
+cdef void parallel(
+    unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host
+) noexcept nogil:
+    run_units(unit, job, units, threads, reverse, nbytes, host)
 
 
 cdef void* scratch(size_t nbytes) noexcept nogil:
@@ -94,11 +101,11 @@ def waking():
     Returns
     -------
     dict
-        Seconds: the "cost" to the caller, and the "delay" until the thread runs. A call wakes threads only where it has
-        more than twice their sum to share. Until one was woken, what is common.
+        Seconds: the "cost" to the caller, the "delay" until the thread runs, and the "worth": what a call must have to
+        share for each thread that takes part, before it wakes one that sleeps. Until one was woken, what is common.
     """
     cdef Waking found = measured_waking()
-    return {"cost": found.cost, "delay": found.delay}
+    return {"cost": found.cost, "delay": found.delay, "worth": found.worth}
 
 
 cdef struct Copy:
@@ -131,4 +138,4 @@ def copy(cnp.ndarray source, cnp.ndarray to, int threads):
     job.piece = (job.size // threads + 63) // 64 * 64 if threads > 1 else job.size
     if job.size > 0:
         with nogil:
-            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads, False, NULL)
+            run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads, False, 2 * job.size, NULL)

@@ -40,17 +40,20 @@ struct Tiles {
 // Units of work: whole numbers of tiles.
 struct Units {
     bool by_columns;                  // not by planes
-    bool backwards, streams;
-    bool far;                         // the arrays do not stay in the caches: memory is read in one stream, not in one for each row
+    bool reverse, nontemporal;
+    bool exceeds_l3;                  // the arrays do not stay in the caches: memory is read in one stream, not in one for each row
     std::ptrdiff_t rows, rest, skip;  // columns: rows of `columns`, and one of `rest`, behind `skip` elements
-    std::ptrdiff_t unit, group;       // what one unit takes: rows or elements, and channels or columns
-    std::ptrdiff_t turn;              // channels whose sums are followed by their map, before the next ones of the unit
+    std::ptrdiff_t channels_per_unit; // or columns
+    std::ptrdiff_t channels_per_pass; // whose sums are followed by their map, before the next ones of the unit
+    std::ptrdiff_t rows_per_unit;     // of a map of columns
+    std::ptrdiff_t elements_per_unit; // of a map of planes: several, or a piece of one
     std::ptrdiff_t units;
+    std::ptrdiff_t bytes;             // that all units read and write
 };
 
 struct Plan {
     Tiles tiles;
-    bool together;  // each unit is whole channels, sums and map one after the other; `sums` says how both are cut
+    bool resident;  // each unit is whole channels, sums and map one after the other; `sums` says how both are cut
     Units sums, map;
 };
 

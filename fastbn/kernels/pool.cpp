@@ -14,9 +14,10 @@
 //   other find it awake, and then sleeps on a word of its own (a futex where there are futexes). To wake a sleeping
 //   worker costs the caller system calls; nobody waits for it to arrive.
 //
-// - Wake nobody for little. Workers that spin join any job. Before it wakes one that sleeps, the caller runs one unit:
-//   the time of that, times the units that are left, is what there is to share. What a wake costs, and how much later
-//   the worker runs, is measured as it happens; so the decision knows the machine, the kernel and the state of the caches.
+// - Wake nobody for little. Workers that spin join any job. Before it wakes one that sleeps, the caller asks what there is
+//   to share: the bytes of the call, at the least time that a byte took of late. Where that is too little, it runs one
+//   unit: the time of that, times the units that are left. What a wake costs, and how much later the worker runs, is
+//   measured as it happens; so the decision knows the machine, the kernel and the state of the caches.
 //   Where calls follow each other while a worker would spin, it would be awake for the next ones: what they have to share
 //   adds up. Where a thread has but one unit there would be nothing left to share, and workers are woken first.
 //
@@ -52,25 +53,17 @@
 #include <signal.h>
 
 #if defined(__linux__)
-#include <fcntl.h>
-#include <linux/futex.h>
-#include <sched.h>
 #include <sys/prctl.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#else
-#include <condition_variable>
-#include <mutex>
 #endif
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <new>
 #include <thread>
+
+#include "cores.hpp"
+#include "sleeper.hpp"
 
 namespace fastbn {
 namespace {
@@ -83,11 +76,10 @@ using std::chrono::milliseconds;
 constexpr Time SPIN = microseconds(100);        // how long a worker without work stays awake
 constexpr Time DESCHEDULED = microseconds(50);  // a gap in spinning that means another process had the processor
 constexpr Time LONG_WAIT = microseconds(200);   // a wait for the last units, beyond the length of two
-constexpr Time FIRST_REST = milliseconds(4);    // how long to stay on one thread after the first sign
-constexpr Time LAST_REST = milliseconds(256);   // ... and after the last doubling
+constexpr Time FIRST_BACKOFF = milliseconds(4);    // how long to stay on one thread after the first sign
+constexpr Time LAST_BACKOFF = milliseconds(256);   // ... and after the last doubling
 constexpr Time WAKE_COST = microseconds(5);     // of the caller's time, until it was measured
 constexpr Time WAKE_DELAY = microseconds(50);   // until the worker runs, likewise
-constexpr Time LONGEST_DELAY = milliseconds(1);  // more says something about the moment, and nothing about the machine
 constexpr int WORTH = 2;                        // how many times the price of a wake there must be to share
 constexpr std::int64_t MANY = 1 << 20;          // units, so that the product with a time does not overflow
 constexpr int MOST_WORKERS = 255;
@@ -102,119 +94,6 @@ inline void pause() noexcept {
 
 std::int64_t ticks() noexcept { return Clock::now().time_since_epoch().count(); }
 
-// A thread that sleeps until another wakes it. Both must see each other's change: the sleeper says that it sleeps, and
-// then asks whether there is a reason not to; the other makes the reason, and then asks whether it sleeps. All four are
-// seq_cst.
-class Sleeper {
-public:
-    template <class Reason>
-    void sleep_unless(Reason reason) noexcept {
-        asleep_.store(1, std::memory_order_seq_cst);
-        if (reason())
-            asleep_.store(0, std::memory_order_relaxed);
-        else
-            while (asleep_.load(std::memory_order_acquire)) wait();
-    }
-
-    bool asleep() const noexcept { return asleep_.load(std::memory_order_seq_cst) != 0; }
-
-    // False where it was awake.
-    bool wake() noexcept {
-        if (!asleep()) return false;
-#if !defined(__linux__)
-        const std::lock_guard<std::mutex> lock(mutex_);
-#endif
-        if (asleep_.exchange(0, std::memory_order_acq_rel) == 0) return false;
-#if defined(__linux__)
-        syscall(SYS_futex, &asleep_, FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
-#else
-        changed_.notify_one();
-#endif
-        return true;
-    }
-
-private:
-    std::atomic<std::uint32_t> asleep_{0};
-
-#if defined(__linux__)
-    void wait() noexcept { syscall(SYS_futex, &asleep_, FUTEX_WAIT_PRIVATE, 1, nullptr, nullptr, 0); }
-#else
-    std::mutex mutex_;
-    std::condition_variable changed_;
-
-    void wait() noexcept {
-        std::unique_lock<std::mutex> lock(mutex_);
-        changed_.wait(lock, [this] { return asleep_.load(std::memory_order_acquire) == 0; });
-    }
-#endif
-};
-
-// The cores that a thread may run on. Where the system cannot say, or has more of them, all calls here do nothing.
-#if defined(__linux__)
-class Cores {
-public:
-    static constexpr int MOST = 2 * CPU_SETSIZE;
-
-    bool read(int thread) noexcept {
-        CPU_ZERO_S(sizeof set_, set_);
-        return sched_getaffinity(thread, sizeof set_, set_) == 0;
-    }
-    bool give(int thread) const noexcept { return sched_setaffinity(thread, sizeof set_, set_) == 0; }
-    int count() const noexcept { return CPU_COUNT_S(sizeof set_, set_); }
-    void leave_out(int core) noexcept { CPU_CLR_S(core, sizeof set_, set_); }
-    bool operator==(const Cores& other) const noexcept { return CPU_EQUAL_S(sizeof set_, set_, other.set_) != 0; }
-    Cores operator&(const Cores& other) const noexcept {
-        Cores both;
-        CPU_AND_S(sizeof set_, both.set_, set_, other.set_);
-        return both;
-    }
-
-private:
-    cpu_set_t set_[MOST / CPU_SETSIZE];
-};
-
-// The cores that are one physical core with this one, itself included. The system's file is read once for each core.
-struct Siblings {
-    static constexpr int MOST = 8;
-    bool known;
-    int count;
-    short core[MOST];
-
-    static const Siblings& of(int core) noexcept {
-        static Siblings all[Cores::MOST];
-        Siblings& found = all[core];
-        if (!found.known) {
-            found.read(core);
-            found.known = true;
-        }
-        return found;
-    }
-
-private:
-    // A list such as "0,64" or "0-3".
-    void read(int own) noexcept {
-        char text[128];
-        std::snprintf(text, sizeof text, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", own);
-        const int file = open(text, O_RDONLY | O_CLOEXEC);
-        const ssize_t length = file < 0 ? 0 : ::read(file, text, sizeof text - 1);
-        if (file >= 0) close(file);
-        text[length > 0 ? length : 0] = 0;
-        count = 0;
-        for (const char* p = text; *p >= '0' && *p <= '9';) {
-            char* end;
-            const long first = std::strtol(p, &end, 10);
-            const long last = *end == '-' ? std::strtol(end + 1, &end, 10) : first;
-            for (long c = first; c <= last && c < Cores::MOST && count < MOST; ++c) core[count++] = static_cast<short>(c);
-            p = *end == ',' ? end + 1 : end;
-        }
-    }
-};
-
-int this_thread() noexcept { return static_cast<int>(syscall(SYS_gettid)); }
-#else
-int this_thread() noexcept { return 0; }
-#endif
-
 // A loop over units, cut into a range for each thread.
 struct Job {
     struct alignas(64) Range {
@@ -224,14 +103,14 @@ struct Job {
 
     unit_fn unit;
     void* data;
-    bool backwards;
+    bool reverse;
     int ranges;
     Range range[MOST_WORKERS + 1];
 
     void set(unit_fn run, void* job, std::ptrdiff_t units, int threads, bool last_first) noexcept {
         unit = run;
         data = job;
-        backwards = last_first;
+        reverse = last_first;
         ranges = threads;
         for (int r = 0; r < ranges; ++r) {
             range[r].first = units * r / ranges;
@@ -248,7 +127,7 @@ struct Job {
             while (done < most) {
                 const std::ptrdiff_t i = mine.claimed.fetch_add(1, std::memory_order_relaxed);
                 if (i >= mine.size) break;
-                unit(data, mine.first + (backwards ? mine.size - 1 - i : i));
+                unit(data, mine.first + (reverse ? mine.size - 1 - i : i));
                 ++done;
             }
         }
@@ -259,38 +138,30 @@ struct Job {
 class Pool {
 public:
     // False where the pool is taken, or better left alone.
-    bool run(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool backwards) noexcept {
-        if (resting() || taken_.exchange(true, std::memory_order_acquire)) return false;
+    bool run(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool reverse, std::ptrdiff_t bytes) noexcept {
+        if (backing_off() || taken_.exchange(true, std::memory_order_acquire)) return false;
         if (threads > units) threads = static_cast<int>(units);
         const int helpers = grow(threads - 1);
         if (helpers == 0) {  // no thread could be started
             taken_.store(false, std::memory_order_release);
             return false;
         }
-        job_.set(unit, job, units, helpers + 1, backwards);
+        job_.set(unit, job, units, helpers + 1, reverse);
         state_.store(OPEN | static_cast<std::uint64_t>(helpers) << LIMIT, std::memory_order_release);
         calls_.fetch_add(1, std::memory_order_seq_cst);
 
         const auto start = Clock::now();
-        std::ptrdiff_t mine = 0;
         const int team = 1 + workers() - sleepers_.load(std::memory_order_seq_cst);
-        if (team <= helpers) {
-            std::int64_t to_share = INT64_MAX;
-            if (units > threads) {
-                mine = job_.claim(0, 1);
-                const std::int64_t earlier = start - last_end_ < SPIN ? not_shared_ : 0;
-                const std::int64_t left = units <= MANY ? units - 1 : MANY;
-                to_share = (Clock::now() - start).count() * left + earlier;
-            }
-            not_shared_ = wake(helpers, team, to_share) ? 0 : to_share;
-        }
-        mine += job_.claim(0);
+        const std::ptrdiff_t first = team <= helpers ? wake_for(units, bytes, helpers, team, start) : 0;
+        const auto woken = Clock::now();
+        const std::ptrdiff_t others = job_.claim(0), mine = first + others;
         const auto done = Clock::now();
+        if (team <= helpers && others > 0 && bytes > 0) learn_pace(done - woken, static_cast<double>(bytes) / units * others);
         state_.fetch_and(~OPEN, std::memory_order_seq_cst);
         wait_until_left(helpers);
         last_end_ = Clock::now();
         const auto waited = last_end_ - done;
-        if (waited > LONG_WAIT + (mine > 0 ? 2 * (done - start) / mine : done - start)) rest();
+        if (waited > LONG_WAIT + (mine > 0 ? 2 * (done - start) / mine : done - start)) back_off();
         taken_.store(false, std::memory_order_release);
         return true;
     }
@@ -310,20 +181,19 @@ private:
     alignas(64) std::atomic<std::uint32_t> calls_{0};
     std::atomic<bool> taken_{false};
     std::atomic<int> workers_{0};
-    std::atomic<std::int64_t> rest_until_{0};
-    std::atomic<std::int64_t> rest_length_{0};
+    std::atomic<std::int64_t> backoff_until_{0};
+    std::atomic<std::int64_t> backoff_length_{0};
 
     Job job_;  // the open one
     Clock::time_point last_end_{};
+    double pace_ = 0;              // of callers without workers, in nanoseconds for a byte; 0 until it was measured
     std::int64_t not_shared_ = 0;  // time of calls up to then that might have been shared with workers that slept
 
     struct alignas(64) Worker {
         Sleeper sleeper;
-        std::atomic<int> thread{0};            // the system's number of it
+        std::atomic<int> thread{0};             // the system's number of it
         std::atomic<std::int64_t> woken_at{0};  // 0 once it runs
-#if defined(__linux__)
-        Cores given;  // by the pool, or by whoever made it
-#endif
+        Cores given;                            // by the pool, or by whoever made it
     };
 
     Worker worker_[MOST_WORKERS];
@@ -354,15 +224,30 @@ private:
         while (!empty()) caller_.sleep_unless([this] { return empty(); });
     }
 
+    // Wake workers for a job, or not: by the pace of earlier calls, or where that says no, by one unit that is run first.
+    // Return how many that were.
+    std::ptrdiff_t wake_for(std::ptrdiff_t units, std::ptrdiff_t bytes, int helpers, int team, Clock::time_point start) noexcept {
+        const bool one_each = units <= helpers + 1;
+        if (wake(helpers, team, one_each ? INT64_MAX : static_cast<std::int64_t>(pace_ * static_cast<double>(bytes)))) {
+            not_shared_ = 0;
+            return 0;
+        }
+        const std::ptrdiff_t first = job_.claim(0, 1);
+        const std::int64_t earlier = start - last_end_ < SPIN ? not_shared_ : 0;
+        const std::int64_t to_share = (Clock::now() - start).count() * ((units <= MANY ? units : MANY) - 1) + earlier;
+        not_shared_ = wake(helpers, team, to_share) ? 0 : to_share;
+        if (not_shared_ != 0) {  // what was measured was measured at a bad time, perhaps: forget it little by little
+            forget(wake_cost_, Time(WAKE_COST).count());
+            forget(wake_delay_, Time(WAKE_DELAY).count());
+        }
+        return first;
+    }
+
     // Wake workers for a job of so many helpers, of whom team - 1 are awake, as long as there is enough to share; false
     // where there is too little for any.
     bool wake(int helpers, int team, std::int64_t to_share) noexcept {
-        const std::int64_t cost = wake_cost(), delay = wake_delay(), worth = WORTH * (cost + delay);
-        if (to_share / team < worth) {  // forget what was measured, little by little: it may have been a bad time
-            const std::int64_t first = Time(WAKE_DELAY).count();
-            if (delay > first) wake_delay_.store(delay - (delay - first) / 16 - 1, std::memory_order_relaxed);
-            return false;
-        }
+        const std::int64_t worth = WORTH * (wake_cost() + wake_delay());
+        if (to_share / team < worth) return false;
         const Steering steering(helpers);
         if (steering.bound()) return true;
         team = 1;  // counted again, with those that were woken and do not run yet
@@ -371,7 +256,7 @@ private:
             Worker& worker = worker_[i];
             if (!worker.sleeper.asleep()) continue;
             const std::int64_t before = ticks();
-            steering.apply(worker);
+            steering.apply(worker.thread.load(std::memory_order_relaxed), worker.given);
             worker.woken_at.store(before, std::memory_order_relaxed);
             if (!worker.sleeper.wake()) continue;
             learn(wake_cost_, ticks() - before);
@@ -380,65 +265,31 @@ private:
         return true;
     }
 
-    // A running mean, of which threads may lose each other's part.
+    // Nanoseconds for a byte: the least of late, so that nobody is woken in vain by a call that takes less.
+    void learn_pace(Time took, double bytes) noexcept {
+        const double pace = static_cast<double>(took.count()) / bytes;
+        pace_ = pace_ == 0 || pace < pace_ ? pace : pace_ + (pace - pace_) / 16;
+    }
+
+    // A running mean, of which threads may lose each other's part. One sample moves it by an eighth at most: a caller that
+    // was descheduled while it woke says nothing about waking.
     static void learn(std::atomic<std::int64_t>& mean, std::int64_t sample) noexcept {
-        if (sample > Time(LONGEST_DELAY).count()) sample = Time(LONGEST_DELAY).count();
         const std::int64_t before = mean.load(std::memory_order_relaxed);
+        if (sample > 2 * before) sample = 2 * before;
         mean.store(before + (sample - before) / 8, std::memory_order_relaxed);
     }
 
-#if defined(__linux__)
-    // Where workers are to wake: on the cores that the caller may use, but its own.
-    class Steering {
-    public:
-        explicit Steering(int helpers) noexcept {
-            works_ = allowed_.read(0);
-            wanted_ = allowed_;
-            const int core = sched_getcpu();
-            if (!works_ || core < 0 || core >= Cores::MOST) return;
-            Cores others = allowed_;
-            others.leave_out(core);
-            if (others.count() < helpers) return;
-            wanted_ = others;
-            const Siblings& siblings = Siblings::of(core);
-            for (int i = 0; i < siblings.count; ++i) others.leave_out(siblings.core[i]);
-            if (others.count() >= helpers) wanted_ = others;
-        }
-
-        // Whether the caller may use one core only.
-        bool bound() const noexcept { return works_ && allowed_.count() == 1; }
-        void apply(Worker& worker) const noexcept { move(worker, wanted_); }
-        void undo(Worker& worker) const noexcept { move(worker, allowed_); }
-
-    private:
-        Cores allowed_;
-        Cores wanted_;
-        bool works_;
-
-        // Cores that are neither all of the caller's, nor what the pool gave as far as they are still allowed, are
-        // somebody else's choice.
-        void move(Worker& worker, const Cores& to) const noexcept {
-            const int thread = worker.thread.load(std::memory_order_relaxed);
-            Cores now;
-            if (!works_ || thread == 0 || !now.read(thread) || now == to) return;
-            if (!(now == allowed_) && !((now & allowed_) == (worker.given & allowed_))) return;
-            if (to.give(thread)) worker.given = to;
-        }
-    };
-#else
-    struct Steering {
-        explicit Steering(int) noexcept {}
-        bool bound() const noexcept { return false; }
-        void apply(Worker&) const noexcept {}
-        void undo(Worker&) const noexcept {}
-    };
-#endif
+    static void forget(std::atomic<std::int64_t>& mean, std::int64_t first) noexcept {
+        const std::int64_t before = mean.load(std::memory_order_relaxed);
+        if (before > first) mean.store(before - (before - first) / 16 - 1, std::memory_order_relaxed);
+    }
 
     // The caller is about to sleep, and a worker may have lost its own core to another process.
     void give_cores(int helpers) noexcept {
         const Steering steering(helpers);
         for (int i = 0, count = workers(); i < count; ++i)
-            if (!worker_[i].sleeper.asleep()) steering.undo(worker_[i]);
+            if (Worker& worker = worker_[i]; !worker.sleeper.asleep())
+                steering.undo(worker.thread.load(std::memory_order_relaxed), worker.given);
     }
 
     // Start workers until there are `wanted`; return how many there are, at most `wanted`.
@@ -451,9 +302,7 @@ private:
         pthread_sigmask(SIG_SETMASK, &all, &old);
         try {
             for (; count < wanted; ++count) {
-#if defined(__linux__)
                 if (!worker_[count].given.read(0)) worker_[count].given = Cores{};
-#endif
                 std::thread(&Pool::work, this, count).detach();
             }
         } catch (...) {  // no more threads, or no memory for them: fewer will do
@@ -490,7 +339,7 @@ private:
             }
             const auto now = Clock::now();
             if (now - last > DESCHEDULED) {
-                rest();
+                back_off();
                 break;
             }
             last = now;
@@ -502,19 +351,19 @@ private:
         if (const std::int64_t woken = self.woken_at.load(std::memory_order_relaxed)) learn(wake_delay_, ticks() - woken);
     }
 
-    bool resting() const noexcept {
-        const std::int64_t until = rest_until_.load(std::memory_order_relaxed);
+    bool backing_off() const noexcept {
+        const std::int64_t until = backoff_until_.load(std::memory_order_relaxed);
         return until != 0 && ticks() < until;
     }
 
-    void rest() noexcept {
-        const std::int64_t now = ticks(), until = rest_until_.load(std::memory_order_relaxed);
-        std::int64_t length = rest_length_.load(std::memory_order_relaxed);
+    void back_off() noexcept {
+        const std::int64_t now = ticks(), until = backoff_until_.load(std::memory_order_relaxed);
+        std::int64_t length = backoff_length_.load(std::memory_order_relaxed);
         if (now < until) return;
-        length = until == 0 || now - until > 4 * length ? Time(FIRST_REST).count() : 2 * length;
-        if (length > Time(LAST_REST).count()) length = Time(LAST_REST).count();
-        rest_length_.store(length, std::memory_order_relaxed);
-        rest_until_.store(now + length, std::memory_order_relaxed);
+        length = until == 0 || now - until > 4 * length ? Time(FIRST_BACKOFF).count() : 2 * length;
+        if (length > Time(LAST_BACKOFF).count()) length = Time(LAST_BACKOFF).count();
+        backoff_length_.store(length, std::memory_order_relaxed);
+        backoff_until_.store(now + length, std::memory_order_relaxed);
     }
 };
 
@@ -524,11 +373,11 @@ void run_member(void* data, int member) {
     job->claim(member % job->ranges);
 }
 
-void run_on(const Host& host, unit_fn unit, void* data, std::ptrdiff_t units, int threads, bool backwards) noexcept {
+void run_on(const Host& host, unit_fn unit, void* data, std::ptrdiff_t units, int threads, bool reverse) noexcept {
     if (threads > MOST_WORKERS + 1) threads = MOST_WORKERS + 1;
     if (threads > units) threads = static_cast<int>(units);
     Job job;
-    job.set(unit, data, units, threads, backwards);
+    job.set(unit, data, units, threads, reverse);
     host.run(host.team, threads, run_member, &job);
     job.claim(0);
 }
@@ -548,72 +397,15 @@ Pool* pool() noexcept {
     return found;
 }
 
-// Scratch memory: a header of a cache line, and `size` bytes that a kernel may use. It is kept under a key of its thread
-// and not in a thread_local variable, for whose destructor the C library ends the process when there is no memory.
-struct alignas(64) Scratch {
-    std::size_t size;
-    unsigned releases;  // how many there had been when it was made
-};
-constexpr std::size_t SCRATCH_STEP = 64 << 10;
-constexpr std::size_t SCRATCH_KEPT = 1 << 20;  // more than this goes back after each call
-
-std::atomic<unsigned> releases{0};
-
-void free_scratch(void* memory) { std::free(memory); }
-
-struct ScratchKey {
-    pthread_key_t key{};
-    const bool made = pthread_key_create(&key, free_scratch) == 0;
-
-    Scratch* get() const noexcept { return made ? static_cast<Scratch*>(pthread_getspecific(key)) : nullptr; }
-    bool set(Scratch* mine) const noexcept { return made && pthread_setspecific(key, mine) == 0; }
-    void clear() const noexcept {
-        std::free(get());
-        set(nullptr);
-    }
-};
-const ScratchKey scratch_key;
-
 }  // namespace
 
-void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool backwards, const Host* host) noexcept {
+void parallel(unit_fn unit, void* job, std::ptrdiff_t units, int threads, bool reverse, std::ptrdiff_t bytes, const Host* host) noexcept {
     const bool shared = threads > 1 && units > 1;
     const FloatMode mode;
-    if (shared && host != nullptr) return run_on(*host, unit, job, units, threads, backwards);
+    if (shared && host != nullptr) return run_on(*host, unit, job, units, threads, reverse);
     Pool* p = shared ? pool() : nullptr;
-    if (p != nullptr && p->run(unit, job, units, threads, backwards)) return;
-    for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, backwards ? units - 1 - i : i);
-}
-
-void* scratch(std::size_t bytes) noexcept {
-    Scratch* mine = scratch_key.get();
-    const unsigned now = releases.load(std::memory_order_relaxed);
-    if (mine == nullptr || mine->size < bytes || mine->releases != now) {
-        scratch_key.clear();
-        if (bytes > SIZE_MAX - SCRATCH_STEP - sizeof(Scratch)) return nullptr;
-        const std::size_t size = (bytes + SCRATCH_STEP - 1) / SCRATCH_STEP * SCRATCH_STEP;
-        void* memory = std::aligned_alloc(alignof(Scratch), sizeof(Scratch) + size);
-        if (memory == nullptr) return nullptr;
-        mine = new (memory) Scratch{size, now};
-        if (!scratch_key.set(mine)) {
-            std::free(memory);
-            return nullptr;
-        }
-    }
-    return mine + 1;
-}
-
-void end_scratch() noexcept {
-    const Scratch* mine = scratch_key.get();
-    if (mine != nullptr && mine->size > SCRATCH_KEPT) scratch_key.clear();
-}
-
-std::size_t release_scratch() noexcept {
-    releases.fetch_add(1, std::memory_order_relaxed);
-    const Scratch* mine = scratch_key.get();
-    const std::size_t size = mine == nullptr ? 0 : mine->size;
-    scratch_key.clear();
-    return size;
+    if (p != nullptr && p->run(unit, job, units, threads, reverse, bytes)) return;
+    for (std::ptrdiff_t i = 0; i < units; ++i) unit(job, reverse ? units - 1 - i : i);
 }
 
 int workers() noexcept {
@@ -630,7 +422,7 @@ Waking waking() noexcept {
     Pool* p = the_pool.load(std::memory_order_acquire);
     const Time cost = p == nullptr ? WAKE_COST : Time(p->wake_cost()), delay = p == nullptr ? WAKE_DELAY : Time(p->wake_delay());
     using Seconds = std::chrono::duration<double>;
-    return {Seconds(cost).count(), Seconds(delay).count()};
+    return {Seconds(cost).count(), Seconds(delay).count(), WORTH * Seconds(cost + delay).count()};
 }
 
 }  // namespace fastbn

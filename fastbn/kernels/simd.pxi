@@ -23,14 +23,14 @@ a) Two patterns. *Planes* (ncsp): each channel of each image is a run of `inner`
    channels, each channel a column. Rows whose number of channels does not fill whole blocks are gathered, several to
    one long row (`repeats`), so that only the last row of the array has a tail.
 
-b) Four operations, two kinds. `Stats` and `GradSums` reduce to two sums per channel; `Normalize` and `InputGradient`
+b) Four operations, two kinds. `Stats` and `GradSums` reduce to two sums per channel; `Normalize` and `GradInput`
    map to an output. So there are four loops over elements: `sum_planes`, `sum_columns`, `map_planes`, `map_columns`.
-   What is summed or mapped stands in `accumulate` and `mapped`. An operation with an activation or a residual is an
-   `Active` one. Which activation it is, is decided block by block, which costs next to nothing.
+   What is summed or mapped stands in `accumulate` and `mapped`. An operation with an activation or a residual is a
+   `Fused` one. Which activation it is, is decided block by block, which costs next to nothing.
 
 c) Sums run over fixed tiles that depend on the shape alone, in the lanes of one block (block.hpp), and are merged in
    double in a fixed order: the same bits for any number of threads. Statistics are sums of x - k and (x - k)^2, where
-   the shift k is the mean of a sample of the tile. M2 = sum (x - k)^2 - (sum (x - k))^2 / n loses digits where k is far
+   the pivot k is the mean of a sample of the tile. M2 = sum (x - k)^2 - (sum (x - k))^2 / n loses digits where k is far
    from the mean: a tile where it turns out to be more than a deviation away is summed again, around the mean that was
    found; so is one channel in 10,000 for exponential data. The mean of the sample is added in pairs, so that constant
    data give exactly zero; it is rounded to an element of the sample plus a number of few bits, so that data in a few
@@ -60,7 +60,7 @@ from libc.string cimport memchr, memcpy, memset
 
 from fastbn.kernels._call cimport DONE, LEFT, NO_MEMORY, Activation, Call, Dtype, Kernels, Running, Status
 from fastbn.kernels._plan cimport (
-    BLOCK, CHAIN, COLUMNS, LINE, MAP_ROWS, PLANES, TILE_ROWS, Plan, Task, Tiles, Units, is_staged, make_plan, up
+    BLOCK, CHAIN, COLUMNS, LINE, MAP_ROWS, PLANES, TILE_ROWS, Plan, Task, Tiles, Units, div_up, is_staged, make_plan
 )
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, parallel, scratch, unit_fn
 

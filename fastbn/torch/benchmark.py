@@ -1,4 +1,4 @@
-"""What `enable` brings to one's own model."""
+"""What `enable` and `convert` bring to one's own model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbn.torch.conversion import convert
 from fastbn.torch.graph import check
 from fastbn.torch.override import either, report
 
-OPERATORS = ("aten::native_batch_norm", "aten::native_batch_norm_backward")
+OPERATORS = tuple(f"{kind}batch_norm{way}" for kind in ("aten::native_", "fastbn::") for way in ("", "_forward", "_backward"))
 SIDES = ("torch", "fastbn")
 TURN = 3  # steps of one side in a row, of which the first does not count: it finds the other's data in the caches
 LEAST = 3  # turns of each side
@@ -70,10 +71,10 @@ class Benchmark(NamedTuple):
         return "\n".join(lines)
 
 
-def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, **named: Any) -> Benchmark:
+def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool = False, **named: Any) -> Benchmark:
     """Time a model without fastbn and with it, in turns.
 
-    A copy of the model runs: in training mode a step is a forward and a backward from the mean of what it returns, in evaluation
+    Copies of the model run: in training mode a step is a forward and a backward from the mean of what it returns, in evaluation
     mode a call without gradients. While it runs, batch norm in other threads changes between the two, too.
 
     Parameters
@@ -83,6 +84,9 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, **named: An
         What the model is called with.
     seconds : float
         For the timing; a few steps are taken in any case.
+    fuse : bool
+        The copy that runs with fastbn is converted, too, as by `convert`. What batch norm takes then has the sums and
+        activations that run with it; compare the steps.
 
     Returns
     -------
@@ -109,23 +113,26 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, **named: An
     check(model)
     if not seconds >= 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
-    step = _step(copy.deepcopy(model), inputs, named)
+    twins = {side: copy.deepcopy(model) for side in SIDES}
+    if fuse:
+        convert(twins["fastbn"])
+    steps = {side: _step(twins[side], inputs, named) for side in SIDES}
     samples: dict[str, list[float]] = {side: [] for side in SIDES}
     spent: dict[str, float] = {}
     with either() as choose:
         for side in SIDES:
             choose(side == "fastbn")
             before = report().declined
-            step()  # everything is new
+            steps[side]()  # everything is new
             declined = {key: float(count - before.get(key, 0)) for key, count in report().declined.items() if count != before.get(key, 0)}
         end = perf_counter() + seconds
         while len(samples["fastbn"]) < LEAST * (TURN - 1) or perf_counter() < end:
             for side in SIDES:
                 choose(side == "fastbn")
-                samples[side] += list(_times(step, TURN))[1:]
+                samples[side] += list(_times(steps[side], TURN))[1:]
         for side in SIDES:
             choose(side == "fastbn")
-            spent[side] = _profiled(step)
+            spent[side] = _profiled(steps[side])
     noise = max((high - low) / 2 / middle for low, middle, high in (quantiles(times, n=4) for times in samples.values()))
     medians = {side: 1000 * median(times) for side, times in samples.items()}
     return Benchmark(medians, spent, noise, len(samples["fastbn"]), declined)

@@ -514,8 +514,10 @@ bool read_mask(Slot slot, bool (&wanted)[3]) noexcept {
 }
 
 // grad_out, input, weight?, running_mean?, running_var?, save_mean?, save_invstd?, train, eps, output_mask
-// `of_residual` is whether the gradient of the residual is wanted; without an activation it is dy.
-Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after = {}, Tensor its_bias = nullptr, bool of_residual = false) noexcept {
+// `of_residual` is whether the gradient of the residual is wanted; without an activation it is dy. `from_output` is whether
+// the input is what the activation made of it.
+Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after = {}, Tensor its_bias = nullptr, bool of_residual = false,
+                    bool from_output = false) noexcept {
     const FloatMode mode;
     Input x;
     View dy;
@@ -563,7 +565,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after = {}, Te
     if (wanted[2] && !dbias.make(p, false)) return MEMORY;
     call.dweight = dweight.data, call.dbias = dbias.data;
     if (after.activation.kind != IDENTITY) {
-        call.activation = after.activation;
+        call.activation = after.activation, call.from_output = from_output;
         if (!p.read(bias, call.bias)) return MEMORY;
         if (after.residual != nullptr) call.residual = x.ordered(after.residual, x.lies_like(after.view), copy_of_residual);
         if (of_residual && x.make_like(dresidual)) call.dresidual = writable_memory_of(dresidual.tensor);
@@ -644,12 +646,12 @@ void own_forward(Slot* stack, std::uint64_t, std::uint64_t) {
     for (int i = 0; i < 3; ++i) stack[i] = reinterpret_cast<Slot>(attempt.results[i]);
 }
 
-// fastbn::batch_norm_backward: as native_batch_norm_backward, then bias?, residual?, activation, parameter, of_residual
+// fastbn::batch_norm_backward: as native_batch_norm_backward, then bias?, residual?, activation, parameter, of_residual, from_output
 void own_backward(Slot* stack, std::uint64_t, std::uint64_t) {
     Attempt attempt{};
     attempt.operation = bool_in(stack[7]) ? BACKWARD : FROZEN_BACKWARD;
     const Epilogue after{optional_in(stack[11]), activation_in(stack[12], stack[13])};
-    const Answer answer = try_backward(stack, attempt, after, optional_in(stack[10]), bool_in(stack[14]));
+    const Answer answer = try_backward(stack, attempt, after, optional_in(stack[10]), bool_in(stack[14]), bool_in(stack[15]));
     attempt.count(answer);
     delete_tensor(stack[0]), delete_tensor(stack[1]);
     for (int i : {2, 3, 4, 5, 6, 10, 11}) delete_optional(stack[i]);
@@ -664,7 +666,7 @@ constexpr const char* OWN_FORWARD =
 constexpr const char* OWN_BACKWARD =
     "batch_norm_backward(Tensor grad_out, Tensor input, Tensor? weight, Tensor? running_mean, Tensor? running_var, Tensor? save_mean, "
     "Tensor? save_invstd, bool training, float eps, bool[3] output_mask, Tensor? bias, Tensor? residual, int activation, "
-    "float parameter, bool of_residual) -> (Tensor, Tensor, Tensor, Tensor)";
+    "float parameter, bool of_residual, bool from_output) -> (Tensor, Tensor, Tensor, Tensor)";
 
 void leave_team() { in_child.store(true, std::memory_order_relaxed); }
 

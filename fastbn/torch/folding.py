@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastbn.torch.deferred import settle
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.graph import Graph, check, is_batch_norm, norms, trace
+from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+OWN_HOOKS = (stay_frozen, settle)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
@@ -50,9 +53,9 @@ class Rows(nn.Identity):
         return input
 
 
-def _changed(layer: nn.Module) -> str:
+def changed(layer: nn.Module) -> str:
     """Why a layer is not what its class says, or nothing."""
-    hooks = [*layer._forward_hooks.values(), *(h for h in layer._forward_pre_hooks.values() if h is not stay_frozen)]
+    hooks = [h for h in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()) if h not in OWN_HOOKS]
     if hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return "has hooks"
     if is_parametrized(layer):
@@ -90,6 +93,8 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
         return "", "it has no running statistics"
     if nn.parameter.is_lazy(layer.running_mean):
         return "", "it was never called"
+    if why := unusual(layer):
+        return "", why
     if inference and layer.training and stay_frozen not in layer._forward_pre_hooks.values():
         return "", "it is in training mode"
     if place.calls == 0:
@@ -98,7 +103,7 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
         return "", "it is shared by several calls"
     if graph.reads(path):
         return "", "the model's code reads its tensors"
-    if why := _changed(layer):
+    if why := changed(layer):
         return "", f"it {why}"
     for other, backwards in ((place.before, False), (place.after, True)):
         if not other:
@@ -119,7 +124,7 @@ def _refuses(other: Any, path: str, layer: Any, graph: Graph, backwards: bool, a
         return f"the {kind} {'after' if backwards else 'before'} it is shared by several calls"
     if graph.reads(path):
         return f"the model's code reads the weights of the {kind} beside it"
-    if why := _changed(other):
+    if why := changed(other):
         return f"the {kind} beside it {why}"
     if backwards:
         if type(other) not in CONVOLUTIONS:

@@ -6,12 +6,16 @@ model's own Python code, with stand-ins for tensors.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+CONVERTED = "_fastbn_converted"  # of the class of a converted layer: the class that the layer had
 
 
 def check(model: object) -> None:
@@ -65,9 +69,93 @@ class Graph(NamedTuple):
         return any(tensor.startswith(f"{path}.") for tensor in self.read)
 
 
+class Part(NamedTuple):
+    """A part of a model that torch.fx can trace.
+
+    Attributes
+    ----------
+    module : Module
+    prefix : str
+        What stands before the names of its modules.
+    nodes : list of Node
+        In the order in which they run.
+    stored : set of Node
+        Those whose output the model's code keeps in a module.
+    """
+
+    module: nn.Module
+    prefix: str
+    nodes: list[fx.Node]
+    stored: set[fx.Node]
+
+
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else an operation in place would be done
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Undo what the model's code does to its modules, and to torch's random numbers."""
+    values = (value for m in model.modules() for value in (m.__dict__, *m.__dict__.values()))
+    own: list[Any] = [value for value in values if isinstance(value, list | dict | set)]
+    before = [list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value) for value in own]
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        for value, content in zip(own, before, strict=True):
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
+
+
+def _stored(model: nn.Module) -> set[fx.Node]:
+    """Nodes whose output stands in a module after tracing."""
+    found = set()
+    for module in model.modules():
+        for value in module.__dict__.values():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else (value,)
+            found |= {item.node for item in items if isinstance(item, fx.Proxy)}
+    return found
+
+
+def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part | None:
+    """The graph of a module, or None if it cannot be traced.
+
+    Parameters
+    ----------
+    part : Module
+    prefix : str
+        What stands before the names of its modules.
+    defaults : bool
+        Where it cannot be traced, try again with what optional arguments are by default.
+    """
+    optional = {}
+    if defaults:
+        parameters = inspect.signature(part.forward).parameters.values()
+        optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for concrete in [None, optional] if optional else [None]:
+        with _untouched(part):
+            try:
+                nodes = list(_Tracer().trace(part, concrete).nodes)
+            except Exception:  # noqa: S112  the model's own code, which was not written for stand-ins, may raise anything
+                continue
+            return Part(part, prefix, nodes, _stored(part))
+    return None
+
+
+def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Part]:
+    """The largest parts of a model that can be traced and have normalization layers."""
+    if not any(True for _ in norms(model)) or isinstance(model, _NormBase):
+        return
+    part = traced(model, prefix, defaults=defaults)
+    if part is not None:
+        yield part
+        return
+    for name, child in model.named_children():
+        yield from parts(child, f"{prefix}{name}.", defaults=defaults)
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -87,30 +175,22 @@ def trace(model: nn.Module) -> Graph:
     whole = Graph({}, {}, set())
     if isinstance(model, _NormBase):
         whole.places[""] = Place(1, before_is="the input", after_is="the output")
-    _trace(model, "", whole)
+    for part in parts(model):
+        _read(part, whole)
     return Graph({path: whole.places.get(path, Place()) for path, _ in norms(model)}, whole.calls, whole.read)
 
 
-def _trace(part: nn.Module, prefix: str, whole: Graph) -> None:
-    if not any(True for _ in norms(part)) or isinstance(part, _NormBase):
-        return
-    try:
-        graph = _Tracer().trace(part)
-    except Exception:  # the model's own code, which was not written for stand-ins, may raise anything
-        for name, child in part.named_children():
-            _trace(child, f"{prefix}{name}.", whole)
-        return
-    nodes = list(graph.nodes)
-    for node in nodes:
+def _read(part: Part, whole: Graph) -> None:
+    for node in part.nodes:
         if node.op == "call_module":
-            path = prefix + str(node.target)
+            path = part.prefix + str(node.target)
             whole.calls[path] = whole.calls.get(path, 0) + 1
         elif node.op == "get_attr":
-            whole.read.add(prefix + str(node.target))
-    for node in nodes:
-        if node.op == "call_module" and isinstance(part.get_submodule(str(node.target)), _NormBase):
-            path = prefix + str(node.target)
-            whole.places[path] = _place(part, node, prefix, whole.calls[path])
+            whole.read.add(part.prefix + str(node.target))
+    for node in part.nodes:
+        if node.op == "call_module" and isinstance(part.module.get_submodule(str(node.target)), _NormBase):
+            path = part.prefix + str(node.target)
+            whole.places[path] = _place(part.module, node, part.prefix, whole.calls[path])
 
 
 def _place(part: nn.Module, node: fx.Node, prefix: str, calls: int) -> Place:

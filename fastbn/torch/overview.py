@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,12 @@ from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import check, norms, trace
 
 DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Layer(NamedTuple):
@@ -70,10 +77,8 @@ class Summary(tuple[Layer, ...]):
             return "the model has no normalization layers"
         header = "path", "kind", "channels", "eps", "momentum", "mode", "running variance", "dead", "before", "after", "in inference"
         rows = [header, *(layer.cells() for layer in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         can = sum(layer.fold.startswith("folds") for layer in self)
-        return "\n".join([*lines, f"{len(self)} layers, {sum(layer.channels for layer in self)} channels, {can} can be folded"])
+        return "\n".join([*table(rows), f"{len(self)} layers, {sum(layer.channels for layer in self)} channels, {can} can be folded"])
 
 
 def summary(model: nn.Module) -> Summary:

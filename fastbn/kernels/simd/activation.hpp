@@ -77,7 +77,7 @@ template <class R, class C, int n> inline R polynomial(const C (&coefficients)[n
 
 template <class R> inline R magnitude(R z) { return (R)((integers<R>)z & ~(integers<R>)all<R>(-0.0)); }
 template <class R> inline R with_sign(R a, R sign) { return (R)((integers<R>)a | ((integers<R>)sign & (integers<R>)all<R>(-0.0))); }
-template <class R> inline R within(double bound, R z) { return smaller(all<R>(bound), larger(all<R>(-bound), z)); }
+template <class R> inline R within(double bound, R z) { return min(all<R>(bound), max(all<R>(-bound), z)); }
 
 // exp(y) as a product of 2^(n + lift) and 2^-lift (1 + y - n ln(2) + ...), where 2^(n + lift) is a normal number.
 template <int lift, class R> inline R exponential(R y) {
@@ -93,7 +93,7 @@ template <int lift, class R> inline R exponential(R y) {
 // 1 + exp(-z): infinite where the exponential overflows.
 template <class R> inline R one_and_exp(R z) {
     using K = Constants<R>;
-    return 1 + exponential<-K::lift>(smaller(all<R>(K::infinite), larger(all<R>(K::invisible), -z)));
+    return 1 + exponential<-K::lift>(min(all<R>(K::infinite), max(all<R>(K::invisible), -z)));
 }
 
 // The logistic function of z, and of -z.
@@ -110,7 +110,7 @@ template <class R> inline Logistic<R> logistic(R z) {
 template <class R> inline R hyperbolic_tangent(R z) {
     const R a = magnitude(z), square = a * a;
     const R small = multiply_add(a * square, polynomial(Constants<R>::tanh, square), a);
-    return with_sign(choose(a > all<R>(0.55), 1 - 2 / one_and_exp(a * -2), small), z);
+    return with_sign(select(a > all<R>(0.55), 1 - 2 / one_and_exp(a * -2), small), z);
 }
 
 // The standard normal distribution up to z, and its density there.
@@ -120,10 +120,10 @@ template <class R> struct Normal {
 
 template <class R> inline Normal<R> normal(R z) {
     using K = Constants<R>;
-    const R a = smaller(all<R>(K::farthest), magnitude(z));
+    const R a = min(all<R>(K::farthest), magnitude(z));
     const R e = exponential<K::lift>(a * a * all<R>(-0.5));
     const R tail = polynomial(K::tail, 1 / (a + K::away)) * e;
-    return {choose(z > 0, 1 - tail, tail), e * all<R>(0.3989422804014327)};
+    return {select(z > 0, 1 - tail, tail), e * all<R>(0.3989422804014327)};
 }
 
 // gelu with a tanh in place of the error function is z logistic(2u), u = sqrt(2 / pi) (z + 0.044715 z^3).

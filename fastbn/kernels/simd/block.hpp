@@ -62,12 +62,12 @@ template <class T> struct Block {
         return own;
     }
 
-    INLINE static Block activated(Block z, const Activation& f) {
+    INLINE static Block activation_forward(Block z, const Activation& f) {
         switch (f.kind) {
             case IDENTITY: break;
-            case RELU: FOR_REGISTERS z.r[i] = larger(R{}, z.r[i]); break;
-            case RELU6: FOR_REGISTERS z.r[i] = larger(R{}, smaller(all<R>(6), z.r[i])); break;
-            case LEAKY_RELU: FOR_REGISTERS z.r[i] = choose(z.r[i] > 0, z.r[i], z.r[i] * (C)f.parameter); break;
+            case RELU: FOR_REGISTERS z.r[i] = max(R{}, z.r[i]); break;
+            case RELU6: FOR_REGISTERS z.r[i] = max(R{}, min(all<R>(6), z.r[i])); break;
+            case LEAKY_RELU: FOR_REGISTERS z.r[i] = select(z.r[i] > 0, z.r[i], z.r[i] * (C)f.parameter); break;
             case HARDSWISH: FOR_REGISTERS z.r[i] = z.r[i] * (ramp(z.r[i]) * all<R>(1.0 / 6)); break;
             default: z = smooth(z, f, false);
         }
@@ -75,16 +75,16 @@ template <class T> struct Block {
     }
 
     // dy times the derivative of the activation at z.
-    INLINE static Block through(Block dy, Block z, const Activation& f) {
+    INLINE static Block activation_backward(Block dy, Block z, const Activation& f) {
         switch (f.kind) {
             case IDENTITY: break;
-            case RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] <= 0, R{}, dy.r[i]); break;
-            case RELU6: FOR_REGISTERS dy.r[i] = choose((z.r[i] <= 0) | (z.r[i] >= 6), R{}, dy.r[i]); break;
-            case LEAKY_RELU: FOR_REGISTERS dy.r[i] = choose(z.r[i] > 0, dy.r[i], dy.r[i] * (C)f.parameter); break;
+            case RELU: FOR_REGISTERS dy.r[i] = select(z.r[i] <= 0, R{}, dy.r[i]); break;
+            case RELU6: FOR_REGISTERS dy.r[i] = select((z.r[i] <= 0) | (z.r[i] >= 6), R{}, dy.r[i]); break;
+            case LEAKY_RELU: FOR_REGISTERS dy.r[i] = select(z.r[i] > 0, dy.r[i], dy.r[i] * (C)f.parameter); break;
             case HARDSWISH:
                 FOR_REGISTERS {
                     const R inside = dy.r[i] * multiply_add(z.r[i], all<R>(1.0 / 3), all<R>(0.5));
-                    dy.r[i] = choose(z.r[i] <= -3, R{}, choose(z.r[i] >= 3, dy.r[i], inside));
+                    dy.r[i] = select(z.r[i] <= -3, R{}, select(z.r[i] >= 3, dy.r[i], inside));
                 }
                 break;
             default: dy = dy * smooth(z, f, true);
@@ -93,12 +93,12 @@ template <class T> struct Block {
     }
 
     // What leaky_relu made y of; identity stays as it is.
-    INLINE static Block restored(Block y, const Activation& f) {
-        if (f.kind == LEAKY_RELU) FOR_REGISTERS y.r[i] = choose(y.r[i] > 0, y.r[i], y.r[i] / (C)f.parameter);
+    INLINE static Block activation_inverse(Block y, const Activation& f) {
+        if (f.kind == LEAKY_RELU) FOR_REGISTERS y.r[i] = select(y.r[i] > 0, y.r[i], y.r[i] / (C)f.parameter);
         return y;
     }
 
-    static R ramp(R z) { return larger(R{}, smaller(all<R>(6), z + 3)); }
+    static R ramp(R z) { return max(R{}, min(all<R>(6), z + 3)); }
 
     // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
     double total() const {
@@ -150,18 +150,18 @@ template <class T> struct Block {
         FOR_REGISTERS {
             const ptrdiff_t left = n - i * lanes;
             if (left >= lanes) fill.r[i] = widen(p + i * lanes);
-            else if (left > 0) fill.r[i] = join(widen_part(p + i * lanes, left), fill.r[i], left);
+            else if (left > 0) fill.r[i] = blend_first(widen_part(p + i * lanes, left), fill.r[i], left);
         }
         return fill;
     }
 
     // All ones in the last n < width lanes, zeros in the others.
-    static Block last_lanes(ptrdiff_t n) {
+    static Block tail_mask(ptrdiff_t n) {
         const R none = R{}, ones = (R)~(u32r)none;
         Block a;
         FOR_REGISTERS {
             const ptrdiff_t others = width() - n - i * lanes;
-            a.r[i] = join(none, ones, others < 0 ? 0 : others < lanes ? others : lanes);
+            a.r[i] = blend_first(none, ones, others < 0 ? 0 : others < lanes ? others : lanes);
         }
         return a;
     }
@@ -188,51 +188,51 @@ template <class T> struct Block {
     static double rounded(double value) { return (C)value; }
     static constexpr double largest() { return std::numeric_limits<C>::max(); }
 
-    // The shift of a tile, from the sums of two halves of a sample: their mean, of equal elements exactly that; rounded to
+    // The pivot of a tile, from the sums of two halves of a sample: their mean, of equal elements exactly that; rounded to
     // an element and about a hundredth of the deviation, by adding a number whose last bit is that, and taking it away.
     static constexpr C coarse = sizeof(C) == 8 ? 0x1p45 : 0x1p16;
-    template <class V> static V shift(V early, V late, V element, C share) {
+    template <class V> static V pivot(V early, V late, V element, C share) {
         const V large = (early - late) * coarse;
         return element + (((early + late) * share - element + large) - large);
     }
-    static Block shift(Block early, Block late, Block element, double share) {
-        FOR_REGISTERS early.r[i] = shift<R>(early.r[i], late.r[i], element.r[i], (C)share);
+    static Block pivot(Block early, Block late, Block element, double share) {
+        FOR_REGISTERS early.r[i] = pivot<R>(early.r[i], late.r[i], element.r[i], (C)share);
         return early;
     }
-    static Block lesser(Block a, Block b) {
-        FOR_REGISTERS a.r[i] = smaller(a.r[i], b.r[i]);
+    static Block minimum(Block a, Block b) {
+        FOR_REGISTERS a.r[i] = min(a.r[i], b.r[i]);
         return a;
     }
     // Of a sample of eight.
-    static double shift_at(const T* p, const ptrdiff_t* at) {
+    static double pivot_at(const T* p, const ptrdiff_t* at) {
         C e[8];
         for (int i = 0; i < 8; ++i) e[i] = widen_part(p + at[i], 1)[0];
-        const auto lesser = [](C a, C b) { return a < b ? a : b; };
-        return shift<C>((e[0] + e[1]) + (e[2] + e[3]), (e[4] + e[5]) + (e[6] + e[7]), lesser(lesser(e[0], e[2]), lesser(e[4], e[6])), 0.125);
+        const auto least = [](C a, C b) { return a < b ? a : b; };
+        return pivot<C>((e[0] + e[1]) + (e[2] + e[3]), (e[4] + e[5]) + (e[6] + e[7]), least(least(e[0], e[2]), least(e[4], e[6])), 0.125);
     }
 
     // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or it is exactly zero,
-    // and so is another sum. Around a small shift that sum may be zero because tiny terms, whose squares are zero, cancel.
+    // and so is another sum. Around a small pivot that sum may be zero because tiny terms, whose squares are zero, cancel.
     static constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25, small = sizeof(C) == 8 ? 1e-145 : 1e-14;
-    static bool in_range(double square, double other, double shift) {
-        return std::isfinite(square) && (std::fabs(square) >= tiny || (square == 0 && other == 0 && std::fabs(shift) >= small));
+    static bool in_range(double dot, double other, double pivot) {
+        return std::isfinite(dot) && (std::fabs(dot) >= tiny || (dot == 0 && other == 0 && std::fabs(pivot) >= small));
     }
     // In all lanes.
-    static bool in_range(Block square, Block other, Block shift) {
-        auto kept = square.r[0] == square.r[0];
+    static bool in_range(Block dot, Block other, Block pivot) {
+        auto fine = dot.r[0] == dot.r[0];
         FOR_REGISTERS {
-            const R size = larger(-square.r[i], square.r[i]);
-            const R far = larger(-shift.r[i], shift.r[i]);
-            kept &= (size <= std::numeric_limits<C>::max())
+            const R size = max(-dot.r[i], dot.r[i]);
+            const R far = max(-pivot.r[i], pivot.r[i]);
+            fine &= (size <= std::numeric_limits<C>::max())
                 & ((size >= (C)tiny) | ((size == 0) & (other.r[i] == 0) & (far >= (C)small)));
         }
-        return !any(~kept);
+        return !any(~fine);
     }
 
     // Whether sum^2 is within an allowance of the squares, in all lanes.
-    static bool is_near(Block sum, Block square, double allowance) {
-        auto near = square.r[0] == square.r[0];
-        FOR_REGISTERS near &= sum.r[i] * sum.r[i] <= square.r[i] * (C)allowance;
+    static bool is_near(Block sum, Block dot, double allowance) {
+        auto near = dot.r[0] == dot.r[0];
+        FOR_REGISTERS near &= sum.r[i] * sum.r[i] <= dot.r[i] * (C)allowance;
         return !any(~near);
     }
 
@@ -272,7 +272,7 @@ template <class T> struct Block {
         Block a = get(p, j);
         FOR_REGISTERS {
             const ptrdiff_t left = n - i * lanes;
-            a.r[i] = join(a.r[i], R{}, left < 0 ? 0 : left < lanes ? left : lanes);
+            a.r[i] = blend_first(a.r[i], R{}, left < 0 ? 0 : left < lanes ? left : lanes);
         }
         return a;
     }

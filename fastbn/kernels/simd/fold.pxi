@@ -7,7 +7,7 @@ cdef void merge_stats(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nog
     """Mean, M2 and the rest of the mean of channels first ... last, from the sums of their tiles."""
     cdef double* mean = job.first
     cdef double* m2 = job.second
-    cdef double* offset = job.low  # of the mean from the first shift; two near numbers have an exact difference
+    cdef double* offset = job.low  # of the mean from the first pivot; two near numbers have an exact difference
     cdef double n, e, hi, rest
     cdef Py_ssize_t tile, repeat, c, at
     for c in range(first, last):
@@ -18,7 +18,7 @@ cdef void merge_stats(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nog
         for repeat in range(job.repeats):
             at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
-                offset[c] += job.sums[at + c] + n * (job.shifts[at + c] - job.shifts[c])
+                offset[c] += job.sums[at + c] + n * (job.pivots[at + c] - job.pivots[c])
     for c in range(first, last):
         offset[c] /= job.count
     for tile in range(job.tiles):
@@ -26,13 +26,13 @@ cdef void merge_stats(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nog
         for repeat in range(job.repeats):
             at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
-                e = offset[c] - (job.shifts[at + c] - job.shifts[c])
-                m2[c] += job.squares[at + c] + e * (n * e - 2 * job.sums[at + c])
+                e = offset[c] - (job.pivots[at + c] - job.pivots[c])
+                m2[c] += job.dots[at + c] + e * (n * e - 2 * job.sums[at + c])
     for c in range(first, last):
         m2[c] = 0 if m2[c] < 0 else m2[c]
-        mean[c] = job.shifts[c] + offset[c]
-        hi = mean[c] - job.shifts[c]
-        rest = (job.shifts[c] - (mean[c] - hi)) + (offset[c] - hi)
+        mean[c] = job.pivots[c] + offset[c]
+        hi = mean[c] - job.pivots[c]
+        rest = (job.pivots[c] - (mean[c] - hi)) + (offset[c] - hi)
         offset[c] = rest if isfinite(rest) else 0
 
 
@@ -47,10 +47,10 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
             at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
                 job.first[c] += job.sums[at + c]
-                job.second[c] += job.squares[at + c]
+                job.second[c] += job.dots[at + c]
 
 
-cdef inline double fold_channel(Job[Map, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
+cdef inline double fold_channel(TypedCall[Map, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
     """Scale and shift of one channel; `composed.fold` is the same in NumPy. The result is the scale before it is rounded."""
     cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
     cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)
@@ -61,7 +61,7 @@ cdef inline double fold_channel(Job[Map, T]* job, Py_ssize_t c, double low, doub
     return scale
 
 
-cdef inline bint is_unusual(Job[Forward, T]* job, double m2, double invstd, double scale) noexcept nogil:
+cdef inline bint is_unusual(TypedCall[Forward, T]* job, double m2, double invstd, double scale) noexcept nogil:
     """Whether squares, differences or factors leave the range of a number; `extremes.are_usual` is the same in NumPy."""
     if T is double:  # what is not finite in any other type was so in x
         return not m2 < LARGE_M2 or invstd >= LARGE_INVSTD or fabs(scale) > Block[T].largest()
@@ -69,7 +69,7 @@ cdef inline bint is_unusual(Job[Forward, T]* job, double m2, double invstd, doub
         return m2 >= Block[T].largest() / 4 * (Block[T].largest() / 4) or fabs(scale) > Block[T].largest()
 
 
-cdef bint fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef bint fold_batch(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged statistics to the parameters of the map; whether the channels may be mapped."""
     cdef double high, low, scale, count = job.count, eps = job.eps
     cdef double* m2 = job.second
@@ -90,7 +90,7 @@ cdef bint fold_batch(Job[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) no
     return not unusual
 
 
-cdef void fold_gradient(Job[GradSums, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef void fold_gradient(TypedCall[GradSums, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged sums to the parameters of the map; `composed.input_gradient` is the same in NumPy."""
     cdef double low, invstd, g0, g1
     cdef Py_ssize_t c

@@ -40,7 +40,7 @@ template <class C> struct Register { using type = f32r; };
 template <> struct Register<double> { using type = f64r; };
 
 // A comparison is all ones where it holds; choose takes `a` there and `b` elsewhere.
-template <class R, class M> inline R choose(M mask, R a, R b) { return mask ? a : b; }
+template <class R, class M> inline R select(M mask, R a, R b) { return mask ? a : b; }
 
 template <class R> struct Unaligned { typedef R type __attribute__((aligned(1), may_alias)); };
 
@@ -60,7 +60,7 @@ template <class T> inline void copy_few(void* to, const void* from, ptrdiff_t n)
 // A float rounded to bf16, in the upper half of each lane; the lower is anything.
 inline u32r rounded_upper(f32r r) {
     const u32r bits = (u32r)r;
-    return choose(r != r, bits | 0x400000, bits + 0x7fff + ((bits >> 16) & 1));
+    return select(r != r, bits | 0x400000, bits + 0x7fff + ((bits >> 16) & 1));
 }
 
 // The first n of 16 lanes are all ones where reading starts at index 16 - n.

@@ -20,10 +20,10 @@ inline f64r multiply_add(f64r a, f64r b, f64r c) {
 }
 
 // a where it is smaller, or larger, and else b: b where one of them is NaN, or both are zeros. x86 has just that.
-inline f32r smaller(f32r a, f32r b) { return (f32r)_mm512_min_ps((__m512)a, (__m512)b); }
-inline f32r larger(f32r a, f32r b) { return (f32r)_mm512_max_ps((__m512)a, (__m512)b); }
-inline f64r smaller(f64r a, f64r b) { return (f64r)_mm512_min_pd((__m512d)a, (__m512d)b); }
-inline f64r larger(f64r a, f64r b) { return (f64r)_mm512_max_pd((__m512d)a, (__m512d)b); }
+inline f32r min(f32r a, f32r b) { return (f32r)_mm512_min_ps((__m512)a, (__m512)b); }
+inline f32r max(f32r a, f32r b) { return (f32r)_mm512_max_ps((__m512)a, (__m512)b); }
+inline f64r min(f64r a, f64r b) { return (f64r)_mm512_min_pd((__m512d)a, (__m512d)b); }
+inline f64r max(f64r a, f64r b) { return (f64r)_mm512_max_pd((__m512d)a, (__m512d)b); }
 
 // Whether a comparison holds in any lane.
 template <class M> inline bool any(M mask) {
@@ -80,7 +80,7 @@ inline f32r narrow_two(f32r a, f32r b, f16) {
 
 // -- the first n lanes of a, then those of b
 
-inline f32r join(f32r a, f32r b, ptrdiff_t n) {
+inline f32r blend_first(f32r a, f32r b, ptrdiff_t n) {
     return (f32r)_mm512_mask_blend_ps((__mmask16)((1u << n) - 1), (__m512)b, (__m512)a);
 }
 

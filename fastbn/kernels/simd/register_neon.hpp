@@ -20,8 +20,8 @@ inline f64r multiply_add(f64r a, f64r b, f64r c) {
 }
 
 // a where it is smaller, or larger, and else b: b where one of them is NaN, or both are zeros. x86 has just that.
-template <class R> inline R smaller(R a, R b) { return choose(a < b, a, b); }
-template <class R> inline R larger(R a, R b) { return choose(a > b, a, b); }
+template <class R> inline R min(R a, R b) { return select(a < b, a, b); }
+template <class R> inline R max(R a, R b) { return select(a > b, a, b); }
 
 // Whether a comparison holds in any lane.
 template <class M> inline bool any(M mask) {
@@ -67,8 +67,8 @@ inline half_register narrow_half(f32r r, f16) { return vreinterpret_u16_f16(vcvt
 
 // -- the first n lanes of a, then those of b
 
-inline f32r join(f32r a, f32r b, ptrdiff_t n) {
-    return choose(read<i32r>(ALL_THEN_NONE + 16 - n), a, b);
+inline f32r blend_first(f32r a, f32r b, ptrdiff_t n) {
+    return select(read<i32r>(ALL_THEN_NONE + 16 - n), a, b);
 }
 
 // The lanes of a where those of the mask are all ones, those of b where they are zeros.

@@ -20,8 +20,8 @@ inline f64r multiply_add(f64r a, f64r b, f64r c) {
 }
 
 // a where it is smaller, or larger, and else b: b where one of them is NaN, or both are zeros. x86 has just that.
-template <class R> inline R smaller(R a, R b) { return choose(a < b, a, b); }
-template <class R> inline R larger(R a, R b) { return choose(a > b, a, b); }
+template <class R> inline R min(R a, R b) { return select(a < b, a, b); }
+template <class R> inline R max(R a, R b) { return select(a > b, a, b); }
 
 // Whether a comparison holds in any lane.
 template <class M> inline bool any(M mask) {
@@ -70,7 +70,7 @@ inline f32r widen_half(half_register h, f16) {
     // The exponent moves from a bias of 15 to 127 by a multiplication, which also normalizes subnormals.
     const f32r finite = (f32r)(magnitude << 13) * constant(0x1p112f);
     const u32r special = (magnitude << 13) | 0x7f800000;
-    const u32r wide = choose((u32r)(magnitude >= 0x7c00), special, (u32r)finite);
+    const u32r wide = select((u32r)(magnitude >= 0x7c00), special, (u32r)finite);
     return (f32r)(wide | ((bits & 0x8000) << 16));
 }
 
@@ -81,16 +81,16 @@ inline half_register narrow_half(f32r r, f16) {
     // Subnormal halves: adding 0.5 leaves the value, rounded to nearest even, in the lowest bits.
     const u32r subnormal = (u32r)((f32r)magnitude + constant(0.5f)) - 0x3f000000;
     const u32r normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    u32r half = choose((u32r)(magnitude < 0x38800000), subnormal, normal);
-    half = choose((u32r)(magnitude >= 0x47800000), (u32r{} + 0x7c00), half);
-    half = choose((u32r)(magnitude > 0x7f800000), ((magnitude >> 13) & 0x7fff) | 0x7e00, half);
+    u32r half = select((u32r)(magnitude < 0x38800000), subnormal, normal);
+    half = select((u32r)(magnitude >= 0x47800000), (u32r{} + 0x7c00), half);
+    half = select((u32r)(magnitude > 0x7f800000), ((magnitude >> 13) & 0x7fff) | 0x7e00, half);
     return truncate(half | sign);
 }
 
 // -- the first n lanes of a, then those of b
 
-inline f32r join(f32r a, f32r b, ptrdiff_t n) {
-    return choose(read<i32r>(ALL_THEN_NONE + 16 - n), a, b);
+inline f32r blend_first(f32r a, f32r b, ptrdiff_t n) {
+    return select(read<i32r>(ALL_THEN_NONE + 16 - n), a, b);
 }
 
 // The lanes of a where those of the mask are all ones, those of b where they are zeros.

@@ -40,7 +40,7 @@ template <class T> inline f32r narrow_two(f32r a, f32r b, T) {
     return read<f32r>(halves);
 }
 
-inline f64r join(f64r a, f64r b, ptrdiff_t n) { return (f64r)join((f32r)a, (f32r)b, 2 * n); }
+inline f64r blend_first(f64r a, f64r b, ptrdiff_t n) { return (f64r)blend_first((f32r)a, (f32r)b, 2 * n); }
 
 // -- the first n lanes of a register, 0 < n < lanes; the others are read as anything and not written;
 // where the ISA has nothing better

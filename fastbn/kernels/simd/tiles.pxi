@@ -7,7 +7,7 @@ cdef enum:
     BATCH = 8            # rows summed before they are added to the accumulators
     MAP_PIECE = 2048     # elements of a long plane mapped before those that lie before them
     FEW = 4              # blocks that a smooth activation takes at once
-    FEW_VALUES = 64      # values of a channel in a tile up to which its sums round so seldom that the shift may be farther away
+    FEW_VALUES = 64      # values of a channel in a tile up to which its sums round so seldom that the pivot may be farther away
 
 # The ends of the range, as in extremes.py.
 cdef double LARGE_M2 = 2.0 ** 1000, LARGE_INVSTD = 2.0 ** 450, FAR_DOUBLE = 2.0 ** 400, FAR_FLOAT = 2.0 ** 100

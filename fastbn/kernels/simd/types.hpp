@@ -13,20 +13,20 @@ using fastbn::STAGE;
 
 struct Stats {};
 struct GradSums {};
-struct ActiveSums {};
+struct FusedGradSums {};
 struct Normalize {};
-struct ActiveNormalize {};
-struct InputGradient {};
-struct ActiveGradient {};
+struct FusedNormalize {};
+struct GradInput {};
+struct FusedGradInput {};
 
 // One call, under way: what the caller brought, how it is cut, and what it has found. Vectors of channels are in the type
 // of the arithmetic.
 struct Work : fastbn::Call, fastbn::Tiles, fastbn::Units {
-    void* kept;  // where the sums of an active gradient leave dy before the activation, for the map to read; or NULL
-    double *shifts, *sums, *squares;  // the partial sums, of each tile
+    void* dz;  // where the sums of a fused gradient leave dy before the activation, for the map to read; or NULL
+    double *pivots, *sums, *dots;  // the partial sums, of each tile
     void *grad_offset, *grad_slope;   // of the map of a backward: the gradients through the mean and the deviation
     double* invstds;                  // of the batch, before they are rounded
-    double* spread;                   // room for a vector for each column
+    double* expanded;                 // room for a vector for each column
     const void *at_mean, *at_scale, *at_shift, *at_slope, *at_bias;  // of the map; for columns one for each column
 
     void follow(const fastbn::Tiles& tiles, const fastbn::Units& units) {
@@ -47,19 +47,19 @@ struct alignas(STAGE) Stage {
 
 // The sums of a few channels while their planes are read.
 template <class T> struct Accumulators {
-    Block<T> sum[PLANES], square[PLANES];
+    Block<T> sum[PLANES], dot[PLANES];
 };
 
 template <class T> struct Arrays {
     const T *x, *dy, *residual;
-    T *out, *dresidual, *kept;
+    T *out, *dresidual, *dz;
 };
 
 // A block of each input, and of each output.
-template <class T> struct Elements {
+template <class T> struct Operands {
     Block<T> x, dy, residual;
 };
-template <class T> struct Results {
+template <class T> struct Outputs {
     Block<T> out, dresidual;
 };
 
@@ -69,10 +69,10 @@ template <class T> struct Parameters {
 };
 
 // The same call, as seen by the kernels of one operation and one storage type.
-template <class Op, class T> struct Job : Work {
+template <class Op, class T> struct TypedCall : Work {
     Arrays<T> arrays() const {
         return {static_cast<const T*>(x), static_cast<const T*>(dy), static_cast<const T*>(residual), static_cast<T*>(out),
-                static_cast<T*>(dresidual), static_cast<T*>(kept)};
+                static_cast<T*>(dresidual), static_cast<T*>(dz)};
     }
 };
 

@@ -20,9 +20,9 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         Block[T] fma(Block[T], Block[T], Block[T])
         @staticmethod
-        Block[T] shift(Block[T], Block[T], Block[T], double)
+        Block[T] pivot(Block[T], Block[T], Block[T], double)
         @staticmethod
-        Block[T] lesser(Block[T], Block[T])
+        Block[T] minimum(Block[T], Block[T])
         @staticmethod
         Block[T] constant(double)
         @staticmethod
@@ -32,7 +32,7 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
-        Block[T] last_lanes(Py_ssize_t)
+        Block[T] tail_mask(Py_ssize_t)
         @staticmethod
         Block[T] load_end(const T*, Block[T], Block[T])
         @staticmethod
@@ -42,7 +42,7 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         double largest()
         @staticmethod
-        double shift_at(const T*, const Py_ssize_t*)
+        double pivot_at(const T*, const Py_ssize_t*)
         @staticmethod
         bint in_range(double, double, double)
         @staticmethod
@@ -64,11 +64,11 @@ cdef extern from "simd/block.hpp" nogil:
         void set_value(void*, Py_ssize_t, double)
         double first()
         @staticmethod
-        Block[T] activated(Block[T], const Activation&)
+        Block[T] activation_forward(Block[T], const Activation&)
         @staticmethod
-        Block[T] through(Block[T], Block[T], const Activation&)
+        Block[T] activation_backward(Block[T], Block[T], const Activation&)
         @staticmethod
-        Block[T] restored(Block[T], const Activation&)
+        Block[T] activation_inverse(Block[T], const Activation&)
         @staticmethod
         void smooth(Block[T]*, Py_ssize_t, const Activation&, bint)
 
@@ -80,26 +80,26 @@ cdef extern from "simd/types.hpp" nogil:
         pass
     ctypedef struct GradSums:
         pass
-    ctypedef struct ActiveSums:
+    ctypedef struct FusedGradSums:
         pass
     ctypedef struct Normalize:
         pass
-    ctypedef struct ActiveNormalize:
+    ctypedef struct FusedNormalize:
         pass
-    ctypedef struct InputGradient:
+    ctypedef struct GradInput:
         pass
-    ctypedef struct ActiveGradient:
+    ctypedef struct FusedGradInput:
         pass
 
     cdef cppclass Work(Call, Tiles, Units):
-        void *kept
-        double *shifts
+        void *dz
+        double *pivots
         double *sums
-        double *squares
+        double *dots
         void *grad_offset
         void *grad_slope
         double *invstds
-        double *spread
+        double *expanded
         const void *at_mean
         const void *at_scale
         const void *at_shift
@@ -115,7 +115,7 @@ cdef extern from "simd/types.hpp" nogil:
 
     cdef cppclass Accumulators[T]:
         Block[T] *sum
-        Block[T] *square
+        Block[T] *dot
 
     cdef cppclass Arrays[T]:
         const T *x
@@ -123,18 +123,18 @@ cdef extern from "simd/types.hpp" nogil:
         const T *residual
         T *out
         T *dresidual
-        T *kept
+        T *dz
 
-    cdef cppclass Elements[T]:
+    cdef cppclass Operands[T]:
         Block[T] x, dy, residual
 
-    cdef cppclass Results[T]:
+    cdef cppclass Outputs[T]:
         Block[T] out, dresidual
 
     cdef cppclass Parameters[T]:
         Block[T] mean, scale, shift, slope, bias
 
-    cdef cppclass Job[Op, T](Work):
+    cdef cppclass TypedCall[Op, T](Work):
         Arrays[T] arrays()
 
 ctypedef fused T:
@@ -150,38 +150,38 @@ ctypedef fused C:
 ctypedef fused Sum:
     Stats
     GradSums
-    ActiveSums
+    FusedGradSums
 
 ctypedef fused Forward:
     Normalize
-    ActiveNormalize
+    FusedNormalize
 
 ctypedef fused Backward:
-    InputGradient
-    ActiveGradient
+    GradInput
+    FusedGradInput
 
 ctypedef fused Map:
     Normalize
-    ActiveNormalize
-    InputGradient
-    ActiveGradient
+    FusedNormalize
+    GradInput
+    FusedGradInput
 
-ctypedef fused Active:
-    ActiveSums
-    ActiveNormalize
-    ActiveGradient
+ctypedef fused Fused:
+    FusedGradSums
+    FusedNormalize
+    FusedGradInput
 
 ctypedef fused Gradient:  # operations that read dy
     GradSums
-    ActiveSums
-    InputGradient
-    ActiveGradient
+    FusedGradSums
+    GradInput
+    FusedGradInput
 
 ctypedef fused Op:
     Stats
     GradSums
-    ActiveSums
+    FusedGradSums
     Normalize
-    ActiveNormalize
-    InputGradient
-    ActiveGradient
+    FusedNormalize
+    GradInput
+    FusedGradInput

@@ -1,0 +1,299 @@
+"""Running statistics found anew: those of a whole data set, in one pass.
+
+What a layer's running statistics hold after training is an average that forgets, of batches seen while the weights moved.
+Pruning, quantization, averaging of weights, another domain: each leaves statistics behind that are not those of the model.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastbn import checks, sync
+from fastbn.floating import default_mode
+from fastbn.functional import batch_norm_stats
+from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.layout import Array
+from fastbn.results import Stats
+from fastbn.sync import Communicator
+
+Layer = BatchNorm1d | BatchNorm2d | BatchNorm3d
+FEWEST = 8  # batches before their spread says how far off the mean is
+
+
+class Finished(BaseException):
+    """Ends a forward after its last batch norm. No Exception: the model's own code may catch these."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Statistics of the layers of a model over a data set, or over a part of it. It can be pickled, and merged with others.
+
+    Attributes
+    ----------
+    layers : dict of str to Stats
+        Of what came into each layer.
+    batches : int
+        How many were seen.
+
+    Examples
+    --------
+    >>> half = Estimate({"bn": Stats(2, [1.0], [0.0])}, 1)
+    >>> half.merge(Estimate({"bn": Stats(2, [3.0], [0.0])}, 1))
+    Estimate(layers={'bn': Stats(count=4, mean=array([2.]), var=array([1.]))}, batches=2)
+    """
+
+    layers: Mapping[str, Stats]
+    batches: int = 0
+
+    def __post_init__(self) -> None:
+        """Check what was given."""
+        for name, stats in self.layers.items():
+            if not isinstance(stats, Stats):
+                raise TypeError(f"layers must be a mapping of names to Stats, got {type(stats).__name__} for {name!r}")
+        checks.integer("batches", self.batches, 0)
+
+    def merge(self, *others: Estimate) -> Estimate:
+        """Statistics of all the data together, as `Stats.merge` finds them.
+
+        Parameters
+        ----------
+        *others : Estimate
+            Of other parts of the data, with the same model.
+
+        Returns
+        -------
+        Estimate
+
+        Raises
+        ------
+        TypeError, ValueError
+            If something else is given, or a layer's numbers of channels differ.
+        """
+        found = dict(self.layers)
+        for other in others:
+            if not isinstance(other, Estimate):
+                raise TypeError(f"merge takes Estimates, got {type(other).__name__}")
+            for name, stats in other.layers.items():
+                own = found.get(name, stats)
+                if own.mean.shape != stats.mean.shape:
+                    raise ValueError(f"merge needs statistics of {own.mean.size} channels for layer {name!r}, got {stats.mean.size}")
+                found[name] = own.merge(stats) if name in found else stats
+        return Estimate(found, self.batches + sum(other.batches for other in others))
+
+
+class Recorder:
+    """Takes down what comes into the layers, batch by batch."""
+
+    def __init__(self, channels: Mapping[str, int], start: Estimate | None, tolerance: float | None):
+        if start is not None and not isinstance(start, Estimate):
+            raise TypeError(f"start must be an Estimate, as update_bn returns, got {type(start).__name__}")
+        self.total = Estimate({}) if start is None else start
+        for name, stats in self.total.layers.items():
+            if name not in channels:
+                raise ValueError(f"start has a layer {checks.short(name)}, which is none of the model's batch norms")
+            if stats.mean.size != channels[name]:
+                raise ValueError(f"layer {name!r} has {channels[name]} channels, but those of start are {stats.mean.size}")
+        self.channels = channels
+        self.tolerance = None if tolerance is None else checks.number("tolerance", tolerance, 0.0)
+        self.means: dict[str, Stats] = {}
+        self.order: list[str] | None = None  # of the calls in the first batch
+        self.called: list[str] = []
+        self.batch: dict[str, Stats] = {}
+
+    def saw(self, name: str, stats: Stats) -> None:
+        """Take down one call of a layer; ends the forward where nothing that counts comes after it."""
+        self.batch[name] = stats.merge(self.batch[name]) if name in self.batch else stats
+        self.called.append(name)
+        if self.called == self.order:
+            raise Finished
+
+    def run(self, call: Callable[[], object]) -> None:
+        """One batch."""
+        self.called, self.batch = [], {}
+        with suppress(Finished):
+            call()
+        self.order = self.order or self.called
+        self.total = self.total.merge(Estimate(self.batch, 1))
+        if self.tolerance is not None:
+            for name, stats in self.batch.items():
+                # A batch counts as one value: those in it, neighbors in one image, are too much alike to count each.
+                mean = Stats(1, stats.mean.astype(np.float64), np.zeros(stats.mean.size))
+                self.means[name] = self.means[name].merge(mean) if name in self.means else mean
+
+    @default_mode
+    def is_exact_enough(self) -> bool:
+        """Whether every mean is known to within the tolerance, in standard deviations of its channel."""
+        if self.tolerance is None or not self.means:
+            return False
+        return all(
+            means.count >= FEWEST and bool((means.standard_error <= self.tolerance * np.sqrt(self.total.layers[name].var)).all())
+            for name, means in self.means.items()
+        )
+
+    def together(self, communicator: Communicator) -> Estimate:
+        """Merged with what other processes have seen."""
+        names = list(self.channels)
+        own = [self.total.layers.get(name, Stats.identity(self.channels[name], np.float64)) for name in names]
+        merged = sync.merge(own, communicator)
+        (batches,) = sync.check(communicator).all_reduce(np.array([float(self.total.batches)]))
+        return Estimate({name: s for name, s in zip(names, merged, strict=True) if s.count}, int(batches))
+
+
+class _Bar:
+    """One line on the standard error."""
+
+    def __init__(self, batches: object):
+        try:
+            self.of = f" of {len(batches)}"  # type: ignore[arg-type]
+        except TypeError:
+            self.of = ""
+        self.seen, self.start = 0, time.monotonic()
+
+    def __call__(self, estimate: Estimate) -> None:
+        self.seen += 1
+        line = f"\rupdate_bn: {self.seen}{self.of} batches, {time.monotonic() - self.start:.0f} s"
+        print(line, end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        print(file=sys.stderr)
+
+
+def collect(
+    recorder: Recorder, batches: Iterable[Any], call: Callable[[Any], object], communicator: Communicator | None, progress: object
+) -> Estimate:
+    """Run the batches through a model, and return what its layers saw."""
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"the batches must be an iterable, got {type(batches).__name__}")
+    if communicator is not None:
+        sync.check(communicator)
+    bar = None if callable(progress) or not checks.switch("progress", progress) else _Bar(batches)
+    tell: Any = bar or (progress if callable(progress) else None)
+    for batch in batches:
+        recorder.run(lambda batch=batch: call(batch))  # type: ignore[misc]
+        if tell is not None:
+            tell(recorder.total)
+        if recorder.is_exact_enough():
+            break
+    if bar is not None:
+        bar.close()
+    found = recorder.total if communicator is None else recorder.together(communicator)
+    if not found.layers:
+        raise ValueError("there was no batch that came to a batch norm, and no start to go on from")
+    return found
+
+
+def update_bn(
+    layers: Sequence[Layer] | Mapping[str, Layer],
+    batches: Iterable[Any],
+    forward: Callable[[Any], object],
+    *,
+    start: Estimate | None = None,
+    tolerance: float | None = None,
+    communicator: Communicator | None = None,
+    progress: bool | Callable[[Estimate], object] = False,
+) -> Estimate:
+    """Find the running statistics of a model's layers anew: exactly those of a data set, in one pass.
+
+    Each batch runs through the model with the layers in training, so that each is normalized by its own statistics; what
+    comes into each layer is merged, weighted by the number of values. A layer that is frozen, or has no running
+    statistics, is left alone.
+
+    Parameters
+    ----------
+    layers : sequence or mapping of str to BatchNorm1d, BatchNorm2d, BatchNorm3d
+        The batch norms of the model; in a sequence, their names are "0", "1", ...
+    batches : iterable
+        Read once. It may be empty where there is a `start`, whose statistics are then taken over.
+    forward : callable
+        Runs the model on one batch. From the second batch on it is left as soon as all layers were called that the first
+        one called, by an exception that is no `Exception`.
+    start : Estimate, optional
+        What was seen before: to go on where a run ended, or from the merged estimates of several machines.
+    tolerance : float, optional
+        Stop when every mean is known to within so many standard deviations of its channel: the standard error, by the
+        spread of the means of at least eight batches.
+    communicator : Communicator, optional
+        Merge with what other processes find, at the end; all get the same bits. They may have different numbers of batches.
+    progress : bool or callable
+        True: a line on the standard error. A function is called after each batch with the Estimate so far, which it may
+        keep, to go on from after an interruption.
+
+    Returns
+    -------
+    Estimate
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as it must be, if there was no batch at all, or too few values. What `forward` or the batches
+        raise goes through. The layers are as before then.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> bn = fastbn.BatchNorm1d(1)
+    >>> x = np.array([[1.0], [3.0], [5.0], [7.0], [9.0]], np.float32)
+    >>> fastbn.update_bn([bn], [x[:3], x[3:]], bn).batches
+    2
+    >>> bn.running_mean, bn.running_var
+    (array([5.], dtype=float32), array([10.], dtype=float32))
+    """
+    if not isinstance(layers, (Sequence, Mapping)):
+        raise TypeError(f"layers must be a sequence or a mapping of layers, got {type(layers).__name__}")
+    named: Mapping[str, Layer] = layers if isinstance(layers, Mapping) else {str(i): layer for i, layer in enumerate(layers)}
+    for name, layer in named.items():
+        if not isinstance(layer, Layer):
+            raise TypeError(f"layers must hold BatchNorm1d, BatchNorm2d or BatchNorm3d, got {type(layer).__name__} for {name!r}")
+    if not callable(forward):
+        raise TypeError(f"forward must be a function of a batch, got {type(forward).__name__}")
+    moving = {name: layer for name, layer in named.items() if layer.running_mean is not None and not layer.frozen}
+    recorder = Recorder({name: layer.num_features for name, layer in moving.items()}, start, tolerance)
+    with _watched(named, moving, recorder):
+        found = collect(recorder, batches, forward, communicator, progress)
+    new = [(layer, running_of(name, found, layer.correction == 1)) for name, layer in moving.items() if name in found.layers]
+    for layer, (mean, var) in new:
+        for old, v in ((layer.running_mean, mean), (layer.running_var, var), (layer.num_batches_tracked, found.batches)):
+            if old is not None:
+                old[...] = v
+    return found
+
+
+def running_of(name: str, found: Estimate, unbiased: bool) -> tuple[Array, Array]:
+    """Running statistics of a layer."""
+    try:
+        return found.layers[name].to_running(unbiased=unbiased)
+    except ValueError as error:
+        raise ValueError(f"layer {name!r}: {error}") from None
+
+
+@contextmanager
+def _watched(named: Mapping[str, Layer], moving: Mapping[str, Layer], recorder: Recorder) -> Iterator[None]:
+    """Layers that tell what comes in, normalize by the batch, and move nothing; each is as before after the block."""
+    kept = [(layer, dict(layer.__dict__)) for layer in named.values()]
+
+    def watch(name: str, layer: Any) -> None:
+        usual = layer.forward
+
+        def forward(x: Array, residual: Array | None = None, **options: Any) -> Array:
+            recorder.saw(name, batch_norm_stats(x, layout=layer.layout, axis=layer.axis, mask=options.get("mask")))
+            layer.training = True  # the model may have said otherwise
+            y: Array = usual(x, residual, **options)
+            return y
+
+        layer.forward, layer.track_running_stats, layer.communicator = forward, False, None
+
+    try:
+        for name, layer in moving.items():
+            watch(name, layer)
+        yield
+    finally:
+        for layer, state in kept:
+            layer.__dict__.clear()
+            layer.__dict__.update(state)

@@ -1,0 +1,275 @@
+"""Batch normalization of a batch that lies on several processes: each has a part, and all use the statistics of the whole.
+
+What carries the numbers is a `Communicator`, two methods: `fastbn.mpi.Communicator` over MPI, `fastbn.torch.Communicator`
+over torch.distributed, or one of your own. A forward sends one message and a backward another, each packed.
+
+a) The forward gathers everybody's statistics and merges them in the order of the ranks: the same bits on every process.
+b) The backward adds up two sums per channel. Gradients of weight and bias are of the process's own part: whoever adds up
+   or averages the gradients of all other parameters does it for these, too.
+c) A process without data sends the empty batch and sums of zero. All must call, in the same order, or the others wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastbn import functional
+from fastbn.checks import short
+from fastbn.functional import ActivationLike, Number
+from fastbn.layout import Array, LayoutName
+from fastbn.results import Gradients, Saved, Stats, of_rows
+
+
+class Communicator(Protocol):
+    """What carries numbers between the processes that share a batch.
+
+    Both methods are called by all processes, in the same order, with a contiguous float64 array whose shape is the same
+    on all of them. They may return an array that is read-only, and should raise where a process is gone.
+    """
+
+    def all_gather(self, array: Array) -> Array:
+        """Everybody's array, in the order of the ranks: of shape (ranks, *array.shape), with the same bits."""
+
+    def all_reduce(self, array: Array) -> Array:
+        """The sum of everybody's arrays, of the same shape."""
+
+
+class OfProcess:
+    """A communicator that belongs to its process: copies of what holds it hold the same one, and nothing can send it."""
+
+    def __copy__(self) -> OfProcess:
+        return self
+
+    def __deepcopy__(self, memo: object) -> OfProcess:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{type(self).__module__}.{type(self).__name__} belongs to its process and cannot be pickled; set it anew there")
+
+
+class Alone(OfProcess):
+    """The communicator of one process that has all of the batch: what runs on many runs on one, too.
+
+    Examples
+    --------
+    >>> Alone().all_gather(np.array([1.0, 2.0]))
+    array([[1., 2.]])
+    """
+
+    def all_gather(self, array: Array) -> Array:
+        """Its own array, of shape (1, *array.shape)."""
+        return array[None]
+
+    def all_reduce(self, array: Array) -> Array:
+        """Its own array."""
+        return array
+
+
+def check(communicator: object) -> Communicator:
+    """Check that something has both methods."""
+    if not all(callable(getattr(communicator, name, None)) for name in ("all_gather", "all_reduce")):
+        raise TypeError(f"communicator must have the methods all_gather and all_reduce, got {short(communicator)}")
+    found: Communicator = communicator  # type: ignore[assignment]
+    return found
+
+
+def merge(parts: Sequence[Stats], communicator: Communicator) -> list[Stats]:
+    """Merge statistics with those that the other processes have, in one message.
+
+    Parameters
+    ----------
+    parts : sequence of Stats
+        As many on every process, with the same channels, in the same order: of the layers of a model, say.
+    communicator : Communicator
+
+    Returns
+    -------
+    list of Stats
+        In float64, with the same bits on every process.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If something else is given, or the communicator returns something else than the arrays of all.
+
+    Examples
+    --------
+    >>> from fastbn import sync
+    >>> sync.merge([Stats(2, [1.0], [0.25])], sync.Alone())
+    [Stats(count=2, mean=array([1.]), var=array([0.25]))]
+    """
+    given = list(parts)
+    for part in given:
+        if not isinstance(part, Stats):
+            raise TypeError(f"parts must be a sequence of Stats, got {type(part).__name__} in it")
+    return _merge(given, communicator, 4)
+
+
+def _merge(parts: list[Stats], communicator: Communicator, rows: int) -> list[Stats]:
+    """Merge all ranks' statistics; of each, so many vectors travel: mean and var, or all four."""
+    sent = [np.concatenate([[float(part.count)], part.vectors[:rows].astype(np.float64).ravel()]) for part in parts]
+    message = np.concatenate(sent) if sent else np.zeros(0)
+    ranks = _returned("all_gather", check(communicator).all_gather(message), message, gathered=True)
+    merged, start = [], 0
+    for part, own in zip(parts, sent, strict=True):
+        found = [_received(row, rows) for row in ranks[:, start : start + own.size]]
+        merged.append(found[0].merge(*found[1:]) if part.mean.size else Stats(sum(s.count for s in found), part.mean, part.var))
+        start += own.size
+    return merged
+
+
+def _received(message: Array, rows: int) -> Stats:
+    """Statistics as another process has sent them."""
+    vectors = np.zeros((4, (message.size - 1) // rows))
+    vectors[:rows] = message[1:].reshape(rows, -1)
+    return of_rows(int(message[0]), vectors)
+
+
+def _returned(method: str, found: object, sent: Array, *, gathered: bool = False) -> Array:
+    """Check what a communicator returned."""
+    a = np.asarray(found)
+    shape = a.shape[:1] + sent.shape if gathered else sent.shape
+    if a.dtype != np.float64 or a.shape != shape or a.shape[:1] == (0,):
+        wanted = f"(ranks, {', '.join(map(str, sent.shape))})" if gathered else str(sent.shape)
+        raise ValueError(f"communicator.{method} must return a float64 array of shape {wanted}, got {a.dtype} and {a.shape}")
+    return a
+
+
+def batch_norm_stats(
+    x: Array, communicator: Communicator, *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None
+) -> Stats:
+    """Statistics of the whole batch, of which each process has a part, in one message.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        The part of this process; N may be 0. All have the same channels and dtype.
+    communicator : Communicator
+    layout, axis, mask
+        As in `fastbn.batch_norm_stats`.
+
+    Returns
+    -------
+    Stats
+        In float64, with the same bits on every process.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fastbn.batch_norm_stats`, or if the communicator is none. What it raises itself goes through.
+
+    Examples
+    --------
+    >>> from fastbn import sync
+    >>> sync.batch_norm_stats(np.array([[1.0], [3.0]]), sync.Alone())
+    Stats(count=2, mean=array([2.]), var=array([1.]))
+    """
+    check(communicator)
+    own = functional.wide_stats(x, layout, axis, mask)
+    # What a float64 rounds away of a mean counts for float64 values alone.
+    return _merge([own], communicator, 4 if x.dtype == np.float64 else 2)[0]
+
+
+def batch_norm_forward(
+    x: Array,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    communicator: Communicator,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    mask: Array | None = None,
+    correction: int = 1,
+    out: Array | None = None,
+) -> tuple[Array, Saved]:
+    """Training's forward of a part of a batch, with the statistics of the whole.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        The part of this process; N may be 0. All have the same channels and dtype.
+    weight, bias, running_mean, running_var, momentum, eps, layout, axis, activation, residual, mask, correction, out
+        As in `fastbn.batch_norm_forward`. Running statistics move by the whole batch, to the same bits on every process.
+    communicator : Communicator
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : Saved
+        For `batch_norm_backward` of this module.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fastbn.batch_norm_forward`, or if the communicator is none. What it raises itself goes through.
+
+    Examples
+    --------
+    >>> from fastbn import sync
+    >>> x = np.array([[1.0], [3.0]])
+    >>> y, saved = sync.batch_norm_forward(x, eps=0.0, communicator=sync.Alone())
+    >>> y
+    array([[-1.],
+           [ 1.]])
+    """
+    stats = batch_norm_stats(x, communicator, layout=layout, axis=axis, mask=mask)
+    return functional.batch_norm_forward(
+        x, weight, bias, running_mean, running_var, True, momentum, eps, layout=layout, axis=axis, activation=activation,
+        residual=residual, mask=mask, correction=correction, stats=stats, out=out,
+    )  # fmt: skip
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    saved: Saved,
+    *,
+    communicator: Communicator,
+    wrt: Sequence[str] = functional.USUAL,
+    from_output: bool = False,
+    out: Array | None = None,
+) -> Gradients:
+    """Gradients of `batch_norm_forward` of this module.
+
+    Parameters
+    ----------
+    dy, x, saved, wrt, from_output, out
+        As in `fastbn.batch_norm_backward`; `wrt` is the same on every process. Without "x" in it, nothing is sent.
+    communicator : Communicator
+
+    Returns
+    -------
+    Gradients
+        dx goes through the statistics of the whole batch. dweight and dbias are sums over this part alone, and zero where
+        it is empty: those of the whole are their sum over all processes.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `fastbn.batch_norm_backward`, or if the communicator is none. What it raises itself goes through.
+
+    Examples
+    --------
+    >>> from fastbn import sync
+    >>> x = np.array([[1.0], [3.0]])
+    >>> y, saved = sync.batch_norm_forward(x, eps=0.0, communicator=sync.Alone())
+    >>> sync.batch_norm_backward(y, x, saved, communicator=sync.Alone(), wrt=["x", "weight"])
+    Gradients(dx=array([[0.],
+           [0.]]), dweight=array([2.]), dbias=None, dresidual=None)
+    """
+    channel = check(communicator)
+
+    def total(sums: Array) -> Array:
+        return _returned("all_reduce", channel.all_reduce(sums), sums)
+
+    return functional.gradients(dy, x, saved, wrt, from_output, out, total)

@@ -1,0 +1,226 @@
+"""Adaptation at test time, without gradients: statistics follow the data that a model meets.
+
+A layer that adapts is of a subclass made for it, so that its parameters, buffers, hooks and state_dict are what they were:
+its running statistics are read and never written. What it learns lies beside them, and goes with copies and pickles.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  as everywhere
+from torch import Tensor, nn
+
+from fastbn import checks
+from fastbn.functional import batch_norm_stats
+from fastbn.results import Stats
+from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.graph import check, is_batch_norm, norms
+from fastbn.torch.sync import unusual
+
+STATE = "_fastbn_adapted"
+_lock = threading.Lock()
+
+
+class _Memory:
+    """What one layer knows."""
+
+    def __init__(self, prior: int, memory: float | None):
+        self.prior, self.memory = prior, memory
+        self.known: Stats | None = None  # of the stream
+        self.skipped = 0
+
+    def statistics(self, layer: Any, x: Tensor) -> Stats | None:
+        """What to normalize x with, None for the running statistics; x is remembered where that is asked for."""
+        if x.numel() == 0:
+            return self.known
+        with on_torchs_threads():
+            batch = batch_norm_stats(array_of(computable(x.detach().cpu())))
+        each = batch.count // x.shape[0]  # values of one sample
+        finite = bool(np.isfinite(batch.vectors).all())
+        mean, var = vector(layer.running_mean), vector(layer.running_var)
+        assert mean is not None  # noqa: S101  `adapt` has looked
+        assert var is not None  # noqa: S101
+        with _lock:
+            known = self.known
+            if known is None:
+                known = Stats.running(mean, var, self.prior * each, unbiased=False)
+            if not finite:
+                self.skipped += 1
+                return known if known.count else None
+            if self.memory is not None and self.memory < math.inf and self.known is not None:
+                known = Stats(min(known.count, int(self.memory) * each), *known.vectors)
+            found = known.merge(batch)
+            if self.memory is not None:
+                self.known = found
+        return found
+
+
+def _mixed(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance to normalize x with."""
+    stats = layer.__dict__[STATE].statistics(layer, x)
+    if stats is None:
+        return layer.running_mean, layer.running_var
+    mean, var = (torch.from_numpy(v).to(layer.running_mean) for v in stats.to_running(unbiased=False))
+    return mean, var
+
+
+class _Adapted:
+    """What the subclasses share; the other base is the layer's own class."""
+
+    def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002  as torch's layers
+        """Normalize; in evaluation by what was mixed from the running statistics and the data."""
+        if self.training:
+            found: Tensor = super().forward(input)  # type: ignore[misc]
+            return found
+        self._check_input_dim(input)
+        mean, var = eagerly(_mixed, self, input)
+        return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle names the layer's own class: this one is made anew where it is read."""
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def _adapted(kind: Any) -> Any:
+    """The subclass of a layer's class."""
+    return type(f"Adapted{kind.__name__}", (_Adapted, kind), {"__doc__": f"A {kind.__name__} that adapts.", "__module__": __name__})
+
+
+def _empty(kind: type) -> Any:
+    made = _adapted(kind)
+    return made.__new__(made)
+
+
+class Adaptation:
+    """The layers of a model that adapt, as `adapt` made them. As a context manager it reverts at the end.
+
+    Parameters
+    ----------
+    model : Module
+        One with layers that adapt, or a copy of one.
+
+    Attributes
+    ----------
+    layers : dict of str to Module
+        By their names in the model.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3)).eval()
+    >>> with fastbn.torch.adapt(model) as adaptation:
+    ...     list(adaptation.layers)
+    ['0']
+    >>> type(model[0]).__name__
+    'BatchNorm1d'
+    """
+
+    def __init__(self, model: nn.Module):
+        check(model)
+        self.layers: dict[str, Any] = {path: layer for path, layer in norms(model) if isinstance(layer, _Adapted)}
+
+    def __enter__(self) -> Adaptation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.revert()
+
+    @property
+    def skipped(self) -> int:
+        """How many times a layer met data that were not finite, and did not learn from them."""
+        return sum(layer.__dict__[STATE].skipped for layer in self.layers.values())
+
+    def reset(self) -> None:
+        """Forget the stream: the next call begins with the running statistics, as the first one did."""
+        for layer in self.layers.values():
+            memory = layer.__dict__[STATE]
+            with _lock:
+                memory.known, memory.skipped = None, 0
+
+    def revert(self) -> None:
+        """Make the layers what they were. It may be called again."""
+        for layer in self.layers.values():
+            layer.__class__ = type(layer).__bases__[1]
+            del layer.__dict__[STATE]
+        self.layers = {}
+
+
+def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> Adaptation:
+    """Let the batch norms of a model follow the data they meet in evaluation mode, without gradients.
+
+    Each layer normalizes by the running statistics merged with those of its input, where the former count as those of
+    `prior` samples. Weights, running statistics and the state_dict stay as they are.
+
+    Parameters
+    ----------
+    model : Module
+        In evaluation mode, where this matters; in training mode nothing is different.
+    prior : int
+        How many samples the running statistics are worth. 0: the batch alone counts.
+    memory : int or math.inf, optional
+        None: each call is by itself. Else all calls are one stream: what a layer has seen goes on counting, as at most so
+        many samples; older data fade exponentially, with the weight of N / (N + memory) for a new batch of N.
+
+    Returns
+    -------
+    Adaptation
+        To `revert`, or as a context manager; `reset` forgets a stream.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as it must be, if a layer adapts already, has another forward than batch norm's, or if there is
+        no batch norm with running statistics. Nothing is changed then.
+
+    Notes
+    -----
+    In the terms of the literature: ``prior=0`` is prediction-time batch norm (Nado et al. 2020), and the first half of TENT
+    (Wang et al., "Tent: Fully test-time adaptation by entropy minimization", ICLR 2021), whose other half trains weight and
+    bias by gradients; that is not done here. A prior of n samples is Schneider et al., "Improving robustness against common
+    corruptions by covariate shift adaptation", NeurIPS 2020, except that variances are merged with the distance between the
+    means, as for one batch of both. ``prior=0, memory=math.inf`` finds AdaBN's statistics (Li et al. 2017) as data come in;
+    `update_bn` finds them at once, where the data are there.
+
+    A batch must be a fair sample for this: many images of one class are no other domain. Data that are not finite are
+    normalized by what was known before, and not remembered.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, eps=0.0)).eval()
+    >>> x = torch.tensor([[9.0], [11.0]])
+    >>> with fastbn.torch.adapt(model, prior=0):
+    ...     model(x).tolist()
+    [[-1.0], [1.0]]
+    >>> model(x).tolist()
+    [[9.0], [11.0]]
+    """
+    check(model)
+    count = checks.integer("prior", prior, 0, 10**12)
+    if memory is not None and memory != math.inf:
+        memory = checks.integer("memory", memory, 1, 10**12)
+    layers = [(path, layer) for path, layer in norms(model) if is_batch_norm(layer) and layer.running_mean is not None]
+    if not layers:
+        raise ValueError("the model has no batch norm with running statistics")
+    for path, layer in layers:
+        if isinstance(layer, _Adapted):
+            raise ValueError(f"{path or 'the model'} adapts already: revert that first, by fastbn.torch.Adaptation(model).revert()")
+        if why := unusual(layer):
+            raise ValueError(f"{path or 'the model'} cannot adapt: {why}")
+    for _, layer in layers:
+        layer.__dict__[STATE] = _Memory(count, memory)
+        kind: Any = type(layer)
+        layer.__class__ = _adapted(kind)
+    return Adaptation(model)

@@ -1,0 +1,74 @@
+"""Tensors as NumPy arrays of the same memory, for the parts of fastbn.torch that are written over the NumPy API.
+
+`Tensor.numpy()` would make the storage unresizable for good; nothing here leaves a trace at the tensor.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbn.dtypes import resolve
+from fastbn.layout import Array
+from fastbn.threads import num_threads
+
+TYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<V2"}
+
+
+class _Memory:
+    """What NumPy reads an array from; it keeps the tensor alive."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3, "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
+            "strides": tuple(size * stride for stride in tensor.stride()), "typestr": TYPES[tensor.dtype],
+        }  # fmt: skip
+
+
+def computable(tensor: Tensor) -> Tensor:
+    """The tensor itself where NumPy knows its dtype; else, for bfloat16 without ml_dtypes, a copy in float32."""
+    if tensor.dtype is torch.bfloat16:
+        try:
+            resolve("bfloat16")
+        except TypeError:
+            return tensor.float()
+    return tensor
+
+
+def array_of(tensor: Tensor) -> Array:
+    """The memory of a strided tensor on the CPU, with the same shape and strides; of its values alone, not of their history."""
+    if tensor.numel() == 0:
+        return np.empty(tuple(tensor.shape), resolve(str(tensor.dtype).removeprefix("torch.")))
+    array: Array = np.asarray(_Memory(tensor.detach()))
+    return array.view(resolve("bfloat16")) if tensor.dtype is torch.bfloat16 else array
+
+
+_disabled: dict[Any, Any] = {}
+
+
+def eagerly(function: Any, *arguments: Any) -> Any:
+    """Call a function that works on arrays, which torch.compile must not look into."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    if function not in _disabled:  # to disable takes the import of the compiler, which is there now
+        _disabled[function] = torch.compiler.disable(function)  # type: ignore[no-untyped-call, unused-ignore]
+    return _disabled[function](*arguments)
+
+
+def on_torchs_threads() -> AbstractContextManager[None]:
+    """As many threads as torch would take: where several processes share a machine, that is where it is said."""
+    return num_threads(torch.get_num_threads())
+
+
+def vector(tensor: Tensor | None) -> Array | None:
+    """Values of a parameter or a buffer, in float64 or float32; its own memory where it is in one of these."""
+    if tensor is None:
+        return None
+    known: Any = tensor.detach()
+    return array_of(known if known.dtype in (torch.float32, torch.float64) else known.float())

@@ -1,0 +1,403 @@
+"""Batch norms of a model that run with the sum and the activation after them as one operation.
+
+- A converted layer is its old self, of a class that is derived from its own: the same parameters, buffers, names, hooks.
+  Nothing else of a model changes, neither its code nor its activations; these meet what a converted layer returns
+  (deferred.py).
+- What follows a layer is what torch.fx finds. It need not be what runs: where something else follows, it is computed apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections import Counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastbn.torch.deferred import Input, Pending, Steps, settle
+from fastbn.torch.folding import LAYERS, changed
+from fastbn.torch.fused import is_ours
+from fastbn.torch.graph import CONVERTED, Part, check, norms, parts, traced
+from fastbn.torch.override import is_enabled, ready
+from fastbn.torch.overview import table
+
+F = torch.nn.functional
+STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh)
+FUNCTIONS = {
+    F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
+    torch.sigmoid_, F.tanh, torch.tanh, torch.tanh_, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_",
+}  # fmt: skip
+MASKED = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, "relu", "relu_"}
+LEAKY = {nn.LeakyReLU, F.leaky_relu, F.leaky_relu_}
+# What torch.fx calls them: it sees `a += b` as `a + b`.
+INPLACE = {name for i_name in dir(operator) if f"__{i_name}__" in dir(operator) for name in (i_name, i_name[1:]) if i_name[0] == "i"}
+FRESH = {F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}  # return nobody else's memory
+
+
+class Converted:
+    """What converted layers have in common."""
+
+    def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
+        """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
+        original: Any = super().forward  # type: ignore[misc]
+        state: Steps = self.__dict__[STATE]
+        if not self._is_ours(input, state):
+            return original(input)
+        found = original(Input(input, state))
+        return found.tensor() if isinstance(found, Input) or (isinstance(found, Pending) and not state.outside) else found
+
+    def _is_ours(self, x: Any, steps: Steps) -> bool:
+        if torch.compiler.is_compiling():
+            return isinstance(x, Tensor) and is_ours(x)
+        me: Any = self
+        modules: Any = torch_module  # it has no types
+        if type(x) is not Tensor or (is_enabled() and not (steps.sum or steps.activation or steps.from_output)):
+            return False
+        # A hook wants tensors.
+        if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or modules._has_any_global_hook():
+            return False
+        return is_ours(x)
+
+    def extra_repr(self) -> str:
+        """As the layer's own, and what is expected to follow."""
+        state: Steps = self.__dict__[STATE]
+        names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
+        of_layer: str = super().extra_repr()  # type: ignore[misc]
+        return f"{of_layer}, fastbn={' + '.join(['batch_norm', *names])}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle names the layer's own class, of which this one is derived again."""
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        return _empty, (_own_class(self),), *made[2:]
+
+
+@functools.cache
+def _class_of(kind: Any) -> type:
+    return type(kind.__name__, (Converted, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")} | {CONVERTED: kind})
+
+
+def _own_class(layer: Any) -> type:
+    own: type = type(layer).__bases__[1]
+    return own
+
+
+def _empty(kind: type) -> Any:
+    """A converted layer of a class, for a pickle."""
+    derived: Any = _class_of(kind)
+    return derived.__new__(derived)
+
+
+class Layer(NamedTuple):
+    """What became of a normalization layer.
+
+    Attributes
+    ----------
+    path : str
+        Its name in the model.
+    kind : str
+        Its class.
+    channels : int
+    fused : tuple of str
+        What runs with it, as the model calls it.
+    why : str
+        Why nothing does, or why the layer was left as it was; empty where something does.
+    converted : bool
+    keeps : str
+        What its backward needs: "input" or, with `inplace_abn`, "output".
+    """
+
+    path: str
+    kind: str
+    channels: int
+    fused: tuple[str, ...]
+    why: str
+    converted: bool
+    keeps: str
+
+
+class Conversion(tuple[Layer, ...]):
+    """Layers of a model, in its order; printed, a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """A table of columns, and what it counts in all."""
+        if not self:
+            return "the model has no normalization layers"
+        rows = [("path", "kind", "channels", "keeps", "fused with", "why not")]
+        for layer in self:
+            what = ", ".join(layer.fused) or ("alone" if layer.converted else "left")
+            rows.append((layer.path or "(the model)", layer.kind, str(layer.channels), layer.keeps, what, layer.why))
+        converted, fused = sum(layer.converted for layer in self), sum(bool(layer.fused) for layer in self)
+        return "\n".join([*table(rows), f"{len(self)} layers, {converted} converted, {fused} fused"])
+
+
+def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -> Conversion:
+    """Make the batch norms of a model run by fastbn, each with the sum and the activation after it in one operation.
+
+    The model stays what it is: the same modules, parameters, buffers and names; only the class of a batch norm is one derived
+    from its own. It can be trained, saved, copied and compiled as before, and changed: where something else follows a layer
+    than was found, it is computed as the model says. It needs no `enable`, which is for batch norms that nothing follows
+    (and for all models of a process) the shorter way.
+
+    Parameters
+    ----------
+    model : Module
+    fuse : bool
+        False: layers run alone.
+    inplace_abn : bool
+        In training, keep the output in place of the input for the backward, which has the input from it: where nothing follows a
+        layer, or a leaky_relu with a slope above 0. Another layer keeps that output anyway, as a rule, so half of the memory of
+        both is saved. Layers with weights that are nearly 0 keep the input; there are no second derivatives.
+
+    Returns
+    -------
+    Conversion
+        What became of each layer, a tuple of `Layer`. Printed, it is a table.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+    RuntimeError
+        As `enable`.
+
+    See Also
+    --------
+    revert : undo it.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.BatchNorm2d(8))
+    >>> print(fastbn.torch.convert(model))
+    path  kind         channels  keeps  fused with  why not
+    1     BatchNorm2d  8         input  ReLU
+    3     BatchNorm2d  8         input  alone       the model's output follows
+    2 layers, 2 converted, 1 fused
+    >>> fastbn.torch.revert(model)
+    2
+    """
+    check(model)
+    ready()
+    revert(model)
+    plans, roots = _plans(model)
+    found = []
+    for path, layer in norms(model):
+        why, inner = _refuses(layer)
+        plan = _Plan(why=why)
+        if not why:
+            plan = plans.get(id(layer), _NOBODY) if inner.fits_outside else inner
+            if not fuse:
+                plan = _Plan(why="it was not asked for", steady=plan.steady and not plan.names)
+            keeps_output = inplace_abn and plan.steady and inner.fits_outside
+            layer.__dict__[STATE] = plan.steps._replace(from_output=keeps_output)
+            layer.__class__ = _class_of(layer.__class__)
+        keeps = "output" if not why and keeps_output else "input"
+        found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
+    for root in roots:
+        root.register_forward_hook(settle, prepend=True)
+    return Conversion(found)
+
+
+def revert(model: nn.Module) -> int:
+    """Undo `convert`: batch norms are of their own classes again.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    int
+        How many layers were converted.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    >>> _ = fastbn.torch.convert(model)
+    >>> fastbn.torch.revert(model), type(model[0]) is torch.nn.BatchNorm1d
+    (1, True)
+    """
+    check(model)
+    layers = [layer for _, layer in norms(model) if isinstance(layer, Converted)]
+    for layer in layers:
+        layer.__class__ = _own_class(layer)
+        del layer.__dict__[STATE]
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is settle]:
+            del module._forward_hooks[key]
+    return len(layers)
+
+
+class _Plan(NamedTuple):
+    """What follows a layer."""
+
+    steps: Steps = Steps()
+    names: tuple[str, ...] = ()
+    why: str = ""
+    fits_outside: bool = False  # the layer's own code does nothing after it
+    steady: bool = False  # the input can be had from the output, which nobody changes in place
+
+
+_NOBODY = _Plan(why="what calls it cannot be traced")
+
+
+def _refuses(layer: Any) -> tuple[str, _Plan]:
+    """Why a layer cannot be converted, or nothing; and what its own code does with what it has normalized."""
+    if not isinstance(layer, _BatchNorm):
+        return "it normalizes each image by itself", _NOBODY
+    if isinstance(layer, nn.SyncBatchNorm):
+        return "it is synchronized", _NOBODY
+    if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
+        return "it was never called", _NOBODY
+    if why := changed(layer):
+        return f"it {why}", _NOBODY
+    if type(layer).forward is _BatchNorm.forward:
+        return "", _Plan(fits_outside=True)
+    part = traced(layer)
+    inside = [node for node in part.nodes if node.target is F.batch_norm] if part else []
+    if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
+        return f"the code of {type(layer).__name__} is not understood", _NOBODY
+    plan = _follow(part, inside[0], set())
+    return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
+
+
+def _plans(model: nn.Module) -> tuple[dict[int, _Plan], list[nn.Module]]:
+    """What follows each layer that traced code calls, by the layer's id; and the modules that this is the code of."""
+    found: dict[int, _Plan] = {}
+    roots = []
+    calls: Counter[int] = Counter()
+    for part in parts(model, defaults=True):
+        taken: set[fx.Node] = set()
+        roots.append(part.module)
+        for node in part.nodes:
+            layer = _module(part, node)
+            if isinstance(layer, _BatchNorm):
+                calls[id(layer)] += 1
+                found[id(layer)] = _follow(part, node, taken)
+    return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}, roots
+
+
+def _module(part: Part, node: fx.Node) -> nn.Module | None:
+    return part.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _input(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+def _is_sum(node: fx.Node, one: fx.Node) -> bool:
+    """Whether a node adds another tensor to the output of one."""
+    if node.op not in {"call_function", "call_method"} or node.target not in SUMS or node.kwargs or len(node.args) != 2:
+        return False
+    in_place = node.target in (operator.iadd, "add_")
+    other = node.args[1] if node.args[0] is one else node.args[0]
+    return isinstance(other, fx.Node) and other is not one and (node.args[0] is one or not in_place)
+
+
+def _activation(part: Part, node: fx.Node) -> Any:
+    """Class or function of a node that is an activation, or None."""
+    layer = _module(part, node)
+    if layer is not None:
+        return type(layer) if type(layer) in MODULES else None
+    return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
+
+
+def _name(part: Part, node: fx.Node) -> str:
+    layer = _module(part, node)
+    return type(layer).__name__ if layer is not None else str(getattr(node.target, "__name__", node.target))
+
+
+def _passes(part: Part, node: fx.Node) -> bool:
+    """Whether a node returns what it was given."""
+    layer = _module(part, node)
+    return type(layer) is nn.Identity and not changed(layer)
+
+
+def _at_once(part: Part, first: fx.Node, last: fx.Node) -> bool:
+    """Whether nothing is computed between two nodes."""
+    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last)]
+    return all(node.op == "get_attr" or _passes(part, node) for node in between)
+
+
+def _is_kept(part: Part, node: Any) -> bool:
+    """Whether nobody else can change in place what a node returns to its only reader."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return False
+    return type(_module(part, node)) in LAYERS or (node.op == "call_function" and node.target in FRESH)
+
+
+def _hooked(part: Part, first: fx.Node, last: fx.Node) -> str:
+    """Why a module between two nodes wants to see a tensor, or nothing."""
+    stacks = [dict(node.meta.get("nn_module_stack", {})) for node in (first, last)]
+    paths = [{str(value[0]) for value in stack.values()} for stack in stacks]
+    for path in sorted(paths[0] ^ paths[1]):
+        if why := changed(part.module.get_submodule(path)):
+            return f"{path} {why}"
+    return ""
+
+
+_OUTPUT = "the model's output follows"
+
+
+def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
+    """What follows a node, and can be computed with it."""
+    names: list[str] = []
+    steps = Steps(outside=True)
+    node, why = start, ""
+    while not steps.activation:
+        if node in part.stored:
+            why = "the model's code keeps what it returns"
+            break
+        if len(node.users) != 1:
+            why = f"what it returns is read {len(node.users)} times"
+            break
+        (user,) = node.users
+        if _passes(part, user):
+            node = user
+            continue
+        kind = _activation(part, user)
+        is_sum = _is_sum(user, node) and not steps.sum
+        if user.op == "output":
+            why = _OUTPUT
+        elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
+            why = f"{_name(part, user)} follows"
+        elif user in taken:
+            why = "the other side of the sum is fused"
+        elif not _at_once(part, node if steps.sum else start, user) and (steps.sum or not _is_kept(part, _input(start))):
+            why = "its input may change before what follows is computed"
+        else:
+            why = _hooked(part, start, user)
+        if why:
+            break
+        steps = steps._replace(sum=True) if is_sum else steps._replace(activation=True)
+        names.append("add" if is_sum else _name(part, user))
+        node = user
+        if is_sum:
+            taken.add(user)
+    inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
+    steady = inverts and node not in part.stored and not any(_changes(part, user, node) for user in node.users)
+    return _Plan(steps, tuple(names), "" if names else why, steady=steady)
+
+
+def _changes(part: Part, node: fx.Node, one: fx.Node) -> bool:
+    """Whether a node may change in place what another one returns."""
+    layer: Any = _module(part, node)
+    if layer is not None:
+        return bool(getattr(layer, "inplace", False))
+    name = str(getattr(node.target, "__name__", node.target))
+    in_place = name.endswith("_") or (node.op == "call_function" and name in INPLACE) or node.kwargs.get("inplace", False)
+    return bool(in_place) and (one in node.args[:1] or one in node.kwargs.values())

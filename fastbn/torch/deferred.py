@@ -1,0 +1,290 @@
+"""What stands for the output of a batch norm until it is known what follows.
+
+A model's own code runs, whatever it does. Its batch norm returns a `Pending`, which has not been computed; when this meets a
+sum or an activation, they are computed together, in one operation. When it meets anything else, it becomes the tensor that
+it stands for. So results never depend on what somebody foresaw of the code: that decides only where a `Pending` is worth it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastbn.activations import NAMES, Builtin
+from fastbn.torch.fused import run
+from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
+
+F = torch.nn.functional
+
+
+class Steps(NamedTuple):
+    """What is expected to follow a batch norm.
+
+    Attributes
+    ----------
+    sum, activation : bool
+    outside : bool
+        Whether they are beyond the layer's own code.
+    from_output : bool
+        Whether a backward may find the input from the output.
+    """
+
+    sum: bool = False
+    activation: bool = False
+    outside: bool = False
+    from_output: bool = False
+
+
+class Standing:
+    """Something in place of a tensor: functions, methods and operators of torch that meet it come to `__torch_function__`."""
+
+    def tensor(self) -> Tensor:
+        """The tensor."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do what a rule says, or let torch do it with tensors."""
+        kwargs = kwargs or {}
+        rule = RULES.get(func)
+        if rule is not None:
+            found = rule(*args, **kwargs)
+            if found is not None:
+                return found
+        return func(*(_tensor(a) for a in args), **{name: _tensor(a) for name, a in kwargs.items()})
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of the tensor; a method goes through the rules."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        method = getattr(Tensor, name, None)
+        if callable(method):
+            return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+        return getattr(self.tensor(), name)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    function = getattr(Tensor, name)
+
+    def operator(self: Standing, *args: Any) -> Any:
+        return self.__torch_function__(function, (), (self, *args))
+
+    return operator
+
+
+_OPERATORS = (
+    "abs add and bool complex contains eq float floordiv ge getitem gt iadd iand idiv ifloordiv ilshift imod imul index int invert ior "
+    "ipow irshift isub iter itruediv ixor le len lshift lt matmul mod mul ne neg or pos pow radd rand rdiv rfloordiv rlshift rmatmul "
+    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array"
+)
+for _name in (f"__{name}__" for name in _OPERATORS.split()):
+    if hasattr(Tensor, _name):
+        setattr(Standing, _name, _operator(_name))
+Standing.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _tensor(a: Any) -> Any:
+    """An argument with tensors for what stands for them."""
+    if isinstance(a, Standing):
+        return a.tensor()
+    if type(a) in (list, tuple):
+        return type(a)(_tensor(item) for item in a)
+    return a
+
+
+def settle(module: Any, inputs: Any, output: Any) -> Any:
+    """The hook of what was traced, after each call: nothing that waits leaves it, whatever its code did."""
+    return _settled(output)
+
+
+def _settled(output: Any) -> Any:
+    if isinstance(output, Standing):
+        return output.tensor()
+    if isinstance(output, dict):
+        for key, value in output.items():
+            if (found := _settled(value)) is not value:
+                output[key] = found
+    elif isinstance(output, list):
+        for i, value in enumerate(output):
+            if (found := _settled(value)) is not value:
+                output[i] = found
+    elif isinstance(output, tuple) and any(_settled(value) is not value for value in output):
+        made = map(_settled, output)
+        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    return output
+
+
+class Input(Standing):
+    """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm`."""
+
+    def __init__(self, x: Tensor, steps: Steps):
+        self.x = x
+        self.steps = steps
+
+    def tensor(self) -> Tensor:
+        """The tensor."""
+        return self.x
+
+    def dim(self) -> int:
+        """How many dimensions it has, which every layer asks."""
+        return self.x.dim()
+
+
+class _Call:
+    """A batch norm that waits."""
+
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+        self.recorded = torch.is_grad_enabled()
+        self.version = _version(arguments.x)
+        self.counted = False  # running statistics were moved
+
+    def run(self, residual: Tensor | None, activation: Builtin) -> Tensor:
+        a = self.arguments
+        if _version(a.x) != self.version:
+            raise RuntimeError(
+                "the input of a batch norm was changed in place before what follows it was computed; "
+                "fastbn.torch.revert(model) makes it a layer of torch's again"
+            )
+        if self.counted and a.training:
+            a = a._replace(mean=None, var=None)
+        self.counted = True
+        a = a._replace(residual=residual, activation=activation)
+        if torch.is_grad_enabled() == self.recorded:
+            return run(a)
+        with torch.set_grad_enabled(self.recorded):
+            return run(a)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+class Pending(Standing):
+    """The output of a batch norm, and perhaps of a sum."""
+
+    def __init__(self, call: _Call, steps: Steps, residual: Tensor | None = None):
+        self.call = call
+        self.steps = steps
+        self.residual = residual
+        self.value: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        """Compute it."""
+        if self.value is None:
+            self.value = self.call.run(self.residual, IDENTITY)
+        return self.value
+
+    def _waits(self) -> bool:
+        """Whether what comes now may be computed with it."""
+        return self.value is None and torch.is_grad_enabled() == self.call.recorded
+
+    def plus(self, other: Any, in_place: bool) -> Any:
+        """The sum with a residual, or None if it must be computed apart."""
+        x = self.call.arguments.x
+        if not (self._waits() and self.steps.sum and self.residual is None):
+            return None
+        other = _tensor(other)
+        if type(other) not in (Tensor, Parameter) and not (torch.compiler.is_compiling() and isinstance(other, Tensor)):
+            return None
+        if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+            return None
+        added = self if in_place else Pending(self.call, self.steps, other)
+        added.residual = other
+        return added if self.steps.activation else added.tensor()
+
+    def activated(self, name: str, parameter: float, in_place: bool) -> Tensor | None:
+        """What an activation makes of it, or None if it must be computed apart."""
+        if not (self._waits() and self.steps.activation):
+            return None
+        if self.residual is not None and name not in FROM_OUTPUT:
+            return None
+        y = self.call.run(self.residual, Builtin(name, parameter, NAMES.index(name) + 1))
+        if in_place:
+            self.value = y
+        return y
+
+
+def _batch_norm(
+    input: Any, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,  # noqa: A002
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> Any:  # fmt: skip
+    if not isinstance(input, Input):
+        return None
+    call = _Call(
+        Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, input.steps.from_output)
+    )
+    return Pending(call, input.steps) if input.steps.sum or input.steps.activation else call.run(None, IDENTITY)
+
+
+def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:
+    """Of an activation without a parameter."""
+
+    def rule(input: Any = None, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
+        return input.activated(name, 0.0, in_place or inplace) if isinstance(input, Pending) and not others else None
+
+    return rule
+
+
+def _leaky_relu(input: Any = None, negative_slope: Any = 0.01, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
+    if not isinstance(input, Pending) or type(negative_slope) is not float or not isfinite(negative_slope) or others:
+        return None
+    return input.activated("leaky_relu", negative_slope, inplace)
+
+
+def _leaky_relu_(input: Any = None, negative_slope: Any = 0.01, **others: Any) -> Any:  # noqa: A002
+    return _leaky_relu(input, negative_slope, True, **others)
+
+
+def _hardtanh(input: Any = None, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
+    """Which `torch.nn.ReLU6` is."""
+    is_relu6 = isinstance(input, Pending) and type(min_val) in (int, float) and (min_val, max_val) == (0, 6) and not others
+    return input.activated("relu6", 0.0, inplace) if is_relu6 else None
+
+
+def _hardtanh_(input: Any = None, min_val: Any = -1.0, max_val: Any = 1.0, **others: Any) -> Any:  # noqa: A002
+    return _hardtanh(input, min_val, max_val, True, **others)
+
+
+def _gelu(input: Any = None, *, approximate: str = "none", **others: Any) -> Any:  # noqa: A002
+    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
+    return input.activated(name, 0.0, False) if isinstance(input, Pending) and name and not others else None
+
+
+def _add(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any) -> Any:  # noqa: A002
+    if type(alpha) is not int or alpha != 1 or others:
+        return None
+    found = input.plus(other, False) if isinstance(input, Pending) else None
+    return other.plus(input, False) if found is None and isinstance(other, Pending) else found
+
+
+def _add_(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any) -> Any:  # noqa: A002
+    if type(alpha) is not int or alpha != 1 or others or not isinstance(input, Pending):
+        return None
+    return input.plus(other, True)
+
+
+RULES: dict[Any, Callable[..., Any]] = {
+    F.batch_norm: _batch_norm,
+    F.leaky_relu: _leaky_relu,
+    F.leaky_relu_: _leaky_relu_,
+    F.hardtanh: _hardtanh,
+    F.hardtanh_: _hardtanh_,
+    F.gelu: _gelu,
+    F.relu6: _rule("relu6"),
+    F.hardswish: _rule("hardswish"),
+    F.silu: _rule("silu"),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _rule("relu")),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _rule("relu", in_place=True)),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), _rule("sigmoid")),
+    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _rule("sigmoid", in_place=True)),
+    **dict.fromkeys((F.tanh, torch.tanh, Tensor.tanh), _rule("tanh")),
+    **dict.fromkeys((torch.tanh_, Tensor.tanh_), _rule("tanh", in_place=True)),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
+    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
+}

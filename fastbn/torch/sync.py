@@ -1,0 +1,297 @@
+"""Batch norm over the processes of torch.distributed, on the CPU.
+
+The layer is none of `torch.nn.SyncBatchNorm`, which computes on GPUs alone, and which DistributedDataParallel refuses in
+models on the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from fastbn import sync
+from fastbn.layout import Array
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.graph import CONVERTED, check, is_batch_norm
+
+distributed: Any = torch.distributed  # it is typed in part only
+
+
+class Communicator(sync.OfProcess):
+    """Carries numbers between the processes of torch.distributed, for NumPy's layers and functions too.
+
+    Parameters
+    ----------
+    process_group : ProcessGroup, optional
+        One that works on CPU tensors, as gloo does; None is the default group.
+
+    Raises
+    ------
+    RuntimeError
+        If torch.distributed is not initialized, or this process is not in the group. Its methods raise what torch does,
+        where a process is gone, at the latest after the group's time-out.
+
+    See Also
+    --------
+    fastbn.sync : what takes it.
+
+    Examples
+    --------
+    >>> import torch.distributed as dist, fastbn.torch, numpy as np
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> fastbn.torch.Communicator().all_gather(np.array([1.0, 2.0]))
+    array([[1., 2.]])
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, process_group: Any = None):
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError("torch.distributed is not initialized: call torch.distributed.init_process_group first")
+        self.group = process_group
+        self.ranks: int = distributed.get_world_size(process_group)
+        if self.ranks < 1:
+            raise RuntimeError("this process does not belong to the process group")
+        self._agreed: set[int] = set()
+
+    def all_gather(self, array: Array) -> Array:
+        """Everybody's array, in the order of the ranks.
+
+        Where one process sends more numbers than another, gloo ends the program. So what is as long as nothing before it is
+        announced, once.
+        """
+        if array.size not in self._agreed:
+            sizes = [int(size) for (size,) in self._gathered(np.array([float(array.size)]))]
+            if set(sizes) != {array.size}:
+                raise ValueError(
+                    f"the processes do not agree: in the order of the ranks, they have messages of {sizes} numbers; has one of them "
+                    "a layer with other channels, or an input of another dtype?"
+                )
+            self._agreed.add(array.size)
+        return self._gathered(array)
+
+    def _gathered(self, array: Array) -> Array:
+        found = np.empty((self.ranks, *array.shape), array.dtype)
+        distributed.all_gather(list(torch.from_numpy(found)), torch.from_numpy(np.array(array)), group=self.group)
+        return found
+
+    def all_reduce(self, array: Array) -> Array:
+        """The sum of everybody's arrays."""
+        found = np.array(array)
+        distributed.all_reduce(torch.from_numpy(found), group=self.group)
+        return found
+
+
+def _like(x: Tensor) -> Tensor:
+    """Of x's shape and, where that is dense, its order of memory."""
+    return torch.empty_like(x, memory_format=torch.preserve_format)
+
+
+class _Synchronized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
+        momentum: float, eps: float, communicator: Communicator,
+    ) -> Tensor:  # fmt: skip
+        ctx.communicator = communicator
+        source = computable(x)
+        y = _like(source)
+        new_mean, new_var = (None if v is None else np.array(vector(v)) for v in (mean, var))
+        with on_torchs_threads():
+            _, ctx.saved = sync.batch_norm_forward(
+                array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator,
+                out=array_of(y),
+            )  # fmt: skip
+        for old, new in ((mean, new_mean), (var, new_var)):
+            if old is not None and new is not None:
+                old.copy_(torch.from_numpy(new))
+        ctx.save_for_backward(x, weight, bias)
+        return y.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        wanted = tuple(name for name, need in zip(("x", "weight", "bias"), ctx.needs_input_grad, strict=False) if need)
+        source = computable(x)
+        dx = _like(source) if "x" in wanted else None
+        with on_torchs_threads():
+            g = sync.batch_norm_backward(
+                array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
+                out=None if dx is None else array_of(dx),
+            )  # fmt: skip
+        dweight = None if g.dweight is None else torch.from_numpy(g.dweight).to(weight.dtype)
+        dbias = None if g.dbias is None else torch.from_numpy(g.dbias).to(bias.dtype)
+        return None if dx is None else dx.to(x.dtype), dweight, dbias, None, None, None, None, None
+
+
+# Of layers, beside them: it is of this process, and no part of a copy or a pickle.
+_communicators: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Communicator]] = weakref.WeakKeyDictionary()
+
+
+def _synchronized(*arguments: Any) -> Any:
+    return _Synchronized.apply(*arguments)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm whose statistics in training are those of all processes of a group, on the CPU.
+
+    As ``torch.nn.SyncBatchNorm``, which is for GPUs: parameters, buffers and names are the same. It works inside
+    `torch.nn.parallel.DistributedDataParallel`. Processes may have batches of different sizes, or empty ones; all must call.
+    In evaluation, and where torch.distributed is not initialized, it is plain batch norm.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, device, dtype
+        As in ``torch.nn.BatchNorm2d``.
+    process_group : ProcessGroup, optional
+        The processes that share a batch; None is all of them. It must work on CPU tensors, as gloo does.
+
+    Attributes
+    ----------
+    process_group : ProcessGroup or None
+    synchronize : bool
+        False makes it a plain batch norm, for a while.
+
+    Notes
+    -----
+    A forward sends one message, of 2 C + 1 float64 numbers (4 C + 1 for float64 inputs), and a backward another, of 2 C.
+    Gradients of weight and bias are sums over the process's own part of the batch: DistributedDataParallel averages them,
+    as those of all other parameters. Running statistics have the same bits on every process.
+    There is no double backward.
+
+    See Also
+    --------
+    convert_sync_batchnorm : of a model's batch norms.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> fastbn.torch.SyncBatchNorm(3)(torch.ones(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, affine: bool = True,
+        track_running_stats: bool = True, process_group: Any = None, device: Any = None, dtype: Any = None,
+    ):  # fmt: skip
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.synchronize = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        """A copy in the same process, and so with the same group."""
+        memo[id(self.process_group)] = self.process_group
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call, unused-ignore]
+        return twin
+
+    def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  torch's name
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _communicator(self) -> Communicator | None:
+        """What carries numbers to others, where there are others."""
+        if not (self.synchronize and self.training and distributed.is_available() and distributed.is_initialized()):
+            return None
+        key = id(distributed.group.WORLD), id(self.process_group)
+        known = _communicators.get(self)
+        if known is None or known[0] != key:
+            known = _communicators[self] = key, Communicator(self.process_group)
+        return known[1] if known[1].ranks > 1 else None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as torch's layers
+        """Normalize; with others, where there are others."""
+        self._check_input_dim(input)
+        communicator = self._communicator()
+        if communicator is None:
+            return super().forward(input)
+        if input.device.type != "cpu" or input.dtype not in TYPES or input.layout is not torch.strided:
+            raise ValueError(
+                f"fastbn.torch.SyncBatchNorm takes strided floating-point tensors on the CPU, got {input.dtype} on {input.device}"
+                f"{'' if input.device.type == 'cpu' else '; torch.nn.SyncBatchNorm is for GPUs'}"
+            )
+        if input.shape[1] != self.num_features:
+            raise ValueError(f"input has {input.shape[1]} channels, but the layer has num_features={self.num_features}")
+        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        seen = self.num_batches_tracked if mean is not None else None
+        momentum = self.momentum
+        if momentum is None:  # the cumulative average
+            momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
+        vectors = self.weight, self.bias, mean, var
+        found: Tensor = eagerly(_synchronized, input, *vectors, momentum, self.eps, communicator)
+        if seen is not None:
+            seen.add_(1)
+        return found
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """As the function `convert_sync_batchnorm`, where torch's layer has it, too."""
+        return convert_sync_batchnorm(module, process_group)
+
+
+def unusual(layer: nn.Module) -> str:
+    """Why a batch norm does something else than torch's, or nothing."""
+    if isinstance(layer, _LazyNormBase):
+        return "it is a lazy batch norm, which was never called: call the model once"
+    kind = getattr(type(layer), CONVERTED, type(layer))  # whose results a converted layer has
+    if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
+        return f"{type(layer).__name__} has a forward of its own"
+    return ""
+
+
+def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Make every batch norm of a model a `SyncBatchNorm`.
+
+    Parameters
+    ----------
+    model : Module
+        It is changed: the new layers have the parameters, buffers, hooks and mode of the old ones, which are the same
+        objects, so that optimizers need not be made anew.
+    process_group : ProcessGroup, optional
+        The processes that share a batch; None is all of them.
+
+    Returns
+    -------
+    Module
+        The model itself, or the new layer where it is a batch norm.
+
+    Raises
+    ------
+    TypeError
+        If model is no Module.
+    ValueError
+        If a lazy batch norm was never called, or a layer is of a class whose forward is another than batch norm's. Nothing
+        is changed then.
+
+    Examples
+    --------
+    >>> import torch, fastbn.torch
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    >>> [type(layer).__name__ for layer in fastbn.torch.convert_sync_batchnorm(model)]
+    ['Conv2d', 'SyncBatchNorm']
+    """
+    check(model)
+    for path, layer in model.named_modules():
+        if is_batch_norm(layer) and (why := unusual(layer)):
+            raise ValueError(f"{path or 'the model'} cannot be converted: {why}")
+    made: dict[nn.Module, SyncBatchNorm] = {}
+
+    def converted(layer: nn.Module) -> SyncBatchNorm:
+        if layer not in made:
+            new = made[layer] = SyncBatchNorm.__new__(SyncBatchNorm)
+            new.__dict__.update({key: value for key, value in layer.__dict__.items() if not key.startswith("_fastbn")})
+            new.process_group, new.synchronize = process_group, True
+        return made[layer]
+
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and is_batch_norm(child):
+                parent._modules[name] = converted(child)
+    return converted(model) if is_batch_norm(model) else model

@@ -1,0 +1,202 @@
+"""Running statistics found anew: for NumPy's layers; `test_torch_reestimate` has PyTorch's models."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from processes import Member, together
+from truth import rng, same_bits
+
+import fastbn
+from fastbn import Estimate, Stats, sync
+from fastbn.layout import Array
+
+
+class Net:
+    """Two layers, and something after them that need not run."""
+
+    def __init__(self, **options: Any):
+        r = rng(5)
+        self.first, self.second = r.standard_normal((6, 5)).astype("f"), r.standard_normal((5, 4)).astype("f")
+        self.layers = {"a": fastbn.BatchNorm1d(5, **options), "b": fastbn.BatchNorm1d(4, activation="relu")}
+        self.ended = 0
+
+    def __call__(self, x: Array) -> Array:
+        self.layers["a"].eval()  # as models do that know of training alone
+        y = self.layers["b"](self.layers["a"](x @ self.first) @ self.second)
+        self.ended += 1
+        return y
+
+
+def data(seed: int = 0, far: float = 30.0) -> list[Array]:
+    """Batches of uneven sizes, whose means drift."""
+    r = rng(seed)
+    return [(r.standard_normal((n, 6)) + far + i).astype("f") for i, n in enumerate((64, 3, 17, 2, 40))]
+
+
+def truth(net: Net, batches: list[Array]) -> dict[str, tuple[Array, Array]]:
+    """Mean and unbiased variance of all that comes into each layer, in float64."""
+    into: dict[str, list[Array]] = {"a": [], "b": []}
+    for x in batches:
+        z = x @ net.first
+        into["a"].append(z)
+        y = fastbn.batch_norm_forward(z, net.layers["a"].weight, net.layers["a"].bias)[0]
+        into["b"].append(y @ net.second)
+    joined = {name: np.concatenate(parts).astype(float) for name, parts in into.items()}
+    return {name: (v.mean(0), v.var(0, ddof=1)) for name, v in joined.items()}
+
+
+def check(net: Net, want: dict[str, tuple[Array, Array]]) -> None:
+    for name, (mean, var) in want.items():
+        layer = net.layers[name]
+        assert (abs(layer.running_mean - mean) <= 1e-6 * (np.sqrt(var) + abs(mean))).all()
+        np.testing.assert_allclose(layer.running_var, var, rtol=1e-6)
+
+
+def test_they_are_those_of_the_whole_data_set() -> None:
+    net, batches = Net(), data()
+    for layer in net.layers.values():
+        layer.eval()
+    before = [layer.__dict__.keys() for layer in net.layers.values()]
+    found = fastbn.update_bn(net.layers, iter(batches), net)
+    check(net, truth(net, batches))
+    assert net.ended == 1  # the first batch; the others end at the last layer
+    assert (found.batches, found.layers["a"].count) == (5, 126)
+    assert [layer.__dict__.keys() for layer in net.layers.values()] == before
+    for layer in net.layers.values():
+        assert (layer.training, layer.track_running_stats, int(layer.num_batches_tracked)) == (False, True, 5)
+        with pytest.raises(RuntimeError, match="backward needs a forward"):
+            layer.backward(np.ones((2, layer.num_features), "f"))
+
+
+def test_a_run_goes_on_where_another_ended_and_machines_merge() -> None:
+    batches, whole, parts = data(), Net(), [Net() for _ in range(3)]
+    fastbn.update_bn(whole.layers, batches, whole)
+    kept: list[Estimate] = []
+    first = fastbn.update_bn(parts[0].layers, batches[:2], parts[0], progress=kept.append)
+    assert [estimate.batches for estimate in kept] == [1, 2]
+    assert kept[-1] == first
+    fastbn.update_bn(parts[0].layers, batches[2:], parts[0], start=pickle.loads(pickle.dumps(first)))  # noqa: S301  our own
+    second = fastbn.update_bn(parts[1].layers, batches[2:], parts[1])
+    merged = fastbn.update_bn(parts[2].layers, [], parts[2], start=first.merge(second))
+    assert merged.batches == 5
+    for net in parts[::2]:
+        for name, layer in net.layers.items():
+            np.testing.assert_allclose(layer.running_mean, whole.layers[name].running_mean, rtol=1e-6)
+            np.testing.assert_allclose(layer.running_var, whole.layers[name].running_var, rtol=1e-6)
+
+
+def test_processes_merge_at_the_end() -> None:
+    batches, whole = data(), Net()
+    fastbn.update_bn(whole.layers, batches, whole)
+
+    def work(rank: int, communicator: Member) -> Any:
+        net = Net()
+        found = fastbn.update_bn(net.layers, [batches[:1], [], batches[1:]][rank], net, communicator=communicator)
+        return found, net
+
+    found, messages = together(3, work)
+    assert [kind for kind, _ in messages] == ["all_gather", "all_reduce"]
+    for estimate, net in found:
+        assert estimate == found[0][0]
+        assert estimate.batches == 5
+        for name, layer in net.layers.items():
+            same_bits(layer.running_mean, found[0][1].layers[name].running_mean)
+            np.testing.assert_allclose(layer.running_var, whole.layers[name].running_var, rtol=1e-6)
+
+
+def test_it_stops_when_the_means_are_known() -> None:
+    net, seen = Net(), []
+
+    def endless() -> Any:
+        r = rng(1)
+        while True:
+            seen.append(1)
+            yield r.standard_normal((50, 6)).astype("f")
+
+    fastbn.update_bn(net.layers, endless(), net, tolerance=0.02)
+    assert 20 < len(seen) < 200  # 2,500 values give an error of 0.02, and it takes the worst of nine channels
+    few: list[int] = []
+    fastbn.update_bn(net.layers, (few.append(1) or np.tile(data()[0], (2, 1)) for _ in range(99)), net, tolerance=0.5)
+    assert len(few) == 8  # no spread is told from fewer
+
+
+def test_layers_that_are_called_twice_frozen_or_masked() -> None:
+    bn, frozen, plain = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3).freeze(), fastbn.BatchNorm1d(3, track_running_stats=False)
+    shared = fastbn.BatchNorm2d(2, layout="NHWC", correction=0)
+    r = rng(2)
+    x, image = r.standard_normal((8, 3)).astype("f"), r.standard_normal((2, 4, 4, 2)).astype("f")
+    mask = r.random((2, 4, 4)) < 0.5
+
+    def forward(scale: float) -> None:
+        plain(frozen(bn(x * np.float32(scale))))
+        shared(shared(image), mask=mask)
+
+    found = fastbn.update_bn([bn, frozen, plain, shared], [1.0, 3.0], forward)
+    assert list(found.layers) == ["0", "3"]
+    assert found.layers["3"].count == 2 * (32 + mask.sum())
+    np.testing.assert_allclose(bn.running_var, np.concatenate([x, 3 * x]).var(0, ddof=1), rtol=1e-6)
+    first, second = image.reshape(-1, 2), fastbn.batch_norm_forward(image, layout="NHWC")[0][mask]
+    np.testing.assert_allclose(shared.running_var, np.concatenate([first, second] * 2).astype(float).var(0), rtol=1e-6)
+    assert not frozen.running_mean.any()
+    assert int(frozen.num_batches_tracked) == 0
+
+
+def test_a_line_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    net = Net()
+    fastbn.update_bn(net.layers, data(), net, progress=True)
+    assert capsys.readouterr().err.startswith("\rupdate_bn: 1 of 5 batches, 0 s\rupdate_bn: 2 of 5")
+    fastbn.update_bn(net.layers, iter(data()), net, progress=True)
+    assert capsys.readouterr().err.endswith("update_bn: 5 batches, 0 s\n")
+
+
+def fails(net: Net) -> Callable[[Array], Array]:
+    def forward(x: Array) -> Array:
+        net(x)
+        raise OSError("the disk is gone")
+
+    return forward
+
+
+ONE = Estimate({"a": Stats(1, np.zeros(5), np.zeros(5))}, 1)
+ERRORS: dict[str, tuple[type[Exception], str, Callable[[Net], object]]] = {
+    "layers": (TypeError, "layers must be a sequence or a mapping", lambda n: fastbn.update_bn(n.layers["a"], [], n)),  # type: ignore[arg-type]
+    "layer": (TypeError, "must hold BatchNorm1d.* got int for '0'", lambda n: fastbn.update_bn([3], [], n)),  # type: ignore[list-item]
+    "forward": (TypeError, "forward must be a function of a batch", lambda n: fastbn.update_bn(n.layers, [], None)),  # type: ignore[arg-type]
+    "batches": (TypeError, "the batches must be an iterable, got int", lambda n: fastbn.update_bn(n.layers, 3, n)),  # type: ignore[arg-type]
+    "start": (TypeError, "start must be an Estimate", lambda n: fastbn.update_bn(n.layers, [], n, start={})),  # type: ignore[arg-type]
+    "tolerance": (ValueError, "tolerance must be a finite number of at least 0", lambda n: fastbn.update_bn(n.layers, [], n, tolerance=-1)),
+    "progress": (TypeError, "progress must be True or False", lambda n: fastbn.update_bn(n.layers, [], n, progress="yes")),  # type: ignore[arg-type]
+    "communicator": (TypeError, "communicator must have", lambda n: fastbn.update_bn(n.layers, [], n, communicator=3)),  # type: ignore[arg-type]
+    "none": (ValueError, "there was no batch", lambda n: fastbn.update_bn(n.layers, [], n)),
+    "nowhere": (ValueError, "there was no batch", lambda n: fastbn.update_bn(n.layers, [], n, communicator=sync.Alone())),
+    "stranger": (ValueError, "start has a layer 'c', which is none of the model's",
+                 lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"c": Stats.identity(3)}))),
+    "channels": (ValueError, "layer 'a' has 5 channels, but those of start are 3",
+                 lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"a": Stats.identity(3)}))),
+    "one value": (ValueError, "layer 'a': an unbiased variance needs a count of at least 2",
+                  lambda n: fastbn.update_bn(n.layers, [], n, start=ONE)),
+    "one row": (ValueError, "Expected more than 1 value per channel", lambda n: fastbn.update_bn(n.layers, [data()[0][:1]], n)),
+    "user": (OSError, "the disk is gone", lambda n: fastbn.update_bn(n.layers, data(), fails(n))),
+    "Estimate": (TypeError, "layers must be a mapping of names to Stats, got int for 'a'", lambda n: Estimate({"a": 3})),  # type: ignore[dict-item]
+    "merge": (TypeError, "merge takes Estimates, got int", lambda n: ONE.merge(3)),  # type: ignore[arg-type]
+    "merge-channels": (ValueError, "5 channels for layer 'a', got 3", lambda n: ONE.merge(Estimate({"a": Stats.identity(3)}))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_after_an_error_the_layers_are_as_before(name: str) -> None:
+    error, message, call = ERRORS[name]
+    net = Net()
+    net.layers["a"].eval()
+    before = {key: (layer.state_dict(), layer.__dict__.copy()) for key, layer in net.layers.items()}
+    with pytest.raises(error, match=message):
+        call(net)
+    for key, layer in net.layers.items():
+        assert layer.__dict__ == before[key][1]
+        for name_, v in layer.state_dict().items():
+            same_bits(np.atleast_1d(v), np.atleast_1d(before[key][0][name_]))

@@ -1,0 +1,819 @@
+"""Models whose batch norms are converted: the same models, with the same results."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import operator
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+
+import fastbn.torch  # noqa: E402
+from fastbn.dispatch import select  # noqa: E402
+from fastbn.torch import fused  # noqa: E402
+from fastbn.torch.conversion import Converted  # noqa: E402
+
+nn = torch.nn
+F = torch.nn.functional
+
+pytestmark = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fused, "SMALLEST", 0)
+    fastbn.torch.report(reset=True)
+    torch.manual_seed(0)
+    yield
+    fastbn.torch.disable()
+    torch.set_num_threads(threads)
+
+
+def taken() -> int:
+    return sum(fastbn.torch.report().taken.values())
+
+
+def step(model: Any, *inputs: Any) -> list[Any]:
+    """Output, gradients and buffers after one step of a copy."""
+    twin = copy.deepcopy(model)
+    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    y = twin(*leaves)
+    if y.requires_grad:
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+    return [y.detach(), *(x.grad for x in leaves), *(p.grad for p in twin.parameters()), *twin.buffers()]
+
+
+def same(model: Any, *inputs: Any) -> Any:
+    """Convert a model, whose step must stay as near to that in float64; return what became of its layers."""
+    wide = copy.deepcopy(model).double()
+    true = step(wide, *(x.double() if x.is_floating_point() else x for x in inputs))
+    want = step(model, *inputs)
+    keys = list(model.state_dict())
+    found = fastbn.torch.convert(model)
+    got = step(model, *inputs)
+    assert list(model.state_dict()) == keys
+    for a, b, c in zip(got, want, true, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and a.numel():
+            assert (a.dtype, a.shape, a.stride(), a.requires_grad) == (b.dtype, b.shape, b.stride(), b.requires_grad)
+            few = (256 if a.dtype == torch.float64 else 16) * torch.finfo(a.dtype).eps if a.is_floating_point() else 0
+            allowed = 1.5 * (b.double() - c).abs().max() + few * max(1.0, c.double().abs().max())
+            assert (a.double() - c).abs().max() <= allowed
+    return found
+
+
+class Body(nn.Module):
+    """A convolution, batch norms, and what a test does with them."""
+
+    def __init__(self, after: Callable[..., Any], **modules: Any) -> None:
+        super().__init__()
+        self.conv, self.other = nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(3, 4, 1, bias=False)
+        self.bn, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.after = after
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Any) -> Any:
+        return self.after(self, x)
+
+
+def image(*size: int) -> Any:
+    return torch.randn(*(size or (2, 3, 5, 6)))
+
+
+MODULES = {
+    "ReLU": nn.ReLU(), "ReLU in place": nn.ReLU(inplace=True), "ReLU6": nn.ReLU6(), "LeakyReLU": nn.LeakyReLU(0.3, inplace=True),
+    "Hardswish": nn.Hardswish(), "SiLU": nn.SiLU(inplace=True), "GELU": nn.GELU(), "GELU tanh": nn.GELU(approximate="tanh"),
+    "Sigmoid": nn.Sigmoid(), "Tanh": nn.Tanh(),
+}  # fmt: skip
+FUNCTIONS = {
+    "F.relu": F.relu, "torch.relu": torch.relu, "relu": lambda z: z.relu(), "relu_": lambda z: z.relu_(), "torch.relu_": torch.relu_,
+    "F.relu in place": lambda z: F.relu(z, inplace=True), "F.relu positional": lambda z: F.relu(z, True), "F.relu6": F.relu6,
+    "F.leaky_relu": lambda z: F.leaky_relu(z, 0.2), "F.leaky_relu_": lambda z: F.leaky_relu_(z, negative_slope=0.2),
+    "F.hardswish": F.hardswish, "F.silu": F.silu, "F.gelu": F.gelu, "F.gelu tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "F.sigmoid": F.sigmoid, "torch.sigmoid": torch.sigmoid, "sigmoid": lambda z: z.sigmoid(), "tanh": lambda z: z.tanh(),
+    "torch.tanh": torch.tanh, "tanh_": lambda z: z.tanh_(),
+}  # fmt: skip
+SUMS = {
+    "+": lambda a, b: a + b, "other side": lambda a, b: b + a, "torch.add": torch.add, "add": lambda a, b: a.add(b),
+    "add_": lambda a, b: a.add_(b), "+=": operator.iadd,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_an_activation_layer_is_fused(name: str, training: bool) -> None:
+    model = sequential(nn.BatchNorm2d(4), copy.deepcopy(MODULES[name]), nn.Conv2d(4, 2, 1)).train(training)
+    found = same(model, image())
+    assert [(layer.path, layer.fused, layer.why) for layer in found] == [("1", (type(MODULES[name]).__name__,), "")]
+    assert taken() == 2
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_activation_function_is_fused(name: str) -> None:
+    function = FUNCTIONS[name]
+    found = same(Body(lambda m, x: function(m.bn(m.conv(x)))), image())
+    assert len(found[0].fused) == 1
+    assert taken() == 2
+
+
+@pytest.mark.parametrize("activation", ["none", "ReLU in place", "relu_", "F.relu6", "LeakyReLU", "SiLU"])
+@pytest.mark.parametrize("name", SUMS)
+def test_a_sum_is_fused(name: str, activation: str) -> None:
+    add, act = SUMS[name], {"none": nn.Identity(), **MODULES, **FUNCTIONS}[activation]
+    model = Body(lambda m, x: m.act(add(m.bn(m.conv(x)), m.bn2(m.other(x)))), act=act if isinstance(act, nn.Module) else nn.Identity())
+    if not isinstance(act, nn.Module):
+        model.after = lambda m, x: act(add(m.bn(m.conv(x)), m.bn2(m.other(x))))
+    found = same(model, image())
+    assert found[0].fused[:1] == ("add",)
+    alone = activation in ("none", "SiLU")  # SiLU's derivative needs the residual, which torch does not keep
+    assert len(found[0].fused) == (1 if alone else 2)
+    assert found[1].why == ("add_ follows" if name == "add_" else "the other side of the sum is fused")
+    assert taken() == 4
+
+
+def hooked(model: Any, path: str) -> Any:
+    model.get_submodule(path).register_forward_hook(lambda *_: None)
+    return model
+
+
+def sequential(*layers: Any) -> Any:
+    return nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), *layers)
+
+
+LEFT = {
+    "nothing": (lambda: sequential(nn.BatchNorm2d(4)), "the model's output follows"),
+    "another layer": (lambda: sequential(nn.BatchNorm2d(4), nn.MaxPool2d(2)), "MaxPool2d follows"),
+    "dropout": (lambda: sequential(nn.BatchNorm2d(4), nn.Dropout(0.0), nn.ReLU()), "Dropout follows"),
+    "read twice": (lambda: Body(lambda m, x: (z := m.bn(m.conv(x))).relu() * z), "what it returns is read 2 times"),
+    "added to itself": (lambda: Body(lambda m, x: (z := m.bn(m.conv(x))) + z), "add follows"),
+    "a scaled sum": (lambda: Body(lambda m, x: torch.add(m.bn(m.conv(x)), m.other(x), alpha=2)), "add follows"),
+    "a number": (lambda: Body(lambda m, x: m.bn(m.conv(x)) + 1), "add follows"),
+    "into the other side": (lambda: Body(lambda m, x: m.other(x).add_(m.bn(m.conv(x)))), "add_ follows"),
+    "called twice": (lambda: Body(lambda m, x: m.bn(m.conv(x)).relu() + m.bn(m.other(x)).relu()), "it is called several times"),
+    "an input others read": (
+        lambda: Body(lambda m, x: (m.bn(z := m.conv(x)), z.mul(2))[0].relu()), "its input may change before what follows is computed",
+    ),
+    "an input of unknown memory": (
+        lambda: Body(lambda m, x: (m.bn(m.conv(x)[:]), x.mul(2))[0].relu()), "its input may change before what follows is computed",
+    ),
+    "kept": (
+        lambda: Body(lambda m, x: (m.__dict__.update(seen=[z := m.bn(m.conv(x))]), z.relu())[1]), "the model's code keeps what it returns",
+    ),
+    "hooks": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "1"), "it has hooks"),
+    "a hooked activation": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "2"), "2 has hooks"),
+    "hooks around": (lambda: hooked(nn.Sequential(sequential(nn.BatchNorm2d(4)), nn.ReLU()), "0"), "0 has hooks"),
+    "synchronized": (lambda: sequential(nn.SyncBatchNorm(4), nn.ReLU()).eval(), "it is synchronized"),
+    "instance norm": (lambda: sequential(nn.InstanceNorm2d(4), nn.ReLU()), "it normalizes each image by itself"),
+    "untraceable": (lambda: Body(lambda m, x: m.bn(m.conv(x)).relu() if x.sum() < 1e9 else x), "what calls it cannot be traced"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "why"), LEFT.values(), ids=LEFT.keys())
+def test_what_is_not_fused_has_a_reason(make: Callable[[], Any], why: str) -> None:
+    found = same(make(), image())
+    assert (found[0].fused, found[0].why) == ((), why)
+
+
+def test_a_layer_that_was_never_called_is_left() -> None:
+    model = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
+    assert fastbn.torch.convert(model)[0].why == "it was never called"
+    model(image())
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda m, x: m.bn(m.conv(x)).relu() if m.training else m.bn(m.conv(x)),
+        lambda m, x: (m.bn(m.conv(x)) * 2, m.bn(m.conv(x)).relu())[m.training],
+        lambda m, x: m.act(m.bn(m.conv(x))) + (0 if m.training else m.bn(m.conv(x))),
+        lambda m, x: m.bn(m.conv(x)).relu() if m.training else torch.cat([m.bn(m.conv(x)), x], 1),
+        lambda m, x: m.bn(m.conv(x)).relu() if m.training else m.bn(m.conv(x))[:, 1:].clone(),
+        lambda m, x: m.bn(m.conv(x)).relu() if m.training else (z := m.bn(m.conv(x))).add(z).sigmoid() / z.shape[0] - z.mean(),
+        lambda m, x: m.bn(m.conv(x)).relu() if m.training else 3.0 - (-m.bn(m.conv(x))).clamp(min=0),
+    ],
+)
+def test_where_other_code_runs_than_was_found_the_result_is_the_models(after: Callable[..., Any]) -> None:
+    """As code does that asks for the mode, which torch.fx does not see."""
+    model = Body(after, act=nn.GELU())
+    same(model, image())
+    same(model.eval(), image())
+
+
+def test_a_model_may_be_changed_after_it_was_converted() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for layer in (nn.GELU(), nn.Identity(), nn.Softmax(1), nn.PReLU(), nn.LeakyReLU(2.0), nn.Hardtanh(-1, 1), nn.Hardtanh(0, 6)):
+        model[2] = own[2] = layer
+        torch.testing.assert_close(step(model, x), step(own, x))
+    seen: list[Any] = []
+    for m in (model, own):
+        m[2] = nn.ReLU()
+        m[1].register_forward_hook(lambda _, __, output: seen.append(output))
+    torch.testing.assert_close(step(model, x), step(own, x))
+    assert all(type(y) is torch.Tensor for y in seen)
+    torch.testing.assert_close(*seen)
+
+
+def test_hooks_that_come_later_see_tensors() -> None:
+    model, x, seen = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), image(), []
+    want = model[1](model[0](x))
+    model[1].reset_running_stats()
+    fastbn.torch.convert(model)
+    model[2].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    model(x)
+    torch.testing.assert_close(seen[0] + 0, want)
+    assert seen[0].shape == want.shape
+    torch.testing.assert_close(model[1].running_mean, 0.1 * model[0](x).mean((0, 2, 3)))  # it moved once
+
+
+def test_reverted_models_are_what_they_were() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.InstanceNorm2d(4))
+    before = {name: {**m.__dict__} for name, m in model.named_modules()}
+    classes, tensors, shown = [type(m) for m in model.modules()], [id(t) for t in model.state_dict(keep_vars=True).values()], repr(model)
+    for times in range(1, 3):
+        for _ in range(times):
+            found = fastbn.torch.convert(model)
+            assert [(layer.path, layer.converted) for layer in found] == [("1", True), ("3", True), ("4", False)]
+        assert isinstance(model[1], nn.BatchNorm2d)
+        assert type(model[1]).__name__ == "BatchNorm2d"
+        assert "fastbn=batch_norm + activation" in repr(model)
+        assert [id(t) for t in model.state_dict(keep_vars=True).values()] == tensors
+        assert fastbn.torch.revert(model) == 2
+        assert fastbn.torch.revert(model) == 0
+        assert [type(m) for m in model.modules()] == classes
+        assert {name: m.__dict__ for name, m in model.named_modules()} == before
+        assert repr(model) == shown
+
+
+def test_finding_what_follows_changes_nothing() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.calls, self.seen = nn.BatchNorm2d(3), 0, None
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Any) -> Any:
+            self.calls += 1
+            self.count.add_(1)
+            self.seen = x
+            self.noise = torch.rand(1)
+            return self.bn(x).relu() + self.count
+
+    model = Model()
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    assert (model.calls, model.seen, hasattr(model, "noise")) == (0, None, False)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def copies(model: Any) -> Iterator[Any]:
+    yield copy.deepcopy(model)
+    yield pickle.loads(pickle.dumps(model))  # noqa: S301  our own
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    yield torch.load(file, weights_only=False)
+    twin = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+    twin.load_state_dict(model.state_dict())
+    fastbn.torch.convert(twin)
+    yield twin
+
+
+def test_copies_and_pickles_are_converted_and_apart() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), image()
+    fastbn.torch.convert(model)
+    for twin in copies(model):
+        assert isinstance(twin[1], Converted)
+        before = taken()
+        torch.testing.assert_close(step(twin, x), step(model, x))
+        assert taken() == before + 4
+        assert fastbn.torch.revert(twin) == 1
+        assert type(twin[1]) is nn.BatchNorm2d
+        assert isinstance(model[1], Converted)
+    assert copy.copy(model[1]).weight is model[1].weight
+
+
+def test_a_pickle_is_read_by_a_process_that_has_imported_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    fastbn.torch.convert(model)
+    code = "import pickle, sys; m = pickle.load(sys.stdin.buffer); print(type(m[0]).__mro__[1].__name__, m[0].num_features)"
+    done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(model), capture_output=True, check=True)
+    assert done.stdout.decode().split() == ["Converted", "3"]
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels last", "3d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_dtypes_and_orders_of_memory(dtype: Any, order: str) -> None:
+    if order == "3d":
+        model = nn.Sequential(nn.Conv3d(3, 4, 1, bias=False), nn.BatchNorm3d(4), nn.SiLU(), nn.BatchNorm3d(4), nn.ReLU())
+        x = image(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d)
+    else:
+        model = sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4), nn.ReLU())
+        x = image()
+        x = x.contiguous(memory_format=torch.channels_last if order == "channels last" else torch.contiguous_format)
+    same(model.to(dtype), x.to(dtype))
+    assert taken() == 4
+    norms = nn.BatchNorm1d(4, momentum=None), nn.BatchNorm1d(4, track_running_stats=False)
+    rows = nn.Sequential(nn.Linear(5, 4, bias=False), norms[0], nn.ReLU(), norms[1], nn.Tanh())
+    same(rows.to(dtype), torch.randn(7, 5).to(dtype))
+    assert taken() == 8
+
+
+def test_modes_of_torch() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)):
+        for training in (True, False):
+            with mode():
+                got, want = model.train(training)(x), own.train(training)(x)
+            assert (got.requires_grad, got.is_inference(), got.dtype) == (want.requires_grad, want.is_inference(), want.dtype)
+            torch.testing.assert_close(got, want)
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
+    model.train(), own.train()  # type: ignore[unused-ignore]
+    for m in (model, own):
+        for p in m[1].parameters():
+            p.requires_grad_(False)
+    torch.testing.assert_close(step(model, x), step(own, x))
+
+
+def test_what_begins_without_gradients_has_none() -> None:
+    class Model(Body):
+        def forward(self, x: Any) -> Any:
+            with torch.no_grad():
+                z = self.bn(self.conv(x))
+            return z.relu() * self.bn2.weight.sum()
+
+    same(Model(lambda: None), image())
+
+
+def test_transforms_of_functorch_compute_as_torch_does() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval(), image(2, 2, 3, 5, 5)
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    parameters = dict(own.named_parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call in (
+            lambda m: torch.vmap(m)(x),
+            lambda m: torch.func.jvp(m, (x[0],), (x[1],)),
+            lambda m: torch.func.grad(lambda p: torch.func.functional_call(m, p, (x[0],)).sum())(parameters),
+            lambda m: torch.func.jacrev(lambda a: m(a).sum((1, 2, 3)))(x[0]),
+            lambda m: torch.jit.trace(m, x[0])(x[1]),
+        ):
+            torch.testing.assert_close(call(model), call(own))
+
+
+def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
+    model = Body(lambda m, x: F.relu(m.bn(m.conv(x)) + m.bn2(m.other(x))) + F.silu(m.bn3(m.conv(x))), bn3=nn.BatchNorm2d(4)).double()
+    fastbn.torch.convert(model)
+    x = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch itself deprecates
+        assert torch.autograd.gradcheck(model, (x,))
+        assert torch.autograd.gradgradcheck(model, (x,))
+    assert taken() > 0
+
+
+class BatchNormAct(nn.BatchNorm2d):
+    """As other packages have them: a layer whose own code normalizes, and does more."""
+
+    def __init__(self, channels: int, act: Any) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x: Any) -> Any:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        of_batch = self.training or (self.running_mean is None and self.running_var is None)
+        mean, var = self.running_mean, self.running_var
+        x = F.batch_norm(x, mean, var, self.weight, self.bias, of_batch, momentum, self.eps)
+        return self.act(self.drop(x))
+
+
+class Branches(BatchNormAct):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+def test_layers_of_other_packages_that_activate_are_fused() -> None:
+    model = sequential(BatchNormAct(4, nn.SiLU()), BatchNormAct(4, nn.Identity()), nn.ReLU(), BatchNormAct(4, nn.Softmax(1)))
+    model.append(Branches(4, nn.ReLU()))
+    found = same(model, image())
+    assert [layer.fused for layer in found] == [("SiLU",), ("ReLU",), (), ()]
+    assert [layer.why for layer in found[2:]] == ["Softmax follows", "the code of Branches is not understood"]
+    assert taken() == 6
+    x = image()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  our own
+        torch.testing.assert_close(step(twin, x), step(model, x))
+    assert fastbn.torch.revert(model) == 3
+    assert type(model[1]) is BatchNormAct
+
+
+def test_a_subclass_with_torchs_own_code_is_fused() -> None:
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(Mine(3), nn.ReLU())
+    assert same(model, image())[0].fused == ("ReLU",)
+    assert isinstance(model[0], Mine)
+
+
+def test_parts_of_a_model_that_cannot_be_traced_are_fused() -> None:
+    model = Body(lambda m, x: m.part(x) if x.sum() < 1e9 else x, part=sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    found = same(model, image())
+    assert {layer.path: layer.fused for layer in found}["part.1"] == ("ReLU",)
+
+
+def test_optional_arguments_are_what_they_are_by_default() -> None:
+    class Model(Body):
+        def forward(self, x: Any, features: bool = False) -> Any:
+            z = self.bn(self.conv(x))
+            return z if features else z.relu()
+
+    model = Model(lambda: None)
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    x = image()
+    for features in (True, False):
+        torch.testing.assert_close(model(x, features), own(x, features))
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
+
+
+def test_layers_alone_are_computed_by_whoever_is_shorter() -> None:
+    model, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), image()
+    found = fastbn.torch.convert(model, fuse=False)
+    assert (found[0].fused, found[0].why) == ((), "it was not asked for")
+    y = model(x)
+    assert (taken(), type(y.grad_fn).__name__) == (1, "ReluBackward0")
+    with fastbn.torch.enabled():
+        model(x)
+        assert type(model[0](x).grad_fn).__name__ == "NativeBatchNormBackward0"
+    assert taken() == 3
+
+
+def test_small_tensors_go_through_torchs_own_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "SMALLEST", 512 << 10)
+    model, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for got, want in zip(step(model, x), step(own, x), strict=True):
+        assert torch.equal(got, want)
+    assert taken() == 0
+
+
+def test_errors_are_torchs() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    bad = (
+        torch.randn(2, 4, 5, 5),
+        torch.randn(2, 3),
+        torch.randn(1, 3, 1, 1),
+        torch.ones(2, 3, 4, 4, dtype=torch.int),
+        torch.randn(2, 3, 4, 4).double(),
+    )
+    for x in bad:
+        found = []
+        for m in (model, own):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                m(x)
+            found.append((error.type, str(error.value)))
+        assert found[0] == found[1]
+
+
+def test_changes_in_place_between_are_noticed() -> None:
+    class Model(Body):
+        def forward(self, x: Any) -> Any:
+            z = self.conv(x)
+            y = self.bn(z)
+            if self.training is None:
+                z.mul_(2)
+            return y.relu()
+
+    model = Model(lambda: None)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    model(image())
+    model.bn.training, model.training = True, None
+    with pytest.raises(RuntimeError, match="changed in place before what follows it was computed"):
+        model(image())
+
+
+def test_a_thousand_switches_leave_nothing() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), image()
+    own = copy.deepcopy(model)
+    for _ in range(1000):
+        fastbn.torch.convert(model)
+        fastbn.torch.revert(model)
+    assert model.__dict__.keys() == own.__dict__.keys()
+    assert model[1].__dict__.keys() == own[1].__dict__.keys()
+    for got, want in zip(step(model, x), step(own, x), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_summaries_folding_and_freezing_of_a_converted_model() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), image()
+    model(x)
+    fastbn.torch.convert(model)
+    assert fastbn.torch.summary(model)[0].fold == "folds into 0"
+    folded = fastbn.torch.fold(model.eval())
+    assert folded.folded == {"1": "0"}
+    torch.testing.assert_close(folded.model(x), model(x))
+    assert fastbn.torch.freeze(model) == 1
+    before = model[1].running_mean.clone()
+    model.train()(x)
+    assert torch.equal(model[1].running_mean, before)
+    assert taken() > 0
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
+    torch.testing.assert_close(synced(x), model.eval()(x))
+
+
+def test_converted_layers_adapt_and_are_synchronized() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval(), image()
+    same = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    with fastbn.torch.adapt(model), fastbn.torch.adapt(same):
+        torch.testing.assert_close(model(x), same(x))
+    fastbn.torch.update_bn(model, [x])
+    fastbn.torch.update_bn(same, [x])
+    torch.testing.assert_close(model.eval()(x), same.eval()(x))
+    synced = fastbn.torch.convert_sync_batchnorm(model)
+    assert type(synced[1]) is fastbn.torch.SyncBatchNorm
+    assert not [key for key in synced[1].__dict__ if key.startswith("_fastbn")]
+    torch.testing.assert_close(synced(x), same(x))
+
+
+def test_torch_fx_sees_a_layer_of_torchs() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    fastbn.torch.convert(model)
+    graph = torch.fx.symbolic_trace(model)
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    x = image()
+    assert torch.equal(graph(x), model(x))
+
+
+def test_what_is_no_module_is_refused() -> None:
+    for function in (fastbn.torch.convert, fastbn.torch.revert):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
+            function(torch.ones(3))
+
+
+def test_the_table() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), nn.InstanceNorm2d(8))
+    assert str(fastbn.torch.convert(model)).splitlines() == [
+        "path  kind            channels  keeps  fused with  why not",
+        "1     BatchNorm2d     8         input  ReLU",
+        "3     BatchNorm2d     8         input  alone       InstanceNorm2d follows",
+        "4     InstanceNorm2d  8         input  left        it normalizes each image by itself",
+        "3 layers, 2 converted, 1 fused",
+    ]
+    assert str(fastbn.torch.convert(nn.ReLU())) == "the model has no normalization layers"
+
+
+def kept_bytes(model: Any, x: Any) -> int:
+    """Bytes of the memory that a forward keeps for the backward."""
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Any) -> Any:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(x)
+    assert y.requires_grad
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_input_is_had_from_the_output(order: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert = fastbn.torch.convert
+    monkeypatch.setattr(fastbn.torch, "convert", lambda model: convert(model, inplace_abn=True))
+    x = image(8, 3, 9, 9).to(dtype).contiguous(memory_format=order)
+    for layers, saved in (
+        ([nn.BatchNorm2d(4), nn.LeakyReLU(0.1)], True),
+        ([nn.BatchNorm2d(4), nn.LeakyReLU(0.1, inplace=True)], True),
+        ([nn.BatchNorm2d(4, affine=False)], True),
+        ([nn.BatchNorm2d(4)], True),
+        ([nn.BatchNorm2d(4), nn.ReLU()], False),
+    ):
+        model = sequential(*layers, nn.Conv2d(4, 4, 1, bias=False)).to(dtype)
+        if model[1].affine:
+            with torch.no_grad():
+                model[1].weight.copy_(torch.tensor([0.5, -2.0, 1.0, 0.1]))
+                model[1].bias.copy_(torch.tensor([0.1, -1.0, 0.0, 1.0]))
+        before = kept_bytes(copy.deepcopy(model), x)
+        assert same(model, x)[0].keeps == ("output" if saved else "input")
+        assert (before - kept_bytes(model, x) > 0.9 * 8 * 4 * 9 * 9 * dtype.itemsize) == saved
+
+
+def test_what_cannot_be_had_from_the_output_keeps_the_input() -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1), nn.Conv2d(4, 2, 1)), image()
+    with torch.no_grad():
+        model[1].weight[2], model[1].weight[3], model[1].bias[3] = 0, 1e-3, 1e5
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model, inplace_abn=True)[0].keeps == "output"
+    torch.testing.assert_close(step(model, x), step(own, x))
+    model[2].negative_slope = own[2].negative_slope = 0.0
+    torch.testing.assert_close(step(model, x), step(own, x))
+    torch.testing.assert_close(step(model.eval(), x), step(own.eval(), x))
+    torch.testing.assert_close(step(model.double().train(), 1e200 * x.double()), step(own.double().train(), 1e200 * x.double()))
+
+
+def test_an_output_that_others_change_is_not_kept() -> None:
+    for after in (
+        lambda m, x: F.leaky_relu(m.bn(m.conv(x))).add_(1),
+        lambda m, x: operator.iadd(F.leaky_relu(m.bn(m.conv(x))), m.other(x)),
+        lambda m, x: m.bn(m.conv(x)).exp_(),
+        lambda m, x: m.drop(F.leaky_relu(m.bn(m.conv(x)))),
+        lambda m, x: F.dropout(F.leaky_relu(m.bn(m.conv(x))), 0.0, inplace=True),
+    ):
+        model = Body(after, drop=nn.Dropout(0.0, inplace=True))
+        own = copy.deepcopy(model)
+        assert fastbn.torch.convert(model, inplace_abn=True)[0].keeps == "input"
+        torch.testing.assert_close(step(model, image()), step(own, image()), rtol=1e9, atol=1e9)
+    model = Body(lambda m, x: m.bn(m.conv(x)))
+    fastbn.torch.convert(model, inplace_abn=True)
+    y = model(image())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.mul_(2).sum().backward()
+
+
+def test_second_derivatives_need_the_input() -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.1)), image().requires_grad_()
+    fastbn.torch.convert(model, inplace_abn=True)
+    with pytest.raises(
+        RuntimeError,
+        match=r"second derivatives need the input of a batch norm, which was not kept: fastbn\.torch\.convert\(inplace_abn=False\)",
+    ):
+        torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1, bias=False)
+        self.bn, self.bn2, self.bn3, self.relu = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+
+    def forward(self, x: Any) -> Any:
+        z = self.bn2(self.conv(self.relu(self.bn(self.conv(x)))))
+        z += x
+        return self.bn3(F.relu(z))
+
+
+def operators(graph: Any) -> list[str]:
+    """What a graph calls of fastbn's and of batch norm and activations."""
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    return [name for name in names if "batch_norm" in name or "relu" in name]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_compiled_models_hold_one_node_for_each(early: bool) -> None:
+    model, x, graphs = Small(), image(), []
+    own = copy.deepcopy(model)
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph.graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, _)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if early:
+            compiled = torch.compile(model, backend=backend, fullgraph=True)
+            compiled(x), own(x)
+        fastbn.torch.convert(model)
+        if not early:
+            compiled = torch.compile(model, backend=backend, fullgraph=True)
+        graphs.clear()
+        for training in (True, False):
+            model.train(training), own.train(training)
+            leaves = [x.clone().requires_grad_() for _ in range(2)]
+            for m, leaf in zip((compiled, own), leaves, strict=True):
+                m(leaf).square().sum().backward()
+            torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.state_dict(), own.state_dict())
+        assert operators(graphs[0]) == ["fastbn.batch_norm"] * 3
+        before = taken()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), own(x))
+        assert taken() == before + 3
+        fastbn.torch.revert(model)
+        torch.testing.assert_close(compiled(x), own(x))
+    torch._dynamo.reset()
+
+
+def test_exported_models_hold_one_node_for_each() -> None:
+    model, x = Small().eval(), image()
+    fastbn.torch.convert(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        assert operators(exported.graph) == ["fastbn.batch_norm.default"] * 3
+        more = image(5, 3, 5, 6)
+        torch.testing.assert_close(exported.module()(more), model(more))
+        file = io.BytesIO()
+        torch.export.save(exported, file)
+        file.seek(0)
+        torch.testing.assert_close(torch.export.load(file).module()(more), model(more))
+        strict = torch.export.export(model, (x,), strict=True)
+        torch.testing.assert_close(strict.module()(x), model(x))
+
+
+def test_wrappers_that_average_gradients_over_processes() -> None:
+    model, x = Small(), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        for m in (nn.parallel.DistributedDataParallel(model), own):
+            m(x).square().sum().backward()
+        assert fastbn.torch.convert(nn.parallel.DistributedDataParallel(own))[0].path == "module.bn"
+    finally:
+        torch.distributed.destroy_process_group()
+    for p, q in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_parts_are_computed_again() -> None:
+    class Model(Body):
+        def forward(self, x: Any) -> Any:
+            return torch.utils.checkpoint.checkpoint(self.part, x, use_reentrant=self.reentrant)
+
+    for reentrant in (True, False):
+        model = Model(lambda: None, part=sequential(nn.BatchNorm2d(4), nn.ReLU()))
+        model.reentrant = reentrant
+        before = taken()
+        same(model, image())
+        assert taken() == before + 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_converted_models_run_in_children() -> None:
+    code = (
+        "import os, torch, fastbn.torch\n"
+        "from torch import nn\n"
+        "torch.set_num_threads(2)\n"
+        "m = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()).eval(); fastbn.torch.convert(m)\n"
+        "torch.set_grad_enabled(False); x = torch.randn(8, 64, 32, 32); y = m(x); pid = os.fork()\n"
+        "if pid == 0: os._exit(0 if bytes(m(x).untyped_storage()) == bytes(y.untyped_storage()) else 1)\n"
+        "print(os.waitpid(pid, 0)[1])\n"
+        "class Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 4\n"
+        "    def __getitem__(self, i): return m(x)[0]\n"
+        "print(all(torch.equal(b[0], y[0]) for b in torch.utils.data.DataLoader(Data(), num_workers=2)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("0\nTrue\n", "")
+
+
+def test_torchs_own_inputs_of_layers_have_torchs_results() -> None:
+    pytest.importorskip("expecttest", reason="needs expecttest, as torch.testing does")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_modules import module_db
+    names = {f"BatchNorm{n}d" for n in (1, 2, 3)}
+    infos = [info for info in module_db if info.module_cls.__name__ in names]
+    assert len(infos) == 3
+    for info, training, act in itertools.product(infos, (True, False), (nn.Identity(), nn.ReLU())):
+        for inputs in info.module_inputs_func(info, device="cpu", dtype=torch.float32, requires_grad=True, training=training):
+            made = inputs.constructor_input
+            layer = info.module_cls(*made.args, **made.kwargs).train(training)
+            same(nn.Sequential(layer, act), *inputs.forward_input.args)
+    assert taken() > 50
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121", "unet"])
+def test_gradients_of_whole_networks_are_as_near_to_float64(name: str, order: Any) -> None:
+    models = pytest.importorskip("bench.torch_models").MODELS
+    model, x = models[name](8).to(memory_format=order), image(4, 3, 64, 64).contiguous(memory_format=order)
+
+    def gradients(model: Any, x: Any) -> Any:
+        twin = copy.deepcopy(model).to(x.dtype)
+        twin(x).square().mean().backward()
+        return torch.cat([p.grad.double().flatten() for p in twin.parameters()])
+
+    exact, torchs = gradients(model, x.double()), gradients(model, x)
+    found = fastbn.torch.convert(model)
+    ours = gradients(model, x)
+    assert taken() == 2 * len(found)
+    assert (ours - exact).norm() <= 1.5 * (torchs - exact).norm()
