@@ -76,7 +76,7 @@ _INTEGERS = (
     "sum", "map", "settle", "unit_of", "parallel",
     # The shape, the tiles, and the units of work.
     "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "rest",
-    "group", "sum_units", "map_group", "map_piece", "map_units", "threads",
+    "group", "sum_units", "sum_bytes", "map_group", "map_piece", "map_units", "map_bytes", "threads",
     # What to do, and what came out.
     "kind", "phase", "by_columns", "together", "streams", "wide", "wide_mean", "wide_var", "unusual", "raised",
 )  # fmt: skip
@@ -87,7 +87,7 @@ _NUMBERS = ("eps", "momentum", "correction", "parameter")
 class Job(ctypes.Structure):
     """A call: all numbers that the compiled functions need."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _NUMBERS]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_int64) for name in _INTEGERS] + [(name, ctypes.c_double) for name in _NUMBERS]
 
 
 fields = fields_of(from_dtype(np.dtype(Job)))
@@ -175,6 +175,7 @@ class Loop(NamedTuple):
 
     @property
     def name(self) -> str:
+        """A name unlike that of any other loop."""
         flags = [_name(self.activation), *(f for f in ("residual", "second", "undone") if getattr(self, f))]
         return "_".join((self.operation, self.pattern, self.storage, *flags))
 
@@ -223,17 +224,17 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
     element, narrow, statistics = MEMORY[loop.storage].element, MEMORY[loop.storage].number is types.float32, loop.operation == "stats"
 
     @_helper(loop.name)
-    def is_near(sum: float, square: float, count: int) -> bool:
+    def is_near(summed: float, squared: float, count: int) -> bool:
         # Within a deviation, or sqrt(2) of one for few values. NaN is as near as it can be.
-        return not sum * sum > square * (count / 2 if count > FEW_VALUES else count * 2 / 3)
+        return not summed * summed > squared * (count / 2 if count > FEW_VALUES else count * 2 / 3)
 
     @_helper(loop.name)
-    def is_lost(x: int, start: int, runs: int, stride: int, n: int, square: float, sum: float) -> bool:
-        if not narrow or LEAST < abs(square) < MOST:
+    def is_lost(x: int, start: int, runs: int, stride: int, n: int, squared: float, summed: float) -> bool:
+        if not narrow or LEAST < abs(squared) < MOST:
             return False
-        if not statistics or square != 0:
-            return square != 0
-        if sum != 0:
+        if not statistics or squared != 0:
+            return squared != 0
+        if summed != 0:
             return True
         for r in range(runs):  # all numbers are the same, or are too small
             for i in range(n):
@@ -251,8 +252,8 @@ def _sum_planes(loop: Loop) -> Any:
     read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
         m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
     )  # fmt: skip
-    W, CHUNK = m.lanes, CHAIN * m.lanes
-    STATISTICS, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+    lanes, chunk = m.lanes, CHAIN * m.lanes
+    statistics, active, residual, second, undone = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
 
@@ -273,7 +274,7 @@ def _sum_planes(loop: Loop) -> Any:
             index = tile * j.channels + c
             begin = image * stride + c * j.inner + start
             pivot = 0.0
-            if STATISTICS:
+            if statistics:
                 lowest, mean = element(j.x, begin), 0.0
                 for i in range(8):
                     place = (2 * i + 1) * count // 16
@@ -286,9 +287,9 @@ def _sum_planes(loop: Loop) -> Any:
             else:
                 pivot = np.float64(get(j.mean, c))
             scale, shift = zero, zero
-            if ACTIVE and not UNDONE:
+            if active and not undone:
                 scale, shift = splat(get(j.scale, c)), splat(get(j.shift, c))
-            sum, square = 0.0, 0.0
+            summed, squared = 0.0, 0.0
             for attempt in range(2):
                 k = splat(pivot)
                 sums, squares = zero, zero
@@ -296,52 +297,52 @@ def _sum_planes(loop: Loop) -> Any:
                     at = begin + n * stride
                     done = 0
                     while done < length:  # a chain
-                        end = min(done + CHUNK, length)
-                        if ACTIVE:
+                        end = min(done + chunk, length)
+                        if active:
                             i = done
                             while i < end:
                                 v = read(j.x, at + i, end - i)
-                                v = restored(v, undo) if UNDONE else fma(v - k, scale, shift)
-                                if RESIDUAL:
+                                v = restored(v, undo) if undone else fma(v - k, scale, shift)
+                                if residual:
                                     v = v + read(j.residual, at + i, end - i)
                                 store(z, i - done, v)
-                                i += W
+                                i += lanes
                             evaluate(j, z, f, end - done)
                         t, q = zero, zero
                         i = done
                         while i < end:
                             rest = end - i
                             v = read(j.x, at + i, rest)
-                            if UNDONE:
+                            if undone:
                                 v = restored(v, undo)
                             d = v - k
-                            if rest < W:
+                            if rest < lanes:
                                 d = first_lanes(d, rest)
                             g = d
-                            if not STATISTICS:
+                            if not statistics:
                                 g = read(j.dy, at + i, rest)
-                                if ACTIVE:
+                                if active:
                                     g = through(g, load(f, i - done))
-                                if SECOND:
+                                if second:
                                     write(j.kept, at + i, g, rest, 0)
-                                if rest < W:
+                                if rest < lanes:
                                     g = first_lanes(g, rest)
                             t = t + g
                             q = fma(g, d, q)
-                            i += W
+                            i += lanes
                         sums, squares = sums + t, squares + q
                         done = end
-                sum, square = total(sums), total(squares)
-                if not STATISTICS or attempt == 1 or is_near(sum, square, count):
+                summed, squared = total(sums), total(squares)
+                if not statistics or attempt == 1 or is_near(summed, squared, count):
                     break
-                closer = total(first_lanes(splat(pivot + sum / count), 1))
+                closer = total(first_lanes(splat(pivot + summed / count), 1))
                 if not np.isfinite(closer):
                     break
                 pivot = closer
             put64(j.pivots, index, pivot)
-            put64(j.sums, index, sum)
-            put64(j.squares, index, square)
-            if is_lost(j.x, begin, images, stride, length, square, sum):
+            put64(j.sums, index, summed)
+            put64(j.squares, index, squared)
+            if is_lost(j.x, begin, images, stride, length, squared, summed):
                 put64(j.squares, index, np.nan)
                 j.unusual = 1
 
@@ -352,11 +353,11 @@ def _sum_columns(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
     is_near, is_lost = _judge(loop)
     m, load, store, get, put = _parts(loop)
-    read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
+    read, write, element, splat, fma, through, restored, first_lanes, coarse = (
+        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.coarse,
     )  # fmt: skip
-    W = m.lanes
-    STATISTICS, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+    lanes = m.lanes
+    statistics, active, residual, second, undone = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
 
@@ -365,99 +366,99 @@ def _sum_columns(loop: Loop) -> Any:
         j = fields(job)
         if j.raised:
             return
-        K, run = j.columns, j.run
+        stride, run = j.columns, j.run
         row, rows = tile * TILE_ROWS, 1
         if row < j.rows:
-            rows, last = min(TILE_ROWS, j.rows - row), min(last, K)
+            rows, last = min(TILE_ROWS, j.rows - row), min(last, stride)
         else:
             row, last = j.rows, min(last, j.rest)
-        begin, columns, count = row * K + first, last - first, rows * run
+        begin, columns, count = row * stride + first, last - first, rows * run
         zero, undo = splat(0.0), splat(j.parameter)
         z, f, pivots, sums, squares = stack(), stack(), stack(), stack(), stack()
         i = 0
-        while STATISTICS and run == 1 and i < columns:
+        while statistics and run == 1 and i < columns:
             lowest, mean = read(j.x, begin + i, columns - i), zero
             for n in range(8):
-                mean = mean + (read(j.x, begin + (2 * n + 1) * rows // 16 * K + i, columns - i) - lowest)
+                mean = mean + (read(j.x, begin + (2 * n + 1) * rows // 16 * stride + i, columns - i) - lowest)
             store(pivots, i, lowest + coarse(mean * splat(0.125)))
-            i += W
-        while STATISTICS and i < columns:
+            i += lanes
+        while statistics and i < columns:
             lowest, mean = element(j.x, begin + i), 0.0
             for n in range(8):
-                mean += (element(j.x, begin + (2 * n + 1) * rows // 16 * K + i + (2 * n + 1) * run // 16) - lowest) / 8
+                mean += (element(j.x, begin + (2 * n + 1) * rows // 16 * stride + i + (2 * n + 1) * run // 16) - lowest) / 8
             pivot = splat(lowest) + coarse(splat(mean))
             n = 0
             while n < run:
                 store(pivots, i + n, pivot)
-                n += W
+                n += lanes
             i += run
         for attempt in range(2):
             i = 0
             while i < columns:
                 store(sums, i, zero)
                 store(squares, i, zero)
-                i += W
+                i += lanes
             for top in range(0, rows, BATCH):
                 batch = min(BATCH, rows - top)
                 i = 0
                 while i < columns:
                     rest = columns - i
-                    at = begin + top * K + i
-                    k = load(pivots, i) if STATISTICS else load(j.columns_mean, first + i)
-                    if ACTIVE:
+                    at = begin + top * stride + i
+                    k = load(pivots, i) if statistics else load(j.columns_mean, first + i)
+                    if active:
                         for n in range(batch):
-                            v = read(j.x, at + n * K, rest)
-                            if UNDONE:
+                            v = read(j.x, at + n * stride, rest)
+                            if undone:
                                 v = restored(v, undo)
                             else:
                                 v = fma(v - k, load(j.columns_scale, first + i), load(j.columns_shift, first + i))
-                            if RESIDUAL:
-                                v = v + read(j.residual, at + n * K, rest)
-                            store(z, n * W, v if rest >= W else first_lanes(v, rest))
-                            if rest < W:
+                            if residual:
+                                v = v + read(j.residual, at + n * stride, rest)
+                            store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
+                            if rest < lanes:
                                 evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
-                        if rest >= W:
-                            evaluate(j, z, f, batch * W)
+                        if rest >= lanes:
+                            evaluate(j, z, f, batch * lanes)
                     t, q = zero, zero
                     for n in range(batch):
-                        v = read(j.x, at + n * K, rest)
-                        if UNDONE:
+                        v = read(j.x, at + n * stride, rest)
+                        if undone:
                             v = restored(v, undo)
                         d = v - k
-                        if rest < W:
+                        if rest < lanes:
                             d = first_lanes(d, rest)
                         g = d
-                        if not STATISTICS:
-                            g = read(j.dy, at + n * K, rest)
-                            if ACTIVE:
-                                g = through(g, load(f, n * W))
-                            if SECOND:
-                                write(j.kept, at + n * K, g, rest, 0)
-                            if rest < W:
+                        if not statistics:
+                            g = read(j.dy, at + n * stride, rest)
+                            if active:
+                                g = through(g, load(f, n * lanes))
+                            if second:
+                                write(j.kept, at + n * stride, g, rest, 0)
+                            if rest < lanes:
                                 g = first_lanes(g, rest)
                         t = t + g
                         q = fma(g, d, q)
                     store(sums, i, load(sums, i) + t)
                     store(squares, i, load(squares, i) + q)
-                    i += W
+                    i += lanes
             near = True
             for w in range(columns // run):
-                sum, square = 0.0, 0.0
+                summed, squared = 0.0, 0.0
                 for i in range(run):
-                    sum += get(sums, w * run + i)
-                    square += get(squares, w * run + i)
+                    summed += get(sums, w * run + i)
+                    squared += get(squares, w * run + i)
                 index = tile * j.width + first // run + w
-                pivot = np.float64(get(pivots, w * run)) if STATISTICS else 1.0
-                if STATISTICS and attempt == 0 and not is_near(sum, square, count):
-                    closer = pivot + sum / count
+                pivot = np.float64(get(pivots, w * run)) if statistics else 1.0
+                if statistics and attempt == 0 and not is_near(summed, squared, count):
+                    closer = pivot + summed / count
                     if np.isfinite(closer):
                         near = False
                         for i in range(run):
                             put(pivots, w * run + i, closer)
                 put64(j.pivots, index, pivot)
-                put64(j.sums, index, sum)
-                put64(j.squares, index, square)
-                if is_lost(j.x, begin + w * run, rows, K, run, square, sum):
+                put64(j.sums, index, summed)
+                put64(j.squares, index, squared)
+                if is_lost(j.x, begin + w * run, rows, stride, run, squared, summed):
                     put64(j.squares, index, np.nan)
                     j.unusual = 1
             if near:
@@ -470,8 +471,8 @@ def _map_planes(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
     m, load, store, get, _ = _parts(loop)
     read, write, splat, fma, through, restored = m.read, m.write, m.splat, m.fma, m.through, m.restored
-    W, CHUNK, SIZE = m.lanes, CHAIN * m.lanes, m.size
-    GRADIENT, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+    lanes, chunk, size = m.lanes, CHAIN * m.lanes, m.size
+    gradient, active, residual, second, undone = (
         loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
 
@@ -485,45 +486,45 @@ def _map_planes(loop: Loop) -> Any:
         for p in range(first, last):
             c, at = p % j.channels, p * j.inner
             mean, scale, shift, offset, slope = splat(get(j.mean, c)), splat(get(j.scale, c)), zero, zero, zero
-            if GRADIENT:
+            if gradient:
                 offset, slope = splat(get(j.offset, c)), splat(get(j.slope, c))
-            if not GRADIENT or (ACTIVE and not UNDONE):
+            if not gradient or (active and not undone):
                 shift = splat(get(j.shift, c))
             done = start
-            head = (-(j.out + (at + start) * SIZE) & 63) // SIZE if j.streams else 0  # elements before the first cache line
+            head = (-(j.out + (at + start) * size) & 63) // size if j.streams else 0  # elements before the first cache line
             while done < stop:
-                end = min(done + (head if head > 0 else CHUNK), stop)
+                end = min(done + (head if head > 0 else chunk), stop)
                 head = 0
-                if ACTIVE:
+                if active:
                     i = done
                     while i < end:
                         v = read(j.x, at + i, end - i)
-                        v = restored(v, undo) if UNDONE else fma(v - mean, scale, shift)
-                        if RESIDUAL:
+                        v = restored(v, undo) if undone else fma(v - mean, scale, shift)
+                        if residual:
                             v = v + read(j.residual, at + i, end - i)
                         store(z, i - done, v)
-                        i += W
+                        i += lanes
                     evaluate(j, z, f, end - done)
                 i = done
                 while i < end:
                     rest = end - i
-                    if GRADIENT:
+                    if gradient:
                         v, g = read(j.x, at + i, rest), read(j.dz, at + i, rest)
-                        if UNDONE:
+                        if undone:
                             v = restored(v, undo)
-                        if ACTIVE:
+                        if active:
                             g = through(g, load(f, i - done))
                         v = scale * fma(v - mean, slope, g - offset)
-                        if SECOND:
+                        if second:
                             write(j.dresidual, at + i, g, rest, j.streams)
-                    elif ACTIVE:
+                    elif active:
                         v = load(f, i - done)
                     else:
                         v = fma(read(j.x, at + i, rest) - mean, scale, shift)
-                        if RESIDUAL:
+                        if residual:
                             v = v + read(j.residual, at + i, rest)
                     write(j.out, at + i, v, rest, j.streams)
-                    i += W
+                    i += lanes
                 done = end
         if j.streams:
             fence()
@@ -535,8 +536,8 @@ def _map_columns(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
     m, load, store, _, _ = _parts(loop)
     read, write, splat, fma, through, restored, first_lanes = m.read, m.write, m.splat, m.fma, m.through, m.restored, m.first
-    W, SIZE = m.lanes, m.size
-    GRADIENT, ACTIVE, RESIDUAL, SECOND, UNDONE = (
+    lanes, size = m.lanes, m.size
+    gradient, active, residual, second, undone = (
         loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
 
@@ -547,51 +548,51 @@ def _map_columns(loop: Loop) -> Any:
             return
         zero, undo = splat(0.0), splat(j.parameter)
         z, f = stack(), stack()
-        K, row = j.columns, first
+        stride, row = j.columns, first
         while row < last:
             batch = min(BATCH, (last if row == j.rows else min(last, j.rows)) - row)
             end = min(stop, j.rest) if row == j.rows else stop
             i = start
-            head = (-(j.out + (row * K + i) * SIZE) & 63) // SIZE if j.streams else 0  # elements before the first cache line
+            head = (-(j.out + (row * stride + i) * size) & 63) // size if j.streams else 0  # elements before the first cache line
             while i < end:
-                at, step = row * K + i, W
+                at, step = row * stride + i, lanes
                 rest = end - i
                 if head > 0:
                     rest = step = min(head, rest)
                     head = 0
                 mean, scale, shift, offset, slope = load(j.columns_mean, i), load(j.columns_scale, i), zero, zero, zero
-                if GRADIENT:
+                if gradient:
                     offset, slope = load(j.columns_offset, i), load(j.columns_slope, i)
-                if not GRADIENT or (ACTIVE and not UNDONE):
+                if not gradient or (active and not undone):
                     shift = load(j.columns_shift, i)
-                if ACTIVE:
+                if active:
                     for n in range(batch):
-                        v = read(j.x, at + n * K, rest)
-                        v = restored(v, undo) if UNDONE else fma(v - mean, scale, shift)
-                        if RESIDUAL:
-                            v = v + read(j.residual, at + n * K, rest)
-                        store(z, n * W, v if rest >= W else first_lanes(v, rest))
-                        if rest < W:
+                        v = read(j.x, at + n * stride, rest)
+                        v = restored(v, undo) if undone else fma(v - mean, scale, shift)
+                        if residual:
+                            v = v + read(j.residual, at + n * stride, rest)
+                        store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
+                        if rest < lanes:
                             evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
-                    if rest >= W:
-                        evaluate(j, z, f, batch * W)
+                    if rest >= lanes:
+                        evaluate(j, z, f, batch * lanes)
                 for n in range(batch):
-                    if GRADIENT:
-                        v, g = read(j.x, at + n * K, rest), read(j.dz, at + n * K, rest)
-                        if UNDONE:
+                    if gradient:
+                        v, g = read(j.x, at + n * stride, rest), read(j.dz, at + n * stride, rest)
+                        if undone:
                             v = restored(v, undo)
-                        if ACTIVE:
-                            g = through(g, load(f, n * W))
+                        if active:
+                            g = through(g, load(f, n * lanes))
                         v = scale * fma(v - mean, slope, g - offset)
-                        if SECOND:
-                            write(j.dresidual, at + n * K, g, rest, j.streams)
-                    elif ACTIVE:
-                        v = load(f, n * W)
+                        if second:
+                            write(j.dresidual, at + n * stride, g, rest, j.streams)
+                    elif active:
+                        v = load(f, n * lanes)
                     else:
-                        v = fma(read(j.x, at + n * K, rest) - mean, scale, shift)
-                        if RESIDUAL:
-                            v = v + read(j.residual, at + n * K, rest)
-                    write(j.out, at + n * K, v, rest, j.streams)
+                        v = fma(read(j.x, at + n * stride, rest) - mean, scale, shift)
+                        if residual:
+                            v = v + read(j.residual, at + n * stride, rest)
+                    write(j.out, at + n * stride, v, rest, j.streams)
                 i += step
             row += batch
         if j.streams:
@@ -640,13 +641,13 @@ def _settle(number: Any) -> Any:
     def settle(job: int, first: int, last: int) -> None:
         """From the sums of tiles to those of channels first ... last, and from these to the parameters of the map."""
         j = fields(job)
-        C, count = j.channels, np.float64(j.outer * j.inner)
+        channels, count = j.channels, np.float64(j.outer * j.inner)
         if j.kind == INFERENCE:
             for c in range(first, last):
                 invstd = 1 / np.sqrt(get(j.var, c) + j.eps) if j.var else np.float64(get(j.invstd, c))
                 fold(j, c, optional(j.mean_lo, c, 0.0), invstd)
             return
-        whole, statistics = j.rows * j.repeats * C if j.by_columns else 0, j.kind <= FORWARD
+        statistics = j.kind <= FORWARD
         for c in range(first, last):
             put64(j.first, c, 0.0)
             put64(j.second, c, 0.0)
@@ -655,8 +656,8 @@ def _settle(number: Any) -> Any:
             n = tile_count(j, tile)
             short = j.by_columns and tile * TILE_ROWS >= j.rows
             for repeat in range(j.repeats):
-                at = tile * j.width + repeat * C
-                end = min(last, j.rest // j.run - repeat * C) if short else last
+                at = tile * j.width + repeat * channels
+                end = min(last, j.rest // j.run - repeat * channels) if short else last
                 for c in range(first, end):
                     if statistics:  # of the mean from the first pivot; two near numbers have an exact difference
                         moved = get64(j.pivots, at + c) - get64(j.pivots, c)
@@ -680,8 +681,8 @@ def _settle(number: Any) -> Any:
             n = tile_count(j, tile)
             short = j.by_columns and tile * TILE_ROWS >= j.rows
             for repeat in range(j.repeats):
-                at = tile * j.width + repeat * C
-                end = min(last, j.rest // j.run - repeat * C) if short else last
+                at = tile * j.width + repeat * channels
+                end = min(last, j.rest // j.run - repeat * channels) if short else last
                 for c in range(first, end):
                     e = get64(j.low, c) - (get64(j.pivots, at + c) - get64(j.pivots, c))
                     m2 = get64(j.squares, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
@@ -717,23 +718,23 @@ def _unit(number: Any) -> Any:
     def unit(job: int, number: int) -> None:
         """One unit of work: sums of a tile, a part of the map, or all of some channels."""
         j = fields(job)
-        C = j.channels
+        channels = j.channels
         if j.phase == SUMMING:
             first = number // j.tiles * j.group
-            call4(j.sum, job, number % j.tiles, first, min(first + j.group, j.columns if j.by_columns else C))
+            call4(j.sum, job, number % j.tiles, first, min(first + j.group, j.columns if j.by_columns else channels))
         elif j.phase == BOTH:
             first = number * j.group
-            last = min(first + j.group, C)
+            last = min(first + j.group, channels)
             for tile in range(j.tiles):
                 call4(j.sum, job, tile, first, last)
             call3(j.settle, job, first, last)
             if not (j.unusual or j.raised):
                 for n in range(j.outer - 1, -1, -1):
-                    call5(j.map, job, n * C + first, n * C + last, 0, j.inner)
+                    call5(j.map, job, n * channels + first, n * channels + last, 0, j.inner)
         else:
             pieces = ((j.columns if j.by_columns else j.inner) + j.map_piece - 1) // j.map_piece
             first, start = number // pieces * j.map_group, number % pieces * j.map_piece
-            last = min(first + j.map_group, j.rows + (j.rest > 0) if j.by_columns else j.outer * C)
+            last = min(first + j.map_group, j.rows + (j.rest > 0) if j.by_columns else j.outer * channels)
             call5(j.map, job, first, last, start, min(start + j.map_piece, j.columns if j.by_columns else j.inner))
 
     return unit
@@ -755,13 +756,13 @@ def _run(number: Any) -> Any:
 
     expand = _helper(str(number))(expand)
 
-    def units(j: Any, job: int, phase: int, number: int, backwards: int) -> None:
+    def units(j: Any, job: int, phase: int, number: int, reverse: int, nbytes: int) -> None:
         j.phase = phase
         if j.threads > 1 and number > 1:
-            parallel(j.parallel, j.unit_of, job, number, j.threads, backwards)
+            parallel(j.parallel, j.unit_of, job, number, j.threads, reverse, nbytes)
             return
         for i in range(number):
-            call2(j.unit_of, job, number - 1 - i if backwards else i)
+            call2(j.unit_of, job, number - 1 - i if reverse else i)
 
     units = _helper(str(number))(units)
 
@@ -792,7 +793,7 @@ def _run(number: Any) -> Any:
         if j.kind == INFERENCE:
             call3(j.settle, job, 0, j.channels)
         if j.together:
-            units(j, job, BOTH, j.sum_units, 0)
+            units(j, job, BOTH, j.sum_units, 0, j.sum_bytes)
         else:
             if j.by_columns and gradient:
                 expand(j, j.mean, j.columns_mean)
@@ -801,7 +802,7 @@ def _run(number: Any) -> Any:
                 if j.shift:
                     expand(j, j.shift, j.columns_shift)
             if j.sum:
-                units(j, job, SUMMING, j.sum_units, 0)
+                units(j, job, SUMMING, j.sum_units, 0, j.sum_bytes)
                 if not j.raised:
                     call3(j.settle, job, 0, j.channels)
             if j.map and not (j.unusual or j.raised):
@@ -812,7 +813,7 @@ def _run(number: Any) -> Any:
                 if j.by_columns and j.offset:
                     expand(j, j.offset, j.columns_offset)
                     expand(j, j.slope, j.columns_slope)
-                units(j, job, MAPPING, j.map_units, 1 if j.sum else 0)
+                units(j, job, MAPPING, j.map_units, 1 if j.sum else 0, j.map_bytes)
         if j.kind == FORWARD and not (j.unusual or j.raised):
             if j.running_mean:
                 move(j.running_mean, j.wide_mean, j.first, 1.0, j.channels, j.momentum)
@@ -913,6 +914,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
         job.tiles = _up(outer, job.images) * job.pieces
         job.group = max(1, min(32, channels // _up(enough, job.tiles)))
         job.sum_units = job.tiles * _up(channels, job.group)
+    job.sum_bytes, job.map_bytes = reads * total * size, arrays * total * size
     if arrays == 0:
         return
     job.streams = fresh and total * size * arrays > L3 and (job.columns * size % 64 == 0 if columns else inner * size > STAGE)
@@ -931,7 +933,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
         return  # long runs from L3 take less time than short ones
     job.together = 1
     job.group = max(1, min(L2 // 2 // channel, channels // enough))
-    job.sum_units = _up(channels, job.group)
+    job.sum_units, job.sum_bytes = _up(channels, job.group), job.sum_bytes + job.map_bytes
 
 
 # ---- From arrays to a job ----
@@ -1141,8 +1143,7 @@ def forward(
     job.eps, job.momentum, job.correction = eps, momentum, correction
     if not call.run():  # x and the running statistics are as they were
         vectors = weight, bias, eps, running_mean, running_var
-        found: tuple[Array, Array, Array, Array, Array] = _composed.forward(x, y, *vectors, momentum, correction, compute, threads, epilogue)
-        return found
+        made = _composed.forward(x, y, *vectors, momentum, correction, compute, threads, epilogue)
     mean, low, invstd, scale, shift = made
     return mean, low, invstd, scale, shift
 

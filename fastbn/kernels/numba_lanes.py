@@ -37,6 +37,7 @@ class Lanes(types.Type):  # type: ignore[misc]  # Numba has no types of its own
 
     @property
     def vector(self) -> Any:
+        """LLVM's type of it."""
         return ir.VectorType(_FLOATS[self.number], self.count)
 
 
@@ -95,8 +96,9 @@ def _emit(result: Any, arguments: tuple[Any, ...], body: Callable[..., Any]) -> 
 
 
 def _at(builder: Any, address: Any, index: Any, kind: Any, size: int) -> Any:
-    pointer = builder.inttoptr(address, kind.as_pointer())
-    return builder.bitcast(builder.gep(builder.bitcast(pointer, ir.IntType(8).as_pointer()), [builder.mul(index, _WORD(size))], source_etype=ir.IntType(8)), kind.as_pointer())  # fmt: skip
+    byte = ir.IntType(8)
+    start, offset = builder.inttoptr(address, byte.as_pointer()), builder.mul(index, _WORD(size))
+    return builder.bitcast(builder.gep(start, [offset], source_etype=byte), kind.as_pointer())
 
 
 def _constant(vector: Any, value: Any) -> Any:
@@ -346,9 +348,9 @@ def _invoke(builder: Any, function: Any, *arguments: Any) -> Any:
     return ir.Constant(ir.IntType(8).as_pointer(), None)
 
 
-def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, threads: Any, backwards: Any) -> Any:
-    threads, backwards = builder.trunc(threads, ir.IntType(32)), builder.trunc(backwards, ir.IntType(32))
-    return _invoke(builder, function, unit, job, units, threads, backwards, _WORD(0))
+def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, threads: Any, reverse: Any, nbytes: Any) -> Any:
+    threads, reverse = builder.trunc(threads, ir.IntType(32)), builder.trunc(reverse, ir.IntType(32))
+    return _invoke(builder, function, unit, job, units, threads, reverse, nbytes, _WORD(0))
 
 
 def _stack(builder: Any) -> Any:
@@ -371,7 +373,7 @@ STACK = 8192  # bytes of the buffer that `stack` gives, for as long as the funct
 _i = types.intp
 # Call the C function at an address, of so many integers.
 call2, call3, call4, call5 = (_emit(types.none, (_i,) * (n + 1), _invoke) for n in (2, 3, 4, 5))
-parallel = _emit(types.none, (_i,) * 6, _parallel)  # function(unit, job, units, threads, backwards, no host)
+parallel = _emit(types.none, (_i,) * 7, _parallel)  # function(unit, job, units, threads, reverse, nbytes, no host)
 stack = _emit(_i, (), _stack)
 claim = _emit(_i, (_i,), _next)  # takes the next number of a counter that threads share
 fence = _emit(types.none, (), _fence)  # what was streamed is written before what comes after

@@ -29,14 +29,14 @@ except ImportError:  # built without a compiler
 
 # ---- The door: a C function that runs units ----
 
-_RUN = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_RUN = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 3, *[ctypes.c_int] * 2, *[ctypes.c_int64] * 2)
 _WORK = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 5)
 _local = threading.local()
 
 
 @cache
 def address() -> int:
-    """The C function ``parallel(unit, job, units, threads, backwards, host)``: the compiled pool's, or `_parallel`."""
+    """The C function ``parallel(unit, job, units, threads, reverse, nbytes, host)``: the compiled pool's, or `_parallel`."""
     if _pool is None:
         return ctypes.cast(_parallel, ctypes.c_void_p).value or 0
     capsule = _pool.__pyx_capi__["parallel"]
@@ -46,11 +46,11 @@ def address() -> int:
     return int(pointer(capsule, name(capsule)))
 
 
-def _take(unit: int, job: int, units: int, backwards: int, counter: int) -> None:
+def _take(unit: int, job: int, units: int, reverse: int, counter: int) -> None:
     """Run units until none is left."""
     number = claim(counter)
     while number < units:
-        call2(unit, job, units - 1 - number if backwards else number)
+        call2(unit, job, units - 1 - number if reverse else number)
         number = claim(counter)
 
 
@@ -60,14 +60,14 @@ def _taker() -> Callable[..., None]:
 
 
 @_RUN
-def _parallel(unit: int, job: int, units: int, threads: int, backwards: int, host: int) -> None:
+def _parallel(unit: int, job: int, units: int, threads: int, reverse: int, nbytes: int, host: int) -> None:
     counter = ctypes.c_int64()
     try:
-        _share(partial(_taker(), unit, job, units, backwards, ctypes.addressof(counter)), min(threads, units) - 1)
+        _share(partial(_taker(), unit, job, units, reverse, ctypes.addressof(counter)), min(threads, units) - 1)
     except BaseException as error:  # an interrupt: raised where Python goes on
         _local.error = error
     if counter.value < units:
-        _taker()(unit, job, units, backwards, ctypes.addressof(counter))
+        _taker()(unit, job, units, reverse, ctypes.addressof(counter))
 
 
 def raise_interrupt() -> None:
