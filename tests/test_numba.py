@@ -1,8 +1,10 @@
-"""The Numba kernels: same bits for any threads, and no abort, no hang, whatever Numba's own threads do."""
+"""The Numba kernels: vector loops, same bits for any threads, and no abort, no hang, whatever Numba's own threads do."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,16 @@ import pytest
 
 import fastbn
 from fastbn import core, dispatch
+from fastbn.activations import NAMES, Epilogue, lookup
 
 if reason := dispatch.KERNELS["numba"].unusable():
     pytest.skip(reason, allow_module_level=True)
 
+import numba
+from numba import cfunc, types
+
 from fastbn.kernels import numba as kernel
+from fastbn.kernels import numba_cache, numba_threads
 
 LAYERS = ("workqueue", "omp", "tbb")
 # Planes: of several tiles, small ones of few and of many images. Columns: few, gathered with a rest, more than a group.
@@ -31,30 +38,84 @@ SHAPES = [(1, 2, 40000), (3, 5, 17000), (2, 3, 7), (40, 3, 100), (50, 7, 20), (1
 X = np.random.default_rng(0).normal(3, 2, (16, 32, 30, 30)).astype(np.float32)  # enough for threads
 
 
+DTYPES = ["float32", "float64", "float16", "bfloat16"]
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    return np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
+
+
+@pytest.fixture(params=["pool", "threads"])
+def door(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The compiled pool, and Python threads as where it was not built."""
+    if request.param == "pool" and numba_threads._pool is None:
+        pytest.skip("the pool was not built")
+    if request.param == "threads":
+        monkeypatch.setattr(numba_threads, "_pool", None)
+    for cached in (numba_threads.address, kernel._template):
+        cached.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    for cached in (numba_threads.address, kernel._template):
+        cached.cache_clear()
+
+
 def everything(x: np.ndarray, dy: np.ndarray, n: int, in_place: bool = False) -> list[bytes]:
-    """All operations, on n threads; outputs start as NaN."""
-    v, w, b, u = (np.linspace(low, low + 2, x.shape[1], dtype=x.dtype) for low in (0.5, -1, 2, 0.1))
-    y, dx = (x.copy(), dy.copy()) if in_place else (np.full_like(x, np.nan), np.full_like(x, np.nan))
-    sums = *kernel.stats(x, n), *kernel.grad_sums(dy, x, v, n)
-    kernel.normalize(y if in_place else x, y, v, w, b, n)
-    kernel.grad_input(dx if in_place else dy, x, dx, v, w, b, u, n)
-    return [a.tobytes() for a in (*sums, y, dx)]
+    """All operations and whole calls, on n threads; outputs start as NaN."""
+    compute = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+    v, w, b, u = (np.linspace(low, low + 2, x.shape[1], dtype=compute) for low in (0.5, -1, 2, 0.1))
+
+    def fresh(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        out = a.copy() if in_place else np.full_like(a, np.nan)
+        return (out if in_place else a), out
+
+    found = [*kernel.stats(x, n), *kernel.grad_sums(dy, x, v, n)]
+    source, y = fresh(x)
+    kernel.normalize(source, y, v, w, b, n)
+    source, dx = fresh(dy)
+    kernel.grad_input(source, x, dx, v, w, b, u, n)
+    source, z = fresh(x)
+    running = u.copy(), v.copy()
+    saved = kernel.forward(source, z, w, b, 1e-5, *running, 0.1, 1, compute, n)
+    source, dz = fresh(dy)
+    sums = kernel.backward(source, x, dz, saved[0], saved[1], saved[2], saved[3], n)
+    return [a.tobytes() for a in (*found, y, dx, z, *saved, *running, dz, *sums)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_same_bits(shape: tuple[int, int, int], dtype: str) -> None:
-    """1, 2, 3 and 7 threads, in place or not, writable or not."""
+def test_same_bits(shape: tuple[int, int, int], dtype: str, door: str) -> None:
+    """1, 2, 3 and 7 threads, in place or not, writable or not, on the pool or without it."""
     rng = np.random.default_rng(sum(shape))
-    x, dy = (rng.normal(3, 2, shape).astype(dtype) for _ in range(2))
+    x, dy = (rng.normal(3, 2, shape).astype(dtype_of(dtype)) for _ in range(2))
     expected = everything(x, dy, 1)
     for n in (2, 3, 7):
         assert everything(x, dy, n) == expected, n
     assert everything(x, dy, 3, in_place=True) == expected
     x.flags.writeable = dy.flags.writeable = False
-    compiled = [len(loop.overloads) for loop, *_ in kernel._ready]
+    compiled = set(numba_cache.made)
     assert everything(x, dy, 3) == expected
-    assert [len(loop.overloads) for loop, *_ in kernel._ready] == compiled
+    assert set(numba_cache.made) == compiled
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_whole_calls_equal_composed_ones(shape: tuple[int, int, int], dtype: str) -> None:
+    """The algebra compiled by Numba and the one in NumPy give the same bits."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(100, 3, shape).astype(dtype_of(dtype)) for _ in range(2))
+    compute = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
+    w, b, m, v = (rng.uniform(0.5, 2, shape[1]).astype(compute) for _ in range(4))
+
+    def whole(module: Any) -> list[bytes]:
+        y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+        running = m.copy(), v.copy()
+        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, 1, compute, 1)
+        sums = module.backward(dy, x, dx, *saved[:2], saved[2], w, 1)
+        module.inference(x, z, m, None, v, w, b, 1e-3, 1)
+        return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
+
+    assert whole(kernel) == whole(core.Composed(kernel))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
@@ -93,12 +154,10 @@ def test_variance_of_skewed_data(shape: tuple[int, int, int], name: str) -> None
     np.testing.assert_allclose(m2, np.square(wide - exact[:, None]).sum((0, 2)).astype(np.float64), rtol=1e-13)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_16_bits_are_declined(dtype: str) -> None:
+def test_every_dtype_is_taken() -> None:
+    """Half precision and bfloat16, too: with a function of the user's, no other kernel would."""
     row = dispatch.KERNELS["numba"]
-    assert row.declines(dtype) == f"it has no {dispatch.DTYPES[dtype].name}"
-    with fastbn.use_kernel("numba"), pytest.raises(RuntimeError, match="kernel 'numba' is pinned but cannot run: it has no"):
-        dispatch.select(dtype)
+    assert {dtype: row.declines(dtype, custom=True) for dtype in DTYPES} == dict.fromkeys(DTYPES)
 
 
 # ---- Threads ----

@@ -965,6 +965,9 @@ def _template(
 ) -> _Template:  # fmt: skip
     job, storage = Job(), _storage(dtype)
     m = STORAGE[storage]
+    job.parameter = 0.0 if activation is None else activation.parameter
+    if activation is not None and not activation.custom:
+        activation = activation._replace(parameter=0.0)  # one loop for all
     gradient, sums, maps = kind >= GRAD_SUMS, kind in _SUMMING, kind not in (STATS, GRAD_SUMS)
     reads = (1 + gradient + (residual and gradient)) if sums else 0
     arrays = (2 + gradient + residual + dresidual) if maps else 0
@@ -982,7 +985,6 @@ def _template(
     job.settle, job.unit_of, run = _around(m.number)
     job.parallel, job.threads, job.kind = numba_threads.address(), threads, kind
     job.wide = m.number is types.float64
-    job.parameter = 0.0 if activation is None else activation.parameter
     columns, vector = (job.columns + _PADDING) * 8 if job.by_columns else 0, 8 * shape[1]
     partials = job.tiles * job.width * 8 if sums else 0
     size = 0

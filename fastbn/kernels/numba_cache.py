@@ -23,6 +23,7 @@ from numba import cfunc
 from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.errors import NumbaError
 
 PATIENCE = 1.0  # seconds of compiling before the user is told
@@ -74,11 +75,11 @@ def announced() -> Iterator[None]:
         timer.cancel()
 
 
-_kept: list[Any] = []  # code lives as long as its owner
+made: dict[str, Any] = {}  # by name; code lives as long as its owner
 
 
 def compiled(function: Callable[..., None], signature: Any, name: str, keep: bool = True) -> int:
-    """Compile a C function, or read it from disk; its address.
+    """Compile a C function, or read it from disk, once in a process; its address.
 
     Parameters
     ----------
@@ -90,22 +91,22 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
         Whether the name tells all, so that the code may be kept on disk.
     """
     options = {"nopython": True, "error_model": "numpy", "fastmath": {"contract"}}
-    with announced():
-        made = _with_cache(function, signature, name, options) if keep else None
-        made = made or cfunc(signature, **options)(function)
-    _kept.append(made)
-    return int(made.address)
+    with global_compiler_lock, announced():  # of a name that was read twice, LLVM might link either
+        if name not in made:
+            kept = _with_cache(function, signature, name, options) if keep else None
+            made[name] = kept or cfunc(signature, **options)(function)
+        return int(made[name].address)
 
 
 def _with_cache(function: Callable[..., None], signature: Any, name: str, options: dict[str, Any]) -> Any:
     """None where there is no place on disk, or what lies there is damaged."""
     try:
-        made = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
-        made._cache = _Cache(function, name)
-        made.compile()
+        found = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        found._cache = _Cache(function, name)
+        found.compile()
     except NumbaError:
         raise
     except Exception:  # no directory can be written; the disk is full; a file is damaged
         return None
-    (read_here if made.cache_hits else compiled_here).append(name)
-    return made
+    (read_here if found.cache_hits else compiled_here).append(name)
+    return found
