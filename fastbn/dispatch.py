@@ -13,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 
 from fastbn import cpu
+from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, pattern
@@ -258,7 +258,9 @@ def passed_over(dtype: str) -> list[str]:
     return [f"{k.name}: {k.unusable() or k.declines(dtype)}" for k in better]
 
 
-def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW", "NHWC")) -> None:
+def warmup(
+    dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW", "NHWC"), activations: Iterable[object] = (None,)
+) -> None:
     """Compile now what the first calls would otherwise wait for; only the Numba kernels have anything to compile.
 
     Parameters
@@ -267,13 +269,15 @@ def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW
         Names of the dtypes that will be used.
     layouts : iterable of str
         Names of the layouts that will be used.
+    activations : iterable
+        Activations that will be used, as `batch_norm` takes them; None is a call without one.
 
     Raises
     ------
     TypeError
-        If something else is given than names.
+        If something else is given than names, or activations, or no kernel can run a function of yours.
     ValueError
-        If a layout or a dtype is unknown.
+        If a layout, a dtype or an activation is unknown.
 
     Examples
     --------
@@ -281,10 +285,15 @@ def warmup(dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW
     >>> fastbn.warmup(["float32"], ["NCHW"])
     """
     patterns = {pattern(layout) for layout in _names("layouts", layouts, LAYOUTS)}
-    for dtype in _names("dtypes", dtypes, tuple(DTYPES)):
-        module = select(dtype).module()
-        if hasattr(module, "warmup"):
-            module.warmup(np.dtype(dtype), patterns)
+    names = _names("dtypes", dtypes, tuple(DTYPES))
+    if isinstance(activations, str) or not isinstance(activations, Iterable):
+        activations = (activations,)
+    chosen = [None if activation is None else lookup(activation) for activation in activations]
+    for dtype in names:
+        for activation in chosen:
+            module = select(dtype, activation is not None and activation.custom).module()
+            if hasattr(module, "warmup"):
+                module.warmup(dtype, patterns, activation)
 
 
 def _names(name: str, given: object, known: tuple[str, ...]) -> tuple[str, ...]:

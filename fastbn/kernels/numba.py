@@ -1179,28 +1179,25 @@ def _backward(
     return (sum_dy, sum_dy_xmu), usual
 
 
-def warmup(dtype: np.dtype[Any], patterns: Iterable[str], activations: Iterable[Any] = (None,)) -> None:
+def warmup(storage: str, patterns: Iterable[str], activation: Any = None) -> None:
     """Compile what whole calls need, from the disk or anew.
 
     Parameters
     ----------
-    dtype : numpy.dtype
+    storage : str
+        Name of the dtype.
     patterns : iterable of str
         "ncsp", "nspc" or both.
-    activations : iterable of Builtin, Activation or None
-        None is a plain batch normalization.
+    activation : Builtin, Activation or None
     """
-    storage = _storage(dtype)
     _around(STORAGE[storage].number)
     loops = {"ncsp": ("planes", "columns"), "nspc": ("columns",)}  # small planes of many images are columns
+    if activation is not None and not activation.custom:
+        activation = activation._replace(parameter=0.0)
     for pattern in sorted({p for given in patterns for p in loops[given]}):
-        for activation in activations:
-            _loop(Loop(pattern, "stats", storage))
-            _loop(Loop(pattern, "normalize", storage, activation))
-            if activation is None:
-                _loop(Loop(pattern, "grad_sums", storage))
-                _loop(Loop(pattern, "grad_input", storage))
-            elif not activation.custom or activation.derivative is not None:
-                keeps = activation.costly and dtype.itemsize >= 4
-                _loop(Loop(pattern, "grad_sums", storage, activation, False, keeps))
-                _loop(Loop(pattern, "grad_input", storage, *(() if keeps else (activation,))))
+        _loop(Loop(pattern, "stats", storage))
+        _loop(Loop(pattern, "normalize", storage, activation))
+        if activation is None or not activation.custom or activation.derivative is not None:
+            keeps = activation is not None and activation.costly and STORAGE[storage].size >= 4
+            _loop(Loop(pattern, "grad_sums", storage, activation, second=keeps))
+            _loop(Loop(pattern, "grad_input", storage, None if keeps else activation))

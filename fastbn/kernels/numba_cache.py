@@ -90,7 +90,7 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
     keep : bool
         Whether the name tells all, so that the code may be kept on disk.
     """
-    options = {"nopython": True, "error_model": "numpy", "fastmath": {"contract"}}
+    options = {"nopython": True, "error_model": "numpy"}  # no contraction: variants of a loop have the same bits
     with global_compiler_lock, announced():  # of a name that was read twice, LLVM might link either
         if name not in made:
             kept = _with_cache(function, signature, name, options) if keep else None

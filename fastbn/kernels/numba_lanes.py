@@ -22,9 +22,9 @@ BLOCK = 128  # bytes of arithmetic
 _WORD = ir.IntType(64)
 _SHORT = ir.IntType(16)
 _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-_FEATURES = llvm.get_host_cpu_features()
-HAS_FMA = bool(_FEATURES.get("fma", False)) or not llvm.get_process_triple().startswith("x86_64")
-HAS_HALF = bool(_FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
+FEATURES = llvm.get_host_cpu_features()
+HAS_FMA = bool(FEATURES.get("fma", False)) or not llvm.get_process_triple().startswith("x86_64")
+HAS_HALF = bool(FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
 
 
 class Lanes(types.Type):  # type: ignore[misc]  # Numba has no types of its own
@@ -183,7 +183,7 @@ class Memory:
         raw = ir.VectorType(kind, count)
         lanes = block.vector
         i64 = types.intp
-        masked = size >= 4 or (bool(_FEATURES.get("avx512bw", False)) and bool(_FEATURES.get("avx512vl", False)))
+        masked = size >= 4 or (bool(FEATURES.get("avx512bw", False)) and bool(FEATURES.get("avx512vl", False)))
         # Masks know integers of 16 bits, and half precision not everywhere.
         plain = ir.VectorType(_SHORT if size == 2 else kind, count)
         suffix = f"v{count}{'i16' if size == 2 else 'f32' if size == 4 else 'f64'}.p0"
