@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-
 from fastbn import cpu
 from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES

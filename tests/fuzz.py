@@ -1928,7 +1928,7 @@ def one(d: Draw, seed: int, number: int, numba: bool, pinned: str | None, loud: 
     kernel = pinned
     if kernel is None and d.random() < 0.35:
         kernel = d.choice(kernels(numba))
-    dtypes = ("float32", "float64") if kernel == "numba" else tuple(DTYPES)
+    dtypes = tuple(DTYPES)
     if d.functions:
         kernel, dtypes = d.choice((None, "numba")), ("float32", "float64")
     if d.random() < 0.5:

@@ -77,10 +77,9 @@ def test_the_reference_is_last_and_takes_everything() -> None:
     assert not any(TABLE[-1].declines(dtype) for dtype in DTYPES)
 
 
-def test_only_numba_declines_dtypes() -> None:
-    """Tests are made for the dtypes that a kernel takes: what it declines must be what it is meant to decline."""
-    declined = {(k.name, dtype) for k in TABLE for dtype in DTYPES if k.declines(dtype)}
-    assert declined == {("numba", "float16"), ("numba", "bfloat16")}
+def test_no_kernel_declines_a_dtype() -> None:
+    """Tests are made for the dtypes that a kernel takes: one that it declined would be tested by nothing."""
+    assert not {(k.name, dtype) for k in TABLE for dtype in DTYPES if k.declines(dtype)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -43,7 +43,10 @@ OPTIONAL = {
     "keras": {"keras", "tensorflow"},
     "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
+    "kernels.numba_cache": {"numba", "llvmlite"},
+    "kernels.numba_lanes": {"numba", "llvmlite"},
     "kernels.numba_math": {"numba", "llvmlite"},
+    "kernels.numba_threads": {"numba"},
     "threads": {"threadpoolctl"},
     "__main__": {"rich"},
 }

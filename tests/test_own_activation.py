@@ -80,8 +80,8 @@ def test_errors(example: Any) -> None:
         with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):
             fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
     assert not running[0].any()
-    with pytest.raises(TypeError, match=r"no kernel can run a function as activation on float16 \(numba: it has no f16\)"):
-        fastbn.batch_norm_forward(x.astype(np.float16), activation=example.mish)
+    with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):  # what half precision is computed in
+        fastbn.batch_norm_forward(x.astype(np.float16), activation=numba.njit(lambda z: "z"))
     with fastbn.use_kernel("reference"), pytest.raises(RuntimeError, match="it takes no functions of the user's"):
         fastbn.batch_norm_forward(x, activation=example.mish)
 

@@ -630,7 +630,7 @@ def _settle(number: Any) -> Any:
 
     fold = _helper(str(number))(fold)
 
-    def tile_count(j: Any, tile: int) -> int:
+    def tile_count(j: Any, tile: int) -> Any:
         """Values of a channel, or a column's run, in a tile."""
         if j.by_columns:
             return (min(TILE_ROWS, j.rows - tile * TILE_ROWS) if tile * TILE_ROWS < j.rows else 1) * j.run
@@ -1046,11 +1046,12 @@ class _Call:
 
     def _raise(self) -> None:
         """Raise here what a function of the user's raised in some thread."""
-        function = _functions(self.activation)[self.job.kind >= GRAD_SUMS]
+        activation: Any = self.activation
+        function = _functions(activation)[self.job.kind >= GRAD_SUMS]
         number = np.float64 if self.job.wide else np.float32
         count = int(self.scratch[8 - FAILURES :][:8].view(np.float64)[0])
         for z in self.scratch[-8192:].view(number)[:count]:
-            function(z, self.activation.parameter)
+            function(z, activation.parameter)
         raise RuntimeError("the activation raised an exception, but not when it was called again")
 
 

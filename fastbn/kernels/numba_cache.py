@@ -101,7 +101,7 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
 def _with_cache(function: Callable[..., None], signature: Any, name: str, options: dict[str, Any]) -> Any:
     """None where there is no place on disk, or what lies there is damaged."""
     try:
-        found = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
+        found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options)
         found._cache = _Cache(function, name)
         found.compile()
     except NumbaError:

@@ -27,7 +27,7 @@ HAS_FMA = bool(FEATURES.get("fma", False)) or not llvm.get_process_triple().star
 HAS_HALF = bool(FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
 
 
-class Lanes(types.Type):  # type: ignore[misc]  # Numba has no types of its own
+class Lanes(types.Type):
     """A block of numbers."""
 
     def __init__(self, number: Any):

@@ -59,8 +59,7 @@ def _taker() -> Callable[..., None]:
     return _WORK(numba_cache.compiled(_take, types.void(*[types.intp] * 5), "take"))
 
 
-@_RUN
-def _parallel(unit: int, job: int, units: int, threads: int, reverse: int, nbytes: int, host: int) -> None:
+def _run_units(unit: int, job: int, units: int, threads: int, reverse: int, nbytes: int, host: int) -> None:
     counter = ctypes.c_int64()
     try:
         _share(partial(_taker(), unit, job, units, reverse, ctypes.addressof(counter)), min(threads, units) - 1)
@@ -68,6 +67,9 @@ def _parallel(unit: int, job: int, units: int, threads: int, reverse: int, nbyte
         _local.error = error
     if counter.value < units:
         _taker()(unit, job, units, reverse, ctypes.addressof(counter))
+
+
+_parallel = _RUN(_run_units)
 
 
 def raise_interrupt() -> None:
