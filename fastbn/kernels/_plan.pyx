@@ -139,7 +139,7 @@ cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays)
 
 cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
-    cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item, run
+    cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item, run, each
     u.exceeds_l3 = exceeds(L3 // FAR, t, t.touched)
     if u.by_columns:
         # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
@@ -150,10 +150,11 @@ cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     elif t.threads > 1 and t.channels < UNITS * t.threads:
         return False
     else:
-        u.channels_per_unit = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (WHOLE_UNITS * t.threads)))
+        each = t.channels if t.threads == 1 else t.channels // (WHOLE_UNITS * t.threads)
+        u.channels_per_unit = max(<Py_ssize_t> 1, min(L2 // 2 // channel, each))
         # What fits L1 takes its turn, but of several images no shorter runs than memory is read well in.
         run = div_up(LEAST_RUN, t.inner * t.item) if t.outer > 1 else 1
-        u.channels_per_pass = min(u.channels_per_unit, max(L1 // 2 // channel, run))
+        u.channels_per_pass = min(u.channels_per_unit, max(L1 // channel, run))
         u.nontemporal = is_streamed(u, p, t, t.touched)
     u.units = div_up(t.channels, u.channels_per_unit)
     return True
