@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from fastbn import cpu
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, pattern
+
+if TYPE_CHECKING:
+    from fastbn.kernels.protocol import Operations
 
 ALL = frozenset(DTYPES)
 NOT_BUILT = "it was not built"
@@ -79,15 +82,15 @@ class Kernel:
         return None if dtype in self.dtypes else f"it has no {DTYPES[dtype].name}"
 
     @cache  # noqa: B019
-    def module(self) -> Any:
+    def module(self) -> Operations:
         """The module, imported when first used; of an ISA's kernels, NumPy's doors to them."""
-        module = import_module(self.path)
+        module: Any = import_module(self.path)
         if self.level is None:
-            return module
+            return cast("Operations", module)
         from fastbn.kernels import _calls, _plan
 
         _plan.set_caches(*cpu.caches())
-        return _calls.Doors(module.KERNELS)
+        return cast("Operations", _calls.Doors(module.KERNELS))
 
 
 TABLE = (
