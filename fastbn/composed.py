@@ -7,7 +7,7 @@ have the four operations, and for channels at the ends of the range.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from fastbn import extremes, memory
 from fastbn.activations import Epilogue
 from fastbn.floating import default_mode
 from fastbn.layout import Array
+
+if TYPE_CHECKING:
+    from fastbn.kernels.protocol import Operations
 
 
 def split(mean: Array, mean_lo: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
@@ -48,7 +51,7 @@ def deviation(var: Array, eps: float) -> Array:
 
 @default_mode
 def input_gradient(
-    module: Any, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array,
+    module: Operations, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array,
     sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
     """Gradient of x from the two sums."""
@@ -63,7 +66,7 @@ def input_gradient(
 class Composed:
     """Whole calls made of the four operations of a kernel module that has no whole calls of its own."""
 
-    def __init__(self, module: Any):
+    def __init__(self, module: Operations):
         self.stats = module.stats
         self.normalize = module.normalize
         self.grad_sums = module.grad_sums
@@ -121,7 +124,7 @@ class Composed:
 
     @default_mode
     def backward(
-        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array, threads: int,
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array | None, threads: int,
         epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
@@ -141,7 +144,7 @@ class Composed:
         return sums
 
     def _backward(
-        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array, threads: int,
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array | None, threads: int,
         epilogue: Epilogue | None,
     ) -> tuple[Array, Array]:  # fmt: skip
         if epilogue is not None and dx is not None and (kept := self._place_to_keep(epilogue, dy, x, dx)) is not None:
@@ -151,7 +154,7 @@ class Composed:
         sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
             sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
-        if dx is not None:
+        if dx is not None and scale is not None:
             count = x.shape[0] * x.shape[2]
             input_gradient(self, dy, x, dx, mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, count, threads, epilogue)
         return sum_dy, sum_dy_xmu

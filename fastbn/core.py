@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from fastbn.dtypes import DType, lookup
 from fastbn.floating import default_mode
 from fastbn.layout import Array, View, channel_axis, view
 from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
+
+if TYPE_CHECKING:
+    from fastbn.kernels.protocol import Calls
 
 _WIDE = np.dtype(np.float64)
 Total = Callable[[Array], Array]  # adds up float64 sums of shape (2, C) over all parts of a batch
@@ -79,9 +82,9 @@ def parameters(
 
 
 @cache
-def whole(kernel: dispatch.Kernel) -> Any:
+def whole(kernel: dispatch.Kernel) -> Calls:
     """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
-    module = kernel.module()
+    module: Any = kernel.module()
     composed = Composed(module)
     if hasattr(module, "connect"):
         module.connect(
@@ -95,7 +98,7 @@ def _kernel(dtype: DType, activation: Function) -> dispatch.Kernel:
     return dispatch.select(dtype.storage, activation is not None and activation.custom)
 
 
-def _module(dtype: DType, activation: Function = None) -> Any:
+def _module(dtype: DType, activation: Function = None) -> Calls:
     """What runs the whole calls on arrays of a dtype."""
     return whole(_kernel(dtype, activation))
 
@@ -390,7 +393,10 @@ def backward(
             if after is not None and saved.residual is not None:
                 after = after._replace(residual=_counted(saved.residual, r.axis, saved.mask))
         nothing_counts = counted[0].size == 0
-        totals = np.zeros((2, mean.size)) if nothing_counts else module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
+        if nothing_counts:
+            totals = np.zeros(mean.size), np.zeros(mean.size)
+        else:
+            totals = module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
     shared = totals if total is None or totals is None else total(np.array(totals, np.float64))
     if dx is not None and (saved.mask is not None or not saved.training):
         # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,

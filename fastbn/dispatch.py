@@ -11,13 +11,16 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastbn import cpu
 from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, pattern
+
+if TYPE_CHECKING:
+    from fastbn.kernels.protocol import Operations
 
 ALL = frozenset(DTYPES)
 NOT_BUILT = "it was not built"
@@ -78,17 +81,17 @@ class Kernel:
         return None if dtype in self.dtypes else f"it has no {DTYPES[dtype].name}"
 
     @cache  # noqa: B019
-    def module(self) -> Any:
+    def module(self) -> Operations:
         """The module, imported when first used; of an ISA's kernels, NumPy's doors to them."""
-        module = import_module(self.path)
+        module: Any = import_module(self.path)
         if self.level is None:
             if hasattr(module, "set_caches"):
                 module.set_caches(*cpu.caches())
-            return module
+            return cast("Operations", module)
         from fastbn.kernels import _calls, _plan
 
         _plan.set_caches(*cpu.caches())
-        return _calls.Doors(module.KERNELS)
+        return cast("Operations", _calls.Doors(module.KERNELS))
 
 
 TABLE = (
@@ -290,7 +293,7 @@ def warmup(
     chosen = [None if activation is None else lookup(activation) for activation in activations]
     for dtype in names:
         for activation in chosen:
-            module = select(dtype, activation is not None and activation.custom).module()
+            module: Any = select(dtype, activation is not None and activation.custom).module()
             if hasattr(module, "warmup"):
                 module.warmup(dtype, patterns, activation)
 

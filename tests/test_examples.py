@@ -39,14 +39,16 @@ def test_train_digits_refuses_a_wrong_argument_before_it_trains(wrong, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_resnet():
+def test_torch_resnet(tmp_path):
     pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
     pytest.importorskip("torch", minversion="2.10")
-    command = [sys.executable, EXAMPLES / "torch_resnet.py", "--steps", "40"]
+    command = [sys.executable, EXAMPLES / "torch_resnet.py", "--steps", "40", "--output", tmp_path / "losses.png"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
-    found = dict(re.findall(r"^(torch|fastbn) .* accuracy (\d+\.\d) %$", printed, re.MULTILINE))
+    found = dict(re.findall(r"^(torch|enable|convert) .* accuracy (\d+\.\d) %$", printed, re.MULTILINE))
     assert float(found["torch"]) > 60  # on another machine rounding takes another way
-    assert abs(float(found["torch"]) - float(found["fastbn"])) < 20
+    assert all(abs(float(found["torch"]) - float(found[way])) < 20 for way in ("enable", "convert"))
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "forward, float32, contiguous" in printed
     assert "left to torch" not in printed
     folded = re.search(r"folded for inference: 9 of 9 batch norms; accuracy (\S+) % after (\S+) %", printed)

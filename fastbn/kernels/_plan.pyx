@@ -11,6 +11,7 @@ cdef enum:
     MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
     LONG_ROW = 2048      # gather rows up to this many columns
     FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
+    LEAST_RUN = 1024     # bytes of an image that are worth a turn
     FEW_ROWS = 128       # rows up to which groups of columns are summed and mapped at once
     MOST_L3 = 32 << 20   # bytes of an L3 that one program has to itself, however large that of the whole processor is
     UNITS = 4            # units for each thread, so that none waits long for the last
@@ -138,7 +139,7 @@ cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays)
 
 cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit."""
-    cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item
+    cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item, run, each
     u.exceeds_l3 = exceeds(L3 // FAR, t, t.touched)
     if u.by_columns:
         # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
@@ -148,12 +149,12 @@ cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.channels_per_unit = u.channels_per_pass
     elif t.threads > 1 and t.channels < UNITS * t.threads:
         return False
-    elif t.outer > 1 and u.exceeds_l3 and not exceeds(L3, t, t.touched):
-        return False  # long runs from L3 take less time than short ones
     else:
-        u.channels_per_unit = max(<Py_ssize_t> 1, min(L2 // 2 // channel, t.channels // (WHOLE_UNITS * t.threads)))
-        # Several images would be read in short runs, if only a few channels took their turn.
-        u.channels_per_pass = max(L1 // 2 // channel, <Py_ssize_t> 1) if t.outer == 1 else u.channels_per_unit
+        each = t.channels if t.threads == 1 else t.channels // (WHOLE_UNITS * t.threads)
+        u.channels_per_unit = max(<Py_ssize_t> 1, min(L2 // 2 // channel, each))
+        # What fits L1 takes its turn, but of several images no shorter runs than memory is read well in.
+        run = div_up(LEAST_RUN, t.inner * t.item) if t.outer > 1 else 1
+        u.channels_per_pass = min(u.channels_per_unit, max(L1 // channel, run))
         u.nontemporal = is_streamed(u, p, t, t.touched)
     u.units = div_up(t.channels, u.channels_per_unit)
     return True

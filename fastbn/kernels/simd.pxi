@@ -43,11 +43,9 @@ d) A tile whose sums leave the range of its arithmetic (values near 1e30, or 1e-
    What a backward is given says beforehand whether it has such channels.
 
 e) Units of work are whole numbers of tiles, sized for the caches, claimed by the threads of the pool. Where one
-   channel's planes stay in the cache, sums and map run on them one after the other: within L2 for several images, whose
-   planes lie far apart, within L1 for one; so they do on columns of a few rows. Arrays of more than a part of L3, but not
-   of more than L3, take two sweeps all the same: they are read from L3 in long runs as fast as from L2 in short ones. A
-   second sweep runs backwards: what was read last is still in the cache. Where the arrays do not stay in L3, rows are read
-   in one stream of memory, not in one for each row.
+   channel's planes stay in the cache, sums and map run on them one after the other, on so many channels as fit L1; so they
+   do on columns of a few rows. Elsewhere a second sweep runs backwards: what was read last is still in the cache. Where
+   the arrays do not stay in L3, rows are read in one stream of memory, not in one for each row.
 
 f) Large outputs are written with streaming stores, which do not read the line first; whole aligned lines only. Planes
    of a few lines are mapped to a buffer, and the lines that they make together are streamed from there.

@@ -79,7 +79,8 @@ class Converted:
 
 @functools.cache
 def _class_of(kind: Any) -> type:
-    return type(kind.__name__, (Converted, kind), {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")} | {CONVERTED: kind})
+    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (Converted, kind), same | {CONVERTED: kind})
 
 
 def _own_class(layer: Any) -> type:
