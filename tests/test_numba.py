@@ -140,6 +140,48 @@ def test_exact(shape: tuple[int, int, int]) -> None:
     assert not m2.any()
 
 
+@pytest.mark.parametrize("instruction", [True, False], ids=["converted by the processor", "converted by integers"])
+def test_half_precision(instruction: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of it, and what lies around and half way between two, in blocks and alone."""
+    monkeypatch.setattr(numba_lanes, "HAS_HALF", instruction and numba_lanes.HAS_HALF)
+    half, single = numba_lanes.Memory("float16"), numba_lanes.MEMORY["float32"]
+    load, store, element, load_single, store_single = half.load, half.store, half.element, single.load, single.store
+    put = numba_lanes.NUMBERS[types.float64].put
+
+    @numba.njit
+    def widen(source: int, to: int, n: int) -> None:
+        for i in range(0, n, 32):
+            store_single(to, i, load(source, i))
+
+    @numba.njit
+    def narrow(source: int, to: int, n: int) -> None:
+        for i in range(0, n, 32):
+            store(to, i, load_single(source, i))
+
+    @numba.njit
+    def widen_one_by_one(source: int, to: int, n: int) -> None:
+        for i in range(n):
+            put(to, i, element(source, i))
+
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    for convert, dtype in ((widen, np.float32), (widen_one_by_one, np.float64)):
+        wide = np.empty(every.size, dtype)
+        convert(every.ctypes.data, wide.ctypes.data, every.size)
+        np.testing.assert_array_equal(wide, every.astype(dtype))
+        np.testing.assert_array_equal(np.signbit(wide), np.signbit(every))
+    finite = every[np.isfinite(every)]
+    step = np.sort(finite.astype(np.float32))
+    numbers = np.concatenate([step, (step[1:] + step[:-1]) / 2, [65519.9, 65520, 65536, 1e30, 1e-40, -0.0, np.inf, -np.inf]])
+    numbers = np.concatenate([np.nextafter(numbers, low, dtype=np.float32) for low in (-np.inf, np.inf)] + [numbers]).astype(np.float32)
+    numbers = np.concatenate([numbers, np.full(-numbers.size % 32 + 32, np.nan, np.float32)])
+    found = np.empty(numbers.size, np.float16)
+    narrow(numbers.ctypes.data, found.ctypes.data, numbers.size)
+    with np.errstate(over="ignore"):
+        wanted = numbers.astype(np.float16)
+    assert np.isnan(found[-32:]).all()
+    np.testing.assert_array_equal(found[:-64].view(np.uint16), wanted[:-64].view(np.uint16))
+
+
 def test_every_dtype_is_taken() -> None:
     """Half precision and bfloat16, too: with a function of the user's, no other kernel would."""
     row = dispatch.KERNELS["numba"]

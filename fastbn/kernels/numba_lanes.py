@@ -140,13 +140,15 @@ def _widened(builder: Any, storage: Storage, v: Any, count: int) -> Any:
         words = _vector(ir.IntType(32), count)
         sixteen = _constant(words, 16) if count else words(16)
         return builder.bitcast(builder.shl(builder.zext(v, words), sixteen), _vector(ir.FloatType(), count))
-    return builder.fpext(v, _vector(ir.FloatType(), count)) if storage.name == "float16" else v
+    if storage.name == "float16":
+        return builder.fpext(v, _vector(ir.FloatType(), count)) if HAS_HALF else _widened_half(builder, v, count)
+    return v
 
 
 def _narrowed(builder: Any, storage: Storage, v: Any, count: int) -> Any:
     """From numbers to what lies in memory: rounded to nearest, ties to even."""
     if storage.name == "float16":
-        return builder.fptrunc(v, ir.VectorType(ir.HalfType(), count))
+        return builder.fptrunc(v, ir.VectorType(ir.HalfType(), count)) if HAS_HALF else _narrowed_half(builder, v, count)
     if storage.name != "bfloat16":
         return v
     words = ir.VectorType(ir.IntType(32), count)
@@ -156,6 +158,45 @@ def _narrowed(builder: Any, storage: Storage, v: Any, count: int) -> Any:
     rounded = builder.lshr(builder.add(bits, builder.add(tie, _constant(words, 0x7FFF))), _constant(words, 16))
     quiet = builder.or_(high, _constant(words, 0x40))  # NaN stays NaN
     return builder.trunc(builder.select(builder.fcmp_unordered("uno", v, v), quiet, rounded), ir.VectorType(_SHORT, count))
+
+
+# Half precision where the processor cannot convert it: LLVM would call functions that nothing here provides.
+
+
+def _widened_half(builder: Any, v: Any, count: int) -> Any:
+    words, floats = _vector(ir.IntType(32), count), _vector(ir.FloatType(), count)
+
+    def number(kind: Any, value: Any) -> Any:
+        return _constant(kind, value) if count else kind(value)
+
+    bits = builder.zext(builder.bitcast(v, _vector(_SHORT, count)), words)
+    magnitude = builder.shl(builder.and_(bits, number(words, 0x7FFF)), number(words, 13))
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, floats), number(floats, 2.0**112)), words)  # exact
+    endless = builder.icmp_unsigned(">=", magnitude, number(words, 0x0F800000))
+    scaled = builder.select(endless, builder.or_(magnitude, number(words, 0x7F800000)), scaled)
+    sign = builder.shl(builder.and_(bits, number(words, 0x8000)), number(words, 16))
+    return builder.bitcast(builder.or_(scaled, sign), floats)
+
+
+def _narrowed_half(builder: Any, v: Any, count: int) -> Any:
+    words, floats = ir.VectorType(ir.IntType(32), count), ir.VectorType(ir.FloatType(), count)
+
+    def number(value: int) -> Any:
+        return _constant(words, value)
+
+    bits = builder.bitcast(v, words)
+    magnitude = builder.and_(bits, number(0x7FFFFFFF))
+    tie = builder.and_(builder.lshr(magnitude, number(13)), number(1))
+    normal = builder.lshr(builder.add(builder.sub(magnitude, number(0x38000000 - 0x0FFF)), tie), number(13))
+    # Where half precision is subnormal, a sum with 0.5 rounds at its last bit.
+    added = builder.fadd(builder.bitcast(magnitude, floats), _constant(floats, 0.5))
+    small = builder.sub(builder.bitcast(added, words), number(0x3F000000))
+    nan = builder.or_(builder.and_(builder.lshr(magnitude, number(13)), number(0x3FF)), number(0x7E00))
+    large = builder.select(builder.icmp_unsigned(">", magnitude, number(0x7F800000)), nan, number(0x7C00))
+    half = builder.select(builder.icmp_unsigned("<", magnitude, number(0x38800000)), small, normal)
+    half = builder.select(builder.icmp_unsigned(">=", magnitude, number(0x47800000)), large, half)
+    half = builder.or_(half, builder.and_(builder.lshr(bits, number(16)), number(0x8000)))
+    return builder.bitcast(builder.trunc(half, ir.VectorType(_SHORT, count)), ir.VectorType(ir.HalfType(), count))
 
 
 class Memory:
