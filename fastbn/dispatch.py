@@ -156,6 +156,7 @@ def use_kernel(name: str | None) -> Iterator[None]:
     Examples
     --------
     >>> import fastbn
+    >>> import numpy as np
     >>> with fastbn.use_kernel("reference"):
     ...     fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean
     array([2.])
