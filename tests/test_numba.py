@@ -188,6 +188,20 @@ def test_every_dtype_is_taken() -> None:
     assert {dtype: row.declines(dtype, custom=True) for dtype in DTYPES} == dict.fromkeys(DTYPES)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan], ids=str)
+@pytest.mark.parametrize("shape", [(40, 17, 1), (500, 2, 1), (64, 3, 7), (50, 7, 20), (6, 5, 900)], ids=str)
+def test_what_is_infinite_stays_in_its_channel(shape: tuple[int, int, int], value: float) -> None:
+    """Wherever it lies: some rows are in the sample that a pivot is made of."""
+    for row in range(0, shape[0], max(1, shape[0] // 40)):
+        x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        x[row, 0, shape[2] // 3] = value
+        mean, _, m2 = kernel.stats(x, 2)
+        np.testing.assert_array_equal(mean[0], value)
+        assert np.isnan(m2[0])
+        assert np.isfinite(mean[1:]).all()
+        assert np.isfinite(m2[1:]).all()
+
+
 # ---- Threads ----
 
 

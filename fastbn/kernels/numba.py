@@ -353,8 +353,8 @@ def _sum_columns(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
     is_near, is_lost = _judge(loop)
     m, load, store, get, put = _parts(loop)
-    read, write, element, splat, fma, through, restored, first_lanes, coarse = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.coarse,
+    read, write, element, splat, fma, through, restored, first_lanes, coarse, finite = (
+        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.coarse, m.finite,
     )  # fmt: skip
     lanes = m.lanes
     statistics, active, residual, second, undone = (
@@ -380,13 +380,13 @@ def _sum_columns(loop: Loop) -> Any:
             lowest, mean = read(j.x, begin + i, columns - i), zero
             for n in range(8):
                 mean = mean + (read(j.x, begin + (2 * n + 1) * rows // 16 * stride + i, columns - i) - lowest)
-            store(pivots, i, lowest + coarse(mean * splat(0.125)))
+            store(pivots, i, finite(lowest + coarse(mean * splat(0.125))))
             i += lanes
         while statistics and i < columns:
             lowest, mean = element(j.x, begin + i), 0.0
             for n in range(8):
                 mean += (element(j.x, begin + (2 * n + 1) * rows // 16 * stride + i + (2 * n + 1) * run // 16) - lowest) / 8
-            pivot = splat(lowest) + coarse(splat(mean))
+            pivot = finite(splat(lowest) + coarse(splat(mean)))
             n = 0
             while n < run:
                 store(pivots, i + n, pivot)

@@ -211,9 +211,10 @@ class Memory:
         caches, which needs whole cache lines.
     element
         One element, as float64.
-    splat, fma, first, total, through, restored, coarse
+    splat, fma, first, total, through, restored, coarse, finite
         A block of one number; a * b + c; a block's first n lanes, the others zero; the sum of all lanes, as float64;
-        dy times a slope, and 0 where that is 0; x, or x / slope where it is not positive; a block of few digits.
+        dy times a slope, and 0 where that is 0; x, or x / slope where it is not positive; a block of few digits; zero
+        where a block is infinite or NaN.
     """
 
     def __init__(self, name: str):
@@ -328,6 +329,10 @@ class Memory:
             kept = builder.and_(builder.bitcast(v, words), _constant(words, (1 << bits) - (1 << dropped)))
             return builder.bitcast(kept, lanes)
 
+        def finite(builder: Any, v: Any) -> Any:
+            zero = ir.Constant(lanes, None)
+            return builder.select(builder.fcmp_ordered("==", builder.fsub(v, v), zero), v, zero)
+
         self.lanes = count
         self.size = size
         self.number = number
@@ -343,6 +348,7 @@ class Memory:
         self.through = _emit(block, (block, block), through)
         self.restored = _emit(block, (block, block), restored)
         self.coarse = _emit(block, (block,), coarse)
+        self.finite = _emit(block, (block,), finite)
 
 
 MEMORY = {name: Memory(name) for name in STORAGE}
