@@ -28,9 +28,10 @@
 //   to one core wakes nobody.
 //
 // - Step back on a busy machine. With another process on the processors, spinning and claiming lead to waits of a
-//   scheduler's time slice, milliseconds for a call of 100 microseconds. Signs of it are a worker that was descheduled
-//   while it spun, and a caller that waited long for the last units. After such a sign calls stay on their own thread
-//   for a while, which doubles with each sign that follows soon and starts again after a quiet time.
+//   scheduler's time slice, milliseconds for a call of 100 microseconds. The sign of it is a caller that waited long for
+//   the last units, so long that it had better done them itself. After such a sign calls stay on their own thread for a
+//   while, which doubles with each sign that follows soon and starts again after a quiet time. A worker that loses its
+//   processor while it spins costs nothing, and goes to sleep.
 //
 // - Survive fork. The child has the memory of the pool but none of its threads, so it forgets the pool and makes a new
 //   one when it needs one. No lock is shared between the two pools.
@@ -74,8 +75,8 @@ using std::chrono::microseconds;
 using std::chrono::milliseconds;
 
 constexpr Time SPIN = microseconds(100);        // how long a worker without work stays awake
-constexpr Time DESCHEDULED = microseconds(50);  // a gap in spinning that means another process had the processor
-constexpr Time LONG_WAIT = microseconds(200);   // a wait for the last units, beyond the length of two
+constexpr Time DESCHEDULED = microseconds(50);  // a gap in spinning that means another thread had the processor
+constexpr Time LONG_WAIT = microseconds(200);   // for the last units
 constexpr Time FIRST_BACKOFF = milliseconds(4);    // how long to stay on one thread after the first sign
 constexpr Time LAST_BACKOFF = milliseconds(256);   // ... and after the last doubling
 constexpr Time WAKE_COST = microseconds(5);     // of the caller's time, until it was measured
@@ -160,8 +161,8 @@ public:
         state_.fetch_and(~OPEN, std::memory_order_seq_cst);
         wait_until_left(helpers);
         last_end_ = Clock::now();
-        const auto waited = last_end_ - done;
-        if (waited > LONG_WAIT + (mine > 0 ? 2 * (done - start) / mine : done - start)) back_off();
+        const Time alone = mine > 0 ? (done - start) * units / mine : done - start;
+        if (last_end_ - done > LONG_WAIT && last_end_ - start > alone) back_off();
         taken_.store(false, std::memory_order_release);
         return true;
     }
@@ -338,10 +339,7 @@ private:
                 pause();
             }
             const auto now = Clock::now();
-            if (now - last > DESCHEDULED) {
-                back_off();
-                break;
-            }
+            if (now - last > DESCHEDULED) break;
             last = now;
         }
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
