@@ -15,8 +15,8 @@
 //   worker costs the caller system calls; nobody waits for it to arrive.
 //
 // - Wake nobody for little. Workers that spin join any job. Before it wakes one that sleeps, the caller asks what there is
-//   to share: the bytes of the call, at the least time that a byte took of late. Where that is too little, it runs one
-//   unit: the time of that, times the units that are left. What a wake costs, and how much later the worker runs, is
+//   to share: the bytes of the call, at the least time that a byte took of late. Where that is too little, it runs two
+//   units: the time of the second, times the units that are left. What a wake costs, and how much later the worker runs, is
 //   measured as it happens; so the decision knows the machine, the kernel and the state of the caches.
 //   Where calls follow each other while a worker would spin, it would be awake for the next ones: what they have to share
 //   adds up. Where a thread has but one unit there would be nothing left to share, and workers are woken first.
@@ -225,17 +225,19 @@ private:
         while (!empty()) caller_.sleep_unless([this] { return empty(); });
     }
 
-    // Wake workers for a job, or not: by the pace of earlier calls, or where that says no, by one unit that is run first.
-    // Return how many that were.
+    // Wake workers for a job, or not: by the pace of earlier calls, or where that says no, by a unit that is run first; by
+    // the second, because the first one waits for its instructions. Return how many were run.
     std::ptrdiff_t wake_for(std::ptrdiff_t units, std::ptrdiff_t bytes, int helpers, int team, Clock::time_point start) noexcept {
         const bool one_each = units <= helpers + 1;
         if (wake(helpers, team, one_each ? INT64_MAX : static_cast<std::int64_t>(pace_ * static_cast<double>(bytes)))) {
             not_shared_ = 0;
             return 0;
         }
-        const std::ptrdiff_t first = job_.claim(0, 1);
+        std::ptrdiff_t first = job_.claim(0, 1);
+        const auto warm = Clock::now();
+        first += job_.claim(0, 1);
         const std::int64_t earlier = start - last_end_ < SPIN ? not_shared_ : 0;
-        const std::int64_t to_share = (Clock::now() - start).count() * ((units <= MANY ? units : MANY) - 1) + earlier;
+        const std::int64_t to_share = (Clock::now() - warm).count() * ((units <= MANY ? units : MANY) - 2) + earlier;
         not_shared_ = wake(helpers, team, to_share) ? 0 : to_share;
         if (not_shared_ != 0) {  // what was measured was measured at a bad time, perhaps: forget it little by little
             forget(wake_cost_, Time(WAKE_COST).count());
