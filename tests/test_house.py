@@ -73,7 +73,7 @@ def parts_of(parameters: str) -> int:
     while before != bare:
         before, bare = bare, re.sub(r"\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|<[^<>()]*>", "", bare)
     names = [part.strip() for part in bare.split(",")]
-    return len([name for name in names if name and name not in ("self", "*", "/", "void")])
+    return 0 if names == ["void"] else len([name for name in names if name and name not in ("self", "*", "/")])
 
 
 def blank(text: str, pattern: str) -> str:
@@ -105,7 +105,8 @@ def in_cython(text: str) -> Iterator[Function]:
 
 def in_cpp(text: str) -> Iterator[Function]:
     """The functions of a .hpp or .cpp file: what has a list of parameters before a brace, outside of other functions."""
-    bare = blank(text, r"//[^\n]*|/\*.*?\*/|^[ \t]*#(?:[^\n\\]|\\.)*|(?<=\n)[ \t]*#(?:[^\n\\]|\\.)*|\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)'")
+    strings = r"\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)'"
+    bare = blank(text, rf"//[^\n]*|/\*.*?\*/|(?:^|(?<=\n))[ \t]*#(?:[^\n\\]|\\.)*|{strings}")
     at, since = 0, 0
     while at < len(bare):
         if bare[at] in ";}":
@@ -114,10 +115,13 @@ def in_cpp(text: str) -> Iterator[Function]:
             head = bare[since:at]
             found = re.search(r"(~?\w+|operator[^\w\s(]+)\s*\(", head)
             kind = re.match(r"\s*(?:template\s*<[^{};]*?>\s*)?(namespace|struct|class|union|enum|extern)\b[^()]*$", head)
+            if found and re.search(r"\)[^():]*:[^:].*\w$", head, re.DOTALL):
+                at = closed_at(bare, at + 1) + 1  # a member's first value
+                continue
             if found and not kind:
                 start, end = since + found.end(), closed_at(bare, at + 1)
                 line = bare[: since + found.start()].count("\n") + 1
-                lines = bare[since:end].strip().count("\n") + 1
+                lines = bare[since : end + 1].strip().count("\n") + 1
                 yield Function(found[1], line, lines, parts_of(bare[start : closed_at(bare, start)]))
                 at = end
             elif "=" in head and not kind:
@@ -130,3 +134,87 @@ def functions_of(path: Path) -> list[Function]:
     """The functions of a source file."""
     read = in_python if path.suffix == ".py" else in_cpp if path.suffix in {".hpp", ".cpp"} else in_cython
     return list(read(path.read_text()))
+
+
+# Whose parameters are prescribed: what users call, what a module of kernels must offer, and what torch registers.
+PUBLIC = {name for name in vars(fastbn) if not name.startswith("_")} | {"batch_norm", "batch_norm_forward", "__init__"}
+# The doors: what a public function was given, as it is. And parts of one loop, inlined into it, whose variables these are.
+DOORS = {"bind_plain", "plain_inference", "plain_forward", "plain_training"}
+INLINED = {"sum_blocks", "sum_rows", "store_totals"}
+OPERATIONS = {f.name for f in functions_of(LIBRARY / "kernels" / "protocol.py")}
+REGISTERED = {"torch/operators.py"}
+
+
+def name_of(path: Path) -> str:
+    """A file's name in the library."""
+    return path.relative_to(LIBRARY).as_posix()
+
+
+@pytest.fixture(params=[path for path in FILES if name_of(path) not in LONG_FILES], ids=name_of)
+def path(request: pytest.FixtureRequest) -> Path:
+    """Each file that has no exemption."""
+    found: Path = request.param
+    return found
+
+
+def test_a_file_has_no_more_lines_than_one_keeps_in_mind(path: Path) -> None:
+    assert lines_of(path.read_text()) <= MOST_LINES
+
+
+def test_a_function_fits_on_a_screen(path: Path) -> None:
+    assert [f for f in functions_of(path) if f.lines > MOST_IN_FUNCTION] == []
+
+
+def test_a_function_has_no_more_parameters_than_one_can_tell_apart(path: Path) -> None:
+    free = name_of(path) in REGISTERED
+    long = [f for f in functions_of(path) if f.parameters > MOST_PARAMETERS and f.name not in PUBLIC | OPERATIONS | DOORS | INLINED]
+    assert free or long == []
+
+
+PYTHON = '''def f(self, a, *, b):
+    """Two
+    lines."""
+    def g(): pass
+
+    return 1
+'''
+CYTHON = '''cdef class C:
+    cdef f(
+        self, a, C[T] b, (int, int) c
+    ) noexcept:
+        """One."""
+        x = f(1)
+
+    def g(self): pass
+
+cdef int v = g(1)
+'''
+CPP = """// f() {
+int a[] = {1, 2};
+auto g = h(1);
+namespace n {
+struct S {
+    S() : a{1} {
+    }
+};
+template <class A, class B>
+int f(A<int, 3> a, B b, void (*p)(int, int)) {
+    if (a) { b('{'); }
+}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text", "expected"),
+    [
+        (".py", PYTHON, [("f", 1, 3, 2), ("g", 4, 1, 0)]),
+        (".pyx", CYTHON, [("f", 2, 4, 3), ("g", 8, 1, 0)]),
+        (".hpp", CPP, [("S", 6, 2, 0), ("f", 10, 4, 3)]),
+    ],
+)
+def test_functions_are_found(suffix: str, text: str, expected: list[tuple[str, int, int, int]], tmp_path: Path) -> None:
+    """What the tests above count, in each language."""
+    file = (tmp_path / "file").with_suffix(suffix)
+    file.write_text(text)
+    assert [tuple(f) for f in functions_of(file)] == expected
