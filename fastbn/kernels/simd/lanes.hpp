@@ -47,18 +47,14 @@ template <class R> struct Unaligned { typedef R type __attribute__((aligned(1), 
 template <class R> inline R read(const void* p) { return *static_cast<const typename Unaligned<R>::type*>(p); }
 template <class R> inline void write(void* p, R r) { *static_cast<typename Unaligned<R>::type*>(p) = r; }
 
-// Copy fewer than `limit` elements, which are at most 16, in pieces of constant size.
-template <int limit, class T> inline void copy_few(T* to, const T* from, ptrdiff_t n) {
-    if constexpr (limit > 8) {
-        if (n & 8) std::memcpy(to, from, 8 * sizeof(T)), to += 8, from += 8;
-    }
-    if constexpr (limit > 4) {
-        if (n & 4) std::memcpy(to, from, 4 * sizeof(T)), to += 4, from += 4;
-    }
-    if constexpr (limit > 2) {
-        if (n & 2) std::memcpy(to, from, 2 * sizeof(T)), to += 2, from += 2;
-    }
-    if (n & 1) std::memcpy(to, from, sizeof(T));
+// Copy fewer than 16 elements in pieces of constant size.
+template <class T> inline void copy_few(void* to, const void* from, ptrdiff_t n) {
+    char* t = static_cast<char*>(to);
+    const char* f = static_cast<const char*>(from);
+    if (n & 8) std::memcpy(t, f, 8 * sizeof(T)), t += 8 * sizeof(T), f += 8 * sizeof(T);
+    if (n & 4) std::memcpy(t, f, 4 * sizeof(T)), t += 4 * sizeof(T), f += 4 * sizeof(T);
+    if (n & 2) std::memcpy(t, f, 2 * sizeof(T)), t += 2 * sizeof(T), f += 2 * sizeof(T);
+    if (n & 1) std::memcpy(t, f, sizeof(T));
 }
 
 // A float rounded to bf16, in the upper half of each lane; the lower is anything.

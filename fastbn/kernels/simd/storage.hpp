@@ -48,15 +48,14 @@ inline f64r blend_first(f64r a, f64r b, ptrdiff_t n) { return (f64r)blend_first(
 template <class T> inline auto widen_part(const T* p, ptrdiff_t n) {
     constexpr ptrdiff_t lanes = REGISTER / sizeof(arithmetic<T>);
     T buffer[lanes] = {};
-    copy_few<lanes>(buffer, p, n);
+    copy_few<T>(buffer, p, n);
     return widen(buffer);
 }
 
 template <class T, class R> inline void narrow_part(T* p, R r, ptrdiff_t n) {
-    constexpr ptrdiff_t lanes = REGISTER / sizeof(arithmetic<T>);
-    T buffer[lanes];
+    T buffer[REGISTER / sizeof(arithmetic<T>)];
     narrow(buffer, r);
-    copy_few<lanes>(p, buffer, n);
+    copy_few<T>(p, buffer, n);
 }
 
 inline int widen_lanes(const f64r (&r)[BLOCK / REGISTER], f64r* t) {
