@@ -51,16 +51,17 @@ def deviation(var: Array, eps: float) -> Array:
 
 @default_mode
 def input_gradient(
-    module: Operations, dy: Array, x: Array, dx: Array, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array,
-    sum_dy: Array, sum_dy_xmu: Array, count: int, threads: int, epilogue: Epilogue | None = None,
+    module: Operations, arrays: tuple[Array, Array, Array], vectors: tuple[Array, Array | None, Array, Array], sums: tuple[Array, Array],
+    count: int, threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
-    """Gradient of x from the two sums."""
+    """Gradient of x from the two sums; the arrays are dy, x and dx, the vectors mean, what it rounds away, invstd and scale."""
+    (mean, mean_lo, invstd, scale), (sum_dy, sum_dy_xmu) = vectors, sums
     wide = invstd.astype(np.float64)
     g1 = wide * (wide * sum_dy_xmu / count)  # the square alone may leave the range
     g0 = sum_dy / count
     if mean_lo is not None:
         g0 = g0 - mean_lo * g1
-    module.grad_input(dy, x, dx, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads, epilogue)
+    module.grad_input(*arrays, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads, epilogue)
 
 
 class ComposedKernel:
@@ -129,13 +130,14 @@ class ComposedKernel:
     ) -> tuple[Array, Array]:  # fmt: skip
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
         part = extremes.far_from_one(invstd)
+        arrays, own = (dy, x, dx), (mean, mean_lo, invstd, scale)
         if part is None:
-            return self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)
+            return self._backward(arrays, own, threads, epilogue)
         rows = part.of(dy), part.in_units(x), None if dx is None else part.of(x)
         vectors = part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1), part.in_units(scale, -1)
         after = part.epilogue(epilogue)
-        sums = self._backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)  # dx may be dy or x
-        sum_dy, sum_dy_xmu = self._backward(*rows, *vectors, threads, after)
+        sums = self._backward(arrays, own, threads, epilogue)  # dx may be dy or x
+        sum_dy, sum_dy_xmu = self._backward(rows, vectors, threads, after)
         sums[0][part.channels], sums[1][part.channels] = sum_dy, part.from_units(sum_dy_xmu)
         if dx is not None:
             dx[:, part.channels] = part.from_units(np.asarray(rows[2], np.float64), -1)
@@ -144,9 +146,10 @@ class ComposedKernel:
         return sums
 
     def _backward(
-        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array | None, threads: int,
+        self, arrays: tuple[Array, Array, Array | None], vectors: tuple[Array, Array | None, Array, Array | None], threads: int,
         epilogue: Epilogue | None,
     ) -> tuple[Array, Array]:  # fmt: skip
+        (dy, x, dx), (mean, mean_lo, invstd, scale) = arrays, vectors
         if epilogue is not None and dx is not None and (kept := self._place_to_keep(epilogue, dy, x, dx)) is not None:
             zero = np.zeros_like(mean)
             self.grad_input(dy, x, kept, mean, np.ones_like(mean), zero, zero, threads, epilogue._replace(dresidual=None))
@@ -156,7 +159,7 @@ class ComposedKernel:
             sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
         if dx is not None and scale is not None:
             count = x.shape[0] * x.shape[2]
-            input_gradient(self, dy, x, dx, mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, count, threads, epilogue)
+            input_gradient(self, (dy, x, dx), (mean, mean_lo, invstd, scale), (sum_dy, sum_dy_xmu), count, threads, epilogue)
         return sum_dy, sum_dy_xmu
 
     def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:

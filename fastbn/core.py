@@ -104,14 +104,17 @@ def _module(dtype: DType, activation: Function = None) -> Calls:
 
 
 def doors(x: object) -> Any:
-    """The doors for plain arrays like x; None where x is not one, or its kernel has none, or a kernel is pinned."""
-    return None if type(x) is not np.ndarray or dispatch.pinned() is not None else _doors(x.dtype)
+    """The doors for plain arrays like x; None where x is not one, or its kernel has none."""
+    return _doors(x.dtype, dispatch.pinned()) if type(x) is np.ndarray else None
 
 
 @lru_cache(maxsize=64)
-def _doors(dtype: np.dtype[Any]) -> Any:
+def _doors(dtype: np.dtype[Any], pin: str | None) -> Any:
     row = lookup(dtype)
-    module = None if row is None else whole_calls(dispatch.select(row.storage))
+    try:
+        module = None if row is None else whole_calls(dispatch.select(row.storage))
+    except (ValueError, RuntimeError):  # of the pinned kernel: the checked way says why, when it has looked at the arguments
+        return None
     return module if hasattr(module, "plain_forward") else None
 
 
@@ -191,10 +194,11 @@ class Folded:
         self._mean, self._weight, self._bias = mean, weight, bias
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
         self._plain: Any = None
+        self._pin: str | None = None  # what was pinned when `_plain` was made
 
     def __getstate__(self) -> dict[str, Any]:
         """What is found again when it is needed is no part of the state, and could not be pickled."""
-        return self.__dict__ | {"_parameters": {}, "_plain": None}
+        return self.__dict__ | {"_parameters": {}, "_plain": None, "_pin": None}
 
     @property
     @default_mode
@@ -212,7 +216,7 @@ class Folded:
 
     def plain(self, x: object, residual: object, out: object) -> Array | None:
         """Normalize by one call of a kernel a plain array like the last one of `apply`; None where it is not like that."""
-        if self._plain is None or dispatch.pinned() is not None:
+        if self._plain is None or dispatch.pinned() != self._pin:
             return None
         y: Array | None = self._plain(x, residual, out)
         return y
@@ -235,8 +239,8 @@ class Folded:
             n = threads.for_call("normalize", r.x.nbytes)
             epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
-            if dispatch.pinned() is None and hasattr(module, "prepared"):
-                self._plain = module.prepared(*vectors, r.activation, r.x, r.axis)
+            if hasattr(module, "prepared"):
+                self._plain, self._pin = module.prepared(*vectors, r.activation, r.x, r.axis), dispatch.pinned()
         return _deliver(y, r.out)
 
 
@@ -345,6 +349,16 @@ def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array
     return keep_for_backward(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
 
 
+def _vectors_of_output(saved: Saved) -> tuple[Array, Array | None, Array, Array]:
+    """Mean, what it rounds away, invstd and scale for the output in place of x.
+
+    Before the activation, the output is z = (x - mean) scale + shift: these are statistics of z.
+    """
+    dtype, low = saved.invstd.dtype, saved.mean_lo
+    invstd = (saved.invstd / saved.scale.astype(np.float64)).astype(dtype)
+    return saved.shift, None if low is None else (low * saved.scale).astype(dtype), invstd, saved.scale
+
+
 @default_mode
 def backward(
     r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_output: bool, total: Total | None = None
@@ -371,12 +385,7 @@ def backward(
     module = _module(r.dtype, saved.activation)
     n = threads.for_call("backward", x.nbytes)
     arrays = _like(dy, r), _dense(x, v)
-    mean, mean_lo, invstd, scale = saved.mean, saved.mean_lo, saved.invstd, saved.scale
-    if from_output:
-        # Before the activation, the output is z = (x - mean) scale + shift: statistics of z in place of those of x.
-        mean = saved.shift
-        invstd = (saved.invstd / saved.scale.astype(np.float64)).astype(compute)
-        mean_lo = None if mean_lo is None else (mean_lo * saved.scale).astype(compute)
+    mean, _, invstd, scale = vectors = _vectors_of_output(saved) if from_output else (saved.mean, saved.mean_lo, saved.invstd, saved.scale)
     epilogue = None
     if active:
         residual = None if saved.residual is None else _like(saved.residual, r)
@@ -385,18 +394,15 @@ def backward(
 
     totals = None
     if saved.training and dx is not None and saved.mask is None and total is None:
-        totals = module.backward(*arrays, v.of(dx), mean, mean_lo, invstd, scale, n, epilogue)
+        totals = module.backward(*arrays, v.of(dx), *vectors, n, epilogue)
     elif want_sums or (saved.training and dx is not None):
         counted, after = arrays, epilogue and epilogue._replace(dresidual=None)
         if saved.mask is not None:
             counted = _counted(dy, r.axis, saved.mask), _counted(x, r.axis, saved.mask)
             if after is not None and saved.residual is not None:
                 after = after._replace(residual=_counted(saved.residual, r.axis, saved.mask))
-        nothing_counts = counted[0].size == 0
-        if nothing_counts:
-            totals = np.zeros(mean.size), np.zeros(mean.size)
-        else:
-            totals = module.backward(*counted, None, mean, mean_lo, invstd, scale, n, after)
+        counts = counted[0].size > 0
+        totals = module.backward(*counted, None, *vectors, n, after) if counts else (np.zeros(mean.size), np.zeros(mean.size))
     shared = totals if total is None or totals is None else total(np.array(totals, np.float64))
     if dx is not None and (saved.mask is not None or not saved.training):
         # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,
@@ -408,12 +414,10 @@ def backward(
         else:
             module.grad_input(*arrays, v.of(direct), mean, scale, zero, zero, n, epilogue)
         if saved.mask is not None and shared is not None:
-            sum_dy, sum_dy_xmu = shared
-            input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
+            input_gradient(module, (*arrays, v.of(dx)), vectors, (shared[0], shared[1]), saved.count, n, epilogue)
             np.copyto(np.moveaxis(dx, r.axis, -1), np.moveaxis(direct, r.axis, -1), where=~saved.mask[..., None])
     elif dx is not None and total is not None and shared is not None:
-        sum_dy, sum_dy_xmu = shared
-        input_gradient(module, *arrays, v.of(dx), mean, mean_lo, invstd, scale, sum_dy, sum_dy_xmu, saved.count, n, epilogue)
+        input_gradient(module, (*arrays, v.of(dx)), vectors, (shared[0], shared[1]), saved.count, n, epilogue)
     dweight = dbias = None
     if want_sums and totals is not None:
         dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)
@@ -457,5 +461,5 @@ def backward_elemt(
         n = threads.for_call("backward", r.x.nbytes)
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
-        input_gradient(_module(r.dtype), *arrays, high, low, invstd, scale, sum_dy, sum_dy_xmu, count, n, None)
+        input_gradient(_module(r.dtype), arrays, (high, low, invstd, scale), (sum_dy, sum_dy_xmu), count, n)
     return _deliver(dx, r.out)

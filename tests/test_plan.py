@@ -102,7 +102,7 @@ def test_large_outputs_are_streamed(op: str) -> None:
 def test_explain_prints_the_plan(op: str, layout: Any) -> None:
     x = np.zeros((4, 40, 50, 60), np.float32)
     dims = (4, 40, 3000) if layout == "NCHW" else (8000, 60, 1)
-    if not MODULES or fastbn.dispatch.pinned() is not None or core.doors(x) is None:
+    if not MODULES or core.doors(x) is None:
         pytest.skip("no compiled kernel runs here by itself")
     with fastbn.num_threads(2):
         plan, text = plans.plan(op, dims, 4, 2), fastbn.explain(op, x, layout)

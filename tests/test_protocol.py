@@ -35,7 +35,7 @@ def test_every_module_has_the_four_operations(kernel: Kernel, operation: str) ->
 @pytest.mark.parametrize("kernel", HERE, ids=lambda k: k.name)
 @pytest.mark.parametrize("call", _methods(protocol.WholeCalls))
 def test_whole_calls_are_a_modules_own_or_composed(kernel: Kernel, call: str) -> None:
-    found = _parameters(getattr(core.whole(kernel), call))
+    found = _parameters(getattr(core.whole_calls(kernel), call))
     wanted = _parameters(getattr(protocol.WholeCalls, call))
     assert list(found)[: len(wanted)] == list(wanted)
     assert all(found[name] == wanted[name] for name in wanted)

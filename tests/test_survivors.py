@@ -441,7 +441,7 @@ def test_pins_hold_for_frozen_layers_and_plain_calls(monkeypatch: pytest.MonkeyP
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     frozen = fastbn.FrozenBatchNorm(v, v)
     frozen(x)
-    for cached in (fastbn.core.whole, fastbn.core._doors):
+    for cached in (fastbn.core.whole_calls, fastbn.core._doors):
         cached.cache_clear()
     fastbn.batch_norm(x, v, v)
     with fastbn.use_kernel("reference"):
@@ -449,7 +449,7 @@ def test_pins_hold_for_frozen_layers_and_plain_calls(monkeypatch: pytest.MonkeyP
         assert len(calls) == 1
         fastbn.batch_norm(x, v, v)
         assert len(calls) == 2
-    fastbn.core.whole.cache_clear()
+    fastbn.core.whole_calls.cache_clear()
 
 
 def test_a_frozen_layer_reads_no_further_than_its_channels() -> None:

@@ -69,7 +69,7 @@ _INTEGERS = (
     # Vectors of channels, in the type of the arithmetic, or 0.
     "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift", "offset", "slope", "running_mean", "running_var",
     # The same, in float64: merged sums; and those of the tiles.
-    "first", "second", "low", "pivots", "sums", "squares",
+    "first", "second", "low", "pivots", "sums", "dots",
     # Vectors of columns; how often a function of the user's raised, how many values it had been applied to, and these.
     "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures", "scratch",
     # C functions.
@@ -78,7 +78,7 @@ _INTEGERS = (
     "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "rest",
     "group", "sum_units", "sum_bytes", "map_group", "map_piece", "map_units", "map_bytes", "threads",
     # What to do, and what came out.
-    "kind", "phase", "by_columns", "together", "streams", "wide", "wide_mean", "wide_var", "unusual", "raised",
+    "kind", "phase", "by_columns", "together", "nontemporal", "wide", "wide_mean", "wide_var", "unusual", "raised",
 )  # fmt: skip
 FAILURES = 16 + 8192  # bytes
 _NUMBERS = ("eps", "momentum", "correction", "parameter")
@@ -229,7 +229,7 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
         return not summed * summed > squared * (count / 2 if count > FEW_VALUES else count * 2 / 3)
 
     @_helper(loop.name)
-    def is_lost(x: int, start: int, runs: int, stride: int, n: int, squared: float, summed: float) -> bool:
+    def out_of_range(x: int, start: int, runs: int, stride: int, n: int, squared: float, summed: float) -> bool:
         if not narrow or LEAST < abs(squared) < MOST:
             return False
         if not statistics or squared != 0:
@@ -242,15 +242,15 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
                     return True
         return False
 
-    return is_near, is_lost
+    return is_near, out_of_range
 
 
 def _sum_planes(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
-    is_near, is_lost = _judge(loop)
+    is_near, out_of_range = _judge(loop)
     m, load, store, get, _ = _parts(loop)
-    read, write, element, splat, fma, through, restored, first_lanes, total, coarse = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.total, m.coarse,
+    read, write, element, splat, fma, through, activation_inverse, first_lanes, total, coarse = (
+        m.read, m.write, m.element, m.splat, m.fma, m.through, m.activation_inverse, m.first, m.total, m.coarse,
     )  # fmt: skip
     lanes, chunk = m.lanes, CHAIN * m.lanes
     statistics, active, residual, second, undone = (
@@ -292,7 +292,7 @@ def _sum_planes(loop: Loop) -> Any:
             summed, squared = 0.0, 0.0
             for attempt in range(2):
                 k = splat(pivot)
-                sums, squares = zero, zero
+                sums, dots = zero, zero
                 for n in range(images):
                     at = begin + n * stride
                     done = 0
@@ -302,7 +302,7 @@ def _sum_planes(loop: Loop) -> Any:
                             i = done
                             while i < end:
                                 v = read(j.x, at + i, end - i)
-                                v = restored(v, undo) if undone else fma(v - k, scale, shift)
+                                v = activation_inverse(v, undo) if undone else fma(v - k, scale, shift)
                                 if residual:
                                     v = v + read(j.residual, at + i, end - i)
                                 store(z, i - done, v)
@@ -314,7 +314,7 @@ def _sum_planes(loop: Loop) -> Any:
                             rest = end - i
                             v = read(j.x, at + i, rest)
                             if undone:
-                                v = restored(v, undo)
+                                v = activation_inverse(v, undo)
                             d = v - k
                             if rest < lanes:
                                 d = first_lanes(d, rest)
@@ -330,9 +330,9 @@ def _sum_planes(loop: Loop) -> Any:
                             t = t + g
                             q = fma(g, d, q)
                             i += lanes
-                        sums, squares = sums + t, squares + q
+                        sums, dots = sums + t, dots + q
                         done = end
-                summed, squared = total(sums), total(squares)
+                summed, squared = total(sums), total(dots)
                 if not statistics or attempt == 1 or is_near(summed, squared, count):
                     break
                 closer = total(first_lanes(splat(pivot + summed / count), 1))
@@ -341,9 +341,9 @@ def _sum_planes(loop: Loop) -> Any:
                 pivot = closer
             put64(j.pivots, index, pivot)
             put64(j.sums, index, summed)
-            put64(j.squares, index, squared)
-            if is_lost(j.x, begin, images, stride, length, squared, summed):
-                put64(j.squares, index, np.nan)
+            put64(j.dots, index, squared)
+            if out_of_range(j.x, begin, images, stride, length, squared, summed):
+                put64(j.dots, index, np.nan)
                 j.unusual = 1
 
     return sum_planes
@@ -351,10 +351,10 @@ def _sum_planes(loop: Loop) -> Any:
 
 def _sum_columns(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
-    is_near, is_lost = _judge(loop)
+    is_near, out_of_range = _judge(loop)
     m, load, store, get, put = _parts(loop)
-    read, write, element, splat, fma, through, restored, first_lanes, coarse, finite = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.restored, m.first, m.coarse, m.finite,
+    read, write, element, splat, fma, through, activation_inverse, first_lanes, coarse, finite = (
+        m.read, m.write, m.element, m.splat, m.fma, m.through, m.activation_inverse, m.first, m.coarse, m.finite,
     )  # fmt: skip
     lanes = m.lanes
     statistics, active, residual, second, undone = (
@@ -374,7 +374,7 @@ def _sum_columns(loop: Loop) -> Any:
             row, last = j.rows, min(last, j.rest)
         begin, columns, count = row * stride + first, last - first, rows * run
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f, pivots, sums, squares = stack(), stack(), stack(), stack(), stack()
+        z, f, pivots, sums, dots = stack(), stack(), stack(), stack(), stack()
         i = 0
         while statistics and run == 1 and i < columns:
             lowest, mean = read(j.x, begin + i, columns - i), zero
@@ -396,7 +396,7 @@ def _sum_columns(loop: Loop) -> Any:
             i = 0
             while i < columns:
                 store(sums, i, zero)
-                store(squares, i, zero)
+                store(dots, i, zero)
                 i += lanes
             for top in range(0, rows, BATCH):
                 batch = min(BATCH, rows - top)
@@ -409,7 +409,7 @@ def _sum_columns(loop: Loop) -> Any:
                         for n in range(batch):
                             v = read(j.x, at + n * stride, rest)
                             if undone:
-                                v = restored(v, undo)
+                                v = activation_inverse(v, undo)
                             else:
                                 v = fma(v - k, load(j.columns_scale, first + i), load(j.columns_shift, first + i))
                             if residual:
@@ -423,7 +423,7 @@ def _sum_columns(loop: Loop) -> Any:
                     for n in range(batch):
                         v = read(j.x, at + n * stride, rest)
                         if undone:
-                            v = restored(v, undo)
+                            v = activation_inverse(v, undo)
                         d = v - k
                         if rest < lanes:
                             d = first_lanes(d, rest)
@@ -439,14 +439,14 @@ def _sum_columns(loop: Loop) -> Any:
                         t = t + g
                         q = fma(g, d, q)
                     store(sums, i, load(sums, i) + t)
-                    store(squares, i, load(squares, i) + q)
+                    store(dots, i, load(dots, i) + q)
                     i += lanes
             near = True
             for w in range(columns // run):
                 summed, squared = 0.0, 0.0
                 for i in range(run):
                     summed += get(sums, w * run + i)
-                    squared += get(squares, w * run + i)
+                    squared += get(dots, w * run + i)
                 index = tile * j.width + first // run + w
                 pivot = np.float64(get(pivots, w * run)) if statistics else 1.0
                 if statistics and attempt == 0 and not is_near(summed, squared, count):
@@ -457,9 +457,9 @@ def _sum_columns(loop: Loop) -> Any:
                             put(pivots, w * run + i, closer)
                 put64(j.pivots, index, pivot)
                 put64(j.sums, index, summed)
-                put64(j.squares, index, squared)
-                if is_lost(j.x, begin + w * run, rows, stride, run, squared, summed):
-                    put64(j.squares, index, np.nan)
+                put64(j.dots, index, squared)
+                if out_of_range(j.x, begin + w * run, rows, stride, run, squared, summed):
+                    put64(j.dots, index, np.nan)
                     j.unusual = 1
             if near:
                 break
@@ -470,7 +470,7 @@ def _sum_columns(loop: Loop) -> Any:
 def _map_planes(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
     m, load, store, get, _ = _parts(loop)
-    read, write, splat, fma, through, restored = m.read, m.write, m.splat, m.fma, m.through, m.restored
+    read, write, splat, fma, through, activation_inverse = m.read, m.write, m.splat, m.fma, m.through, m.activation_inverse
     lanes, chunk, size = m.lanes, CHAIN * m.lanes, m.size
     gradient, active, residual, second, undone = (
         loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
@@ -491,7 +491,7 @@ def _map_planes(loop: Loop) -> Any:
             if not gradient or (active and not undone):
                 shift = splat(get(j.shift, c))
             done = start
-            head = (-(j.out + (at + start) * size) & 63) // size if j.streams else 0  # elements before the first cache line
+            head = (-(j.out + (at + start) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
             while done < stop:
                 end = min(done + (head if head > 0 else chunk), stop)
                 head = 0
@@ -499,7 +499,7 @@ def _map_planes(loop: Loop) -> Any:
                     i = done
                     while i < end:
                         v = read(j.x, at + i, end - i)
-                        v = restored(v, undo) if undone else fma(v - mean, scale, shift)
+                        v = activation_inverse(v, undo) if undone else fma(v - mean, scale, shift)
                         if residual:
                             v = v + read(j.residual, at + i, end - i)
                         store(z, i - done, v)
@@ -511,22 +511,22 @@ def _map_planes(loop: Loop) -> Any:
                     if gradient:
                         v, g = read(j.x, at + i, rest), read(j.dz, at + i, rest)
                         if undone:
-                            v = restored(v, undo)
+                            v = activation_inverse(v, undo)
                         if active:
                             g = through(g, load(f, i - done))
                         v = scale * fma(v - mean, slope, g - offset)
                         if second:
-                            write(j.dresidual, at + i, g, rest, j.streams)
+                            write(j.dresidual, at + i, g, rest, j.nontemporal)
                     elif active:
                         v = load(f, i - done)
                     else:
                         v = fma(read(j.x, at + i, rest) - mean, scale, shift)
                         if residual:
                             v = v + read(j.residual, at + i, rest)
-                    write(j.out, at + i, v, rest, j.streams)
+                    write(j.out, at + i, v, rest, j.nontemporal)
                     i += lanes
                 done = end
-        if j.streams:
+        if j.nontemporal:
             fence()
 
     return map_planes
@@ -535,7 +535,9 @@ def _map_planes(loop: Loop) -> Any:
 def _map_columns(loop: Loop) -> Any:
     evaluate = _evaluator(loop)
     m, load, store, _, _ = _parts(loop)
-    read, write, splat, fma, through, restored, first_lanes = m.read, m.write, m.splat, m.fma, m.through, m.restored, m.first
+    read, write, splat, fma, through, activation_inverse, first_lanes = (
+        m.read, m.write, m.splat, m.fma, m.through, m.activation_inverse, m.first,
+    )  # fmt: skip
     lanes, size = m.lanes, m.size
     gradient, active, residual, second, undone = (
         loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
@@ -553,7 +555,7 @@ def _map_columns(loop: Loop) -> Any:
             batch = min(BATCH, (last if row == j.rows else min(last, j.rows)) - row)
             end = min(stop, j.rest) if row == j.rows else stop
             i = start
-            head = (-(j.out + (row * stride + i) * size) & 63) // size if j.streams else 0  # elements before the first cache line
+            head = (-(j.out + (row * stride + i) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
             while i < end:
                 at, step = row * stride + i, lanes
                 rest = end - i
@@ -568,7 +570,7 @@ def _map_columns(loop: Loop) -> Any:
                 if active:
                     for n in range(batch):
                         v = read(j.x, at + n * stride, rest)
-                        v = restored(v, undo) if undone else fma(v - mean, scale, shift)
+                        v = activation_inverse(v, undo) if undone else fma(v - mean, scale, shift)
                         if residual:
                             v = v + read(j.residual, at + n * stride, rest)
                         store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
@@ -580,22 +582,22 @@ def _map_columns(loop: Loop) -> Any:
                     if gradient:
                         v, g = read(j.x, at + n * stride, rest), read(j.dz, at + n * stride, rest)
                         if undone:
-                            v = restored(v, undo)
+                            v = activation_inverse(v, undo)
                         if active:
                             g = through(g, load(f, n * lanes))
                         v = scale * fma(v - mean, slope, g - offset)
                         if second:
-                            write(j.dresidual, at + n * stride, g, rest, j.streams)
+                            write(j.dresidual, at + n * stride, g, rest, j.nontemporal)
                     elif active:
                         v = load(f, n * lanes)
                     else:
                         v = fma(read(j.x, at + n * stride, rest) - mean, scale, shift)
                         if residual:
                             v = v + read(j.residual, at + n * stride, rest)
-                    write(j.out, at + n * stride, v, rest, j.streams)
+                    write(j.out, at + n * stride, v, rest, j.nontemporal)
                 i += step
             row += batch
-        if j.streams:
+        if j.nontemporal:
             fence()
 
     return map_columns
@@ -664,7 +666,7 @@ def _settle(number: Any) -> Any:
                         put64(j.low, c, get64(j.low, c) + (get64(j.sums, at + c) + n * moved))
                     else:
                         put64(j.first, c, get64(j.first, c) + get64(j.sums, at + c))
-                        put64(j.second, c, get64(j.second, c) + get64(j.squares, at + c))
+                        put64(j.second, c, get64(j.second, c) + get64(j.dots, at + c))
         if not statistics:
             for c in range(first, last):
                 low = optional(j.mean_lo, c, 0.0)
@@ -685,7 +687,7 @@ def _settle(number: Any) -> Any:
                 end = min(last, j.rest // j.run - repeat * channels) if short else last
                 for c in range(first, end):
                     e = get64(j.low, c) - (get64(j.pivots, at + c) - get64(j.pivots, c))
-                    m2 = get64(j.squares, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
+                    m2 = get64(j.dots, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
                     put64(j.second, c, get64(j.second, c) + m2)
         unusual = False
         for c in range(first, last):
@@ -917,7 +919,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
     job.sum_bytes, job.map_bytes = reads * total * size, arrays * total * size
     if arrays == 0:
         return
-    job.streams = fresh and total * size * arrays > L3 and (job.columns * size % 64 == 0 if columns else inner * size > STAGE)
+    job.nontemporal = fresh and total * size * arrays > L3 and (job.columns * size % 64 == 0 if columns else inner * size > STAGE)
     part = max(lanes, min(L2 // 2 // (arrays * size), _up(total, enough)))
     if columns:
         job.map_piece = _even(job.columns, part, lanes)
@@ -990,7 +992,7 @@ def _template(
     size = 0
     for names, length in (
         (("columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope"), columns),
-        (("pivots", "sums", "squares"), partials), (("first", "second", "low", "offset", "slope", "scale", "shift"), vector),
+        (("pivots", "sums", "dots"), partials), (("first", "second", "low", "offset", "slope", "scale", "shift"), vector),
         (("failures",), FAILURES if activation is not None and activation.custom else 0),
     ):  # fmt: skip
         for name in names:

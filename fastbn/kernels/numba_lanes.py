@@ -211,7 +211,7 @@ class Memory:
         caches, which needs whole cache lines.
     element
         One element, as float64.
-    splat, fma, first, total, through, restored, coarse, finite
+    splat, fma, first, total, through, activation_inverse, coarse, finite
         A block of one number; a * b + c; a block's first n lanes, the others zero; the sum of all lanes, as float64;
         dy times a slope, and 0 where that is 0; x, or x / slope where it is not positive; a block of few digits; zero
         where a block is infinite or NaN.
@@ -252,9 +252,9 @@ class Memory:
                     builder.store(load_part(builder, address, index, n), room)
             return builder.load(room)
 
-        def write(builder: Any, address: Any, index: Any, v: Any, n: Any, streams: Any) -> Any:
+        def write(builder: Any, address: Any, index: Any, v: Any, n: Any, nontemporal: Any) -> Any:
             with builder.if_else(builder.icmp_signed(">=", n, _WORD(count)), likely=True) as (whole, part):
-                with whole, builder.if_else(builder.icmp_signed("!=", streams, _WORD(0))) as (past, through):
+                with whole, builder.if_else(builder.icmp_signed("!=", nontemporal, _WORD(0))) as (past, through):
                     with past:
                         stream(builder, address, index, v)
                     with through:
@@ -320,7 +320,7 @@ class Memory:
             zero = ir.Constant(lanes, None)
             return builder.select(builder.fcmp_ordered("==", slope, zero), zero, builder.fmul(dy, slope))
 
-        def restored(builder: Any, v: Any, slope: Any) -> Any:
+        def activation_inverse(builder: Any, v: Any, slope: Any) -> Any:
             return builder.select(builder.fcmp_ordered(">", v, ir.Constant(lanes, None)), v, builder.fdiv(v, slope))
 
         def coarse(builder: Any, v: Any) -> Any:
@@ -346,7 +346,7 @@ class Memory:
         self.first = _emit(block, (block, i64), first)
         self.total = _emit(types.float64, (block,), total)
         self.through = _emit(block, (block, block), through)
-        self.restored = _emit(block, (block, block), restored)
+        self.activation_inverse = _emit(block, (block, block), activation_inverse)
         self.coarse = _emit(block, (block,), coarse)
         self.finite = _emit(block, (block,), finite)
 

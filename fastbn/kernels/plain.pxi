@@ -167,6 +167,27 @@ cdef inline bint has_shape(cnp.ndarray x, tuple shape) except -1:
     return True
 
 
+cdef int named(wrt, bint has_residual) except -1:
+    """Which of x, weight, bias and residual a tuple names, as bits of 1, 2, 4 and 8; 0 where it is none, or names another."""
+    cdef int found = 0
+    if type(wrt) is not tuple:
+        return 0
+    for name in <tuple> wrt:
+        if type(name) is not str:
+            return 0
+        if name == "x":
+            found |= 1
+        elif name == "weight":
+            found |= 2
+        elif name == "bias":
+            found |= 4
+        elif name == "residual" and has_residual:
+            found |= 8
+        else:
+            return 0
+    return found
+
+
 cdef inline tuple made_of(const Call* call, cnp.ndarray vectors, bint training, x, int axis, activation, kept, residual):
     """What a backward needs: vectors, count, training, shape, dtype, axis, activation, residual, and whether there was one."""
     return vectors, call.outer * call.inner, training, x.shape, x.dtype, axis, activation, kept, residual is not None
@@ -266,23 +287,10 @@ cdef class Doors(Calls):
         """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
         cdef Call call
         cdef cnp.ndarray vectors
-        cdef bint of_x = False, of_weight = False, of_bias = False, of_residual = False
-        cdef int axis
-        if type(wrt) is not tuple:
+        cdef int axis, wanted = named(wrt, made[8])
+        cdef bint of_x = wanted & 1, of_weight = wanted & 2, of_bias = wanted & 4, of_residual = wanted & 8
+        if wanted == 0:
             return None
-        for name in <tuple> wrt:
-            if type(name) is not str:
-                return None
-            if name == "x":
-                of_x = True
-            elif name == "weight":
-                of_weight = True
-            elif name == "bias":
-                of_bias = True
-            elif name == "residual" and made[8]:
-                of_residual = True
-            else:
-                return None
         dx = dweight = dbias = dresidual = None
         found, count, training, shape, dtype, axis, activation, residual, _ = made
         if (
