@@ -18,9 +18,8 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from fastbn import checks
 from fastbn.layout import Array
-from fastbn.onnx.protos import DEFAULT, Body, Key, Type, bodies, everything, names, names_read, opset, types
+from fastbn.onnx.protos import DEFAULT, Body, Key, Type, bodies, everything, names, names_read, opset, said, types
 
 MICROSOFT = "com.microsoft"
 NORMS = {  # operator -> the domains that have it
@@ -48,19 +47,18 @@ class Node:
     proto: NodeProto
     scope: Scope
     index: int
+    own_name: str = ""  # the name in the model, or, where it has none, that of its output
     name: str = ""  # one that identifies it in the report
     removed: bool = False
+
+    def __post_init__(self) -> None:
+        self.own_name = self.proto.name or next(filter(None, self.proto.output), f"{self.op} {self.index}")
 
     @property
     def op(self) -> str:
         """Its operator; of a foreign domain, with that."""
         domain = self.proto.domain
         return self.proto.op_type if domain in DEFAULT else f"{domain}.{self.proto.op_type}"
-
-    @property
-    def own_name(self) -> str:
-        """The name in the model, or, where it has none, that of its output."""
-        return self.proto.name or next(filter(None, self.proto.output), f"{self.op} {self.index}")
 
     def input(self, index: int) -> str:
         """Name of an input; empty where there is none."""
@@ -114,8 +112,9 @@ class Scope:
         else:
             self.inputs, returned = frozenset(body.input), list(body.output)
         for index, proto in enumerate(body.node):
-            node = Node(NodeProto(), self, index)
-            node.proto.CopyFrom(proto)
+            copy = NodeProto()
+            copy.CopyFrom(proto)
+            node = Node(copy, self, index)
             self.nodes.append(node)
             self.producer.update((name, node) for name in proto.output if name)
         for node in self.nodes:
@@ -130,9 +129,9 @@ class Scope:
         scope: Scope | None = self
         while scope is not None and not scope.defines(name):
             scope = scope.parent
-        if scope is self and node is not None:
+        if node is not None:
             self.readers.setdefault(name, []).append(node)
-        elif scope is not None:
+        if scope is not None and (scope is not self or node is None):
             scope.elsewhere[name] = "the graph returns it" if scope is self else "a subgraph reads it"
 
     def defines(self, name: str) -> bool:
@@ -181,9 +180,10 @@ class Scope:
         graph = helper.make_graph([node.proto], "constant", [onnx.ValueInfoProto(name=given) for given in inputs], wanted)
         try:
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
-            return np.asarray(ReferenceEvaluator(model).run(None, inputs)[0])
+            results: Any = ReferenceEvaluator(model).run(None, inputs)
+            return np.asarray(results[0])
         except Exception as error:  # whatever is wrong there, the node stays as it is
-            raise Stays(f"{name} cannot be computed: {checks.short(error, str(error))}") from None
+            raise Stays(f"{name} cannot be computed: {said(error)}") from None
 
     def _of_constant(self, name: str, node: Node) -> Array:
         for attribute in node.proto.attribute:
@@ -252,7 +252,8 @@ class Scope:
         if own is not None and old not in self.elsewhere and len(self.readers[old]) == 1 and tuple(own.dims) == value.shape:
             own.CopyFrom(numpy_helper.from_array(value, old))
         else:
-            self.rewire(node, index, self.new_constant(f"{old or next(filter(None, node.proto.output))}_folded", value, node))
+            name = f"{old}_folded" if old else f"{node.proto.output[0]}_bias"
+            self.rewire(node, index, self.new_constant(name, value, node))
 
     def new_constant(self, name: str, value: Array, reader: Node) -> str:
         """Add a constant, and return its name: an initializer where the scope can have one that is no input."""

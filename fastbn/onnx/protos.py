@@ -111,6 +111,12 @@ def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
                 yield from (attribute.t, *attribute.tensors)
 
 
+def said(error: Exception) -> str:
+    """What an error says, in one line; the name of a file may stand at its end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 def load(model: object) -> tuple[ModelProto, str]:
     """The ModelProto that a user means, checked, and the folder of its external data.
 
@@ -130,8 +136,7 @@ def load(model: object) -> tuple[ModelProto, str]:
         try:
             proto = onnx.load(str(path), load_external_data=False)
         except Exception as error:  # a file that cannot be read: permissions, an end that is missing, another kind of file
-            why = checks.short(error, str(error))
-            raise ValueError(f"model: {checks.short(str(path))} cannot be read as an ONNX model: {why}") from error
+            raise ValueError(f"model: {checks.short(str(path))} cannot be read as an ONNX model: {said(error)}") from error
         folder = str(path.parent)
         given = str(path) if any(map(onnx.external_data_helper.uses_external_data, _tensors(proto))) else proto
     elif isinstance(model, ModelProto):
@@ -141,5 +146,5 @@ def load(model: object) -> tuple[ModelProto, str]:
     try:
         onnx.checker.check_model(given)
     except Exception as error:  # of several classes, that of the checker itself among them
-        raise ValueError(f"model must be one that onnx.checker lets pass: {checks.short(error, str(error))}") from error
+        raise ValueError(f"model must be one that onnx.checker lets pass: {said(error)}") from error
     return proto, folder

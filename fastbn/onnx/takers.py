@@ -154,8 +154,6 @@ def _norm(node: Node, scale: Array, shift: Array) -> Change:
             frozen(node)
         except Stays as reason:
             raise Stays(f"{node.own_name} before it cannot take it: {reason}") from None
-    if node.op == "GroupNormalization" and node.scope.opset < 21:
-        raise Stays("the GroupNormalization before it has a scale for each group alone")
     weight, wide = weights(node, 1, 1)
     _matches(wide.size, scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)

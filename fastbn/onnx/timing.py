@@ -15,9 +15,8 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from fastbn import checks
 from fastbn.layout import Array
-from fastbn.onnx.protos import Key, walk
+from fastbn.onnx.protos import Key, said, walk
 
 UNKNOWN = 224  # pixels, where the model says nothing: what networks for images are made for
 LEAST = 3  # runs
@@ -47,7 +46,7 @@ def measure(
     try:
         return _run(_named(proto, folder, places), len(places), seconds, inputs)
     except Exception as error:  # a model that ONNX Runtime does not take can be looked at all the same
-        return Timing(text=f"times were not measured: {checks.short(error, str(error))}")
+        return Timing(text=f"times were not measured: {said(error)}")
 
 
 def _named(proto: ModelProto, folder: str, places: Sequence[tuple[Key, int]]) -> bytes:
