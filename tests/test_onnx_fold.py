@@ -46,6 +46,7 @@ def folded(model: Any, x: Array, *, rewrite: bool = False, bound: float = 1e-5) 
     return result
 
 
+SECOND = {f"{name}2": value for name, value in norm(3, seed=9).items()}
 CONV = {"w": array(4, 3, 3, 3), **norm(4)}
 IMAGES = array(2, 3, 6, 6, seed=3)
 ROWS = array(5, 3, seed=3)
@@ -81,7 +82,10 @@ ROWS = array(5, 3, seed=3)
         ("c = MatMul (x, w) y = BN (c, s, b, m, v)", {"w": array(3, 4), **norm(4)}, ROWS, ["MatMul", "Add"]),
         ("c = MatMul (x, w) a = Add (c, k) y = BN (a, s, b, m, v)", {"w": array(3, 4), "k": array(4), **norm(4)}, ROWS, ["MatMul", "Add"]),
         ("c = MatMul (w, x) y = BN (c, s, b, m, v)", {"w": array(4, 3), **norm(4)}, array(2, 3, 5), ["MatMul", "Add"]),
-        ("c = InstanceNormalization (x, p, q) y = BN (c, s, b, m, v)", {"p": array(3), "q": array(3), **norm(3)}, IMAGES, ["InstanceNormalization"]),
+        (
+            "c = InstanceNormalization (x, p, q) y = BN (c, s, b, m, v)",
+            {"p": array(3), "q": array(3), **norm(3)}, IMAGES, ["InstanceNormalization"],
+        ),
         ("c = BN (x, s, b, m, v) y = Conv (c, w)", {"w": array(4, 3, 3, 3), **norm(3)}, IMAGES, ["Conv"]),
         ("c = BN (x, s, b, m, v) i = Identity (c) y = Conv (i, w)", {"w": array(4, 3, 3, 3), **norm(3)}, IMAGES, ["Identity", "Conv"]),
         (
@@ -102,10 +106,10 @@ ROWS = array(5, 3, seed=3)
         ("c = BN (x, s, b, m, v) y = MatMul (c, w)", {"w": array(3, 4), **norm(3)}, ROWS, ["MatMul", "Add"]),
         ("c = BN (x, s, b, m, v) d = MatMul (c, w) y = Add (d, k)", {"w": array(3, 4), "k": array(4), **norm(3)}, ROWS, ["MatMul", "Add"]),
         ("c = BN (x, s, b, m, v) y = MatMul (w, c)", {"w": array(4, 3), **norm(3)}, array(2, 3, 5), ["MatMul", "Add"]),
-        ("c = BN (x, s, b, m, v) y = BN (c, s2, b2, m2, v2)", {**norm(3), **{f"{k}2": a for k, a in norm(3, seed=9).items()}}, IMAGES, [BN]),
+        ("c = BN (x, s, b, m, v) y = BN (c, s2, b2, m2, v2)", {**norm(3), **SECOND}, IMAGES, [BN]),
         (
             "c = BN (x, s, b, m, v) d = BN (c, s2, b2, m2, v2) y = Conv (d, w)",
-            {"w": array(4, 3, 3, 3), **norm(3), **{f"{k}2": a for k, a in norm(3, seed=9).items()}}, IMAGES, ["Conv"],
+            {"w": array(4, 3, 3, 3), **norm(3), **SECOND}, IMAGES, ["Conv"],
         ),
         (
             "d = Conv (x, w) c = BN (d, s, b, m, v) e = BN (c, s, b, m, v) y = BN (e, s, b, m, v)",
@@ -136,10 +140,10 @@ STAYS = [
     ("c = BN (x, s, b, m, v) y = ConvTranspose (c, t)", norm(3), {}, "does not bring its shift to every output alike"),
     ("c = BN (x, s, b, m, v) d = Conv (c, w) e = Relu (c) y = Mul (e, e)", norm(3), {"outputs": ("y", "d")}, "it is read 2 times"),
     ("c = BN (x, s, b, m, v) y = Conv (c, w)", norm(3), {"outputs": ("y", "c")}, "the graph returns it"),
-    ("c = Conv (x, w) y = BN (c, s, b, m, v) z = Relu (c)", norm(4), {"outputs": ("y", "z")}, "what c before it returns cannot change: it is read 2"),
+    ("c = Conv (x, w) y = BN (c, s, b, m, v) z = Relu (c)", norm(4), {"outputs": ("y", "z")}, "what c before it returns cannot change"),
     ("c = Conv (x, w) y = BN (c, s, b, m, v)", norm(4), {"outputs": ("y", "c")}, "the graph returns it"),
     ("c = Conv (x, w) a = Add (c, k) y = BN (a, s, b, m, v) z = Relu (a)", norm(4), {"outputs": ("y", "z")}, "it is read 2 times"),
-    ("c = Conv (x, w) y = BN (c, s, b, m, v)", norm(4), {"overridable": ("w",)}, "w is an input of the graph, too: a caller may override it"),
+    ("c = Conv (x, w) y = BN (c, s, b, m, v)", norm(4), {"overridable": ("w",)}, "w is an input of the graph, too: a caller may"),
     ("c = Conv (x, w) y = BN (c, s, b, m, v)", norm(4), {"overridable": ("v",)}, "v is an input of the graph, too"),
     ("r = Relu (x) c = BN (r, s, b, m, v) y = Relu (c)", norm(3), {}, "it stands between Relu and Relu"),
     ("y = BN (x, s, b, m, v)", norm(3), {}, "it stands between the input and the output"),
@@ -258,8 +262,8 @@ def test_dequantized_weights_stay_small() -> None:
 
 
 def branches(then: str, otherwise: str, constants: dict[str, Array], before: str = "") -> Any:
-    text = f"""c = Constant <value = bool {{1}}> () {before}
-        y = If (c) <then_branch = t () => (float[A, B, C, D] p) {{ {then} }}, else_branch = e () => (float[E, F, G, H] q) {{ {otherwise} }}>"""
+    text = f"""c = Constant <value = bool {{1}}> () {before} y = If (c) <
+        then_branch = t () => (float[A, B, C, D] p) {{ {then} }}, else_branch = e () => (float[E, F, G, H] q) {{ {otherwise} }}>"""
     return net(text.replace("BN", BN), IMAGES.shape, constants)
 
 
@@ -346,11 +350,13 @@ def test_parameters_for_each_position_stay(opset: int) -> None:
     model = net(f"c = Conv (x, w) y = {BN} <spatial = 0> (c, s, b, m, v)", IMAGES.shape, CONV, opset=opset)
     (row,) = fastbn.onnx.check(model)
     assert row.why == "spatial is 0: each position has parameters of its own"
-    assert operators(folded(net(f"c = Conv (x, w) y = {BN} <spatial = 1> (c, s, b, m, v)", IMAGES.shape, CONV, opset=opset), IMAGES)) == ["Conv"]
+    model = net(f"c = Conv (x, w) y = {BN} <spatial = 1> (c, s, b, m, v)", IMAGES.shape, CONV, opset=opset)
+    assert operators(folded(model, IMAGES)) == ["Conv"]
 
 
 def test_external_data(tmp_path: Path) -> None:
-    model = net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v) z = Conv (x, u)", IMAGES.shape, {**CONV, "u": array(4, 3, 3, 3)}, outputs=("y", "z"))
+    nodes = f"c = Conv (x, w) y = {BN} (c, s, b, m, v) z = Conv (x, u)"
+    model = net(nodes, IMAGES.shape, {**CONV, "u": array(4, 3, 3, 3)}, outputs=("y", "z"))
     expected = run(model, IMAGES)
     path = tmp_path / "model.onnx"
     onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
@@ -364,7 +370,7 @@ def test_external_data(tmp_path: Path) -> None:
     assert saved == (path.read_bytes(), (tmp_path / "weights.bin").read_bytes())
     assert list(fastbn.onnx.extract(path)) == ["y"]
     (tmp_path / "weights.bin").unlink()
-    with pytest.raises(ValueError, match="weights.bin"):
+    with pytest.raises(ValueError, match=r"weights\.bin"):
         fastbn.onnx.check(path)
 
 
@@ -377,12 +383,12 @@ def test_what_is_no_model_is_refused(function: str, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"^model"):
             call(tmp_path / name)
-    with pytest.raises(ValueError, match="model must be the path of a file, but there is none at 'missing.onnx'"):
+    with pytest.raises(ValueError, match=r"model must be the path of a file, but there is none at 'missing\.onnx'"):
         call("missing.onnx")
     with pytest.raises(ValueError, match="model must be the path of a file"):
         call(tmp_path)
     for wrong in (None, 3, whole, model.graph, [model]):
-        with pytest.raises(TypeError, match=f"model must be an onnx.ModelProto or a path, got {type(wrong).__name__}"):
+        with pytest.raises(TypeError, match=f"model must be an onnx\\.ModelProto or a path, got {type(wrong).__name__}"):
             call(wrong)
     model.graph.node[0].input[0] = "nothing"
     with pytest.raises(ValueError, match=r"model must be one that onnx.checker lets pass: .*nothing"):

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from fastbn import checks
 from fastbn.layers import FrozenBatchNorm
 from fastbn.layout import Array
-from fastbn.onnx.fold import Outcome, after, before, fold_all
+from fastbn.onnx.folding import Outcome, after, before, fold_all
 from fastbn.onnx.frozen import Frozen, frozen
 from fastbn.onnx.graph import Model, Node, Stays
 from fastbn.onnx.protos import DEFAULT, load
