@@ -9,9 +9,9 @@ try:
 except ImportError as error:
     raise ImportError(f"fastbn.onnx needs onnx (pip install 'fastbn[onnx]'): {error}") from error
 
-from fastbn.onnx.report import Norm, Report, check, extract
 from fastbn.onnx.folding import fold
 from fastbn.onnx.operators import ops
+from fastbn.onnx.report import Norm, Report, check, extract
 from fastbn.onnx.sessions import session
 
 __all__ = ["Norm", "Report", "check", "extract", "fold", "ops", "session"]

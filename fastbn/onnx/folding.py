@@ -295,33 +295,59 @@ def _rewrite(node: Node) -> None:
     """Replace a batch norm of inference; where it cannot be, it stays."""
     scope = node.scope
     known = scope.type_of(node.input(0))
+    if known is None or known.shape is None:
+        return
+    rank, dtype = len(known.shape), np.dtype(helper.tensor_dtype_to_np_dtype(known.kind))
+    if dtype.name not in ("float32", "float64"):  # of 16 bits, the product would be rounded before the sum
+        return
     try:
         scale, shift = frozen(node).affine()
-        if known is None or known.shape is None:
-            return
-        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(known.kind))
-        if dtype.name not in ("float32", "float64"):  # the sum of 16 bits would be rounded twice
-            return
-        given, output, name, rank = node.input(0), node.proto.output[0], node.proto.name, len(known.shape)
-        along = (-1, *[1] * (rank - 2))
-        weight, bias = stored(scale, dtype, 0).reshape(along), stored(shift, dtype, 0).reshape(along)
+        parts = [stored(part, dtype, 0).reshape(-1, *[1] * (rank - 2)) for part in (scale, shift)]
     except Stays:
         return
-    if rank > 2 and DEPTHWISE:
-        parts = weight[:, None], bias.ravel()
-        constants = [scope.new_constant(f"{output}_{part}", value, node) for part, value in zip(("scale", "shift"), parts, strict=True)]
-        protos = [helper.make_node("Conv", [given, *constants], [output], name=name, group=scale.size, kernel_shape=[1] * (rank - 2))]
+    depthwise = _depthwise(node, rank)
+    if depthwise:
+        parts = [parts[0][:, None], parts[1].ravel()]
+    output, name = node.proto.output[0], node.proto.name
+    given = [scope.new_constant(f"{output}_{part}", value, node) for part, value in zip(("scale", "shift"), parts, strict=True)]
+    if depthwise:
+        options = {"group": scale.size, "kernel_shape": [1] * (rank - 2)}
+        protos = [helper.make_node("Conv", [node.input(0), *given], [output], name, **options)]
     else:
         product = scope.model.unused(f"{output}_product")
-        constants = [scope.new_constant(f"{output}_scale", weight, node), scope.new_constant(f"{output}_shift", bias, node)]
         names = [f"{name}_{part}" if name else "" for part in ("scale", "shift")]
         protos = [
-            helper.make_node("Mul", [given, constants[0]], [product], name=names[0]),
-            helper.make_node("Add", [product, constants[1]], [output], name=names[1]),
+            helper.make_node("Mul", [node.input(0), given[0]], [product], names[0]),
+            helper.make_node("Add", [product, given[1]], [output], names[1]),
         ]
     scope.remove(node)
     for proto in protos:
         scope.add(node, proto)
 
 
-DEPTHWISE = True
+# What ONNX Runtime runs on the blocked layout of its convolutions of images.
+BLOCKED = frozenset(
+    ("Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "LeakyRelu", "MaxPool", "Mul", "Relu")
+) | {"Sigmoid", "Sum", "Tanh"}  # fmt: skip
+
+
+def _depthwise(node: Node, rank: int) -> bool:
+    """Whether a depthwise convolution is the faster of the two in ONNX Runtime (docs/onnx.md has the times).
+
+    It is one pass where a Mul and an Add are two. But ONNX Runtime reorders images for a convolution, which takes longer than
+    both passes where they are not in that order already, as they are behind another convolution.
+    """
+    if rank != 4:
+        return rank > 2
+    scope, waiting, seen = node.scope, [node.input(0)], set[str]()
+    while waiting:
+        value = waiting.pop()
+        maker = scope.producer.get(value)
+        if maker is None or value in seen:
+            continue
+        seen.add(value)
+        if maker.op == "Conv":
+            return True
+        if maker.op in BLOCKED:
+            waiting.extend(maker.proto.input)
+    return False
