@@ -64,7 +64,7 @@ def array(*shape: int, seed: int = 1, dtype: Any = np.float32) -> Array:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def run(model: ModelProto, x: Array, **options: Any) -> list[Array]:
+def run(model: ModelProto, x: Array, name: str = "x") -> list[Array]:
     """What ONNX Runtime computes, node by node as the model says."""
     import onnxruntime
 
@@ -72,8 +72,8 @@ def run(model: ModelProto, x: Array, **options: Any) -> list[Array]:
     settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     settings.intra_op_num_threads = 1
     settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"], **options)
-    results: list[Array] = session.run(None, {"x": x})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    results: list[Array] = session.run(None, {name: x})
     return results
 
 

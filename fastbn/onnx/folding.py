@@ -11,7 +11,7 @@ e) The loop goes on until nothing folds any more, so that chains fold from which
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -311,7 +311,7 @@ def _rewrite(node: Node) -> None:
     output, name = node.proto.output[0], node.proto.name
     given = [scope.new_constant(f"{output}_{part}", value, node) for part, value in zip(("scale", "shift"), parts, strict=True)]
     if depthwise:
-        options = {"group": scale.size, "kernel_shape": [1] * (rank - 2)}
+        options: Any = {"group": scale.size, "kernel_shape": [1] * (rank - 2)}
         protos = [helper.make_node("Conv", [node.input(0), *given], [output], name, **options)]
     else:
         product = scope.model.unused(f"{output}_product")

@@ -167,8 +167,8 @@ def _judged(row: Norm, outcome: Outcome) -> Norm:
 
 
 def _row(node: Node) -> Norm:
-    known = node.scope.type_of(node.input(0)) or node.scope.type_of(node.proto.output[0])
-    shape = None if known is None else known.shape
+    known = [node.scope.type_of(name) for name in (node.input(0), node.proto.output[0])]  # they have one shape
+    shape = next((one.shape for one in known if one is not None and one.shape is not None), None)
     return Norm(node.name, node.op, shape, _channels(node, shape), _epsilon(node), before(node), after(node), "", "")
 
 

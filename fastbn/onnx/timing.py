@@ -96,8 +96,8 @@ def _run(model: bytes, names: list[tuple[str, str]], seconds: float, inputs: Map
     shares = [sum(time for ran, time in spent.items() if own in ran or ran == moved) / total for own, moved in names]
     sizes = ", ".join(f"{name} {'x'.join(map(str, np.shape(value)))}" for name, value in feed.items())
     time = median(event["dur"] for event in whole) / 1000
-    text = f"times: ONNX Runtime {onnxruntime.__version__}, {runs} runs of {time:.3g} ms, {sizes}; not by itself: folded or fused when it loads"
-    return Timing(shares, text)
+    text = f"times: ONNX Runtime {onnxruntime.__version__}, {runs} runs of {time:.3g} ms, {sizes}"
+    return Timing(shares, f"{text}; not by itself: folded or fused when it loads" if 0 in shares else text)
 
 
 def _warm(session: Any, inputs: Mapping[str, Array] | None) -> dict[str, Array]:
