@@ -122,8 +122,8 @@ def test_rapidocr(name: str) -> None:
 
 def test_every_norm_is_listed_with_what_is_known_of_it() -> None:
     nodes = """a = LayerNormalization <axis = 1, epsilon = 0.5> (x, l)  b = InstanceNormalization (a, s, b0)
-        c = MeanVarianceNormalization (b)  d = LpNormalization (c)  e = GroupNormalization <num_groups = 3> (d, s, b0)  y = LRN <size = 3> (e)
-        f = Relu (e)"""
+        c = MeanVarianceNormalization (b)  d = LpNormalization (c)  e = GroupNormalization <num_groups = 3> (d, s, b0)
+        y = LRN <size = 3> (e)  f = Relu (e)"""
     constants = {"l": array(3, 6, 6), "s": array(3), "b0": array(3)}
     report = fastbn.onnx.check(net(nodes, ("N", 3, 6, 6), constants, opset=21))
     assert [row.name for row in report] == list("abcdey")
@@ -220,7 +220,8 @@ def test_extracted_layers_compute_what_the_nodes_do() -> None:
 
 def test_a_session_runs_fastbn() -> None:
     pytest.importorskip("onnxruntime_extensions")
-    nodes = f"c = Conv (x, w) n = {BN} <epsilon = 0.01> (c, s, b, m, v) d = Cast <to = 11> (n) e = {BN} (d, s2, b2, m2, v2) y = Cast <to = 1> (e)"
+    nodes = f"""c = Conv (x, w)  n = {BN} <epsilon = 0.01> (c, s, b, m, v)
+        d = Cast <to = 11> (n)  e = {BN} (d, s2, b2, m2, v2)  y = Cast <to = 1> (e)"""
     wide = {f"{name}2": value for name, value in norm(4, np.float64, seed=5).items()}
     model = net(nodes, ("N", 3, "H", "W"), {"w": array(4, 3, 3, 3), **norm(4), **wide}, overridable=("s",))
     given = model.SerializeToString()

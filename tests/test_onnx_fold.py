@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -395,8 +396,68 @@ def test_what_is_no_model_is_refused(function: str, tmp_path: Path) -> None:
         call(model)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "constants", "why"),
+    [
+        ("c = Conv <group = 3> (x, w) y = BN (c, s, b, m, v)", {}, "are not those of a convolution of 3 groups"),
+        ("c = Conv <group = 0> (x, w) y = BN (c, s, b, m, v)", {}, "are not those of a convolution of 0 groups"),
+        ("c = Conv (x, k) y = BN (c, s, b, m, v)", {}, "of shape (4,), are not those of a convolution"),
+        ("c = Conv (x, w, k3) y = BN (c, s, b, m, v)", {"k3": array(3)}, "k3 has 3 numbers, and c 4 channels"),
+        ("c = Conv (x, w) y = BN (c, s, k3, m, v)", {"k3": array(3)}, "its parameters are not vectors of one length"),
+        ("c = Conv (x, w) y = BN (c, k3, k3, k3, k3)", {"k3": np.ones(3, np.float32)}, "c has 4 channels, and it has 3"),
+        ("c = Conv (x, w) y = BN (c, o, o, o, o)", {"o": np.ones(0, np.float32)}, "it has no channels"),
+        ("c = Conv (x, w) y = BN (c, i, i, i, i)", {"i": np.ones(4, np.int32)}, "its parameters are not float32, float64"),
+        ("c = BN (x, k3, k3, k3, k3) y = Conv <auto_pad = \"SAME_LOWER\", strides = [1]> (c, w)", {"k3": array(3) ** 2}, "pads"),
+    ],
+)
+def test_nodes_that_fit_nothing_stay(nodes: str, constants: dict[str, Array], why: str) -> None:
+    """The checker lets them pass; nothing is raised but by who runs them."""
+    given = {**CONV, "k": array(4), **constants}
+    model = net(nodes.replace("BN", BN), IMAGES.shape, given)
+    assert why in fastbn.onnx.check(model)[0].why
+    assert operators(fastbn.onnx.fold(model, rewrite=True)).count("Conv") >= 1
+
+
+def test_numbers_that_are_missing(tmp_path: Path) -> None:
+    nodes = f"c = Conv (x, w) y = {BN} (c, s, b, m, v)"
+    model = net(nodes, IMAGES.shape, CONV)
+    model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:100]
+    with pytest.raises(ValueError, match="model must be one that"):
+        fastbn.onnx.fold(model)
+    path = tmp_path / "model.onnx"
+    onnx.save(net(nodes, IMAGES.shape, CONV), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:100])
+    (row,) = fastbn.onnx.check(path)
+    assert re.match(r"the numbers of [sbmvw] cannot be read: ", row.why)
+    with pytest.raises(ValueError, match=r"^model: its external data cannot be read: "):
+        fastbn.onnx.fold(path)
+
+
+@pytest.mark.filterwarnings("ignore:The onnxtxt format")
+@pytest.mark.parametrize("suffix", [".onnx", ".onnxtxt", ".json", ".textproto"])
+def test_every_format_of_onnx_is_read(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    onnx.save(net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, CONV), str(path))
+    assert operators(fastbn.onnx.fold(path)) == ["Conv"]
+
+
+def test_bfloat16() -> None:
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    constants = {name: value.astype(bfloat16) for name, value in CONV.items()}
+    model = net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, constants, opset=22, dtype="bfloat16")
+    result = fastbn.onnx.fold(model)
+    assert operators(result) == ["Conv"]
+    assert {tensor.data_type for tensor in result.graph.initializer} == {onnx.TensorProto.BFLOAT16}
+    wide = {name: value.astype(np.float32) for name, value in constants.items()}
+    exact = fastbn.onnx.fold(net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, wide))
+    for ours, theirs in zip(result.graph.initializer, exact.graph.initializer, strict=True):
+        near(*(onnx.numpy_helper.to_array(t).astype(np.float32) for t in (ours, theirs)), bound=2**-8)
+
+
 def test_options_are_checked() -> None:
     model = net(f"y = {BN} (x, s, b, m, v)", IMAGES.shape, norm(3))
+    with pytest.raises(TypeError, match="inputs must be a mapping of names to arrays, got list"):
+        fastbn.onnx.check(model, inputs=[array(2)])
     with pytest.raises(TypeError, match="rewrite must be True or False, got 'yes'"):
         fastbn.onnx.fold(model, rewrite="yes")
     with pytest.raises(TypeError, match="seconds must be a number"):

@@ -132,7 +132,9 @@ def test_what_a_node_names_is_what_it_returns() -> None:
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize(("stored", "parameters"), [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32"), ("float32", "float64")])
+@pytest.mark.parametrize(
+    ("stored", "parameters"), [("float16", "float16"), ("float16", "float32"), ("bfloat16", "float32"), ("float32", "float64")]
+)
 def test_types_may_differ_from_opset_15_on(kernel: Any, stored: str, parameters: str, train: bool) -> None:
     if kernel.declines(stored):
         return
@@ -194,10 +196,13 @@ def test_groups_have_one_scale_each_before_opset_21() -> None:
 
 
 def test_operators_run_in_branches_and_functions() -> None:
-    function = f'<domain: "local", opset_import: ["": 17]> block <eps> (a, s, b, m, v) => (r) {{ r = {BN} <epsilon: float = @eps> (a, s, b, m, v) }}'
+    function = f"""<domain: "local", opset_import: ["": 17]> block <eps> (a, s, b, m, v) => (r) {{
+        r = {BN} <epsilon: float = @eps> (a, s, b, m, v) }}"""
     nodes = """t = Constant <value = bool {1}> () u = If (t) <then_branch = p () => (float[A, B] e) { e = BN (x, s, b, m, v) },
         else_branch = q () => (float[C, D] f) { f = Relu (x) }> y = local.block <eps = 0.5> (u, s, b, m, v)"""
     x, held = array(5, 3), norm(3)
     model = net(nodes.replace("BN", BN), x.shape, held, functions=function)
-    once = (x - held["m"]) / np.sqrt(held["v"] + np.float32(1e-5)) * held["s"] + held["b"]
-    np.testing.assert_allclose(evaluate(model, x)[0], (once - held["m"]) / np.sqrt(held["v"] + 0.5) * held["s"] + held["b"], rtol=1e-5, atol=1e-5)
+    expected = x.astype(np.float64)
+    for epsilon in (1e-5, 0.5):
+        expected = (expected - held["m"]) / np.sqrt(held["v"] + epsilon) * held["s"] + held["b"]
+    np.testing.assert_allclose(evaluate(model, x)[0], expected, rtol=1e-5, atol=1e-5)

@@ -21,7 +21,7 @@ from fastbn import checks
 from fastbn.layout import Array
 from fastbn.onnx.frozen import frozen
 from fastbn.onnx.graph import Model, Node, Stays
-from fastbn.onnx.protos import load
+from fastbn.onnx.protos import load, said
 from fastbn.onnx.takers import AFTER, BEFORE, Change, Write, shaped, stored, weights
 
 INNER = "its statistics are those of the input"
@@ -287,7 +287,10 @@ def fold(model: ModelProto | str | os.PathLike[str], rewrite: bool = False) -> M
                 _rewrite(node)
     folded = opened.close()
     if folder:
-        onnx.external_data_helper.load_external_data_for_model(folded, folder)
+        try:
+            onnx.external_data_helper.load_external_data_for_model(folded, folder)
+        except Exception as error:  # a file that is shorter than the model says
+            raise ValueError(f"model: its external data cannot be read: {said(error)}") from error
     return folded
 
 

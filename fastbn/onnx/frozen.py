@@ -55,6 +55,8 @@ def frozen(node: Node) -> Frozen:
     vectors = [node.constant(i) for i in range(1, 5)]
     if any(v.ndim != 1 or v.shape != vectors[0].shape for v in vectors):
         raise Stays("its parameters are not vectors of one length")
+    if not vectors[0].size:
+        raise Stays("it has no channels")
     if any(lookup(v.dtype) is None for v in vectors):
         raise Stays(f"its parameters are not {', '.join(DTYPES)}")
     return Frozen(vectors[0], vectors[1], vectors[2], vectors[3], epsilon)

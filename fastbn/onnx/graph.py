@@ -331,7 +331,10 @@ class Model:
 
     def value(self, tensor: TensorProto) -> Array:
         """The numbers of a tensor, from its file if they lie there."""
-        return np.asarray(numpy_helper.to_array(tensor, self.folder))
+        try:
+            return np.asarray(numpy_helper.to_array(tensor, self.folder))
+        except Exception as error:  # more or fewer than its shape says; the checker does not look
+            raise Stays(f"the numbers of {tensor.name} cannot be read: {said(error)}") from None
 
     def dense(self, tensor: onnx.SparseTensorProto) -> Array:
         """The numbers of a sparse tensor, with the zeros."""

@@ -130,7 +130,7 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     Raises
     ------
     TypeError
-        If model is no ModelProto and no path, or seconds is no number.
+        If model is no ModelProto and no path, seconds is no number, or inputs is no mapping.
     ValueError
         If there is no such file, it is not a model, onnx.checker refuses the model, or seconds is negative.
 
@@ -151,6 +151,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     y, InstanceNormalization, ('N', 2, 4, 4), 2, Relu, the output, its statistics are those of the input
     """
     checks.number("seconds", seconds, 0.0)
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of names to arrays, got {type(inputs).__name__}")
     proto, folder = load(model)
     opened = Model(proto, folder)
     rows = [_row(node) for node in opened.norms]

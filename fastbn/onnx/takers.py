@@ -80,6 +80,8 @@ def _bias(node: Node, index: int, count: int, like: Array) -> tuple[Array, np.dt
     if not node.input(index):
         return np.zeros(count), like.dtype
     value, wide = weights(node, index, 1)
+    if len(wide) != count:
+        raise Stays(f"{node.input(index)} has {len(wide)} numbers, and {node.own_name} {count} channels")
     return wide, value.dtype
 
 
@@ -91,8 +93,17 @@ def _with_bias(node: Node, weight: tuple[int, Array], bias: Array, dtype: np.dty
     return Change(writes)
 
 
-def _conv(node: Node, scale: Array, shift: Array) -> Change:
+def _kernel(node: Node, split: int) -> tuple[Array, Array, int]:
+    """The weights of a convolution, as they are and in float64, and its groups, which divide them along an axis."""
     weight, wide = weights(node, 1)
+    groups = int(node.attribute("group", 1))
+    if wide.ndim < 3 or groups < 1 or wide.shape[split] % groups:
+        raise Stays(f"the weights of {node.own_name}, of shape {wide.shape}, are not those of a convolution of {groups} groups")
+    return weight, wide, groups
+
+
+def _conv(node: Node, scale: Array, shift: Array) -> Change:
+    weight, wide, _ = _kernel(node, 0)
     _matches(len(wide), scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)
     new = stored(wide * shaped(scale, 0, wide.ndim), weight.dtype, 0)
@@ -100,8 +111,7 @@ def _conv(node: Node, scale: Array, shift: Array) -> Change:
 
 
 def _conv_transpose(node: Node, scale: Array, shift: Array) -> Change:
-    weight, wide = weights(node, 1)
-    groups = int(node.attribute("group", 1))
+    weight, wide, groups = _kernel(node, 0)
     _matches(wide.shape[1] * groups, scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)
     # Weights are (inputs, outputs of a group, ...), and the inputs of a group lie one behind the other.
@@ -183,6 +193,8 @@ def _pads(node: Node, kernel: tuple[int, ...]) -> bool:
     strides = node.attribute("strides", [1] * len(kernel))
     dilations = node.attribute("dilations", [1] * len(kernel))
     sizes = [None] * len(kernel) if known is None or known.shape is None else known.shape[2:]
+    if not len(sizes) == len(strides) == len(dilations) == len(kernel):
+        return True
     return any(_padding_of_same(*axis) for axis in zip(sizes, kernel, strides, dilations, strict=True))
 
 
@@ -195,8 +207,7 @@ def _padding_of_same(size: int | str | None, kernel: int, stride: int, dilation:
 
 def _before_conv(node: Node, data: int, scale: Array, shift: Array) -> Change:
     _is_first(node, data)
-    weight, wide = weights(node, 1)
-    groups = int(node.attribute("group", 1))
+    weight, wide, groups = _kernel(node, 0)
     _matches(wide.shape[1] * groups, scale, node)
     if shift.any() and _pads(node, wide.shape[2:]):
         raise Stays(f"{node.own_name} after it pads with zeros, which its shift would have to leave out")
@@ -210,7 +221,7 @@ def _before_conv(node: Node, data: int, scale: Array, shift: Array) -> Change:
 
 def _before_conv_transpose(node: Node, data: int, scale: Array, shift: Array) -> Change:
     _is_first(node, data)
-    weight, wide = weights(node, 1)
+    weight, wide, _ = _kernel(node, 0)
     _matches(len(wide), scale, node)
     if shift.any():
         raise Stays(f"{node.own_name} after it does not bring its shift to every output alike")
