@@ -419,13 +419,9 @@ def test_nodes_that_fit_nothing_stay(nodes: str, constants: dict[str, Array], wh
 
 
 def test_numbers_that_are_missing(tmp_path: Path) -> None:
-    nodes = f"c = Conv (x, w) y = {BN} (c, s, b, m, v)"
-    model = net(nodes, IMAGES.shape, CONV)
-    model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:100]
-    with pytest.raises(ValueError, match="model must be one that"):
-        fastbn.onnx.fold(model)
     path = tmp_path / "model.onnx"
-    onnx.save(net(nodes, IMAGES.shape, CONV), path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    model = net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, CONV)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     (tmp_path / "weights.bin").write_bytes((tmp_path / "weights.bin").read_bytes()[:100])
     (row,) = fastbn.onnx.check(path)
     assert re.match(r"the numbers of [sbmvw] cannot be read: ", row.why)
