@@ -195,6 +195,15 @@ def test_times_are_measured_where_onnxruntime_is_installed(monkeypatch: pytest.M
     assert report.timing == "times were not measured: onnxruntime is not installed (pip install onnxruntime)"
 
 
+def test_times_of_a_batch_norm_between_convolutions() -> None:
+    nodes = f"c = Conv (x, w) r = Relu (c) n = {BN} (r, s, b, m, v) q = Relu (n) y = Conv <pads = [1, 1, 1, 1]> (q, u)"
+    constants = {"w": array(16, 3, 3, 3), "u": array(16, 16, 3, 3), **norm(16)}
+    (row,) = fastbn.onnx.check(net(nodes, (1, 3, 40, 40), constants), seconds=0.01)
+    assert row.share
+    (row,) = fastbn.onnx.check(net(nodes.replace("Relu", "Tanh"), (1, 3, 40, 40), constants), seconds=0.01)
+    assert row.share
+
+
 def test_times_of_what_has_external_data_or_lies_in_functions(tmp_path: Path) -> None:
     function = f'<domain: "local", opset_import: ["": 17]> block (a, s, b, m, v) => (r) {{ h = {BN} (a, s, b, m, v) r = Relu (h) }}'
     model = net("t = Relu (x) y = local.block (t, s, b, m, v)", (2, 3, 60, 60), norm(3), functions=function)

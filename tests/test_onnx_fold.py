@@ -164,6 +164,42 @@ STAYS = [
 ]  # fmt: skip
 
 
+# Where sizes are the same by chance, what looks like the channels may be another axis.
+SQUARE = [
+    ("c = BN (x, s, b, m, v) y = Gemm <transA = 1> (c, w)", (3, 3), {"w": array(3, 3), **norm(3)}, "sums over the batch"),
+    ("c = BN (x, s, b, m, v) y = MatMul (c, w)", (3, 3, 3), {"w": array(3, 3), **norm(3)}, "does not sum over its channels"),
+    ("c = BN (x, s, b, m, v) y = MatMul (w, c)", (3, 3), {"w": array(3, 3), **norm(3)}, "does not sum over its channels"),
+    ("c = BN (x, s, b, m, v) y = Gemm (w, c)", (3, 3), {"w": array(3, 3), **norm(3)}, "no data but a parameter of y"),
+    ("c = BN (x, s, b, m, v) y = MatMul (c, c)", (3, 3), norm(3), "it is read 2 times"),
+    ("c = MatMul (x, w) y = BN (c, s, b, m, v)", (3, 3, 3), {"w": array(3, 3), **norm(3)}, "x is an input of the graph"),
+    ("c = MatMul (w, x) y = BN (c, s, b, m, v)", (3, 3), {"w": array(3, 3), **norm(3)}, "x is an input of the graph"),
+    ("c = MatMul (w, x) y = BN (c, s, b, m, v)", (2, 3, 3, 3), {"w": array(3, 3), **norm(3)}, "the channels are no columns"),
+    ("c = Gemm (w, x) y = BN (c, s, b, m, v)", (3, 3), {"w": array(3, 3), **norm(3)}, "x is an input of the graph"),
+    (
+        "c = Conv (x, w) a = Add (c, k) y = BN (a, s, b, m, v)", (3, 3, 3, 3),
+        {"w": array(3, 3, 1, 1), "k": array(3, 1, 1, 1, 1), **norm(3)}, "how a before it broadcasts is not known",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "shape", "constants", "why"), SQUARE, ids=[case[0] for case in SQUARE])
+def test_another_axis_of_the_same_length_is_not_taken_for_the_channels(
+    nodes: str, shape: tuple[int, ...], constants: dict[str, Array], why: str
+) -> None:
+    rank = 5 if "Add" in nodes else len(shape)
+    model = net(nodes.replace("BN", BN), shape, constants, outputs=(f"y:{rank}",))
+    (row,) = fastbn.onnx.check(model)
+    assert why in row.why
+    folded(model, array(*shape))
+
+
+def test_what_training_may_change_is_no_constant() -> None:
+    model = net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, CONV)
+    model.training_info.add()
+    (row,) = fastbn.onnx.check(model)
+    assert row.why == "the model's training_info may change s"
+
+
 @pytest.mark.parametrize(("nodes", "parameters", "options", "why"), STAYS, ids=[case[0] for case in STAYS])
 def test_what_stays_and_why(nodes: str, parameters: dict[str, Array], options: dict[str, Any], why: str) -> None:
     constants = {

@@ -109,7 +109,7 @@ def _into_before(node: Node, scale: Array, shift: Array) -> str:
 def _sum_with(addition: tuple[Node, int], node: Node, scale: Array, shift: Array) -> Array:
     """What becomes of a constant that is added between a linear operator and a batch norm."""
     value, wide = weights(*addition)
-    rank = node.scope.rank(node.input(0))
+    rank = node.scope.rank(addition[0].input(1 - addition[1]))  # the sum has more where the constant has more
     if rank is None or wide.ndim > rank:
         raise Stays(f"how {addition[0].own_name} before it broadcasts is not known")
     return stored(wide * shaped(scale, 1, rank) + shaped(shift, 1, rank), value.dtype)
