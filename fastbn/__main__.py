@@ -1,8 +1,8 @@
-"""``python -m fastbn info`` and ``python -m fastbn verify``: what runs on this machine, and whether it is right.
+"""``python -m fastbn info``, ``verify`` and ``onnx MODEL``: what runs on this machine, whether it is right, what a model has.
 
 `verify` runs every kernel that can run here over shapes that straddle its vectors, and over some that are big enough
 for threads, through the public functions. The results are held against `reference`, in float64, with the accuracy
-that fastbn promises. It needs NumPy alone.
+that fastbn promises. It needs NumPy alone. `onnx` is `fastbn.onnx.check` and `fold`, for a file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -310,6 +311,26 @@ def info(as_json: bool = False) -> int:
     return 1 if wrong else 0
 
 
+def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: bool) -> int:
+    """Print the normalization nodes of a model, and write the model without those that can be folded."""
+    try:
+        import fastbn.onnx as models
+
+        report = models.check(path, seconds=seconds)
+        written = None if folded is None else models.fold(path, rewrite).SerializeToString()
+    except (ImportError, ValueError) as error:
+        print(f"python -m fastbn: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    if folded is not None and written is not None:
+        try:
+            Path(folded).write_bytes(written)
+        except OSError as error:
+            print(f"python -m fastbn: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the result is the exit status.
 
@@ -322,7 +343,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     -------
     int
         0 where all is well; 1 if a kernel differs from the reference, none could be tested, something is wrong with the
-        environment or the report could not be written; 128 and the signal's number after Ctrl-C and a closed pipe.
+        environment, a model cannot be read or the report could not be written; 128 and the signal's number after Ctrl-C and a
+        closed pipe.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fastbn", description="What fastbn runs on this machine, and whether it is right. Without a command: info."
@@ -335,10 +357,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", parents=[as_json], help="processor, caches, threads, kernels, problems; exit status 1 if there are any")
     verifier = commands.add_parser("verify", help="compare the kernels with the reference; exit status 1 if any differs")
     verifier.add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
+    models = commands.add_parser("onnx", parents=[as_json], help="list the normalization nodes of an ONNX model; fold its batch norms")
+    models.add_argument("model", metavar="MODEL.onnx")
+    models.add_argument("--seconds", type=float, default=1.0, help="how long to measure by ONNX Runtime; 0 does not (default: 1)")
+    models.add_argument("--fold", metavar="OUT.onnx", help="write the model with its batch norms folded")
+    models.add_argument("--rewrite", action="store_true", help="with --fold: batch norms that stay become what runs in parallel")
     args = parser.parse_args(argv)
+    if args.command == "onnx":
+        if args.rewrite and args.fold is None:
+            parser.error("--rewrite goes with --fold")
+        return to_the_end(lambda: onnx(args.model, args.seconds, args.fold, args.rewrite, args.json))
     if args.command == "verify":
         if args.json:
-            parser.error("--json is for info")
+            parser.error("--json is for info and onnx")
         return to_the_end(lambda: verify([args.kernel] if args.kernel else list(dispatch.KERNELS)))
     return to_the_end(lambda: info(args.json))
 

@@ -15,7 +15,7 @@ import pytest
 import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDS = {"fastbn.kernels.numba": "numba", "fastbn.kernels.numba_math": "numba", "fastbn.torch": "torch"}
+NEEDS = {"fastbn.kernels.numba": "numba", "fastbn.kernels.numba_math": "numba", "fastbn.torch": "torch", "fastbn.onnx": "onnx"}
 
 
 def _can_be_imported(module: str) -> bool:
@@ -47,11 +47,14 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md", "docs/distributed.md", "docs/pytorch.md"])
+TEXTS = ["README.md", *(f"docs/{name}.md" for name in ("deploying", "statistics", "distributed", "pytorch", "onnx"))]
+
+
+@pytest.mark.parametrize("file", TEXTS)
 def test_text(file: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
-    for package in re.findall(r"^(?:import|from) (torch|dask|joblib)\b", "".join(blocks), re.MULTILINE):
+    for package in re.findall(r"^(?:import|from) (torch|dask|joblib|onnx|onnxruntime)\b", "".join(blocks), re.MULTILINE):
         pytest.importorskip(package)
     names: dict[str, object] = {}  # a block may go on where the one before it ended
     try:

@@ -39,7 +39,7 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 # Where a framework may be imported at all; never by `import fastbn`.
 OPTIONAL = {
     "torch": {"torch"},
-    "onnx": {"onnx"},
+    "onnx": {"onnx", "onnxruntime", "onnxruntime_extensions"},
     "keras": {"keras", "tensorflow"},
     "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
@@ -88,7 +88,7 @@ def test_nothing_imports_upward(path: Path) -> None:
             continue
         other = rest.split(".")[0] or "fastbn"
         other = other if other in RANK else "fastbn"  # a name of the package itself
-        inside = name == other and name in {"kernels", "torch"}  # packages
+        inside = name == other and name in {"kernels", "torch", "onnx"}  # packages
         assert inside or RANK[other] < RANK[name], f"{name} imports {imported}"
 
 

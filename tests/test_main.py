@@ -201,3 +201,59 @@ def test_verify_fails_where_the_kernel_cannot_run(monkeypatch, capsys):
     monkeypatch.setitem(dispatch.KERNELS, "absent", kernel)
     assert main(["verify", "--kernel", "absent"]) == 1
     assert "cannot run: it was not built" in capsys.readouterr().out
+
+
+@pytest.fixture
+def model(tmp_path):
+    pytest.importorskip("onnx.parser")
+    from onnx_models import array, net, norm
+
+    path = tmp_path / "model.onnx"
+    nodes = "c = Conv (x, w) n = BatchNormalization (c, s, b, m, v) r = Relu (n) y = BatchNormalization (r, s, b, m, v)"
+    path.write_bytes(net(nodes, (1, 3, 6, 6), {"w": array(4, 3, 3, 3), **norm(4)}).SerializeToString())
+    return path
+
+
+def test_onnx_lists_the_norms_of_a_model(model, capsys):
+    assert main(["onnx", str(model), "--seconds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["n", "BatchNormalization", "1x4x4x4", "4", "1e-05", "Conv", "Relu", "-", "folds", "into", "c"]
+    assert lines[2].endswith("stays: it stands between Relu and the output")
+    assert lines[3] == "2 nodes: 1 can be folded, 0 are already, 1 stay"
+
+
+def test_onnx_as_json_with_times(model, capsys):
+    pytest.importorskip("onnxruntime")
+    assert main(["onnx", str(model), "--json", "--seconds", "0.01"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["state"] for row in report["nodes"]] == ["foldable", "stays"]
+    assert report["nodes"][0]["share"] == 0
+    assert 0 < report["nodes"][1]["share"] < 1
+    assert re.match(r"times: ONNX Runtime [\d.]+, \d+ runs of \S+ ms, x 1x3x6x6; ", report["timing"])
+
+
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_onnx_writes_the_folded_model(model, tmp_path, capsys, rewrite):
+    from onnx_models import operators
+
+    out = tmp_path / "out.onnx"
+    assert main(["onnx", str(model), "--seconds", "0", "--fold", str(out), *["--rewrite"] * rewrite]) == 0
+    import onnx
+
+    assert operators(onnx.load(out)) == ["Conv", "Relu", *(["Conv"] if rewrite else ["BatchNormalization"])]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["missing.onnx"], ["{model}", "--seconds", "-1"], ["{model}", "--seconds", "0", "--fold", "missing/out.onnx"]]
+)
+def test_onnx_says_in_a_line_what_is_wrong(model, capsys, arguments):
+    assert main(["onnx", *(argument.format(model=model) for argument in arguments)]) == 1
+    assert re.fullmatch(r"python -m fastbn: .*(missing|seconds).*\n", capsys.readouterr().err)
+
+
+def test_onnx_refuses_options_that_do_nothing(model, capsys):
+    for arguments in (["onnx", str(model), "--rewrite"], ["verify", "--json"], ["onnx"]):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+    assert "--rewrite goes with --fold" in capsys.readouterr().err

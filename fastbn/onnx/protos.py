@@ -1,0 +1,150 @@
+"""A ModelProto as it is: where it is from, its bodies, its names, and what shape inference knows of its values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnx
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
+
+from fastbn import checks
+
+DEFAULT = ("", "ai.onnx")  # the names of ONNX's own domain
+Key = tuple[object, ...]  # of a body: the indices of the nodes and subgraphs it lies in; of a function, behind its name
+Body = GraphProto | FunctionProto
+
+
+class Type(NamedTuple):
+    """What shape inference knows of a value: its element type, and its shape, None where the rank is unknown."""
+
+    kind: int
+    shape: tuple[int | str | None, ...] | None
+
+
+def bodies(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
+    """The subgraphs of a node, with the names of their attributes."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.name, attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from ((f"{attribute.name}.{i}", graph) for i, graph in enumerate(attribute.graphs))
+
+
+def walk(body: Body, key: Key) -> Iterator[tuple[Key, Body]]:
+    """A body and those in it, with the keys of their scopes."""
+    yield key, body
+    for index, node in enumerate(body.node):
+        for i, (_, inner) in enumerate(bodies(node)):
+            yield from walk(inner, (*key, index, i))
+
+
+def everything(proto: ModelProto) -> Iterator[tuple[Key, Body]]:
+    """The main graph, all that lies in it, and the functions, with the keys of their scopes."""
+    yield from walk(proto.graph, ())
+    for function in proto.functions:
+        yield from walk(function, (function.domain, function.name))
+
+
+def names_read(proto: ModelProto) -> set[str]:
+    """Every value that a node reads or a graph returns."""
+    found = {name for _, body in everything(proto) for node in body.node for name in node.input}
+    for _, body in everything(proto):
+        found.update((value.name for value in body.output) if isinstance(body, GraphProto) else body.output)
+    return found
+
+
+def names(proto: ModelProto) -> set[str]:
+    """Every name of a value."""
+    found = names_read(proto)
+    for _, body in everything(proto):
+        found.update(name for node in body.node for name in node.output)
+        if isinstance(body, GraphProto):
+            found.update(value.name for values in (body.input, body.initializer, body.value_info) for value in values)
+            found.update(tensor.values.name for tensor in body.sparse_initializer)
+        else:
+            found.update(body.input)
+    return found
+
+
+def opset(imports: Any) -> int:
+    """Version of ONNX's own operators."""
+    return max((int(one.version) for one in imports if one.domain in DEFAULT), default=0)
+
+
+def types(proto: ModelProto) -> dict[tuple[Key, str], Type]:
+    """What shape inference finds, by scope and name."""
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto)
+    except Exception:  # it refuses what the checker lets pass; then nothing is known but what the model says
+        inferred = proto
+    found: dict[tuple[Key, str], Type] = {}
+    for key, body in everything(inferred):
+        if isinstance(body, GraphProto):
+            found.update({(key, t.name): Type(t.data_type, tuple(t.dims)) for t in body.initializer})
+            infos = [*body.value_info, *body.output, *body.input]
+        else:
+            infos = list(body.value_info)
+        for info in infos:
+            tensor = info.type.tensor_type
+            if info.type.WhichOneof("value") == "tensor_type":
+                shape = tuple(_dim(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else None
+                found[key, info.name] = Type(tensor.elem_type, shape)
+    return found
+
+
+def _dim(dim: Any) -> int | str | None:
+    if dim.WhichOneof("value") == "dim_value":
+        return int(dim.dim_value) if dim.dim_value >= 0 else None
+    # Shape inference makes up names for what it does not know.
+    return dim.dim_param if dim.dim_param and not dim.dim_param.startswith("unk__") else None
+
+
+def _tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    for _, body in everything(proto):
+        if isinstance(body, GraphProto):
+            yield from body.initializer
+        for node in body.node:
+            for attribute in node.attribute:
+                yield from (attribute.t, *attribute.tensors)
+
+
+def said(error: Exception) -> str:
+    """What an error says, in one line; the name of a file may stand at its end."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def load(model: object) -> tuple[ModelProto, str]:
+    """The ModelProto that a user means, checked, and the folder of its external data.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check`.
+    """
+    folder = ""
+    given: Any = model
+    if isinstance(model, (str, os.PathLike)):
+        path = Path(os.fspath(model)) if isinstance(os.fspath(model), str) else None
+        if path is None:
+            raise TypeError(f"model must be a ModelProto or a path, got {type(model).__name__}")
+        if not path.is_file():
+            raise ValueError(f"model must be the path of a file, but there is none at {checks.short(str(path))}")
+        try:
+            proto = onnx.load(str(path), load_external_data=False)
+        except Exception as error:  # a file that cannot be read: permissions, an end that is missing, another kind of file
+            raise ValueError(f"model: {checks.short(str(path))} cannot be read as an ONNX model: {said(error)}") from error
+        folder = str(path.parent)
+        given = str(path) if any(map(onnx.external_data_helper.uses_external_data, _tensors(proto))) else proto
+    elif isinstance(model, ModelProto):
+        proto = model
+    else:
+        raise TypeError(f"model must be an onnx.ModelProto or a path, got {type(model).__name__}")
+    try:
+        onnx.checker.check_model(given)
+    except Exception as error:  # of several classes, that of the checker itself among them
+        raise ValueError(f"model must be one that onnx.checker lets pass: {said(error)}") from error
+    return proto, folder

@@ -1,0 +1,240 @@
+"""The normalization nodes of a model as a table: what each is, what could take it, and what it costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import onnx
+from onnx import ModelProto
+
+from fastbn import checks
+from fastbn.layers import FrozenBatchNorm
+from fastbn.layout import Array
+from fastbn.onnx.folding import Outcome, after, before, fold_all
+from fastbn.onnx.frozen import Frozen, frozen
+from fastbn.onnx.graph import Model, Node, Stays
+from fastbn.onnx.protos import DEFAULT, load
+from fastbn.onnx.timing import Timing, measure
+
+CHANNELS_LAST = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+
+
+class Norm(NamedTuple):
+    """One normalization node of a model.
+
+    Attributes
+    ----------
+    name : str
+        Its name, if it is the only one that has it; else one that tells it from the others. In a subgraph or a function it
+        begins with the names of what it lies in.
+    op : str
+        Its operator.
+    shape : tuple of int, str or None; or None
+        Of what it normalizes, by shape inference: a name or None for what is not fixed.
+    channels : int or None
+    epsilon : float or None
+    before, after : str
+        What feeds it and what follows: operators, "the input", "the output".
+    into : str
+        What takes it by `fold`, with the same results but for rounding; empty where nothing does.
+    why : str
+        Why nothing does, or that it changes nothing.
+    share : float or None
+        Of the run time, where it was measured. 0 where ONNX Runtime does not run it by itself, as it folds it into another
+        node, or fuses it with one, when it loads.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int | str | None, ...] | None
+    channels: int | None
+    epsilon: float | None
+    before: str
+    after: str
+    into: str
+    why: str
+    share: float | None = None
+
+    @property
+    def state(self) -> str:
+        """One of "foldable", "folded" (it changes nothing) and "stays"."""
+        return "foldable" if self.into else "folded" if self.why == NOTHING else "stays"
+
+    def cells(self) -> tuple[str, ...]:
+        """Its line of the table."""
+        shape = "?" if self.shape is None else "x".join("?" if n is None else str(n) for n in self.shape) or "()"
+        share = "-" if self.share is None else f"{100 * self.share:.1f} %" if self.share else "not by itself"
+        numbers = ("?" if self.channels is None else str(self.channels)), ("-" if self.epsilon is None else f"{self.epsilon:.3g}")
+        fold = f"folds into {self.into}" if self.into else f"{self.state}: {self.why}"
+        return self.name, self.op, shape, *numbers, self.before, self.after, share, fold
+
+
+NOTHING = "it changes nothing"
+HEADER = "name", "op", "shape", "channels", "epsilon", "before", "after", "time", "in inference"
+
+
+class Report(tuple[Norm, ...]):
+    """Normalization nodes of a model, in its order; printed, a table.
+
+    Attributes
+    ----------
+    timing : str
+        How the shares of the run time were measured, or why they were not.
+    """
+
+    timing: str
+
+    def __new__(cls, rows: tuple[Norm, ...] = (), timing: str = "") -> Report:
+        """A tuple of rows."""
+        report = super().__new__(cls, rows)
+        report.timing = timing
+        return report
+
+    def __str__(self) -> str:
+        """A table of columns, and what it counts in all."""
+        if not self:
+            return "\n".join(filter(None, ["the model has no normalization nodes", self.timing]))
+        rows = [HEADER, *(row.cells() for row in self)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        counts = {state: sum(row.state == state for row in self) for state in ("foldable", "folded", "stays")}
+        lines.append(f"{len(self)} nodes: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay")
+        return "\n".join(filter(None, [*lines, self.timing]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts and lists, for JSON."""
+        return {"nodes": [{**row._asdict(), "state": row.state} for row in self], "timing": self.timing}
+
+
+def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, inputs: Mapping[str, Array] | None = None) -> Report:
+    """List the normalization nodes of a model: what they are, what could become of them, and what they cost.
+
+    Nodes in the bodies of If, Loop and Scan and in local functions are among them. Nothing is changed.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+    seconds : float
+        How long to run the model by ONNX Runtime, to measure each node's share of the time; 0 runs nothing.
+    inputs : mapping of str to ndarray, optional
+        What to run it with. None means numbers by chance, for axes that are not fixed 1 (the first) or 224; 64, 48 or 32 where
+        the model takes no 224.
+
+    Returns
+    -------
+    Report
+        A tuple of `Norm`. Printed, it is a table.
+
+    Raises
+    ------
+    TypeError
+        If model is no ModelProto and no path, seconds is no number, or inputs is no mapping.
+    ValueError
+        If there is no such file, it is not a model, onnx.checker refuses the model, or seconds is negative.
+
+    See Also
+    --------
+    fold : do what the last column says.
+
+    Examples
+    --------
+    >>> import onnx.parser, fastbn.onnx
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 17]>
+    ... net (float[N, 2, 4, 4] x) => (float[N, 2, 4, 4] y)
+    ...     <float[2, 2, 1, 1] w = {1, 2, 3, 4}, float[2] s = {1, 1}, float[2] b = {0, 0}, float[2] m = {5, 6}, float[2] v = {4, 9}>
+    ...     { c = Conv (x, w)   n = BatchNormalization (c, s, b, m, v)   r = Relu (n)   y = InstanceNormalization (r, s, b) }''')
+    >>> for norm in fastbn.onnx.check(model):
+    ...     print(norm.name, norm.op, norm.shape, norm.channels, norm.before, norm.after, norm.into or norm.why, sep=", ")
+    n, BatchNormalization, ('N', 2, 4, 4), 2, Conv, Relu, c
+    y, InstanceNormalization, ('N', 2, 4, 4), 2, Relu, the output, its statistics are those of the input
+    """
+    checks.number("seconds", seconds, 0.0)
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of names to arrays, got {type(inputs).__name__}")
+    proto, folder = load(model)
+    opened = Model(proto, folder)
+    rows = [_row(node) for node in opened.norms]
+    outcomes = fold_all(opened)
+    timing = measure(proto, folder, [(node.scope.key, node.index) for node in opened.norms], seconds, inputs) if seconds else Timing()
+    rows = [_judged(row, outcomes[node]) for row, node in zip(rows, opened.norms, strict=True)]
+    if timing.shares is not None:
+        rows = [row._replace(share=share) for row, share in zip(rows, timing.shares, strict=True)]
+    return Report(tuple(rows), timing.text)
+
+
+def _judged(row: Norm, outcome: Outcome) -> Norm:
+    return row._replace(into=outcome.into, why=NOTHING if outcome.done else outcome.why)
+
+
+def _row(node: Node) -> Norm:
+    known = [node.scope.type_of(name) for name in (node.input(0), node.proto.output[0])]  # they have one shape
+    shape = next((one.shape for one in known if one is not None and one.shape is not None), None)
+    return Norm(node.name, node.op, shape, _channels(node, shape), _epsilon(node), before(node), after(node), "", "")
+
+
+def _channels(node: Node, shape: tuple[int | str | None, ...] | None) -> int | None:
+    if node.op in CHANNELS_LAST or node.proto.domain not in DEFAULT:
+        found = shape[-1] if shape else None
+    else:
+        found = shape[1] if shape and len(shape) > 1 else None
+    if found is None:  # what scales them has one number for each
+        known = node.scope.type_of(node.input(1)) if node.input(1) else None
+        found = known.shape[-1] if known is not None and known.shape else None
+    return found if isinstance(found, int) else None
+
+
+def _epsilon(node: Node) -> float | None:
+    try:
+        attributes = onnx.defs.get_schema(node.proto.op_type, node.scope.opset, "").attributes if node.proto.domain in DEFAULT else {}
+    except onnx.defs.SchemaError:  # of ONNX Runtime's alone
+        attributes = {}
+    known = attributes["epsilon"].default_value.f if "epsilon" in attributes else None
+    try:
+        found = node.attribute("epsilon", known)
+    except Stays:
+        return None
+    return None if found is None else float(found)
+
+
+def extract(model: ModelProto | str | os.PathLike[str]) -> dict[str, FrozenBatchNorm]:
+    """The batch norms of a model, for use on NumPy arrays.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+
+    Returns
+    -------
+    dict of str to FrozenBatchNorm
+        By the names that `check` gives the nodes. Nodes that train, or whose parameters are no constants, are not there.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check`.
+
+    Examples
+    --------
+    >>> import onnx.parser, fastbn.onnx
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 17]>
+    ... net (float[N, 2] x) => (float[N, 2] y)
+    ...     <float[2] s = {1, 1}, float[2] b = {0, 0}, float[2] m = {5, 6}, float[2] v = {4, 9}>
+    ...     { y = BatchNormalization <epsilon = 0.0> (x, s, b, m, v) }''')
+    >>> fastbn.onnx.extract(model)
+    {'y': FrozenBatchNorm(2 channels, eps=0.0, layout=None, activation=None)}
+    """
+    found = {}
+    for node in Model(*load(model)).norms:
+        if node.op == "BatchNormalization":
+            try:
+                known = frozen(node)
+            except Stays:
+                continue
+            found[node.name] = _layer(known)
+    return found
+
+
+def _layer(known: Frozen) -> FrozenBatchNorm:
+    return FrozenBatchNorm.from_onnx(known.scale, known.bias, known.mean, known.var, epsilon=known.epsilon)

@@ -1,0 +1,141 @@
+"""Sessions of ONNX Runtime in which fastbn computes the batch norms, as a custom operator.
+
+onnxruntime-extensions lets a Python function be an operator, and carries what it returns over as a list of Python floats.
+That takes far longer than batch norm itself: it is a way to compare results in a whole model, not to save time. An exception
+in such a function would end the process; so it is kept, and raised when the run is over.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from onnx import GraphProto, ModelProto, TensorProto, helper
+
+from fastbn.functional import batch_norm
+from fastbn.layout import Array
+from fastbn.onnx.frozen import EPSILON
+from fastbn.onnx.graph import Model, Node, Stays
+from fastbn.onnx.protos import load
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, SessionOptions
+
+DOMAIN = "ai.onnx.contrib"  # the only one in which onnxruntime-extensions finds functions of Python
+OPERATORS = {TensorProto.FLOAT: "FastbnBatchNormalization", TensorProto.DOUBLE: "FastbnBatchNormalizationDouble"}
+
+
+_raised = threading.local()  # nodes run one after another in the thread that called
+
+
+def _batch_norm(x: Array, scale: Array, bias: Array, mean: Array, var: Array, epsilon: float) -> Array:
+    try:
+        return batch_norm(x, mean, var, scale, bias, eps=epsilon)
+    except BaseException as error:
+        _raised.error = error
+        return np.full_like(x, np.nan)
+
+
+@cache  # an operator is registered once in a process
+def _library() -> str:
+    from onnxruntime_extensions import PyCustomOpDef, get_library_path, onnx_op
+
+    types = {TensorProto.FLOAT: PyCustomOpDef.dt_float, TensorProto.DOUBLE: PyCustomOpDef.dt_double}
+    for kind, name in OPERATORS.items():
+        declare = onnx_op(op_type=name, inputs=[types[kind]] * 5, outputs=[types[kind]], attrs={"epsilon": PyCustomOpDef.dt_float})
+        declare(_batch_norm)
+    return str(get_library_path())
+
+
+@cache
+def _session_class() -> Any:
+    from onnxruntime import InferenceSession
+
+    class Session(InferenceSession):  # type: ignore[misc]  # typed in part only
+        """An InferenceSession that raises what fastbn raised."""
+
+        def run(self, *arguments: Any, **named: Any) -> Any:
+            """As InferenceSession."""
+            _raised.error = None
+            try:
+                return super().run(*arguments, **named)
+            finally:
+                if _raised.error is not None:
+                    raise _raised.error from None
+
+    return Session
+
+
+def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions | None = None) -> InferenceSession:
+    """A session of ONNX Runtime in which fastbn computes the batch norms of inference.
+
+    It is slower than ONNX Runtime's own, by two orders of magnitude for large arrays: onnxruntime-extensions, which carries the
+    arrays to Python and back, turns each element into a Python object. It is for the comparison of results.
+
+    Parameters
+    ----------
+    model : ModelProto or path
+        Its batch norms of float32 and float64 in inference become a custom operator, those in local functions do not.
+    options : onnxruntime.SessionOptions, optional
+        The operator is registered there. Nodes must run one after another, as they do by default.
+
+    Returns
+    -------
+    onnxruntime.InferenceSession
+
+    Raises
+    ------
+    ImportError
+        If onnxruntime or onnxruntime-extensions is not installed.
+    TypeError, ValueError
+        As `check`; or if options are none, or run nodes at the same time. `run` raises what fastbn raises, too.
+
+    Examples
+    --------
+    >>> import onnxruntime_extensions, onnx.parser, fastbn.onnx
+    >>> model = onnx.parser.parse_model('''<ir_version: 8, opset_import: ["": 17]>
+    ... net (float[N, 2] x) => (float[N, 2] y)
+    ...     <float[2] s = {1, 1}, float[2] b = {0, 0}, float[2] m = {5, 6}, float[2] v = {4, 9}>
+    ...     { y = BatchNormalization <epsilon = 0.0> (x, s, b, m, v) }''')
+    >>> fastbn.onnx.session(model).run(None, {"x": np.array([[7, 9]], np.float32)})
+    [array([[1., 1.]], dtype=float32)]
+    """
+    try:
+        import onnxruntime
+
+        library = _library()
+    except ImportError as error:
+        raise ImportError(f"fastbn.onnx.session needs onnxruntime and onnxruntime-extensions: {error}") from error
+    if options is not None and not isinstance(options, onnxruntime.SessionOptions):
+        raise TypeError(f"options must be an onnxruntime.SessionOptions, got {type(options).__name__}")
+    if options is not None and options.execution_mode != onnxruntime.ExecutionMode.ORT_SEQUENTIAL:
+        raise ValueError(f"options must have the execution_mode ORT_SEQUENTIAL, got {options.execution_mode.name}")
+    opened = Model(*load(model))
+    for node in opened.norms:
+        if (name := _operator(node)) is not None:
+            epsilon = node.attribute("epsilon", np.float32(EPSILON))
+            proto = helper.make_node(name, list(node.proto.input), [node.proto.output[0]], node.proto.name, domain=DOMAIN, epsilon=epsilon)
+            node.scope.remove(node)
+            node.scope.add(node, proto)
+    proto = opened.close()
+    if DOMAIN not in {one.domain for one in proto.opset_import}:
+        proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    chosen = onnxruntime.SessionOptions() if options is None else options
+    chosen.register_custom_ops_library(library)
+    found: InferenceSession = _session_class()(proto.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+    return found
+
+
+def _operator(node: Node) -> str | None:
+    """The custom operator that does what a node does, if there is one."""
+    if node.op != "BatchNormalization" or not isinstance(node.scope.body, GraphProto) or node.scope.opset < 7:
+        return None
+    try:
+        trains = node.attribute("training_mode", 0) or any(list(node.proto.output)[1:]) or not node.attribute("spatial", 1)
+    except Stays:
+        return None
+    kinds: set[Any] = {None if (known := node.scope.type_of(name)) is None else known.kind for name in node.proto.input}
+    return None if trains or len(kinds) != 1 else OPERATORS.get(kinds.pop())
