@@ -160,7 +160,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="rleu"):
         ours(x, None, None, None, None, None, True, "rleu")
     for residual in (x[:2], x.double()):
-        with pytest.raises(ValueError, match="residual must have the shape and dtype of input"):
+        with pytest.raises(ValueError, match="residual must have the shape, dtype and device of input"):
             ours(x, residual, None, None, None, None, True, None)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         ours(x[:1, :, :1], None, None, None, None, None, True, "relu")

@@ -1,13 +1,22 @@
 """What stands for the output of a batch norm until it is known what follows.
 
-A model's own code runs, whatever it does. Its batch norm returns a `Pending`, which has not been computed; when this meets a
-sum or an activation, they are computed together, in one operation. When it meets anything else, it becomes the tensor that
-it stands for. So results never depend on what somebody foresaw of the code: that decides only where a `Pending` is worth it.
+- A model's own code runs, whatever it does. Its batch norm returns a `Pending`, which has not been computed; when this meets
+  a sum or an activation, they are computed together, in one operation. When it meets anything else, it becomes the tensor
+  that it stands for. So results never depend on what somebody foresaw of the code: that decides only where a `Pending` is
+  worth it.
+- Nothing waits but inside a call of the module whose code holds the batch norm and what follows it (`Scope`). The call ends
+  with all computed, what it returns and what nobody asked for.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import sys
+import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -32,16 +41,134 @@ class Steps(NamedTuple):
         Whether they are beyond the layer's own code.
     from_output : bool
         Whether a backward may find the input from the output.
+    scope : Scope, optional
+        Where `outside` things are expected.
     """
 
     sum: bool = False
     activation: bool = False
     outside: bool = False
     from_output: bool = False
+    scope: Scope | None = None
+
+    def visit(self) -> Any:
+        """The call in which something may wait, or None."""
+        if not (self.sum or self.activation):
+            return None
+        return Visit(None) if self.scope is None else self.scope.visit()
+
+    def alone(self) -> Steps:
+        """The same where nothing may wait."""
+        return self._replace(sum=False, activation=False)
+
+
+class Visit:
+    """A call of a module, and what waits in it.
+
+    Attributes
+    ----------
+    scope : Scope, optional
+        None is a layer's own code.
+    opened : bool
+        Whether something may wait.
+    waiting : dict of int to Pending or weak reference to one
+        By its id. Somebody may still ask for what was computed with what follows it: that is known by a weak reference.
+    """
+
+    def __init__(self, scope: Scope | None, opened: bool = True):
+        self.scope = scope
+        self.opened = opened
+        self.waiting: dict[int, Any] = {}
+
+    def end(self) -> bool:
+        """Compute what waits; return whether there was something."""
+        values, failed = list(self.waiting.values()), sys.exc_info()[1] is not None
+        self.waiting.clear()
+        if failed:  # the traceback holds what was computed; an error there must not be followed by another one
+            for value in values:
+                if isinstance(value, Pending):
+                    with suppress(RuntimeError):
+                        value.tensor()
+            return True
+        found = [p for p in (v() if isinstance(v, weakref.ref) else v for v in values) if p is not None]
+        for pending in found:
+            pending.tensor()
+        return bool(found)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+
+
+_thread = _Thread()
+
+
+class Scope:
+    """The code of a module that holds batch norms and what follows them, by two hooks around its calls.
+
+    Attributes
+    ----------
+    followers : list
+        Name by name, the way from the module to what was found to follow, and its class.
+    depth : int
+        Of calls in what torch.compile traces, which sees no other state.
+    """
+
+    def __init__(self) -> None:
+        self.followers: list[tuple[tuple[str, ...], type]] = []
+        self.depth = 0
+
+    def visit(self) -> Any:
+        """The call that runs, or None if nothing may wait in it."""
+        if torch.compiler.is_compiling():
+            return self if self.depth > 0 else None
+        for visit in reversed(_thread.visits):
+            if visit.scope is self:
+                return visit if visit.opened else None
+        return None
+
+    def enter(self, module: Any, inputs: Any) -> None:
+        """Open it, unless something else stands where something followed, or a hook wants to see tensors."""
+        opened = all(_leads(module, names, kind) for names, kind in self.followers)
+        if not torch.compiler.is_compiling():
+            _thread.visits.append(Visit(self, opened))
+        elif opened:
+            self.depth += 1
+
+    def leave(self, module: Any, inputs: Any, output: Any) -> Any:
+        """Close it: nothing that waits leaves it, whatever the code did."""
+        if torch.compiler.is_compiling():
+            self.depth = max(self.depth - 1, 0)
+            return settled(output)
+        visits = _thread.visits
+        first = max((i for i, visit in enumerate(visits) if visit.scope is self), default=len(visits))
+        ended = visits[first:]  # more than one where an interrupt kept a call from its end
+        del visits[first:]
+        return settled(output) if any([visit.end() for visit in ended]) else None
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook is one of a scope's."""
+    return isinstance(getattr(hook, "__self__", None), Scope)
+
+
+def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
+    """Whether a way leads to a module of a class, and nobody on it wants to see what waits."""
+    for name in names:
+        module = module._modules.get(name)
+        if module is None or module._forward_pre_hooks or module._forward_hooks:
+            hooks = [] if module is None else [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+            if module is None or not all(map(is_own, hooks)):
+                return False
+    return type(module) is kind and "forward" not in module.__dict__
 
 
 class Standing:
     """Something in place of a tensor: functions, methods and operators of torch that meet it come to `__torch_function__`."""
+
+    __array_priority__ = Tensor.__array_priority__  # type: ignore[attr-defined]  NumPy leaves sums to it
+    __hash__ = object.__hash__
 
     def tensor(self) -> Tensor:
         """The tensor."""
@@ -67,25 +194,38 @@ class Standing:
             return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
         return getattr(self.tensor(), name)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        """A copy of the tensor."""
+        return copy.deepcopy(self.tensor(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle holds the tensor."""
+        return self.tensor().__reduce_ex__(protocol)
+
 
 def _operator(name: str) -> Callable[..., Any]:
     function = getattr(Tensor, name)
 
-    def operator(self: Standing, *args: Any) -> Any:
-        return self.__torch_function__(function, (), (self, *args))
+    def operator(self: Standing, *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(function, (), (self, *args), kwargs)
 
     return operator
+
+
+def _attribute(name: str) -> property:
+    return property(lambda self: getattr(self.tensor(), name), lambda self, value: setattr(self.tensor(), name, value))
 
 
 _OPERATORS = (
     "abs add and bool complex contains eq float floordiv ge getitem gt iadd iand idiv ifloordiv ilshift imod imul index int invert ior "
     "ipow irshift isub iter itruediv ixor le len lshift lt matmul mod mul ne neg or pos pow radd rand rdiv rfloordiv rlshift rmatmul "
-    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array"
+    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array array_wrap dlpack dlpack_device repr format reversed"
 )
 for _name in (f"__{name}__" for name in _OPERATORS.split()):
     if hasattr(Tensor, _name):
         setattr(Standing, _name, _operator(_name))
-Standing.__hash__ = object.__hash__  # type: ignore[method-assign]
+for _name in ("data", "grad", "requires_grad", "real", "imag"):
+    setattr(Standing, _name, _attribute(_name))
 
 
 def _tensor(a: Any) -> Any:
@@ -97,34 +237,39 @@ def _tensor(a: Any) -> Any:
     return a
 
 
-def settle(module: Any, inputs: Any, output: Any) -> Any:
-    """The hook of what was traced, after each call: nothing that waits leaves it, whatever its code did."""
-    return _settled(output)
-
-
-def _settled(output: Any) -> Any:
+def settled(output: Any) -> Any:
+    """What a module returns, with tensors for what waits no longer."""
+    if isinstance(output, Pending):
+        scope = output.steps.scope
+        return output if scope is not None and scope.visit() is not None else output.tensor()
     if isinstance(output, Standing):
         return output.tensor()
     if isinstance(output, dict):
         for key, value in output.items():
-            if (found := _settled(value)) is not value:
+            if (found := settled(value)) is not value:
                 output[key] = found
     elif isinstance(output, list):
         for i, value in enumerate(output):
-            if (found := _settled(value)) is not value:
+            if (found := settled(value)) is not value:
                 output[i] = found
-    elif isinstance(output, tuple) and any(_settled(value) is not value for value in output):
-        made = map(_settled, output)
+    elif isinstance(output, tuple) and any(settled(value) is not value for value in output):
+        made = map(settled, output)
         return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name, None)
+            if (found := settled(value)) is not value:
+                object.__setattr__(output, field.name, found)
     return output
 
 
 class Input(Standing):
     """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm`."""
 
-    def __init__(self, x: Tensor, steps: Steps):
+    def __init__(self, x: Tensor, steps: Steps, visit: Any):
         self.x = x
         self.steps = steps
+        self.visit = visit
 
     def tensor(self) -> Tensor:
         """The tensor."""
@@ -168,17 +313,28 @@ def _version(x: Tensor) -> int:
 class Pending(Standing):
     """The output of a batch norm, and perhaps of a sum."""
 
-    def __init__(self, call: _Call, steps: Steps, residual: Tensor | None = None):
+    def __init__(self, call: _Call, steps: Steps, visit: Any, residual: Tensor | None = None):
         self.call = call
         self.steps = steps
+        self.visit = visit
         self.residual = residual
         self.value: Tensor | None = None
+        if isinstance(visit, Visit):
+            visit.waiting[id(self)] = self
 
     def tensor(self) -> Tensor:
         """Compute it."""
         if self.value is None:
+            if self.call.recorded and not torch.is_grad_enabled():
+                _refuse_functions()
+            self._release()
             self.value = self.call.run(self.residual, IDENTITY)
         return self.value
+
+    def _release(self) -> None:
+        """Be no longer waited for; but somebody may still hold it."""
+        if isinstance(self.visit, Visit):
+            self.visit.waiting[id(self)] = weakref.ref(self)
 
     def _waits(self) -> bool:
         """Whether what comes now may be computed with it."""
@@ -192,10 +348,14 @@ class Pending(Standing):
         other = _tensor(other)
         if type(other) not in (Tensor, Parameter) and not (torch.compiler.is_compiling() and isinstance(other, Tensor)):
             return None
-        if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        if (other.shape, other.dtype, other.device, other.layout) != (x.shape, x.dtype, x.device, x.layout):
             return None
-        added = self if in_place else Pending(self.call, self.steps, other)
-        added.residual = other
+        if in_place:
+            self.residual = other
+            added = self
+        else:
+            added = type(self)(self.call, self.steps, self.visit, other)
+            self._release()
         return added if self.steps.activation else added.tensor()
 
     def activated(self, name: str, parameter: float, in_place: bool) -> Tensor | None:
@@ -204,10 +364,44 @@ class Pending(Standing):
             return None
         if self.residual is not None and name not in FROM_OUTPUT:
             return None
+        self._release()
         y = self.call.run(self.residual, Builtin(name, parameter, NAMES.index(name) + 1))
         if in_place:
             self.value = y
         return y
+
+
+class _Posing:
+    """What says that it is a tensor, which torch.compile must not be told."""
+
+    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
+
+
+class _PosingInput(_Posing, Input):
+    pass
+
+
+class _PosingPending(_Posing, Pending):
+    pass
+
+
+def stand_in(x: Tensor, steps: Steps, visit: Any) -> Input:
+    """What stands for the input of a batch norm."""
+    return (Input if torch.compiler.is_compiling() else _PosingInput)(x, steps, visit)
+
+
+def _refuse_functions() -> None:
+    """Raise an error inside of an autograd.Function, which takes for a constant what is no tensor."""
+    if torch.compiler.is_compiling():
+        return
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
+                "fastbn.torch.revert(model) makes it a layer of torch's again"
+            )
+        frame = frame.f_back
 
 
 def _batch_norm(
@@ -216,10 +410,14 @@ def _batch_norm(
 ) -> Any:  # fmt: skip
     if not isinstance(input, Input):
         return None
-    call = _Call(
-        Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, input.steps.from_output)
-    )
-    return Pending(call, input.steps) if input.steps.sum or input.steps.activation else call.run(None, IDENTITY)
+    steps = input.steps
+    a = Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, steps.from_output)
+    if not a.is_usual():
+        return None
+    call = _Call(a)
+    if not (steps.sum or steps.activation):
+        return call.run(None, IDENTITY)
+    return (Pending if torch.compiler.is_compiling() else _PosingPending)(call, steps, input.visit)
 
 
 def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:

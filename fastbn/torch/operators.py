@@ -37,6 +37,7 @@ FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu6": lambda dy, y, _: torch.ops.aten.hardtanh_backward(dy, y, 0.0, 6.0),
     "leaky_relu": lambda dy, y, slope: torch.ops.aten.leaky_relu_backward(dy, y, slope, True),
 }
+NUMBERS = (float, int)
 IDENTITY = Builtin("identity", 0.0, 0)
 LEFT = "fastbn cannot compute this: "
 
@@ -62,6 +63,25 @@ class Arguments(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All but x."""
         return [t for t in self[1:6] if t is not None]
+
+    def is_usual(self) -> bool:
+        """Whether the arguments are such as the operators take, for an x that they take; else torch says what is wrong, or does it."""
+        x, channels = self.x, self.x.shape[1]
+        numbers = type(self.training) is bool and type(self.momentum) in NUMBERS and type(self.eps) in NUMBERS and self.eps > 0
+        if not numbers or (self.training and x.numel() == channels) or (self.mean is None) != (self.var is None):
+            return False
+        if not self.training and self.mean is None:
+            return False
+        dtypes = set()
+        for t in self[2:6]:
+            if t is None:
+                continue
+            if not isinstance(t, Tensor) or t.device.type != "cpu" or t.layout is not torch.strided or t.dim() != 1 or t.shape[0] != channels:
+                return False
+            dtypes.add(t.dtype)
+        if any(t is not None and t.requires_grad for t in (self.mean, self.var)):
+            return False
+        return len(dtypes) <= 1 and (dtypes <= {x.dtype} or (dtypes <= {torch.float32} and x.dtype.itemsize == 2))
 
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
