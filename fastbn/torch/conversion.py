@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbn.torch.deferred import Scope, Steps, Visit, is_own, settled, stand_in
+from fastbn.torch.deferred import Input, Scope, Steps, Visit, is_scopes, settled
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours
-from fastbn.torch.graph import CONVERTED, Part, check, norms, parts, traced
+from fastbn.torch.graph import AROUND, CONVERTED, Part, check, norms, parts, traced
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.overview import table
 
@@ -52,7 +52,7 @@ class Converted:
             steps = steps.alone()
         if not self._is_ours(input, steps):
             return original(input)
-        found = original(stand_in(input, steps, visit))
+        found = original(Input(input, steps, visit))
         if steps.scope is None and isinstance(visit, Visit):  # nothing waits but in the layer's own code
             visit.end()
         return found if visit is not None and steps.scope is not None else settled(found)
@@ -207,7 +207,7 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
             steps = plan.steps._replace(from_output=keeps_output)
             if steps.outside and plan.within is not None:
                 scope = scopes.setdefault(plan.within, Scope())
-                scope.followers += plan.followers
+                scope.places += plan.places
                 steps = steps._replace(scope=scope)
             layer.__dict__[STATE] = steps
             layer.__class__ = _class_of(layer.__class__)
@@ -251,7 +251,7 @@ def revert(model: nn.Module) -> int:
         del layer.__dict__[STATE]
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if is_own(hook)]:
+            for key in [key for key, hook in hooks.items() if is_scopes(hook)]:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
     return len(layers)
@@ -266,7 +266,7 @@ class _Plan(NamedTuple):
     fits_outside: bool = False  # the layer's own code does nothing after it
     steady: bool = False  # the input can be had from the output, which nobody changes in place
     within: nn.Module | None = None  # whose code holds it and what follows
-    followers: tuple[tuple[tuple[str, ...], type], ...] = ()  # modules: the way from there, and the class
+    places: tuple[tuple[tuple[str, ...], type], ...] = ()  # of both: the way from there, and the class
 
 
 _NOBODY = _Plan(why="what calls it cannot be traced")
@@ -348,6 +348,15 @@ def _at_once(part: Part, first: fx.Node, last: fx.Node) -> bool:
     return all(node.op == "get_attr" or _passes(part, node) for node in between)
 
 
+def _is_read(part: Part, first: fx.Node, last: fx.Node) -> bool:
+    """Whether tensors of a layer are read after its call, up to a node."""
+    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last) + 1]
+    sources = (source for node in between for source in (node, *node.all_input_nodes))
+    read = {str(source.target).rpartition(".")[0] for source in sources if source.op == "get_attr"}
+    layer = _module(part, first)
+    return any(part.module.get_submodule(path) is layer for path in read)
+
+
 def _is_kept(part: Part, node: Any) -> bool:
     """Whether nobody else can change in place what a node returns to its only reader."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
@@ -379,10 +388,10 @@ def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
         shared += 1
     module = part.module.get_submodule(first[shared - 1] if shared else "")
     names = {id(layer): name for name, layer in module.named_modules()}
-    layers = [layer for node in nodes[1:] if (layer := _module(part, node)) is not None]
+    layers = [layer for node in nodes if (layer := _module(part, node)) is not None]
     if any(id(layer) not in names for layer in layers):
         return {}
-    return {"within": module, "followers": tuple((tuple(names[id(layer)].split(".")), type(layer)) for layer in layers)}
+    return {"within": module, "places": tuple((tuple(names[id(layer)].split(".")), type(layer)) for layer in layers)}
 
 
 _OUTPUT = "the model's output follows"
@@ -414,8 +423,12 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
             why = f"{_name(part, user)} follows"
         elif user in taken:
             why = "the other side of the sum is fused"
+        elif user.meta[AROUND] is not start.meta[AROUND]:
+            why = "an autograd.Function or a checkpoint is between"
         elif not _at_once(part, node if steps.sum else start, user) and (steps.sum or not _is_kept(part, _input(start))):
             why = "its input may change before what follows is computed"
+        elif _is_read(part, start, user):
+            why = "its tensors are read before what follows is computed"
         else:
             why = _hooked(part, start, user)
         if why:

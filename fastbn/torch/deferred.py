@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from fastbn.activations import NAMES, Builtin
+from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import run
+from fastbn.torch.graph import APPLY, CONVERTED
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 
 F = torch.nn.functional
@@ -109,15 +111,16 @@ class Scope:
 
     Attributes
     ----------
-    followers : list
-        Name by name, the way from the module to what was found to follow, and its class.
-    depth : int
+    places : list
+        Name by name, the way from the module to a layer or to what was found to follow one, and its class.
+    depth, waiting : int, list of Pending
         Of calls in what torch.compile traces, which sees no other state.
     """
 
     def __init__(self) -> None:
-        self.followers: list[tuple[tuple[str, ...], type]] = []
+        self.places: list[tuple[tuple[str, ...], type]] = []
         self.depth = 0
+        self.waiting: list[Pending] = []
 
     def visit(self) -> Any:
         """The call that runs, or None if nothing may wait in it."""
@@ -130,7 +133,7 @@ class Scope:
 
     def enter(self, module: Any, inputs: Any) -> None:
         """Open it, unless something else stands where something followed, or a hook wants to see tensors."""
-        opened = all(_leads(module, names, kind) for names, kind in self.followers)
+        opened = all(_leads(module, names, kind) for names, kind in self.places)
         if not torch.compiler.is_compiling():
             _thread.visits.append(Visit(self, opened))
         elif opened:
@@ -140,34 +143,49 @@ class Scope:
         """Close it: nothing that waits leaves it, whatever the code did."""
         if torch.compiler.is_compiling():
             self.depth = max(self.depth - 1, 0)
+            for pending in self.waiting:
+                if not pending.released:
+                    pending.tensor()
+            self.waiting.clear()
             return settled(output)
         visits = _thread.visits
         first = max((i for i, visit in enumerate(visits) if visit.scope is self), default=len(visits))
         ended = visits[first:]  # more than one where an interrupt kept a call from its end
         del visits[first:]
-        return settled(output) if any([visit.end() for visit in ended]) else None
+        found = [visit.end() for visit in ended]
+        if not any(found):
+            return None
+        for part in module.modules():  # what the code has kept
+            settled(part.__dict__)
+        return settled(output)
 
 
-def is_own(hook: Any) -> bool:
+def is_scopes(hook: Any) -> bool:
     """Whether a hook is one of a scope's."""
     return isinstance(getattr(hook, "__self__", None), Scope)
+
+
+def hooks_of_others(module: Any) -> bool:
+    """Whether a module has hooks of somebody else's."""
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+    return not all(hook is stay_frozen or is_scopes(hook) for hook in hooks)
 
 
 def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     """Whether a way leads to a module of a class, and nobody on it wants to see what waits."""
     for name in names:
         module = module._modules.get(name)
-        if module is None or module._forward_pre_hooks or module._forward_hooks:
-            hooks = [] if module is None else [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-            if module is None or not all(map(is_own, hooks)):
-                return False
-    return type(module) is kind and "forward" not in module.__dict__
+        if module is None or hooks_of_others(module):
+            return False
+    return getattr(module, CONVERTED, type(module)) is kind and "forward" not in module.__dict__
 
 
 class Standing:
     """Something in place of a tensor: functions, methods and operators of torch that meet it come to `__torch_function__`."""
 
-    __array_priority__ = Tensor.__array_priority__  # type: ignore[attr-defined]  NumPy leaves sums to it
+    __array_priority__ = Tensor.__array_priority__  # NumPy leaves sums to it
     __hash__ = object.__hash__
 
     def tensor(self) -> Tensor:
@@ -200,7 +218,8 @@ class Standing:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle holds the tensor."""
-        return self.tensor().__reduce_ex__(protocol)
+        tensor: Any = self.tensor()  # it has no types
+        return tensor.__reduce_ex__(protocol)
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -219,7 +238,8 @@ def _attribute(name: str) -> property:
 _OPERATORS = (
     "abs add and bool complex contains eq float floordiv ge getitem gt iadd iand idiv ifloordiv ilshift imod imul index int invert ior "
     "ipow irshift isub iter itruediv ixor le len lshift lt matmul mod mul ne neg or pos pow radd rand rdiv rfloordiv rlshift rmatmul "
-    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array array_wrap dlpack dlpack_device repr format reversed"
+    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array array_wrap dlpack dlpack_device repr format "
+    "reversed"
 )
 for _name in (f"__{name}__" for name in _OPERATORS.split()):
     if hasattr(Tensor, _name):
@@ -252,14 +272,15 @@ def settled(output: Any) -> Any:
         for i, value in enumerate(output):
             if (found := settled(value)) is not value:
                 output[i] = found
-    elif isinstance(output, tuple) and any(settled(value) is not value for value in output):
+    elif isinstance(output, tuple | set) and any(settled(value) is not value for value in output):
         made = map(settled, output)
         return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            value = getattr(output, field.name, None)
-            if (found := settled(value)) is not value:
-                object.__setattr__(output, field.name, found)
+    elif not isinstance(output, Tensor | Module | type):
+        fields = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
+        for name in [field.name for field in fields] or [*getattr(output, "__dict__", ())]:
+            value = getattr(output, name, None)
+            if isinstance(value, Standing | dict | list | tuple | set) and (found := settled(value)) is not value:
+                object.__setattr__(output, name, found)
     return output
 
 
@@ -319,8 +340,11 @@ class Pending(Standing):
         self.visit = visit
         self.residual = residual
         self.value: Tensor | None = None
+        self.released = False  # nobody waits for it
         if isinstance(visit, Visit):
             visit.waiting[id(self)] = self
+        elif visit is not None:
+            visit.waiting.append(self)
 
     def tensor(self) -> Tensor:
         """Compute it."""
@@ -333,6 +357,7 @@ class Pending(Standing):
 
     def _release(self) -> None:
         """Be no longer waited for; but somebody may still hold it."""
+        self.released = True
         if isinstance(self.visit, Visit):
             self.visit.waiting[id(self)] = weakref.ref(self)
 
@@ -354,7 +379,7 @@ class Pending(Standing):
             self.residual = other
             added = self
         else:
-            added = type(self)(self.call, self.steps, self.visit, other)
+            added = Pending(self.call, self.steps, self.visit, other)
             self._release()
         return added if self.steps.activation else added.tensor()
 
@@ -371,32 +396,13 @@ class Pending(Standing):
         return y
 
 
-class _Posing:
-    """What says that it is a tensor, which torch.compile must not be told."""
-
-    __class__ = property(lambda self: Tensor)  # type: ignore[assignment]
-
-
-class _PosingInput(_Posing, Input):
-    pass
-
-
-class _PosingPending(_Posing, Pending):
-    pass
-
-
-def stand_in(x: Tensor, steps: Steps, visit: Any) -> Input:
-    """What stands for the input of a batch norm."""
-    return (Input if torch.compiler.is_compiling() else _PosingInput)(x, steps, visit)
-
-
 def _refuse_functions() -> None:
     """Raise an error inside of an autograd.Function, which takes for a constant what is no tensor."""
     if torch.compiler.is_compiling():
         return
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+        if frame.f_code is APPLY:
             raise RuntimeError(
                 "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
                 "fastbn.torch.revert(model) makes it a layer of torch's again"
@@ -415,9 +421,7 @@ def _batch_norm(
     if not a.is_usual():
         return None
     call = _Call(a)
-    if not (steps.sum or steps.activation):
-        return call.run(None, IDENTITY)
-    return (Pending if torch.compiler.is_compiling() else _PosingPending)(call, steps, input.visit)
+    return Pending(call, steps, input.visit) if steps.sum or steps.activation else call.run(None, IDENTITY)
 
 
 def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastbn.torch.deferred import is_own
+from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.graph import Graph, check, is_batch_norm, norms, trace
 from fastbn.torch.sync import unusual
@@ -54,8 +54,7 @@ class Rows(nn.Identity):
 
 def changed(layer: nn.Module) -> str:
     """Why a layer is not what its class says, or nothing."""
-    hooks = *layer._forward_hooks.values(), *layer._forward_pre_hooks.values()
-    if not all(h is stay_frozen or is_own(h) for h in hooks) or layer._backward_hooks or layer._backward_pre_hooks:
+    if hooks_of_others(layer):
         return "has hooks"
     if is_parametrized(layer):
         return "is parametrized"

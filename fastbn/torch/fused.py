@@ -40,7 +40,9 @@ class _Fused(torch.autograd.Function):
 
 def is_ours(x: Tensor) -> bool:
     """Whether the operators can be asked for a tensor, and are worth it; what they find in the data is another matter."""
-    if not isinstance(x, Tensor) or x.is_nested or x.device.type != "cpu" or x.layout is not torch.strided or x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
+    if not isinstance(x, Tensor) or x.is_nested or x.device.type != "cpu" or x.layout is not torch.strided:
+        return False
+    if x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
     # An autograd.Function has no rule for functorch and forward mode.
     if torch._C._are_functorch_transforms_active():

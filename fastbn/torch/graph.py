@@ -7,6 +7,7 @@ model's own Python code, with stand-ins for tensors.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils import checkpoint
 
+APPLY: Any = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
+AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
 CONVERTED = "_fastbn_converted"  # of the class of a converted layer: the class that the layer had
 
 
@@ -92,8 +97,21 @@ class Part(NamedTuple):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else an operation in place would be done
 
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[AROUND] = _around()
+        return node
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _around() -> Any:
+    """The frame of the innermost autograd.Function or checkpoint that runs."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_code is not APPLY and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame
 
 
 @contextmanager

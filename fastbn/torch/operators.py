@@ -72,16 +72,15 @@ class Arguments(NamedTuple):
             return False
         if not self.training and self.mean is None:
             return False
-        dtypes = set()
-        for t in self[2:6]:
-            if t is None:
-                continue
-            if not isinstance(t, Tensor) or t.device.type != "cpu" or t.layout is not torch.strided or t.dim() != 1 or t.shape[0] != channels:
-                return False
-            dtypes.add(t.dtype)
+        vectors = [t for t in self[2:6] if t is not None]
+        if not all(isinstance(t, Tensor) and t.device.type == "cpu" and t.layout is torch.strided for t in vectors):
+            return False
+        if any(t.dim() != 1 or t.shape[0] != channels for t in vectors):
+            return False
         if any(t is not None and t.requires_grad for t in (self.mean, self.var)):
             return False
-        return len(dtypes) <= 1 and (dtypes <= {x.dtype} or (dtypes <= {torch.float32} and x.dtype.itemsize == 2))
+        dtypes = {t.dtype for t in vectors}
+        return dtypes <= {x.dtype} or (dtypes <= {torch.float32} and x.dtype.itemsize == 2)
 
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
