@@ -388,10 +388,11 @@ def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
         shared += 1
     module = part.module.get_submodule(first[shared - 1] if shared else "")
     names = {id(layer): name for name, layer in module.named_modules()}
-    layers = [layer for node in nodes if (layer := _module(part, node)) is not None]
+    paths = [path for callers in (first, *others) for path in callers[shared:]]
+    layers = [part.module.get_submodule(path) for path in paths] + [layer for node in nodes if (layer := _module(part, node)) is not None]
     if any(id(layer) not in names for layer in layers):
         return {}
-    return {"within": module, "places": tuple((tuple(names[id(layer)].split(".")), type(layer)) for layer in layers)}
+    return {"within": module, "places": tuple({(tuple(names[id(layer)].split(".")), type(layer)): None for layer in layers})}
 
 
 _OUTPUT = "the model's output follows"
