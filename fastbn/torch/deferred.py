@@ -27,7 +27,7 @@ from torch.nn import Module, Parameter
 from fastbn.activations import NAMES, Builtin
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import run
-from fastbn.torch.graph import APPLY, CONVERTED
+from fastbn.torch.graph import CONVERTED, function_codes, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 
 F = torch.nn.functional
@@ -398,16 +398,11 @@ class Pending(Standing):
 
 def _refuse_functions() -> None:
     """Raise an error inside of an autograd.Function, which takes for a constant what is no tensor."""
-    if torch.compiler.is_compiling():
-        return
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is APPLY:
-            raise RuntimeError(
-                "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
-                "fastbn.torch.revert(model) makes it a layer of torch's again"
-            )
-        frame = frame.f_back
+    if not torch.compiler.is_compiling() and in_function(sys._getframe(2), function_codes()) is not None:
+        raise RuntimeError(
+            "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
+            "fastbn.torch.revert(model) makes it a layer of torch's again"
+        )
 
 
 def _batch_norm(
