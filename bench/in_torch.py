@@ -146,11 +146,12 @@ def profile(step: Callable[[], None], steps: int) -> tuple[dict[str, float], dic
     for event in found.key_averages(group_by_input_shape=True):
         way, which = (NORMS | AFTER).get(event.key, ("", 0))
         shape = event.input_shapes[which] if way else ()
-        if len(shape) < 2 or (event.key not in NORMS and len(shape) < 4):  # sums of other things
+        if len(shape) < 2:
             continue
         for table in (norms, spent) if event.key in NORMS else (spent,):
             table[f"{way} {'x'.join(map(str, shape))}"] += event.cpu_time_total / 1000 / steps
-    return dict(norms), dict(spent)
+    seen = {shape.split()[1] for shape in norms}  # sums of others are of weights
+    return dict(norms), {shape: ms for shape, ms in spent.items() if shape.split()[1] in seen}
 
 
 def gradients(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:

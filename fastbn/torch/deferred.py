@@ -84,6 +84,8 @@ class Visit:
 
     def end(self) -> bool:
         """Compute what waits; return whether there was something."""
+        if not self.waiting:
+            return False
         values, failed = list(self.waiting.values()), sys.exc_info()[1] is not None
         self.waiting.clear()
         if failed:  # the traceback holds what was computed; an error there must not be followed by another one
@@ -133,7 +135,9 @@ class Scope:
 
     def enter(self, module: Any, inputs: Any) -> None:
         """Open it, unless something else stands where something followed, or a hook wants to see tensors."""
-        opened = all(_leads(module, names, kind) for names, kind in self.places)
+        opened = True
+        for names, kind in self.places:
+            opened = opened and _leads(module, names, kind)
         if not torch.compiler.is_compiling():
             _thread.visits.append(Visit(self, opened))
         elif opened:
@@ -148,12 +152,14 @@ class Scope:
                     pending.tensor()
             self.waiting.clear()
             return settled(output)
-        visits = _thread.visits
-        first = max((i for i, visit in enumerate(visits) if visit.scope is self), default=len(visits))
-        ended = visits[first:]  # more than one where an interrupt kept a call from its end
-        del visits[first:]
-        found = [visit.end() for visit in ended]
-        if not any(found):
+        visits, waited = _thread.visits, False
+        if any(visit.scope is self for visit in visits):
+            while visits:  # the last one, but where an interrupt kept a call from its end
+                visit = visits.pop()
+                waited |= visit.end()
+                if visit.scope is self:
+                    break
+        if not waited:
             return None
         for part in module.modules():  # what the code has kept
             settled(part.__dict__)
@@ -167,6 +173,8 @@ def is_scopes(hook: Any) -> bool:
 
 def hooks_of_others(module: Any) -> bool:
     """Whether a module has hooks of somebody else's."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return False
     if module._backward_hooks or module._backward_pre_hooks:
         return True
     hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()

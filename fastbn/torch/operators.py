@@ -72,15 +72,18 @@ class Arguments(NamedTuple):
             return False
         if not self.training and self.mean is None:
             return False
-        vectors = [t for t in self[2:6] if t is not None]
-        if not all(isinstance(t, Tensor) and t.device.type == "cpu" and t.layout is torch.strided for t in vectors):
+        dtype = None  # of all vectors
+        for t in self[2:6]:
+            if t is None:
+                continue
+            if not isinstance(t, Tensor) or t.layout is not torch.strided or t.device.type != "cpu" or t.shape != (channels,):
+                return False
+            if dtype is not None and t.dtype is not dtype:
+                return False
+            dtype = t.dtype
+        if self.mean is not None and self.var is not None and (self.mean.requires_grad or self.var.requires_grad):
             return False
-        if any(t.dim() != 1 or t.shape[0] != channels for t in vectors):
-            return False
-        if any(t is not None and t.requires_grad for t in (self.mean, self.var)):
-            return False
-        dtypes = {t.dtype for t in vectors}
-        return dtypes <= {x.dtype} or (dtypes <= {torch.float32} and x.dtype.itemsize == 2)
+        return dtype is None or dtype is x.dtype or (dtype is torch.float32 and x.dtype.itemsize == 2)
 
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
@@ -108,6 +111,8 @@ class Arguments(NamedTuple):
 def compiled() -> Any:
     """The operators in C, defined by the first call."""
     global _operators
+    if _operators is not None:
+        return _operators
     with _lock:
         if _operators is None:
             if not ready().define_operators():
