@@ -1,7 +1,9 @@
-"""What `fastbn.torch.enable()` brings to whole networks: ``python -m bench.in_torch``.
+"""What fastbn brings to whole networks in PyTorch: ``python -m bench.in_torch``.
 
-A step of training (or a call in eval) runs by torch alone and with fastbn, in turns; torch's profiler says in other steps
-what batch norm takes, in all and for each shape. First-step gradients of both are held against those of float64.
+A step of training (or a call in eval) runs by torch alone, with `fastbn.torch.enable()`, converted, and both, in turns; if
+asked for, compiled by torch and with batch norms in place, too. torch's profiler says in other steps what batch norm takes,
+and what it takes with the sums and activations after it, in all and for each shape. First-step gradients are held against
+those of float64.
 """
 
 from __future__ import annotations
@@ -27,9 +29,49 @@ from bench.timing import Times, summarize
 from bench.torch_models import MODELS
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
-OPERATORS = ("aten::native_batch_norm", "aten::native_batch_norm_backward")
-SIDES: dict[str, Callable[[], None]] = {"torch": fastbn.torch.disable, "fastbn": fastbn.torch.enable}
+NORMS = {  # operator: forward or backward, and which of its inputs is x
+    "aten::native_batch_norm": ("forward", 0), "aten::native_batch_norm_backward": ("backward", 1),
+    "fastbn::batch_norm_forward": ("forward", 0), "fastbn::batch_norm_backward": ("backward", 1),
+}  # fmt: skip
+ACTIVATIONS = ("hardtanh", "leaky_relu", "silu", "hardswish")
+AFTER = {f"aten::{name}{end}": ("forward", 0) for name in ("add", "relu", *ACTIVATIONS) for end in ("", "_")}
+AFTER |= {f"aten::{name}_backward": ("backward", 0) for name in ("threshold", *ACTIVATIONS)}
 PROFILED = 3  # steps of each side, taken twice
+
+
+class Side(NamedTuple):
+    """A way to run a network.
+
+    Attributes
+    ----------
+    enabled : bool
+    prepare : callable
+        What becomes of a copy of the network.
+    """
+
+    enabled: bool
+    prepare: Callable[[torch.nn.Module], object]
+
+
+def _converted(model: torch.nn.Module) -> torch.nn.Module:
+    fastbn.torch.convert(model)
+    return model
+
+
+def _in_place(model: torch.nn.Module) -> torch.nn.Module:
+    fastbn.torch.convert(model, inplace_abn=True)
+    return model
+
+
+SIDES: dict[str, Side] = {
+    "torch": Side(False, lambda model: model),
+    "enable": Side(True, lambda model: model),
+    "convert": Side(False, _converted),
+    "both": Side(True, _converted),
+    "inplace_abn": Side(False, _in_place),
+    "compile": Side(False, torch.compile),
+}
+USUAL = ("torch", "enable", "convert", "both")
 
 
 class Row(NamedTuple):
@@ -39,34 +81,38 @@ class Row(NamedTuple):
     ----------
     step : dict of str to Times
         Of each side.
-    shapes : dict of str to dict of str to float
-        Milliseconds of batch norm in one step, of each side, by operator and shape.
+    norms, shapes : dict of str to dict of str to float
+        Milliseconds of batch norm in one step, and of batch norm, sums and activations, of each side, by direction and shape.
     distance : dict of str to float
         Of the gradients of the first step from those in float64, relative.
-    declined : int
+    declined : dict of str to int
         Calls that fastbn left to torch.
     """
 
     network: str
     order: str
     step: dict[str, Times]
+    norms: dict[str, dict[str, float]]
     shapes: dict[str, dict[str, float]]
     distance: dict[str, float]
-    declined: int
+    declined: dict[str, int]
 
-    def ratio(self) -> float:
-        """How many times as fast a step is with fastbn."""
-        return self.step["torch"].median / self.step["fastbn"].median
+    def ratio(self, side: str) -> float:
+        """How many times as fast a step is as torch's."""
+        return self.step["torch"].median / self.step[side].median
 
-    def spent(self, side: str) -> float:
-        """Milliseconds of batch norm in a step."""
-        return sum(self.shapes[side].values())
+    def gains(self, side: str) -> tuple[float, float, float, str]:
+        """What batch norm takes of torch's step in milliseconds, how many times as fast it is, and its slowest shape.
 
-    def worst(self) -> tuple[float, str]:
-        """The smallest ratio among the shapes of both sides, and the shape."""
-        ours = self.shapes["fastbn"]
-        ratios = [(ms / ours[shape], shape) for shape, ms in self.shapes["torch"].items() if ours.get(shape)]
-        return min(ratios, default=(float("nan"), "none"))
+        Where it runs with what follows it, all of that is meant.
+        """
+        found = self.norms if side == "enable" else self.shapes
+        whole, ours = found["torch"], found[side]
+        spent = sum(ours.values())
+        if side == "compile" or not spent:
+            return sum(whole.values()), float("nan"), float("nan"), "-"
+        worst = min(((ms / ours[shape], shape) for shape, ms in whole.items() if ours.get(shape)), default=(float("nan"), "none"))
+        return sum(whole.values()), sum(whole.values()) / spent, *worst
 
 
 def stepper(model: torch.nn.Module, x: torch.Tensor, training: bool) -> Callable[[], None]:
@@ -90,18 +136,22 @@ def stepper(model: torch.nn.Module, x: torch.Tensor, training: bool) -> Callable
     return train
 
 
-def profile(step: Callable[[], None], steps: int) -> dict[str, float]:
-    """Milliseconds of batch norm in one step, by operator and shape of x."""
+def profile(step: Callable[[], None], steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of batch norm in one step by direction and shape of x, and of all that may run with it."""
     with torch.profiler.profile(record_shapes=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
         for _ in range(steps):
             step()
+    norms: dict[str, float] = defaultdict(float)
     spent: dict[str, float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):
-        if event.key in OPERATORS:
-            shape = event.input_shapes[event.key == OPERATORS[1]]
-            way = "backward" if event.key == OPERATORS[1] else "forward"
-            spent[f"{way} {'x'.join(map(str, shape))}"] += event.cpu_time_total / 1000 / steps
-    return dict(spent)
+        way, which = (NORMS | AFTER).get(event.key, ("", 0))
+        shape = event.input_shapes[which] if way else ()
+        if len(shape) < 2:
+            continue
+        for table in (norms, spent) if event.key in NORMS else (spent,):
+            table[f"{way} {'x'.join(map(str, shape))}"] += event.cpu_time_total / 1000 / steps
+    seen = {shape.split()[1] for shape in norms}  # sums of others are of weights
+    return dict(norms), {shape: ms for shape, ms in spent.items() if shape.split()[1] in seen}
 
 
 def gradients(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -112,41 +162,55 @@ def gradients(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for p in twin.parameters() if p.grad is not None])
 
 
+def _smaller(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {shape: min(ms, b.get(shape, ms)) for shape, ms in a.items()}
+
+
 def measure(network: str, order: str, args: argparse.Namespace) -> Row:
-    """Time one network, both sides in turns."""
+    """Time one network, all sides in turns."""
     torch.manual_seed(0)
     model = MODELS[network](args.width).to(memory_format=FORMATS[order])
     x = torch.randn(args.batch, 3, args.pixels, args.pixels).contiguous(memory_format=FORMATS[order])
+    steps: dict[str, Callable[[], None]] = {}
+    distance, declined = {}, {}
+
+    def choose(side: str) -> None:
+        (fastbn.torch.enable if SIDES[side].enabled else fastbn.torch.disable)()
+
     try:
         fastbn.torch.disable()
         exact = gradients(model, x.double())
-        distance = {}
-        for side, choose in SIDES.items():
-            choose()
-            distance[side] = float((gradients(model, x) - exact).norm() / exact.norm())
-        step = stepper(model, x, not args.eval)
-        samples: dict[str, list[float]] = {side: [] for side in SIDES}
-        fastbn.torch.report(reset=True)
+        for side in args.sides:
+            choose(side)
+            twin: Any = SIDES[side].prepare(copy.deepcopy(model))
+            steps[side] = stepper(twin, x, not args.eval)
+            if side != "compile":  # which would begin anew
+                fastbn.torch.report(reset=True)
+                distance[side] = float((gradients(twin, x) - exact).norm() / exact.norm())
+                declined[side] = sum(fastbn.torch.report().declined.values())
+        samples: dict[str, list[float]] = {side: [] for side in args.sides}
         for turn in range(args.turns + 1):
-            for side, choose in SIDES.items():
-                choose()
-                step()  # the first one after a change finds the other's data in the caches
+            first = turn % len(args.sides)
+            for side in (*args.sides[first:], *args.sides[:first]):
+                choose(side)
+                steps[side]()  # the first one after a change finds the other's data in the caches
                 start = perf_counter()
                 for _ in range(args.steps):
-                    step()
+                    steps[side]()
                 if turn:  # before, everything is new
                     samples[side].append((perf_counter() - start) / args.steps)
-        declined = sum(fastbn.torch.report().declined.values())
+        norms: dict[str, dict[str, float]] = {}
         shapes: dict[str, dict[str, float]] = {}
         for _ in range(2):
-            for side, choose in SIDES.items():
-                choose()
-                step()
-                again = profile(step, PROFILED)
-                shapes[side] = {shape: min(ms, shapes.get(side, again).get(shape, ms)) for shape, ms in again.items()}
+            for side in args.sides:
+                choose(side)
+                steps[side]()
+                again = profile(steps[side], PROFILED)
+                norms[side] = _smaller(again[0], norms.get(side, {}))
+                shapes[side] = _smaller(again[1], shapes.get(side, {}))
     finally:
         fastbn.torch.disable()
-    return Row(network, order, {side: summarize(times) for side, times in samples.items()}, shapes, distance, declined)
+    return Row(network, order, {side: summarize(times) for side, times in samples.items()}, norms, shapes, distance, declined)
 
 
 def parts(rows: Sequence[Row], args: argparse.Namespace) -> list[text.Part]:
@@ -156,20 +220,19 @@ def parts(rows: Sequence[Row], args: argparse.Namespace) -> list[text.Part]:
     head = f"# fastbn in PyTorch {torch.__version__}: {what}, batch {args.batch}, {args.pixels} pixels"
     facts = [
         f"- {torch.get_num_threads()} threads, load {load:.1f}; {args.turns} turns of {args.steps} steps of each side, medians",
-        "- ratios above 1: faster with fastbn; batch norm by torch's profiler, the best of two times three steps",
-        "- distance: of the first step's gradients from float64, with fastbn over without",
+        "- ratios above 1: faster than torch; by torch's profiler, the best of two times three steps: batch norm where fastbn is "
+        "enabled, and with the sums and activations after it where a network was converted",
+        "- distance: of the first step's gradients from float64, over torch's",
     ]
-    header = ["network", "memory", "torch ms", "fastbn ms", "step ratio", "spread", "bn torch ms", "bn ratio", "worst", "shape"]
-    header += ["distance", "declined"]
+    header = ["network", "memory", "side", "torch ms", "step ratio", "spread", "bn torch ms", "bn ratio", "worst", "shape", "distance"]
+    header += ["declined"]
     lines = []
     for row in rows:
-        spent = row.spent("fastbn")
-        bn = row.spent("torch") / spent if spent else float("nan")
-        ratio, shape = row.worst()
-        spread = max(times.spread for times in row.step.values())
-        both = (row.step["torch"].median * 1000, row.step["fastbn"].median * 1000)
-        away = row.distance["fastbn"] / row.distance["torch"]
-        lines.append((row.network, row.order, *both, row.ratio(), spread, row.spent("torch"), bn, ratio, shape, away, row.declined))
+        for side in args.sides[1:]:
+            times = row.step["torch"], row.step[side]
+            away = row.distance.get(side, float("nan")) / row.distance["torch"]
+            numbers = times[0].median * 1000, row.ratio(side), max(t.spread for t in times), *row.gains(side)
+            lines.append((row.network, row.order, side, *numbers, away, row.declined.get(side, 0)))
     return [head, "\n".join(facts), text.Table(header, lines, ("spread", "declined", "distance"))]
 
 
@@ -184,6 +247,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=options.whole(1), default=torch.get_num_threads(), help="(default: %(default)s)")
     add("--turns", type=options.whole(1), default=10, help="of each side (default: %(default)s)")
     add("--steps", type=options.whole(1), default=2, help="of a turn (default: %(default)s)")
+    add("--sides", nargs="+", choices=SIDES, default=list(USUAL), metavar="NAME", help=f"{', '.join(SIDES)} (default: the first four)")
     add("--eval", action="store_true", help="inference instead of training")
     add("--json", type=Path, metavar="PATH", help="write all numbers, those of each shape too")
     return parser.parse_args(argv)
@@ -192,6 +256,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     args = _arguments(argv)
+    args.sides = ["torch", *(side for side in args.sides if side != "torch")]
     torch.set_num_threads(args.threads)
     items = list(product(args.networks, args.formats))
     rows, interrupted = each(items, ", ".join, lambda item: [measure(*item, args)])

@@ -43,10 +43,13 @@ def test_each_network_and_order_of_memory_has_a_line(more: list[str], tmp_path: 
         torch.set_num_threads(threads)
     assert not fastbn.torch.is_enabled()
     printed = capsys.readouterr().out
-    assert all(f"| resnet18 | {order} |" in printed for order in in_torch.FORMATS)
+    sides = in_torch.USUAL[1:]
+    assert all(f"| resnet18 | {order} | {side} |" in printed for order in in_torch.FORMATS for side in sides)
     rows = json.loads(path.read_text())
     assert [row["order"] for row in rows] == list(in_torch.FORMATS)
     for row in rows:
-        assert row["declined"] == 0
-        assert row["shapes"]["torch"].keys() == row["shapes"]["fastbn"].keys()
+        assert set(row["declined"].values()) == {0}
+        assert row["norms"]["torch"].keys() == row["norms"]["enable"].keys()
         assert any(shape.startswith("backward") for shape in row["shapes"]["torch"]) == (not more)
+        assert all(max(row["norms"][side].values()) > 0 for side in in_torch.USUAL)
+        assert all(row["distance"][side] < 1e-2 for side in in_torch.USUAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import itertools
 import operator
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 
 torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
@@ -817,3 +819,223 @@ def test_gradients_of_whole_networks_are_as_near_to_float64(name: str, order: An
     ours = gradients(model, x)
     assert taken() == 2 * len(found)
     assert (ours - exact).norm() <= 1.5 * (torchs - exact).norm()
+
+
+def pair(after: Callable[..., Any], **modules: Any) -> tuple[Any, Any]:
+    """A converted model, of which a relu is known to follow, and what it was."""
+    model = Body(after, act=nn.ReLU(), flag=False, kept=[], **modules)
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    return model, own
+
+
+def agree(got: Any, want: Any) -> None:
+    """Tensors of the same values, in the same containers."""
+    assert type(got) is type(want)
+    if isinstance(want, torch.Tensor):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert got.requires_grad == want.requires_grad
+    elif isinstance(want, list | tuple):
+        for a, b in zip(got, want, strict=True):
+            agree(a, b)
+    elif isinstance(want, dict):
+        agree([*got.values()], [*want.values()])
+    elif hasattr(want, "__dict__"):
+        agree(vars(got), vars(want))
+    else:
+        assert got == want
+
+
+def common(m: Any, x: Any) -> Any:
+    return m.act(m.bn(m.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x: m.forward(x),
+        lambda m, x: m.bn(m.conv(x)),
+        lambda m, x: m.bn.forward(m.conv(x)),
+        lambda m, x: nn.Sequential(m.conv, m.bn, nn.Tanh())(x),
+        lambda m, x: torch.fx.symbolic_trace(m)(x),
+        lambda m, x: torch.func.functional_call(m, dict(m.named_parameters()), (x,)),
+        lambda m, x: torch.compile(lambda y: m.bn(m.conv(y)), backend="eager")(x),
+        lambda m, x: torch.compile(m.forward, backend="eager")(x),
+        lambda m, x: [t.forward(x) for t in (m, copy.deepcopy(m))],
+    ],
+)
+def test_whoever_calls_a_part_gets_tensors(call: Callable[..., Any]) -> None:
+    model, own = pair(common)
+    x = image()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch itself deprecates
+        agree(call(model, x), call(own, x))
+    agree([*model.buffers()], [*own.buffers()])
+
+
+class Holder:
+    def __init__(self, z: Any) -> None:
+        self.z = [z]
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    z: Any
+
+
+IN_GRAPHS = {
+    "it": lambda m, z: z,
+    "containers": lambda m, z: (z, {"z": [z]}),
+    "nothing": lambda m, z: m.conv.weight * 2,
+    "read twice": lambda m, z: m.act(z.detach()) + z,
+    "in place": lambda m, z: z.relu_() + z,
+    "a list": lambda m, z: torch.cat([z, z[:, 1:]], 1),
+    "items": lambda m, z: [a.sum() for a in z],
+    "length": lambda m, z: z * len(z),
+}
+ELSEWHERE = IN_GRAPHS | {
+    "a dataclass": lambda m, z: Frozen(z),
+    "an object": lambda m, z: Holder(z),
+    "kept in a list": lambda m, z: m.kept.append(z) or m.act(z),
+    "kept": lambda m, z: setattr(m, "last", z) or m.act(z),
+    "data": lambda m, z: setattr(z, "data", z.data * 2) or z,
+}
+
+
+@pytest.mark.parametrize(("name", "graph"), [*((n, False) for n in ELSEWHERE), *((n, True) for n in IN_GRAPHS)])
+def test_nothing_that_waits_leaves_a_model(name: str, graph: bool) -> None:
+    """Also where the code goes a way that nobody has foreseen; and what it drops has moved the statistics."""
+    other = ELSEWHERE[name]
+    model, own = pair(lambda m, x: (z := m.bn(m.conv(x)), other(m, z) if m.flag else m.act(z))[1])
+    x, found = image(), []
+    for m in (model, own):
+        m.flag = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if graph else "error")  # what torch itself deprecates
+            y = (torch.compile(m, backend="eager") if graph else m)(x)
+        found.append([y, m.kept, m.__dict__.get("last"), *m.buffers()])
+    agree(*found)
+
+
+def test_what_waits_can_be_shown_copied_and_kept() -> None:
+    seen: list[Any] = []
+
+    def other(m: Any, z: Any) -> Any:
+        file = io.BytesIO()
+        torch.save(z.detach(), file)
+        file.seek(0)
+        seen.append((repr(z), f"{z.sum():.1f}", numpy.asarray(z.detach()), 2 * numpy.float32(1) * z, torch.from_dlpack(z.detach())))
+        return copy.deepcopy(z) if not z.requires_grad else z, pickle.loads(pickle.dumps(z)), torch.load(file), copy.copy(z)  # noqa: S301
+
+    model, own = pair(lambda m, x: (z := m.bn(m.conv(x)), other(m, z) if m.flag else m.act(z))[1])
+    x = image()
+    with torch.no_grad():
+        for m in (model, own):
+            m.flag = True
+            seen.append(m(x))
+    agree(seen[1], seen[3])
+    for got, want in zip(seen[0][1:], seen[2][1:], strict=True):
+        numpy.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-1) if not isinstance(got, str) else None
+    assert seen[0][0].startswith("tensor(")
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, z: Any) -> Any:
+        return z.round()
+
+    @staticmethod
+    def backward(_: Any, dy: Any) -> Any:
+        return 3 * dy
+
+
+class Rounding(nn.Module):
+    def forward(self, z: Any) -> Any:
+        return Rounded.apply(z)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m, seen: m.act.register_forward_pre_hook(lambda _, x: seen.extend(x)),
+        lambda m, seen: m.bn.register_forward_hook(lambda _, x, y: seen.append(y)),
+        lambda m, seen: m.register_forward_hook(lambda _, x, y: seen.append(y), prepend=True),
+        lambda m, seen: m.inner.register_forward_hook(lambda _, x, y: seen.append(y)),
+        lambda m, seen: m.act.register_full_backward_hook(lambda _, dx, dy: seen.extend(dx)),
+        lambda m, seen: m.inner.register_full_backward_pre_hook(lambda _, dy: seen.extend(dy)),
+        lambda m, seen: setattr(m.act, "forward", lambda z: seen.append(z) or Rounded.apply(z)),
+        lambda m, seen: setattr(m, "act", Rounding()),
+    ],
+)
+def test_hooks_and_modules_that_come_later_see_tensors(change: Callable[..., Any]) -> None:
+    model = Body(lambda m, x: m.act(m.inner(m.conv(x))), act=nn.ReLU())
+    model.inner = nn.Sequential(model.bn)
+    own, x, found = copy.deepcopy(model), image(), []
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    for m in (model, own):
+        seen: list[Any] = []
+        change(m, seen)
+        y = m(x)
+        y.sum().backward()
+        found.append([y, *seen, *(p.grad for p in (m.conv.weight, m.bn.weight, m.bn.bias))])
+    agree(*found)
+
+
+def test_an_error_leaves_nothing_open() -> None:
+    model, own = pair(lambda m, x: (z := m.bn(m.conv(x)), 1 / 0 if m.flag else m.act(z))[1])
+    x, found = image(), []
+    for m in (model, own):
+        m.flag = True
+        with pytest.raises(ZeroDivisionError):
+            m(x)
+        m.flag = False
+        found.append([m.bn(m.conv(x)), m(x), *m.buffers()])
+    agree(*found)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_in_a_function_of_autograds_is_not_fused(reentrant: bool) -> None:
+    class Clipped(torch.autograd.Function):
+        @staticmethod
+        def forward(_: Any, z: Any) -> Any:
+            return z.relu()
+
+        @staticmethod
+        def backward(_: Any, dy: Any) -> Any:
+            return 3 * dy
+
+    for model in (
+        Body(lambda m, x: Clipped.apply(m.bn(m.conv(x)))),
+        Body(lambda m, x: torch.utils.checkpoint.checkpoint(torch.relu, m.bn(m.conv(x)), use_reentrant=reentrant)),
+    ):
+        assert same(model, image())[0].fused == ()
+
+
+def test_a_function_of_autograds_that_was_not_foreseen_is_an_error() -> None:
+    model, _ = pair(lambda m, x: (z := m.bn(m.conv(x)), Rounded.apply(z) if m.flag else m.act(z))[1])
+    model.flag = True
+    with pytest.raises(RuntimeError, match=r"an autograd.Function was given .* fastbn\.torch\.revert\(model\)"):
+        model(image())
+
+
+@pytest.mark.parametrize("read", [lambda bn: bn.running_mean.clone(), lambda bn: bn.weight.data.mul_(2)])
+def test_statistics_that_are_read_at_once_have_moved(read: Callable[..., Any]) -> None:
+    model = Body(lambda m, x: (z := m.bn(m.conv(x)), read(m.bn), z.relu())[1:])
+    own, x = copy.deepcopy(model), image()
+    assert fastbn.torch.convert(model)[0].why == "its tensors are read before what follows is computed"
+    agree(model(x), own(x))
+
+
+def test_an_activation_that_layers_share_is_fused() -> None:
+    act = nn.ReLU()
+    found = same(nn.Sequential(sequential(nn.BatchNorm2d(4), act), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), act)), image())
+    assert [layer.fused for layer in found] == [("ReLU",), ("ReLU",)]
+
+
+def test_layers_that_are_frozen_later_are_fused() -> None:
+    model, own = pair(common)
+    x = image()
+    for m in (model, own):
+        fastbn.torch.freeze(m)
+    torch.testing.assert_close(step(model, x), step(own, x))
+    assert taken() == 2

@@ -160,7 +160,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="rleu"):
         ours(x, None, None, None, None, None, True, "rleu")
     for residual in (x[:2], x.double()):
-        with pytest.raises(ValueError, match="residual must have the shape and dtype of input"):
+        with pytest.raises(ValueError, match="residual must have the shape, dtype and device of input"):
             ours(x, residual, None, None, None, None, True, None)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         ours(x[:1, :, :1], None, None, None, None, None, True, "relu")
@@ -168,6 +168,50 @@ def test_bad_arguments_are_refused() -> None:
         ours(x, None, None, None, None, None, False, "relu")
     with pytest.raises(RuntimeError, match="should contain 3 elements not 2"):
         ours(x, None, None, None, torch.zeros(2), torch.ones(2), True, "relu")
+
+
+def bad() -> Iterator[tuple[str, dict[str, Any]]]:
+    """What F.batch_norm refuses, or does not take everywhere."""
+    x, ones = torch.linspace(-1, 1, 300).reshape(4, 3, 5, 5), torch.ones(3)
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        of_floats = ones[:2], torch.ones(4), torch.ones(3, 1), torch.ones(()), ones.to_sparse(), ones.to("meta"), ones.requires_grad_()
+        for bad in (*of_floats, *(ones.detach().to(d) for d in (torch.float64, torch.bfloat16, torch.int64)), [1.0] * 3, 1.0, None):
+            yield name, {name: bad}
+    yield "no statistics", {"running_mean": None, "running_var": None}
+    others = x[:1, :, :1, :1], x[:0], x[:, :0], x[:, :2], x[0, 0], x[0, 0, 0], x[..., None, None], x.to("meta"), x.to_sparse()
+    for bad in (*others, *(x.to(d) for d in (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.complex64))):
+        yield "input", {"input": bad}
+    for bad in (0, 0.0, -1.0, float("nan"), float("inf"), None, "1", torch.tensor(1e-5)):
+        yield "eps", {"eps": bad}
+    for bad in (None, "1", 2, torch.tensor(0.1)):
+        yield "momentum", {"momentum": bad}
+    for bad in (None, 1, "1", torch.tensor(True)):
+        yield "training", {"training": bad}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("training", [True, False])
+def test_what_is_unusual_is_what_torch_makes_of_it(training: bool, mode: Any) -> None:
+    """Value for value, and error for error: its class, and its text."""
+    for name, given in bad():
+        found = []
+        for call in (torch.nn.functional.batch_norm, fastbn.torch.batch_norm):
+            arguments: dict[str, Any] = {"running_mean": torch.ones(3), "running_var": torch.ones(3), "weight": torch.ones(3)}
+            arguments = {"input": torch.linspace(-1, 1, 300).reshape(4, 3, 5, 5), "training": training, **arguments, **given}
+            for key, t in arguments.items():
+                arguments[key] = t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
+            try:
+                with mode():
+                    y = call(**arguments, activation="relu") if call is fastbn.torch.batch_norm else call(**arguments).relu()
+            except Exception as error:
+                found.append((type(error), str(error).splitlines()[:1]))
+            else:
+                found.append((y, *(arguments[key] for key in ("running_mean", "running_var"))))
+        for a, b in zip(*found, strict=True):
+            if isinstance(b, torch.Tensor) and b.device.type == "cpu" and not b.is_sparse:
+                torch.testing.assert_close(a, b, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}")
+            elif not isinstance(b, torch.Tensor):
+                assert a == b, name
 
 
 @pytest.mark.slow

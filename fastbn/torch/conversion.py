@@ -18,10 +18,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbn.torch.deferred import Input, Pending, Steps, settle
+from fastbn.torch.deferred import Input, Scope, Steps, Visit, is_scopes, settled
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours
-from fastbn.torch.graph import CONVERTED, Part, check, norms, parts, traced
+from fastbn.torch.graph import AROUND, CONVERTED, Part, check, norms, parts, traced
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.overview import table
 
@@ -46,11 +46,16 @@ class Converted:
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
         original: Any = super().forward  # type: ignore[misc]
-        state: Steps = self.__dict__[STATE]
-        if not self._is_ours(input, state):
+        steps: Steps = self.__dict__[STATE]
+        visit = steps.visit()
+        if visit is None:
+            steps = steps.alone()
+        if not self._is_ours(input, steps):
             return original(input)
-        found = original(Input(input, state))
-        return found.tensor() if isinstance(found, Input) or (isinstance(found, Pending) and not state.outside) else found
+        found = original(Input(input, steps, visit))
+        if steps.scope is None and isinstance(visit, Visit):  # nothing waits but in the layer's own code
+            visit.end()
+        return found if visit is not None and steps.scope is not None else settled(found)
 
     def _is_ours(self, x: Any, steps: Steps) -> bool:
         if torch.compiler.is_compiling():
@@ -188,7 +193,8 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
     check(model)
     ready()
     revert(model)
-    plans, roots = _plans(model)
+    plans = _plans(model)
+    scopes: dict[nn.Module, Scope] = {}
     found = []
     for path, layer in norms(model):
         why, inner = _refuses(layer)
@@ -198,12 +204,18 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
             if not fuse:
                 plan = _Plan(why="it was not asked for", steady=plan.steady and not plan.names)
             keeps_output = inplace_abn and plan.steady and inner.fits_outside
-            layer.__dict__[STATE] = plan.steps._replace(from_output=keeps_output)
+            steps = plan.steps._replace(from_output=keeps_output)
+            if steps.outside and plan.within is not None:
+                scope = scopes.setdefault(plan.within, Scope())
+                scope.places += plan.places
+                steps = steps._replace(scope=scope)
+            layer.__dict__[STATE] = steps
             layer.__class__ = _class_of(layer.__class__)
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
-    for root in roots:
-        root.register_forward_hook(settle, prepend=True)
+    for module, scope in scopes.items():
+        module.register_forward_pre_hook(scope.enter, prepend=True)
+        module.register_forward_hook(scope.leave, prepend=True, always_call=True)
     return Conversion(found)
 
 
@@ -238,8 +250,10 @@ def revert(model: nn.Module) -> int:
         layer.__class__ = _own_class(layer)
         del layer.__dict__[STATE]
     for module in model.modules():
-        for key in [key for key, hook in module._forward_hooks.items() if hook is settle]:
-            del module._forward_hooks[key]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if is_scopes(hook)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
     return len(layers)
 
 
@@ -251,6 +265,8 @@ class _Plan(NamedTuple):
     why: str = ""
     fits_outside: bool = False  # the layer's own code does nothing after it
     steady: bool = False  # the input can be had from the output, which nobody changes in place
+    within: nn.Module | None = None  # whose code holds it and what follows
+    places: tuple[tuple[tuple[str, ...], type], ...] = ()  # of both: the way from there, and the class
 
 
 _NOBODY = _Plan(why="what calls it cannot be traced")
@@ -276,20 +292,18 @@ def _refuses(layer: Any) -> tuple[str, _Plan]:
     return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
 
 
-def _plans(model: nn.Module) -> tuple[dict[int, _Plan], list[nn.Module]]:
-    """What follows each layer that traced code calls, by the layer's id; and the modules that this is the code of."""
+def _plans(model: nn.Module) -> dict[int, _Plan]:
+    """What follows each layer that traced code calls, by the layer's id."""
     found: dict[int, _Plan] = {}
-    roots = []
     calls: Counter[int] = Counter()
     for part in parts(model, defaults=True):
         taken: set[fx.Node] = set()
-        roots.append(part.module)
         for node in part.nodes:
             layer = _module(part, node)
             if isinstance(layer, _BatchNorm):
                 calls[id(layer)] += 1
                 found[id(layer)] = _follow(part, node, taken)
-    return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}, roots
+    return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}
 
 
 def _module(part: Part, node: fx.Node) -> nn.Module | None:
@@ -334,6 +348,15 @@ def _at_once(part: Part, first: fx.Node, last: fx.Node) -> bool:
     return all(node.op == "get_attr" or _passes(part, node) for node in between)
 
 
+def _is_read(part: Part, first: fx.Node, last: fx.Node) -> bool:
+    """Whether tensors of a layer are read after its call, up to a node."""
+    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last) + 1]
+    sources = (source for node in between for source in (node, *node.all_input_nodes))
+    read = {str(source.target).rpartition(".")[0] for source in sources if source.op == "get_attr"}
+    layer = _module(part, first)
+    return any(part.module.get_submodule(path) is layer for path in read)
+
+
 def _is_kept(part: Part, node: Any) -> bool:
     """Whether nobody else can change in place what a node returns to its only reader."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
@@ -351,6 +374,27 @@ def _hooked(part: Part, first: fx.Node, last: fx.Node) -> str:
     return ""
 
 
+def _callers(part: Part, node: fx.Node) -> list[str]:
+    """Paths of the modules in whose code a node is, from the outermost on."""
+    paths = [str(value[0]) for value in node.meta.get("nn_module_stack", {}).values()]
+    return paths[:-1] if _module(part, node) is not None else paths
+
+
+def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
+    """The innermost module in whose code nodes are, and the ways from there to those that are modules; nothing if there is none."""
+    first, *others = (_callers(part, node) for node in nodes)
+    shared = 0
+    while shared < len(first) and all(first[: shared + 1] == other[: shared + 1] for other in others):
+        shared += 1
+    module = part.module.get_submodule(first[shared - 1] if shared else "")
+    names = {id(layer): name for name, layer in module.named_modules()}
+    paths = [path for callers in (first, *others) for path in callers[shared:]]
+    layers = [part.module.get_submodule(path) for path in paths] + [layer for node in nodes if (layer := _module(part, node)) is not None]
+    if any(id(layer) not in names for layer in layers):
+        return {}
+    return {"within": module, "places": tuple({(tuple(names[id(layer)].split(".")), type(layer)): None for layer in layers})}
+
+
 _OUTPUT = "the model's output follows"
 
 
@@ -358,6 +402,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
     """What follows a node, and can be computed with it."""
     names: list[str] = []
     steps = Steps(outside=True)
+    passed, read = [start], 1
     node, why = start, ""
     while not steps.activation:
         if node in part.stored:
@@ -369,6 +414,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
         (user,) = node.users
         if _passes(part, user):
             node = user
+            passed.append(user)
             continue
         kind = _activation(part, user)
         is_sum = _is_sum(user, node) and not steps.sum
@@ -378,20 +424,29 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
             why = f"{_name(part, user)} follows"
         elif user in taken:
             why = "the other side of the sum is fused"
+        elif user.meta[AROUND] is not start.meta[AROUND]:
+            why = "an autograd.Function or a checkpoint is between"
         elif not _at_once(part, node if steps.sum else start, user) and (steps.sum or not _is_kept(part, _input(start))):
             why = "its input may change before what follows is computed"
+        elif _is_read(part, start, user):
+            why = "its tensors are read before what follows is computed"
         else:
             why = _hooked(part, start, user)
         if why:
             break
         steps = steps._replace(sum=True) if is_sum else steps._replace(activation=True)
         names.append("add" if is_sum else _name(part, user))
+        passed.append(user)
+        read = len(passed)
         node = user
         if is_sum:
             taken.add(user)
     inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
     steady = inverts and node not in part.stored and not any(_changes(part, user, node) for user in node.users)
-    return _Plan(steps, tuple(names), "" if names else why, steady=steady)
+    place = _within(part, passed[:read]) if names else {}
+    if names and not place:
+        return _Plan(why="a module of somebody else follows")
+    return _Plan(steps, tuple(names), "" if names else why, steady=steady, **place)
 
 
 def _changes(part: Part, node: fx.Node, one: fx.Node) -> bool:

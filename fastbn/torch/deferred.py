@@ -1,22 +1,33 @@
 """What stands for the output of a batch norm until it is known what follows.
 
-A model's own code runs, whatever it does. Its batch norm returns a `Pending`, which has not been computed; when this meets a
-sum or an activation, they are computed together, in one operation. When it meets anything else, it becomes the tensor that
-it stands for. So results never depend on what somebody foresaw of the code: that decides only where a `Pending` is worth it.
+- A model's own code runs, whatever it does. Its batch norm returns a `Pending`, which has not been computed; when this meets
+  a sum or an activation, they are computed together, in one operation. When it meets anything else, it becomes the tensor
+  that it stands for. So results never depend on what somebody foresaw of the code: that decides only where a `Pending` is
+  worth it.
+- Nothing waits but inside a call of the module whose code holds the batch norm and what follows it (`Scope`). The call ends
+  with all computed, what it returns and what nobody asked for.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import sys
+import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from fastbn.activations import NAMES, Builtin
+from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import run
+from fastbn.torch.graph import CONVERTED, function_codes, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 
 F = torch.nn.functional
@@ -32,16 +43,158 @@ class Steps(NamedTuple):
         Whether they are beyond the layer's own code.
     from_output : bool
         Whether a backward may find the input from the output.
+    scope : Scope, optional
+        Where `outside` things are expected.
     """
 
     sum: bool = False
     activation: bool = False
     outside: bool = False
     from_output: bool = False
+    scope: Scope | None = None
+
+    def visit(self) -> Any:
+        """The call in which something may wait, or None."""
+        if not (self.sum or self.activation):
+            return None
+        return Visit(None) if self.scope is None else self.scope.visit()
+
+    def alone(self) -> Steps:
+        """The same where nothing may wait."""
+        return self._replace(sum=False, activation=False)
+
+
+class Visit:
+    """A call of a module, and what waits in it.
+
+    Attributes
+    ----------
+    scope : Scope, optional
+        None is a layer's own code.
+    opened : bool
+        Whether something may wait.
+    waiting : dict of int to Pending or weak reference to one
+        By its id. Somebody may still ask for what was computed with what follows it: that is known by a weak reference.
+    """
+
+    def __init__(self, scope: Scope | None, opened: bool = True):
+        self.scope = scope
+        self.opened = opened
+        self.waiting: dict[int, Any] = {}
+
+    def end(self) -> bool:
+        """Compute what waits; return whether there was something."""
+        if not self.waiting:
+            return False
+        values, failed = list(self.waiting.values()), sys.exc_info()[1] is not None
+        self.waiting.clear()
+        if failed:  # the traceback holds what was computed; an error there must not be followed by another one
+            for value in values:
+                if isinstance(value, Pending):
+                    with suppress(RuntimeError):
+                        value.tensor()
+            return True
+        found = [p for p in (v() if isinstance(v, weakref.ref) else v for v in values) if p is not None]
+        for pending in found:
+            pending.tensor()
+        return bool(found)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.visits: list[Visit] = []
+
+
+_thread = _Thread()
+
+
+class Scope:
+    """The code of a module that holds batch norms and what follows them, by two hooks around its calls.
+
+    Attributes
+    ----------
+    places : list
+        Name by name, the way from the module to a layer or to what was found to follow one, and its class.
+    depth, waiting : int, list of Pending
+        Of calls in what torch.compile traces, which sees no other state.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[tuple[tuple[str, ...], type]] = []
+        self.depth = 0
+        self.waiting: list[Pending] = []
+
+    def visit(self) -> Any:
+        """The call that runs, or None if nothing may wait in it."""
+        if torch.compiler.is_compiling():
+            return self if self.depth > 0 else None
+        for visit in reversed(_thread.visits):
+            if visit.scope is self:
+                return visit if visit.opened else None
+        return None
+
+    def enter(self, module: Any, inputs: Any) -> None:
+        """Open it, unless something else stands where something followed, or a hook wants to see tensors."""
+        opened = True
+        for names, kind in self.places:
+            opened = opened and _leads(module, names, kind)
+        if not torch.compiler.is_compiling():
+            _thread.visits.append(Visit(self, opened))
+        elif opened:
+            self.depth += 1
+
+    def leave(self, module: Any, inputs: Any, output: Any) -> Any:
+        """Close it: nothing that waits leaves it, whatever the code did."""
+        if torch.compiler.is_compiling():
+            self.depth = max(self.depth - 1, 0)
+            for pending in self.waiting:
+                if not pending.released:
+                    pending.tensor()
+            self.waiting.clear()
+            return settled(output)
+        visits, waited = _thread.visits, False
+        if any(visit.scope is self for visit in visits):
+            while visits:  # the last one, but where an interrupt kept a call from its end
+                visit = visits.pop()
+                waited |= visit.end()
+                if visit.scope is self:
+                    break
+        if not waited:
+            return None
+        for part in module.modules():  # what the code has kept
+            settled(part.__dict__)
+        return settled(output)
+
+
+def is_scopes(hook: Any) -> bool:
+    """Whether a hook is one of a scope's."""
+    return isinstance(getattr(hook, "__self__", None), Scope)
+
+
+def hooks_of_others(module: Any) -> bool:
+    """Whether a module has hooks of somebody else's."""
+    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
+    return not all(hook is stay_frozen or is_scopes(hook) for hook in hooks)
+
+
+def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
+    """Whether a way leads to a module of a class, and nobody on it wants to see what waits."""
+    for name in names:
+        module = module._modules.get(name)
+        if module is None or hooks_of_others(module):
+            return False
+    return getattr(module, CONVERTED, type(module)) is kind and "forward" not in module.__dict__
 
 
 class Standing:
     """Something in place of a tensor: functions, methods and operators of torch that meet it come to `__torch_function__`."""
+
+    __array_priority__ = Tensor.__array_priority__  # NumPy leaves sums to it
+    __hash__ = object.__hash__
 
     def tensor(self) -> Tensor:
         """The tensor."""
@@ -67,25 +220,40 @@ class Standing:
             return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
         return getattr(self.tensor(), name)
 
+    def __deepcopy__(self, memo: Any) -> Any:
+        """A copy of the tensor."""
+        return copy.deepcopy(self.tensor(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle holds the tensor."""
+        tensor: Any = self.tensor()  # it has no types
+        return tensor.__reduce_ex__(protocol)
+
 
 def _operator(name: str) -> Callable[..., Any]:
     function = getattr(Tensor, name)
 
-    def operator(self: Standing, *args: Any) -> Any:
-        return self.__torch_function__(function, (), (self, *args))
+    def operator(self: Standing, *args: Any, **kwargs: Any) -> Any:
+        return self.__torch_function__(function, (), (self, *args), kwargs)
 
     return operator
+
+
+def _attribute(name: str) -> property:
+    return property(lambda self: getattr(self.tensor(), name), lambda self, value: setattr(self.tensor(), name, value))
 
 
 _OPERATORS = (
     "abs add and bool complex contains eq float floordiv ge getitem gt iadd iand idiv ifloordiv ilshift imod imul index int invert ior "
     "ipow irshift isub iter itruediv ixor le len lshift lt matmul mod mul ne neg or pos pow radd rand rdiv rfloordiv rlshift rmatmul "
-    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array"
+    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array array_wrap dlpack dlpack_device repr format "
+    "reversed"
 )
 for _name in (f"__{name}__" for name in _OPERATORS.split()):
     if hasattr(Tensor, _name):
         setattr(Standing, _name, _operator(_name))
-Standing.__hash__ = object.__hash__  # type: ignore[method-assign]
+for _name in ("data", "grad", "requires_grad", "real", "imag"):
+    setattr(Standing, _name, _attribute(_name))
 
 
 def _tensor(a: Any) -> Any:
@@ -97,34 +265,40 @@ def _tensor(a: Any) -> Any:
     return a
 
 
-def settle(module: Any, inputs: Any, output: Any) -> Any:
-    """The hook of what was traced, after each call: nothing that waits leaves it, whatever its code did."""
-    return _settled(output)
-
-
-def _settled(output: Any) -> Any:
+def settled(output: Any) -> Any:
+    """What a module returns, with tensors for what waits no longer."""
+    if isinstance(output, Pending):
+        scope = output.steps.scope
+        return output if scope is not None and scope.visit() is not None else output.tensor()
     if isinstance(output, Standing):
         return output.tensor()
     if isinstance(output, dict):
         for key, value in output.items():
-            if (found := _settled(value)) is not value:
+            if (found := settled(value)) is not value:
                 output[key] = found
     elif isinstance(output, list):
         for i, value in enumerate(output):
-            if (found := _settled(value)) is not value:
+            if (found := settled(value)) is not value:
                 output[i] = found
-    elif isinstance(output, tuple) and any(_settled(value) is not value for value in output):
-        made = map(_settled, output)
+    elif isinstance(output, tuple | set) and any(settled(value) is not value for value in output):
+        made = map(settled, output)
         return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    elif not isinstance(output, Tensor | Module | type):
+        fields = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
+        for name in [field.name for field in fields] or [*getattr(output, "__dict__", ())]:
+            value = getattr(output, name, None)
+            if isinstance(value, Standing | dict | list | tuple | set) and (found := settled(value)) is not value:
+                object.__setattr__(output, name, found)
     return output
 
 
 class Input(Standing):
     """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm`."""
 
-    def __init__(self, x: Tensor, steps: Steps):
+    def __init__(self, x: Tensor, steps: Steps, visit: Any):
         self.x = x
         self.steps = steps
+        self.visit = visit
 
     def tensor(self) -> Tensor:
         """The tensor."""
@@ -168,17 +342,32 @@ def _version(x: Tensor) -> int:
 class Pending(Standing):
     """The output of a batch norm, and perhaps of a sum."""
 
-    def __init__(self, call: _Call, steps: Steps, residual: Tensor | None = None):
+    def __init__(self, call: _Call, steps: Steps, visit: Any, residual: Tensor | None = None):
         self.call = call
         self.steps = steps
+        self.visit = visit
         self.residual = residual
         self.value: Tensor | None = None
+        self.released = False  # nobody waits for it
+        if isinstance(visit, Visit):
+            visit.waiting[id(self)] = self
+        elif visit is not None:
+            visit.waiting.append(self)
 
     def tensor(self) -> Tensor:
         """Compute it."""
         if self.value is None:
+            if self.call.recorded and not torch.is_grad_enabled():
+                _refuse_functions()
+            self._release()
             self.value = self.call.run(self.residual, IDENTITY)
         return self.value
+
+    def _release(self) -> None:
+        """Be no longer waited for; but somebody may still hold it."""
+        self.released = True
+        if isinstance(self.visit, Visit):
+            self.visit.waiting[id(self)] = weakref.ref(self)
 
     def _waits(self) -> bool:
         """Whether what comes now may be computed with it."""
@@ -192,10 +381,14 @@ class Pending(Standing):
         other = _tensor(other)
         if type(other) not in (Tensor, Parameter) and not (torch.compiler.is_compiling() and isinstance(other, Tensor)):
             return None
-        if other.shape != x.shape or other.dtype != x.dtype or other.device != x.device:
+        if (other.shape, other.dtype, other.device, other.layout) != (x.shape, x.dtype, x.device, x.layout):
             return None
-        added = self if in_place else Pending(self.call, self.steps, other)
-        added.residual = other
+        if in_place:
+            self.residual = other
+            added = self
+        else:
+            added = Pending(self.call, self.steps, self.visit, other)
+            self._release()
         return added if self.steps.activation else added.tensor()
 
     def activated(self, name: str, parameter: float, in_place: bool) -> Tensor | None:
@@ -204,10 +397,20 @@ class Pending(Standing):
             return None
         if self.residual is not None and name not in FROM_OUTPUT:
             return None
+        self._release()
         y = self.call.run(self.residual, Builtin(name, parameter, NAMES.index(name) + 1))
         if in_place:
             self.value = y
         return y
+
+
+def _refuse_functions() -> None:
+    """Raise an error inside of an autograd.Function, which takes for a constant what is no tensor."""
+    if not torch.compiler.is_compiling() and in_function(sys._getframe(2), function_codes()) is not None:
+        raise RuntimeError(
+            "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
+            "fastbn.torch.revert(model) makes it a layer of torch's again"
+        )
 
 
 def _batch_norm(
@@ -216,10 +419,12 @@ def _batch_norm(
 ) -> Any:  # fmt: skip
     if not isinstance(input, Input):
         return None
-    call = _Call(
-        Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, input.steps.from_output)
-    )
-    return Pending(call, input.steps) if input.steps.sum or input.steps.activation else call.run(None, IDENTITY)
+    steps = input.steps
+    a = Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, steps.from_output)
+    if not a.is_usual():
+        return None
+    call = _Call(a)
+    return Pending(call, steps, input.visit) if steps.sum or steps.activation else call.run(None, IDENTITY)
 
 
 def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastbn.torch.deferred import settle
+from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.graph import Graph, check, is_batch_norm, norms, trace
 from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-OWN_HOOKS = (stay_frozen, settle)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
@@ -55,8 +54,7 @@ class Rows(nn.Identity):
 
 def changed(layer: nn.Module) -> str:
     """Why a layer is not what its class says, or nothing."""
-    hooks = [h for h in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()) if h not in OWN_HOOKS]
-    if hooks or layer._backward_hooks or layer._backward_pre_hooks:
+    if hooks_of_others(layer):
         return "has hooks"
     if is_parametrized(layer):
         return "is parametrized"

@@ -40,7 +40,9 @@ class _Fused(torch.autograd.Function):
 
 def is_ours(x: Tensor) -> bool:
     """Whether the operators can be asked for a tensor, and are worth it; what they find in the data is another matter."""
-    if x.device.type != "cpu" or x.layout is not torch.strided or x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
+    if not isinstance(x, Tensor) or x.is_nested or x.device.type != "cpu" or x.layout is not torch.strided:
+        return False
+    if x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
     # An autograd.Function has no rule for functorch and forward mode.
     if torch._C._are_functorch_transforms_active():
@@ -56,10 +58,9 @@ def is_ours(x: Tensor) -> bool:
 
 
 def run(a: Arguments) -> Tensor:
-    """Compute it, where `is_ours` is true of x."""
+    """Compute it, where `is_ours` is true of x, and the arguments are usual."""
     tensors = a.tensors()
-    usual = a.eps > 0 and all(t.device.type == "cpu" for t in tensors) and not (a.training and a.x.numel() == a.x.shape[1])
-    if (a.activation.code == 0 and a.residual is None and not a.from_output and is_enabled()) or not usual:
+    if a.activation.code == 0 and a.residual is None and not a.from_output and is_enabled():
         return a.composed()
     if torch.compiler.is_compiling():
         return in_graph(a)
@@ -113,8 +114,12 @@ def batch_norm(
     found = IDENTITY if activation is None else checks.activation(activation)
     if not isinstance(found, Builtin):
         raise TypeError(f"activation must be a name, or a name and a number, got {activation!r}")
-    if residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype):
-        mine, its = (f"{tuple(t.shape)} and {t.dtype}" for t in (input, residual))
-        raise ValueError(f"residual must have the shape and dtype of input, {mine}, got {its}")
+    for name, t in (("input", input), ("residual", residual)):
+        if not (isinstance(t, Tensor) or (t is None and name == "residual")):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
+        mine, its = (f"{tuple(t.shape)}, {t.dtype}, {t.device}" for t in (input, residual))
+        raise ValueError(f"residual must have the shape, dtype and device of input, {mine}, got {its}")
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, found)
-    return a.composed() if (found is IDENTITY and residual is None) or not is_ours(input) else run(a)
+    ours = (found is not IDENTITY or residual is not None) and is_ours(input) and a.is_usual()
+    return run(a) if ours and (residual is None or residual.layout is torch.strided) else a.composed()

@@ -7,6 +7,7 @@ model's own Python code, with stand-ins for tensors.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils import checkpoint
 
+AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
 CONVERTED = "_fastbn_converted"  # of the class of a converted layer: the class that the layer had
 
 
@@ -92,8 +95,34 @@ class Part(NamedTuple):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True  # else an operation in place would be done
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = function_codes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta[AROUND] = in_function(sys._getframe(1), self.codes)
+        return node
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+
+
+def in_function(frame: Any, codes: set[Any]) -> Any:
+    """The innermost frame of an autograd.Function or a checkpoint, from a frame on outwards; None if there is none."""
+    while frame is not None and frame.f_code not in codes and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame
+
+
+def function_codes() -> set[Any]:
+    """The code of every autograd.Function."""
+    found, classes = set(), [torch.autograd.Function]
+    while classes:
+        kind = classes.pop()
+        classes += kind.__subclasses__()
+        found.add(getattr(kind.forward, "__code__", None))
+    return found
 
 
 @contextmanager

@@ -37,6 +37,7 @@ FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "relu6": lambda dy, y, _: torch.ops.aten.hardtanh_backward(dy, y, 0.0, 6.0),
     "leaky_relu": lambda dy, y, slope: torch.ops.aten.leaky_relu_backward(dy, y, slope, True),
 }
+NUMBERS = (float, int)
 IDENTITY = Builtin("identity", 0.0, 0)
 LEFT = "fastbn cannot compute this: "
 
@@ -62,6 +63,27 @@ class Arguments(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """All but x."""
         return [t for t in self[1:6] if t is not None]
+
+    def is_usual(self) -> bool:
+        """Whether the arguments are such as the operators take, for an x that they take; else torch says what is wrong, or does it."""
+        x, channels = self.x, self.x.shape[1]
+        numbers = type(self.training) is bool and type(self.momentum) in NUMBERS and type(self.eps) in NUMBERS and self.eps > 0
+        if not numbers or (self.training and x.numel() == channels) or (self.mean is None) != (self.var is None):
+            return False
+        if not self.training and self.mean is None:
+            return False
+        dtype = None  # of all vectors
+        for t in self[2:6]:
+            if t is None:
+                continue
+            if not isinstance(t, Tensor) or t.layout is not torch.strided or t.device.type != "cpu" or t.shape != (channels,):
+                return False
+            if dtype is not None and t.dtype is not dtype:
+                return False
+            dtype = t.dtype
+        if self.mean is not None and self.var is not None and (self.mean.requires_grad or self.var.requires_grad):
+            return False
+        return dtype is None or dtype is x.dtype or (dtype is torch.float32 and x.dtype.itemsize == 2)
 
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
@@ -89,6 +111,8 @@ class Arguments(NamedTuple):
 def compiled() -> Any:
     """The operators in C, defined by the first call."""
     global _operators
+    if _operators is not None:
+        return _operators
     with _lock:
         if _operators is None:
             if not ready().define_operators():
