@@ -11,8 +11,10 @@ except ImportError as error:
 if int(_keras.__version__.split(".")[0]) < 3:
     raise ImportError(f"fastbn.keras needs Keras 3, this is {_keras.__version__}: pip install -U keras")
 
+from fastbn.keras.conversion import convert
 from fastbn.keras.layer import BatchNormalization
+from fastbn.keras.overview import Summary, summary
 
-__all__ = ["BatchNormalization"]
+__all__ = ["BatchNormalization", "Summary", "convert", "summary"]
 
 del _keras

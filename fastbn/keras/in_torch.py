@@ -21,22 +21,18 @@ def mean_of(x: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> Tensor:
     return torch.where(mask, x, 0).sum(axes, keepdim=True) / mask.sum(axes, keepdim=True).clamp(min=1)
 
 
-def _channels_second(x: Tensor, axis: int) -> Tensor:
-    """The same memory with the channels on axis 1, in an order that the kernels take; a copy where it is in none."""
-    z = x.movedim(axis, 1)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(z.dim())
-    if z.is_contiguous() or (last is not None and z.is_contiguous(memory_format=last)):
-        return z
-    before, after = prod(x.shape[:axis]), prod(x.shape[axis + 1 :])
-    return x.reshape((before, x.shape[axis], after) if after != 1 else (before, x.shape[axis]))
-
-
 def _run(plan: Plan, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor | None:
     if x.dim() < 2 or x.numel() == 0 or not is_ours(x, 0) or not is_compiled(x):
         return None
-    z = _channels_second(x, plan.axis)
-    y = run(Arguments(z, None, gamma, beta, mean, var, training, 1.0, plan.eps, plan.activation or IDENTITY))
-    return y.movedim(1, plan.axis) if z.dim() == x.dim() else y.reshape(x.shape)
+    rest = training, 1.0, plan.eps, plan.activation or IDENTITY
+    z = x.movedim(plan.axis, 1)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(z.dim())
+    if z.is_contiguous() or (last is not None and z.is_contiguous(memory_format=last)):
+        return run(Arguments(z, None, gamma, beta, mean, var, *rest)).movedim(1, plan.axis)
+    # The same memory with fewer axes, in an order that the kernels take; a copy where x itself is in none.
+    before, after = prod(x.shape[: plan.axis]), prod(x.shape[plan.axis + 1 :])
+    z = x.reshape((before, x.shape[plan.axis], after) if after != 1 else (before, x.shape[plan.axis]))
+    return run(Arguments(z, None, gamma, beta, mean, var, *rest)).reshape(x.shape)
 
 
 def train(plan: Plan, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -28,6 +29,7 @@ _FUSED: dict[str, Any] = {
 }
 
 
+@cache
 def backend() -> Any:
     """The module that runs the operation on the backend that Keras has chosen.
 
@@ -55,6 +57,11 @@ def _activation(given: Any) -> tuple[Any, Builtin | None]:
     known = name in _FUSED and function is getattr(keras.activations, name)
     found = checks.activation(_FUSED[name]) if known else None
     return function, found if isinstance(found, Builtin) else None
+
+
+def known(activation: Any) -> bool:
+    """Whether the kernels know an activation."""
+    return _activation(activation)[1] is not None
 
 
 @keras.saving.register_keras_serializable("fastbn")
@@ -96,7 +103,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def __init__(self, *args: Any, activation: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._operation = backend()
+        backend()  # says now what it does not know
         self.activation, self._builtin = _activation(activation)
 
     def get_config(self) -> dict[str, Any]:
@@ -124,7 +131,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         """
         if mask is not None and len(mask.shape) != len(inputs.shape) - 1:
             raise ValueError(f"mask must have one axis less than inputs, of shape {inputs.shape}, got {mask.shape}")
-        if self.synchronized and self._operation.replicas() > 1:
+        if self.synchronized and backend().replicas() > 1:
             return self._after(super().call(inputs, training=training, mask=mask))
         dtype = keras.backend.standardize_dtype(inputs.dtype)
         x = inputs if dtype in _DTYPES else ops.cast(inputs, "float32")
@@ -149,7 +156,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _infer(self, plan: Plan, x: Any, wide: str) -> Any:
         gamma, beta = self._scale_and_shift(x, wide)
         mean, var = ops.cast(self.moving_mean, wide), ops.cast(self.moving_variance, wide)
-        y = self._operation.infer(plan, x, gamma, beta, mean, var)
+        y = backend().infer(plan, x, gamma, beta, mean, var)
         if y is not None:
             return y
         gamma, beta, mean, var = (composed.along(plan, v, len(x.shape)) for v in (gamma, beta, mean, var))
@@ -158,7 +165,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _train(self, plan: Plan, x: Any, wide: str, mask: Any) -> Any:
         gamma, beta = self._scale_and_shift(x, wide)
         renorm = getattr(self, "renorm", False)  # older Keras has none
-        found = None if renorm or mask is not None else self._operation.train(plan, x, gamma, beta)
+        found = None if renorm or mask is not None else backend().train(plan, x, gamma, beta)
         if found is not None:
             y, mean, var = found
             self._move(self.moving_mean, mean, self.momentum)
@@ -166,7 +173,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             return y
         rank = len(x.shape)
         counts = None if mask is None else ops.broadcast_to(ops.cast(ops.expand_dims(mask, -1), "bool"), ops.shape(x))
-        centered, broadcast_mean, broadcast_var = composed.center(self._operation, plan, ops.cast(x, wide), counts)
+        centered, broadcast_mean, broadcast_var = composed.center(backend(), plan, ops.cast(x, wide), counts)
         mean, var = ops.reshape(broadcast_mean, (-1,)), ops.reshape(broadcast_var, (-1,))
         if renorm:
             gamma, beta = self._renormalize(mean, var, gamma, beta, wide)
