@@ -114,6 +114,23 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             config["activation"] = list(self.activation) if known else keras.activations.serialize(self.activation)
         return config
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Any:
+        """A layer from its configuration; of the class that ``custom_objects`` names, where a file is read with these.
+
+        Parameters
+        ----------
+        config : dict
+
+        Returns
+        -------
+        BatchNormalization
+        """
+        chosen = keras.saving.get_registered_object("BatchNormalization")
+        if cls is BatchNormalization and chosen not in (None, cls):
+            return chosen.from_config(config)
+        return super().from_config(config)
+
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalize, as Keras' layer does.
 
