@@ -10,23 +10,13 @@ import keras
 
 from fastbn import checks
 from fastbn.activations import Builtin
+from fastbn.conventions import KERAS
 from fastbn.keras import composed
 from fastbn.keras.arrays import Plan, computed
 
 ops = keras.ops
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-# Keras' own functions that the kernels know; those with parameters, with Keras' defaults.
-_FUSED: dict[str, Any] = {
-    "relu": "relu",
-    "relu6": "relu6",
-    "leaky_relu": ("leaky_relu", 0.2),
-    "hard_silu": "hardswish",
-    "sigmoid": "sigmoid",
-    "silu": "silu",
-    "tanh": "tanh",
-    "gelu": "gelu",
-}
 
 
 @cache
@@ -54,8 +44,8 @@ def _activation(given: Any) -> tuple[Any, Builtin | None]:
     if function is keras.activations.linear:
         return None, None
     name = getattr(function, "__name__", "")
-    known = name in _FUSED and function is getattr(keras.activations, name)
-    found = checks.activation(_FUSED[name]) if known else None
+    known = name in KERAS and function is getattr(keras.activations, name)
+    found = checks.activation(KERAS[name]) if known else None
     return function, found if isinstance(found, Builtin) else None
 
 
