@@ -100,23 +100,23 @@ def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
     if isinstance(source, Mapping):
         if not {"running_mean", "running_var"} <= source.keys():
             raise TypeError(f"module must be a layer, or a state_dict with running_mean and running_var, got one with {sorted(source)}")
-        found, numbers = source.get, {}
+        found, numbers = dict(source), {}
     else:
         if missing := [name for name in (*names, "eps") if not hasattr(source, name)]:
             raise TypeError(
                 f"module must have running_mean, running_var, weight, bias and eps, or be a state_dict, got {type(source).__name__} "
                 f"without {', '.join(missing)}"
             )
-        found = lambda name: getattr(source, name, None)  # noqa: E731
+        found = {name: getattr(source, name, None) for name in (*names, "num_batches_tracked")}
         numbers = {name: getattr(source, name) for name in ("eps", "momentum", "training", "correction") if hasattr(source, name)}
-    vectors = tuple(array_of(found(name)) for name in names)
+    mean, var, weight, bias = (array_of(found.get(name)) for name in names)
     eps = numbers.get("eps", 1e-5) if eps is None else eps
     momentum = numbers.get("momentum", 0.1) if momentum is ... else momentum
     correction = numbers.get("correction", 1)
     return Found(
-        names, vectors, eps, momentum, correction, training=bool(numbers.get("training", True)), dtype=_dtype(*vectors),
-        batches=array_of(found("num_batches_tracked")),
-    )  # type: ignore[arg-type]  # fmt: skip
+        names, (mean, var, weight, bias), eps, momentum, correction, training=bool(numbers.get("training", True)),
+        dtype=_dtype(mean, var, weight, bias), batches=array_of(found.get("num_batches_tracked")),
+    )  # fmt: skip
 
 
 def keras(
@@ -160,7 +160,8 @@ def _keras_activation(layer: Any) -> Any:
         return given
     name = getattr(given, "__name__", "")
     if name not in KERAS:
-        raise ValueError(f"the layer's activation, {checks.short(name or given)}, is none of {', '.join(KERAS)}: give activation=, or apply it apart")
+        own = checks.short(name or given)
+        raise ValueError(f"the layer's activation, {own}, is none of {', '.join(KERAS)}: give activation=, or apply it apart")
     return KERAS[name]
 
 
@@ -172,17 +173,18 @@ def flax(source: Any, epsilon: Any, momentum: Any, axis: Any) -> Found:
         if not isinstance(flat, Mapping) or not {"mean", "var"} <= flat.keys():
             listed = sorted(map(str, flat)) if isinstance(flat, Mapping) else type(flat).__name__
             raise TypeError(f"variables must hold the batch_stats of one layer, mean and var, got {listed}")
-        found, own = flat.get, {}
+        found, own = dict(flat), {}
     else:
         if not (hasattr(source, "mean") and hasattr(source, "var") and hasattr(source, "epsilon")):
-            raise TypeError(f"variables must be a flax.nnx.BatchNorm, or variables of one flax.linen.BatchNorm, got {type(source).__name__}")
-        found = lambda name: getattr(source, name, None)  # noqa: E731
+            kind = type(source).__name__
+            raise TypeError(f"variables must be a flax.nnx.BatchNorm, or variables of one flax.linen.BatchNorm, got {kind}")
+        found = {name: getattr(source, name, None) for name in names}
         own = {name: getattr(source, name) for name in ("epsilon", "momentum", "axis") if hasattr(source, name)}
-    vectors = tuple(array_of(found(name)) for name in names)
+    mean, var, scale, bias = (array_of(found.get(name)) for name in names)
     eps = own.get("epsilon", 1e-5) if epsilon is None else epsilon
     new = old_weight("momentum", own.get("momentum", 0.99) if momentum is None else momentum)
     where = own.get("axis", -1) if axis is None else axis
-    return Found(names, vectors, eps, new, 0, where, dtype=_dtype(*vectors))  # type: ignore[arg-type]
+    return Found(names, (mean, var, scale, bias), eps, new, 0, where, dtype=_dtype(mean, var, scale, bias))
 
 
 def onnx(node: Any, given: Any, input_mean: Any, input_var: Any, epsilon: Any, momentum: Any) -> Found:
@@ -248,7 +250,7 @@ def _of_model(model: Any, name: Any) -> tuple[Any, dict[str, Any]]:
     tensors = {t.name: t for t in model.graph.initializer if t.name in wanted}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.output[0] in wanted:
-            tensors |= {node.output[0]: a.t for a in node.attribute if a.name == "value"}
+            tensors |= dict.fromkeys(node.output, next(a.t for a in node.attribute if a.name == "value"))
     return found[0], {key: _tensor(tensor) for key, tensor in tensors.items()}
 
 

@@ -121,13 +121,14 @@ class _BatchNorm(FromOthers):
         }  # fmt: skip
         layer = cls(sizes[0][0], **taken | where | options)
         own = ("running_mean", "running_var", "weight", "bias")
+        channels = layer.num_features, f"the layer has {layer.num_features} channels"
         loaded: dict[str, Array | None] = {}
         for key, (name, value) in zip(own, given.items(), strict=True):
             vector = getattr(layer, key)
             if value is None or vector is None:
                 loaded[key] = None
                 continue
-            loaded[key] = checks.vector(name, value, (layer.num_features, f"{found.names[0]} has {layer.num_features} channels"), vector.dtype)
+            loaded[key] = checks.vector(name, value, channels, vector.dtype)
         for key, value in loaded.items():
             setattr(layer, key, None if value is None else value.copy())
         if layer.num_batches_tracked is not None and found.batches is not None:

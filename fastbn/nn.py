@@ -69,11 +69,7 @@ def batch_normalization(
         vectors[key] = None if value is None else checks.real(key, value)
     shape = array.shape
     for key, v in vectors.items():
-        try:
-            shape = np.broadcast_shapes(shape, () if v is None else v.shape)
-        except ValueError:
-            assert v is not None  # noqa: S101  () goes with every shape
-            raise ValueError(f"{key} must broadcast with x and the others to one shape, {shape}, got {v.shape}") from None
+        shape = shape if v is None else _joined(key, shape, v.shape)
     axis = _axis(array.shape, shape, vectors)
     if axis is not None:
         rows = {key: None if v is None else np.broadcast_to(v.reshape(-1), array.shape[axis]) for key, v in vectors.items()}
@@ -83,6 +79,13 @@ def batch_normalization(
         )
         return y.reshape(shape)
     return _elementwise(array, vectors, eps, dtype.compute)
+
+
+def _joined(name: str, shape: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(shape, other)
+    except ValueError:
+        raise ValueError(f"{name} must broadcast with x and the others to one shape, {shape}, got {other}") from None
 
 
 def _axis(x: tuple[int, ...], shape: tuple[int, ...], vectors: dict[str, Array | None]) -> int | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import doctest
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +135,10 @@ def silu(z: Array) -> Array:
     return z / (1.0 + np.exp(-z))
 
 
-SHAPES = [((64, 3), -1), ((8, 5, 3), -1), ((8, 3, 5), 1), ((4, 5, 6, 3), -1), ((4, 3, 5, 6), 1), ((3, 4, 3, 5), 2), ((2, 3, 4, 5, 3), -1), ((5, 4, 2), 0)]
+SHAPES = [
+    ((64, 3), -1), ((8, 5, 3), -1), ((8, 3, 5), 1), ((4, 5, 6, 3), -1), ((4, 3, 5, 6), 1), ((3, 4, 3, 5), 2), ((2, 3, 4, 5, 3), -1),
+    ((5, 4, 2), 0),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
@@ -303,7 +309,9 @@ def test_integers_are_taken_as_keras_takes_them() -> None:
     near(layer(x, training=True), truth(x, layer, True), 1e-5)
 
 
-@pytest.mark.parametrize("activation", ["relu6", "leaky_relu", "hard_silu", "sigmoid", "tanh", "gelu", "elu", ("leaky_relu", 0.05), ("gelu", "tanh")])
+@pytest.mark.parametrize(
+    "activation", ["relu6", "leaky_relu", "hard_silu", "sigmoid", "tanh", "gelu", "elu", ("leaky_relu", 0.05), ("gelu", "tanh")]
+)
 def test_an_activation_is_keras_own(activation: Any) -> None:
     x = data((8, 5, 3))
     layer, plain = made(x.shape, activation=activation), made(x.shape)
@@ -336,7 +344,8 @@ def test_a_mask_of_another_rank_is_an_error() -> None:
 def small(normalization: Any, fused: bool = False) -> Any:
     """A model with a nested one, a shared layer, and batch norms that activations follow."""
     layers = keras.layers
-    inner = keras.Sequential([layers.Input((6, 6, 4)), layers.Conv2D(4, 3, padding="same"), normalization(name="inner_bn"), layers.ReLU()], name="inner")
+    first = layers.Input((6, 6, 4)), layers.Conv2D(4, 3, padding="same")
+    inner = keras.Sequential([*first, normalization(name="inner_bn"), layers.ReLU()], name="inner")
     shared = normalization(name="shared")
     x = inputs = layers.Input((6, 6, 4), name="image")
     x = inner(x)
@@ -398,9 +407,9 @@ def test_what_cannot_be_cloned_is_said() -> None:
 
     with pytest.raises(ValueError, match="Own is neither Sequential nor Functional"):
         fastbn.keras.convert(Own())
-    with pytest.raises(TypeError, match="model must be a keras.Model, got int"):
+    with pytest.raises(TypeError, match=r"model must be a keras\.Model, got int"):
         fastbn.keras.convert(3)
-    with pytest.raises(TypeError, match="model must be a keras.Model, got int"):
+    with pytest.raises(TypeError, match=r"model must be a keras\.Model, got int"):
         fastbn.keras.summary(3)
 
 
@@ -490,6 +499,23 @@ def test_compiled_steps_take_the_operator() -> None:
 
     layer, x = made((4, 8, 6)), torch.tensor(data((4, 8, 6)))
     near(torch.compile(lambda x: layer(x, training=False), backend="eager")(x), truth(x.numpy(), layer, False))
+
+
+@pytest.mark.parametrize("module", ["conversion", "layer", "overview"])
+def test_examples_print_what_they_say(module: str) -> None:
+    found = doctest.DocTestFinder(exclude_empty=True).find(import_module(f"fastbn.keras.{module}"))
+    examples = [example for example in found if example.examples]
+    assert examples
+    for example in examples:
+        doctest.DebugRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example)
+
+
+@trains
+def test_the_page_for_keras_runs() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "keras.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(block, names)  # noqa: S102  our own text
 
 
 class _Swap:

@@ -40,6 +40,7 @@ NODE = SimpleNamespace(  # what a NodeProto looks like
     op_type="BatchNormalization", name="bn", input=["x", "s", "b", "m", "v"], output=["y"],
     attribute=[SimpleNamespace(name="epsilon", type=1, f=1e-2, i=0), SimpleNamespace(name="momentum", type=1, f=0.8, i=0)],
 )  # fmt: skip
+ELU, RELU = SimpleNamespace(__name__="elu"), SimpleNamespace(op_type="Relu", attribute=[])
 TENSORS = {"s": GAMMA, "b": BETA, "m": MEAN, "v": VAR}
 LINEN = {"params": {"scale": GAMMA, "bias": BETA}, "batch_stats": {"mean": MEAN, "var": VAR}}
 NNX = SimpleNamespace(scale=GAMMA, bias=BETA, mean=MEAN, var=VAR, epsilon=1e-2, momentum=0.95, axis=-1)
@@ -106,14 +107,14 @@ def test_a_layer_of_fastbn_and_its_state_are_taken_as_pytorchs() -> None:
         (ValueError, "layer must be built", lambda k: k.from_keras(keras_layer(moving_mean=None))),
         (TypeError, "moving_mean and moving_variance must be given", lambda k: k.from_keras(GAMMA)),
         (TypeError, "are the layer's own", lambda k: k.from_keras(keras_layer(), BETA)),
-        (ValueError, "the layer's activation, 'elu', is none of", lambda k: k.from_keras(keras_layer(activation=SimpleNamespace(__name__="elu")))),
+        (ValueError, "the layer's activation, 'elu', is none of", lambda k: k.from_keras(keras_layer(activation=ELU))),
         (TypeError, "variables must hold the batch_stats", lambda k: k.from_flax({"params": {"scale": GAMMA}})),
         (TypeError, "variables must be a flax.nnx.BatchNorm", lambda k: k.from_flax(3)),
-        (ValueError, "node must be a BatchNormalization, got Relu", lambda k: k.from_onnx(SimpleNamespace(op_type="Relu", attribute=[]), {})),
+        (ValueError, "node must be a BatchNormalization, got Relu", lambda k: k.from_onnx(RELU, {})),
         (ValueError, "but v is not among those given", lambda k: k.from_onnx(NODE, {k: v for k, v in TENSORS.items() if k != "v"})),
         (TypeError, "tensors of a node must be a mapping", lambda k: k.from_onnx(NODE)),
         (TypeError, "scale, B, input_mean and input_var must be given", lambda k: k.from_onnx(GAMMA, BETA)),
-        (ValueError, "moving_variance has shape|moving_mean has 3 channels", lambda k: k.from_keras(GAMMA, BETA, MEAN, VAR[:2])),
+        (ValueError, "moving_variance has shape", lambda k: k.from_keras(GAMMA, BETA, MEAN, VAR[:2])),
         (TypeError, "momentum must be a number", lambda k: k.from_keras(GAMMA, BETA, MEAN, VAR, momentum="0.9")),
         (ValueError, "epsilon must be", lambda k: k.from_keras(GAMMA, BETA, MEAN, VAR, epsilon=-1.0)),
     ],

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import fastbn
+from fastbn import nn
 from fastbn.layout import Array
 
 X = np.random.default_rng(0).normal(3.0, 2.0, (4, 3, 5, 2))
@@ -55,7 +56,8 @@ def test_moments_are_numpys(axes: Any, keepdims: bool) -> None:
         over = axes if isinstance(axes, int) else tuple(axes)
         mean, variance = fastbn.nn.moments(x, axes, keepdims=keepdims)
         assert mean.dtype == variance.dtype == x.dtype
-        for found, want in ((mean, x.astype(float).mean(over, keepdims=keepdims)), (variance, x.astype(float).var(over, keepdims=keepdims))):
+        wide = x.astype(float)
+        for found, want in ((mean, wide.mean(over, keepdims=keepdims)), (variance, wide.var(over, keepdims=keepdims))):
             assert found.shape == want.shape
             np.testing.assert_allclose(found, want, rtol=tolerance, atol=tolerance)
 
@@ -94,19 +96,19 @@ def test_one_value_has_a_variance_of_zero() -> None:
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
-        (TypeError, "x must be", lambda: fastbn.nn.batch_normalization([1.0], 0.0, 1.0, None, None, 0.0)),
-        (TypeError, "x must have dtype", lambda: fastbn.nn.moments(np.ones(3, int), [0])),
-        (TypeError, "mean must be an array of real numbers, got None", lambda: fastbn.nn.batch_normalization(X, None, 1.0, None, None, 0.0)),
-        (ValueError, r"variance must broadcast with x .* got \(3,\)", lambda: fastbn.nn.batch_normalization(X, 0.0, [1.0] * 3, None, None, 0.0)),
-        (ValueError, "variance_epsilon must be", lambda: fastbn.nn.batch_normalization(X, 0.0, 1.0, None, None, -1.0)),
-        (ValueError, "axes must be at most 3, got 4", lambda: fastbn.nn.moments(X, [4])),
-        (ValueError, "axes must name each axis once", lambda: fastbn.nn.moments(X, [1, -3])),
-        (TypeError, "axes must be an int or a sequence", lambda: fastbn.nn.moments(X, "0")),
-        (ValueError, "data_format must be one of NHWC", lambda: fastbn.nn.fused_batch_norm(X, None, None, data_format="NWHC")),
-        (ValueError, "data_format 'NDHWC' is for arrays with 5 axes", lambda: fastbn.nn.fused_batch_norm(X, None, None, data_format="NDHWC")),
-        (ValueError, "mean and variance must be given", lambda: fastbn.nn.fused_batch_norm(X, None, None, is_training=False)),
-        (ValueError, "mean and variance must be given", lambda: fastbn.nn.fused_batch_norm(X, None, None, exponential_avg_factor=0.1)),
-        (ValueError, "scale has shape", lambda: fastbn.nn.fused_batch_norm(X, [1.0], None)),
+        (TypeError, "x must be", lambda: nn.batch_normalization([1.0], 0.0, 1.0, None, None, 0.0)),
+        (TypeError, "x must have dtype", lambda: nn.moments(np.ones(3, int), [0])),
+        (TypeError, "mean must be an array of real numbers, got None", lambda: nn.batch_normalization(X, None, 1.0, None, None, 0.0)),
+        (ValueError, r"variance must broadcast with x .* got \(3,\)", lambda: nn.batch_normalization(X, 0.0, [1.0] * 3, None, None, 0.0)),
+        (ValueError, "variance_epsilon must be", lambda: nn.batch_normalization(X, 0.0, 1.0, None, None, -1.0)),
+        (ValueError, "axes must be at most 3, got 4", lambda: nn.moments(X, [4])),
+        (ValueError, "axes must name each axis once", lambda: nn.moments(X, [1, -3])),
+        (TypeError, "axes must be an int or a sequence", lambda: nn.moments(X, "0")),
+        (ValueError, "data_format must be one of NHWC", lambda: nn.fused_batch_norm(X, None, None, data_format="NWHC")),
+        (ValueError, "data_format 'NDHWC' is for arrays with 5 axes", lambda: nn.fused_batch_norm(X, None, None, data_format="NDHWC")),
+        (ValueError, "mean and variance must be given", lambda: nn.fused_batch_norm(X, None, None, is_training=False)),
+        (ValueError, "mean and variance must be given", lambda: nn.fused_batch_norm(X, None, None, exponential_avg_factor=0.1)),
+        (ValueError, "scale has shape", lambda: nn.fused_batch_norm(X, [1.0], None)),
     ],
 )
 def test_errors_name_the_argument(error: type[Exception], text: str, call: Any) -> None:

@@ -39,7 +39,7 @@ def along(plan: Plan, vector: Any, rank: int) -> Any:
 
 
 def center(backend: Any, plan: Plan, x: Any, mask: Any) -> tuple[Any, Any, Any]:
-    """x without its mean; the mean and the variance, in shapes that are broadcast. No values have a mean and a variance of 0."""
+    """X without its mean; the mean and the variance, in shapes that are broadcast. No values have a mean and a variance of 0."""
     axes = tuple(axis for axis in range(len(x.shape)) if axis != plan.axis)
     mean = backend.mean_of(x, axes, mask)
     centered = x - mean

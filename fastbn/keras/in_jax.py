@@ -16,7 +16,7 @@ import keras
 import numpy as np
 
 from fastbn.keras import arrays, composed
-from fastbn.keras.arrays import VECTORS, Plan, computed
+from fastbn.keras.arrays import VECTORS, Plan
 
 
 def mean_of(x: Any, axes: tuple[int, ...], mask: Any) -> Any:
@@ -37,8 +37,7 @@ def _like(a: Any) -> Any:
     return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _forward(plan: Plan, x: Any, gamma: Any, beta: Any) -> Any:
+def _called_forward(plan: Plan, x: Any, gamma: Any, beta: Any) -> Any:
     vectors = jax.ShapeDtypeStruct((VECTORS, gamma.shape[0]), gamma.dtype)
     return _callback(arrays.forward, plan, (_like(x), vectors), x, gamma, beta)
 
@@ -52,11 +51,11 @@ def _derive(plan: Plan, kept: Any, cotangents: Any) -> Any:
     return _gradients(plan, *kept, cotangents[0])
 
 
+_forward = jax.custom_vjp(_called_forward, nondiff_argnums=(0,))
 _forward.defvjp(_keep, _derive)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(plan: Plan, x: Any, gamma: Any, beta: Any, vectors: Any, dy: Any) -> Any:
+def _called_backward(plan: Plan, x: Any, gamma: Any, beta: Any, vectors: Any, dy: Any) -> Any:
     return _callback(arrays.backward, plan, (_like(x), _like(gamma), _like(beta)), x, vectors, dy)
 
 
@@ -74,6 +73,7 @@ def _derive_again(plan: Plan, given: Any, cotangents: Any) -> Any:
     return *found, jnp.zeros_like(vectors), ddy
 
 
+_gradients = jax.custom_vjp(_called_backward, nondiff_argnums=(0,))
 _gradients.defvjp(_keep_all, _derive_again)
 
 

@@ -34,7 +34,6 @@ def _call(function: Any, plan: Plan, given: tuple[Any, ...], results: tuple[Any,
 def _forward(plan: Plan, x: Any, gamma: Any, beta: Any) -> Any:
     vectors = tf.TensorSpec((VECTORS, gamma.shape[0]), gamma.dtype)
 
-    @tf.custom_gradient
     def forward(x: Any, gamma: Any, beta: Any) -> Any:
         y, saved = _call(arrays.forward, plan, (x, gamma, beta), (x, vectors))
 
@@ -43,11 +42,10 @@ def _forward(plan: Plan, x: Any, gamma: Any, beta: Any) -> Any:
 
         return (y, saved), derive
 
-    return forward(x, gamma, beta)
+    return tf.custom_gradient(forward)(x, gamma, beta)
 
 
 def _gradients(plan: Plan, x: Any, gamma: Any, beta: Any, saved: Any, dy: Any) -> Any:
-    @tf.custom_gradient
     def gradients(x: Any, gamma: Any, beta: Any, dy: Any) -> Any:
         found = _call(arrays.backward, plan, (x, saved, dy), (x, gamma, beta))
 
@@ -63,7 +61,7 @@ def _gradients(plan: Plan, x: Any, gamma: Any, beta: Any, saved: Any, dy: Any) -
 
         return tuple(found), derive
 
-    return gradients(x, gamma, beta, dy)
+    return tf.custom_gradient(gradients)(x, gamma, beta, dy)
 
 
 def replicas() -> int:

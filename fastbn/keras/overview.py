@@ -69,7 +69,8 @@ class Summary(tuple[Layer, ...]):
         """A table of columns, and what it counts in all."""
         if not self:
             return "the model has no batch norm"
-        header = "path", "kind", "channels", "axis", "epsilon", "momentum", "mode", "moving variance", "dead", "activation", "before", "after"
+        numbers = "channels", "axis", "epsilon", "momentum"
+        header = "path", "kind", *numbers, "mode", "moving variance", "dead", "activation", "before", "after"
         ours = sum(layer.kind.startswith("fastbn.") for layer in self)
         count = f"{len(self)} layers, {sum(layer.channels or 0 for layer in self)} channels, {ours} by fastbn"
         return "\n".join([*table([header, *(layer.cells() for layer in self)]), count])
