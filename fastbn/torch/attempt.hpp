@@ -1,0 +1,29 @@
+// A call to the kernels with torch's arguments: it is taken, or there is a reason why not.
+#pragma once
+
+#include <atomic>
+
+#include "arguments.hpp"
+
+namespace fastbn::torch {
+
+extern std::atomic<const Kernels*> kernels;  // another kernel may be pinned when fastbn is enabled again
+extern void (*end_scratch)();
+extern std::atomic<bool> in_child;  // of a fork: torch's team stayed behind
+
+struct Attempt {
+    Operation operation;
+    Dtype dtype;
+    bool last;
+    Tensor results[4];
+
+    void found(const Input& x) noexcept { dtype = x.dtype, last = x.last; }
+};
+
+// input, weight?, bias?, running_mean?, running_var?, training, momentum, eps
+Answer try_forward(const Slot* stack, Attempt& attempt, Epilogue after = {}) noexcept;
+
+// grad_out, input, weight?, running_mean?, running_var?, save_mean?, save_invstd?, train, eps, output_mask
+Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after = {}) noexcept;
+
+}  // namespace fastbn::torch
