@@ -59,7 +59,8 @@ class _Buffer(Structure):
 
 class _Buffers(Structure):
     _fields_ = (
-        ("struct_size", c_size_t), ("extension", c_void_p), ("size", c_int64), ("types", POINTER(c_int)), ("items", POINTER(POINTER(_Buffer))),
+        ("struct_size", c_size_t), ("extension", c_void_p), ("size", c_int64), ("types", POINTER(c_int)),
+        ("items", POINTER(POINTER(_Buffer))),
     )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def _handler(function: Callable[[list[Array], list[Array]], None]) -> Any:
                 wanted.major, wanted.minor = frame.api.contents.version.major, frame.api.contents.version.minor
                 return None
             function(_arrays(frame.arguments), _arrays(frame.results))
-        except BaseException as error:  # noqa: BLE001  none may go through C
+        except BaseException as error:  # none may go through C
             text = f"{type(error).__name__}: {error}".encode()
             given = _ErrorArguments(ctypes.sizeof(_ErrorArguments), None, text, _INTERNAL)
             return frame.api.contents.create_error(ctypes.byref(given))  # type: ignore[no-any-return]
@@ -143,5 +144,5 @@ def works() -> bool:
             x = np.arange(6, dtype=np.float32).reshape(2, 3)
             (found,) = jax.jit(lambda x: call("fastbn_try", doubled, (jax.ShapeDtypeStruct(x.shape, x.dtype),), x))(x)
             return bool((np.asarray(found) == 2.0 * x).all())
-    except Exception:  # noqa: BLE001  whatever it is, there is another way
+    except Exception:  # whatever it is, there is another way
         return False
