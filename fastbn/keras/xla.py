@@ -80,7 +80,7 @@ def _array(buffer: _Buffer) -> Array:
     size = int(np.prod(shape)) * dtype.itemsize
     if not size:
         return np.empty(shape, dtype)
-    return np.frombuffer((ctypes.c_char * size).from_address(buffer.data), dtype).reshape(shape)
+    return np.frombuffer(memoryview((ctypes.c_char * size).from_address(buffer.data)), dtype).reshape(shape)
 
 
 def _arrays(buffers: _Buffers) -> list[Array]:
