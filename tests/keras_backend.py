@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
+import pickle
 import re
 import subprocess
 import sys
@@ -480,6 +482,37 @@ def test_a_batch_of_batches_has_statistics_of_each() -> None:
     y = jax.jit(jax.vmap(lambda x: layer.stateless_call(weights, others, x, training=True)[0]))(x)
     for one, part in zip(y, x, strict=True):
         near(one, truth(part, layer, True))
+
+
+@only("jax")
+def test_without_xlas_interface_jax_calls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastbn.keras import xla
+
+    assert xla.works()
+    x, dy = data((8, 5, 3), 1.0), data((8, 5, 3), seed=5)
+    found = gradients(made(x.shape), x, dy, training=True)
+    monkeypatch.setattr(xla, "works", lambda: False)
+    for a, b in zip(found, gradients(made(x.shape, name="other"), x, dy, training=True), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@only("jax")
+def test_an_error_in_a_function_of_arrays_is_one_of_the_program() -> None:
+    import jax
+
+    from fastbn.keras import xla
+
+    def fails(arguments: list[Array], results: list[Array]) -> None:
+        raise ValueError("not these numbers")
+
+    with pytest.raises(Exception, match="ValueError: not these numbers"):
+        jax.block_until_ready(xla.call("fastbn_fails", fails, (jax.ShapeDtypeStruct((3,), "float32"),), np.ones(3, np.float32)))
+
+
+def test_a_layer_can_be_copied() -> None:
+    layer = made((4, 3), activation="relu")
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301  our own
+        near(again(data((4, 3))), values(layer(data((4, 3)))), 1e-6)
 
 
 @only("torch")

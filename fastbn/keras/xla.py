@@ -9,6 +9,7 @@ version 0: fields are only ever added at the ends of its structs).
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
@@ -72,6 +73,7 @@ class _Frame(Structure):
 
 
 _Handler = ctypes.CFUNCTYPE(c_void_p, POINTER(_Frame))
+_lock = threading.Lock()
 _handlers: dict[str, Any] = {}  # which XLA may call for as long as the process lives
 
 
@@ -121,12 +123,11 @@ def call(name: str, function: Callable[[list[Array], list[Array]], None], result
     -------
     tuple of array
     """
-    if name not in _handlers:
-        handler = _handler(function)
-        capsule = ctypes.pythonapi.PyCapsule_New
-        capsule.restype, capsule.argtypes = ctypes.py_object, (c_void_p, c_char_p, c_void_p)
-        jax.ffi.register_ffi_target(name, capsule(ctypes.cast(handler, c_void_p), None, None), platform="cpu")
-        _handlers[name] = handler
+    with _lock:
+        if name not in _handlers:
+            handler = _handler(function)
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(handler), platform="cpu")
+            _handlers[name] = handler
     return jax.ffi.ffi_call(name, results, vmap_method="sequential")(*given)
 
 
