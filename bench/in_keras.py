@@ -73,7 +73,8 @@ def measure(turns: int, batch: int, side: int) -> str:
                 times[kind].append(1e3 * (time.perf_counter() - start))
     base, theirs, ours, fused = (median(times[kind]) for kind in KINDS)
     errors = f"{error(keras.layers.BatchNormalization()):.1e} | {error(BatchNormalization()):.1e}"
-    share = f"{(theirs - base) / max(ours - base, 1e-3):.2f}"
+    # What is less than a twentieth of a step is noise.
+    share = f"{(theirs - base) / (ours - base):.2f}" if min(theirs, ours) - base > base / 20 else "-"
     name = keras.backend.backend()
     cells = *(f"{ms:.0f}" for ms in (base, theirs, ours, fused)), f"{theirs / ours:.2f}", f"{theirs / fused:.2f}", share, errors
     return f"| {name} | {' | '.join(cells)} |"
