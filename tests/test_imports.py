@@ -45,6 +45,7 @@ OPTIONAL = {
     "keras": {"keras"},
     "keras.in_jax": {"keras", "jax"},
     "keras.in_tensorflow": {"tensorflow"},
+    "keras.xla": {"jax"},
     "keras.in_torch": {"torch"},
     "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
