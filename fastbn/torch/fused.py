@@ -38,11 +38,12 @@ class _Fused(torch.autograd.Function):
         return *found, *(None,) * 7
 
 
-def is_ours(x: Tensor, least: int = SMALLEST) -> bool:
+def is_ours(x: Tensor, least: int | None = None) -> bool:
     """Whether the operators can be asked for a tensor, and are worth it; what they find in the data is another matter.
 
-    Smaller tensors than `least` bytes are not worth it.
+    Smaller tensors than `least` bytes, or `SMALLEST`, are not worth it.
     """
+    least = SMALLEST if least is None else least
     if x.device.type != "cpu" or x.layout is not torch.strided or x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
     # An autograd.Function has no rule for functorch and forward mode.
