@@ -1,5 +1,6 @@
 """Batch normalization for CPUs at the speed of memory."""
 
+from fastbn import nn as nn
 from fastbn.activations import Activation
 from fastbn.dispatch import use_kernel, warmup
 from fastbn.functional import (

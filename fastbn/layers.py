@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core, functional, sync
 from fastbn import layout as layouts
+from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
@@ -56,7 +57,7 @@ class _Context(NamedTuple):
     communicator: Communicator | None  # of the processes that share the batch
 
 
-class _BatchNorm:
+class _BatchNorm(FromOthers):
     """What BatchNorm1d, 2d and 3d share; they differ in the numbers of axes they take."""
 
     _ranks: tuple[int, ...] = ()
@@ -101,6 +102,38 @@ class _BatchNorm:
         self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
         self._context: _Context | None = None
+
+    @classmethod
+    def _of(cls, found: Found, options: dict[str, Any]) -> Self:
+        if not found.trainable:
+            raise ValueError("the layer uses batch renormalization, which fastbn trains in fastbn.keras alone; FrozenBatchNorm takes it")
+        given = dict(zip(found.names, found.vectors, strict=True))
+        sizes = [np.shape(v) for v in given.values() if v is not None]
+        if not sizes:
+            raise ValueError("a layer without parameters and statistics does not say how many channels it has")
+        if len(sizes[0]) != 1:
+            raise ValueError(f"{next(name for name, v in given.items() if v is not None)} must have shape (C,), got {sizes[0]}")
+        where = {} if options.keys() & {"layout", "axis"} else {"axis": found.axis}
+        taken = {
+            "eps": checks.number("epsilon" if found.correction == 0 else "eps", found.eps, 0.0), "momentum": found.momentum,
+            "affine": any(v is not None for v in found.vectors[2:]), "track_running_stats": found.vectors[0] is not None,
+            "correction": found.correction, "activation": found.activation, "dtype": found.dtype,
+        }  # fmt: skip
+        layer = cls(sizes[0][0], **taken | where | options)
+        own = ("running_mean", "running_var", "weight", "bias")
+        channels = layer.num_features, f"the layer has {layer.num_features} channels"
+        loaded: dict[str, Array | None] = {}
+        for key, (name, value) in zip(own, given.items(), strict=True):
+            vector = getattr(layer, key)
+            if value is None or vector is None:
+                loaded[key] = None
+                continue
+            loaded[key] = checks.vector(name, value, channels, vector.dtype)
+        for key, value in loaded.items():
+            setattr(layer, key, None if value is None else value.copy())
+        if layer.num_batches_tracked is not None and found.batches is not None:
+            layer.num_batches_tracked[...] = found.batches
+        return layer.train(found.training)
 
     @property
     def affine(self) -> bool:
@@ -487,7 +520,7 @@ class BatchNorm3d(_BatchNorm):
     _ranks = (5,)
 
 
-class FrozenBatchNorm:
+class FrozenBatchNorm(FromOthers):
     """Inference with everything folded once: the serving path.
 
     Parameters
@@ -545,105 +578,11 @@ class FrozenBatchNorm:
         self._folded = core.Folded(m, v, w, b, self.eps)
 
     @classmethod
-    def from_torch(cls, module: Any, **options: Any) -> Self:
-        """One that computes what a layer in eval does.
-
-        Parameters
-        ----------
-        module : torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, or a layer of fastbn
-            With the attributes running_mean, running_var, weight, bias and eps.
-        **options
-            layout, axis and activation.
-
-        Returns
-        -------
-        FrozenBatchNorm
-
-        Raises
-        ------
-        TypeError
-            If the attributes are not there.
-
-        Examples
-        --------
-        >>> import fastbn
-        >>> fastbn.FrozenBatchNorm.from_torch(fastbn.BatchNorm2d(3))
-        FrozenBatchNorm(3 channels, eps=1e-05, layout=None, activation=None)
-        """
-        mean, var, weight, bias = (_detached(module, name) for name in ("running_mean", "running_var", "weight", "bias"))
-        return cls(mean, var, weight, bias, eps=_detached(module, "eps"), **options)
-
-    @classmethod
-    def from_keras(
-        cls, gamma: ArrayLike | None, beta: ArrayLike | None, moving_mean: ArrayLike, moving_variance: ArrayLike, *,
-        epsilon: Number = 1e-3, axis: int | None = -1, activation: ActivationLike = None,
-    ) -> Self:  # fmt: skip
-        """One from the weights of a Keras layer, in Keras' order, with Keras' defaults.
-
-        Parameters
-        ----------
-        gamma, beta, moving_mean, moving_variance : array_like of shape (C,)
-            As ``layer.get_weights()`` lists them; gamma or beta is None where the layer has none.
-        epsilon : float
-            Added to the variance.
-        axis : int
-            Of the channels: the last one, as in Keras.
-        activation
-            As in `batch_norm_forward`.
-
-        Returns
-        -------
-        FrozenBatchNorm
-
-        Raises
-        ------
-        TypeError, ValueError
-            As the constructor.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> bn = FrozenBatchNorm.from_keras([2.0], [5.0], [1.0], [4.0], epsilon=0.0)
-        >>> bn(np.array([[3.0]]))
-        array([[7.]])
-        """
-        vectors = _vectors(moving_mean=moving_mean, moving_variance=moving_variance, gamma=gamma, beta=beta)
-        return cls(*vectors, eps=checks.number("epsilon", epsilon, 0.0), axis=axis, activation=activation)
-
-    @classmethod
-    def from_onnx(
-        cls, scale: ArrayLike, B: ArrayLike, input_mean: ArrayLike, input_var: ArrayLike, *,  # noqa: N803  ONNX's name
-        epsilon: Number = 1e-5, activation: ActivationLike = None,
-    ) -> Self:  # fmt: skip
-        """One from the inputs of an ONNX BatchNormalization node, in ONNX' order.
-
-        Parameters
-        ----------
-        scale, B, input_mean, input_var : array_like of shape (C,)
-            The inputs of the node after X.
-        epsilon : float
-            Added to the variance.
-        activation
-            As in `batch_norm_forward`.
-
-        Returns
-        -------
-        FrozenBatchNorm
-
-        Raises
-        ------
-        TypeError, ValueError
-            As the constructor.
-
-        Examples
-        --------
-        >>> import numpy as np
-        >>> bn = FrozenBatchNorm.from_onnx([2.0], [5.0], [1.0], [4.0], epsilon=0.0)
-        >>> bn(np.array([[3.0]]))
-        array([[7.]])
-        """
-        vectors = _vectors(input_mean=input_mean, input_var=input_var, scale=scale, B=B)
-        return cls(*vectors, eps=checks.number("epsilon", epsilon, 0.0), activation=activation)
+    def _of(cls, found: Found, options: dict[str, Any]) -> Self:
+        vectors = _vectors(**dict(zip(found.names, found.vectors, strict=True)))
+        eps = options.get("eps", checks.number("epsilon" if found.correction == 0 else "eps", found.eps, 0.0))
+        where = {} if options.keys() & {"layout", "axis"} else {"axis": found.axis}
+        return cls(*vectors, **{"activation": found.activation} | where | options | {"eps": eps})
 
     @property
     def scale(self) -> Array:
@@ -701,13 +640,3 @@ def _vectors(**given: Any) -> tuple[Array, Array, Array | None, Array | None]:
     m, v = (checks.vector(name, a, channels, wide).copy() for name, a in list(given.items())[:2])
     w, b = (None if a is None else checks.vector(name, a, channels, wide).copy() for name, a in list(given.items())[2:])
     return m, v, w, b
-
-
-def _detached(module: Any, name: str) -> Any:
-    """An attribute of a layer; where it is a tensor that records gradients, without these."""
-    try:
-        value = getattr(module, name)
-    except AttributeError:
-        raise TypeError(f"module must have running_mean, running_var, weight, bias and eps, got {type(module).__name__}") from None
-    detach = getattr(value, "detach", None)
-    return value if detach is None else detach()

@@ -777,9 +777,11 @@ BAD_ACTIVATIONS = (
     ("leaky_relu", 0.1, 2), ("leaky_relu", None), ("leaky_relu", np.ones(2)), ("leaky_relu", math.nan), ("leaky_relu", 1j), ("gelu", "x"),
     ("gelu", np.ones(2)), np.tanh, Callee(), len, Callee, int, (1, 2), (["relu"],), ({},), np.array("relu"), Hostile()
 )  # fmt: skip
+BAD_EPS = (*BAD_NUMBERS, *ANYTHING, -1.0, -1e-30, math.nan, math.inf, -math.inf, np.float32("nan"))
 BAD: dict[str, tuple[Any, ...]] = {
     "momentum": (*BAD_NUMBERS, *ANYTHING),
-    **dict.fromkeys(("eps", "epsilon"), (*BAD_NUMBERS, *ANYTHING, -1.0, -1e-30, math.nan, math.inf, -math.inf, np.float32("nan"))),
+    "eps": BAD_EPS,
+    "epsilon": tuple(v for v in BAD_EPS if v is not None),  # None is what the other framework has
     "module": (None, 5, "module", (), {}, np.zeros(3), object(), int, SimpleNamespace(running_mean=np.zeros(2))),
     "activation": BAD_ACTIVATIONS,
     "wrt": (None, "y", 5, True, ("x", "y"), ["x", 3], [["x"]], ("X",), {"z": 1}, np.zeros(3), b"x", Hostile(), ("x", None), object()),

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,19 +17,29 @@ import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"fastbn.kernels.numba": "numba", "fastbn.kernels.numba_math": "numba", "fastbn.torch": "torch", "fastbn.onnx": "onnx"}
+# MPI starts when it is imported, and Keras chooses its backend then: `test_mpi` and `test_keras` run their examples in other processes.
+ELSEWHERE = {"fastbn.mpi", "fastbn.keras"}
 
 
 def _can_be_imported(module: str) -> bool:
-    if module == "fastbn.mpi":  # MPI starts when it is imported, and a process has one; `test_mpi` runs its examples in another
+    if module in ELSEWHERE:
         return False
     return all(find_spec(package) for name, package in NEEDS.items() if f"{module}.".startswith(f"{name}."))
 
 
+def _modules(package: ModuleType) -> Iterator[ModuleType]:
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if _can_be_imported(found.name):
+            module = import_module(found.name)
+            yield module
+            if found.ispkg:
+                yield from _modules(module)
+
+
 def _examples() -> Iterator[doctest.DocTest]:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for found in pkgutil.walk_packages(fastbn.__path__, "fastbn."):
-        if _can_be_imported(found.name):
-            yield from finder.find(import_module(found.name))
+    for module in _modules(fastbn):
+        yield from finder.find(module)
 
 
 EXAMPLES = [example for example in _examples() if example.examples]

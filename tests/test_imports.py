@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
-    {"kernels"},
+    {"kernels", "tables"},
     {"environment", "floating", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
     {"memory", "threads", "checks", "extremes"},
     {"results"},
@@ -28,10 +28,11 @@ ORDER = (
     {"introspection", "composed"},
     {"core"},
     {"functional"},
-    {"sync"},
+    {"sync", "conventions", "nn"},
     {"layers"},
     {"reestimate"},
-    {"torch", "onnx", "keras", "mpi"},
+    {"torch", "onnx", "mpi"},
+    {"keras"},
     {"fastbn"},
     {"__main__"},
 )
@@ -40,7 +41,12 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 OPTIONAL = {
     "torch": {"torch"},
     "onnx": {"onnx", "onnxruntime", "onnxruntime_extensions"},
-    "keras": {"keras", "tensorflow"},
+    "conventions": {"onnx"},
+    "keras": {"keras"},
+    "keras.in_jax": {"keras", "jax"},
+    "keras.in_tensorflow": {"tensorflow"},
+    "keras.xla": {"jax"},
+    "keras.in_torch": {"torch"},
     "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
     "kernels.numba_cache": {"numba", "llvmlite"},
@@ -88,7 +94,7 @@ def test_nothing_imports_upward(path: Path) -> None:
             continue
         other = rest.split(".")[0] or "fastbn"
         other = other if other in RANK else "fastbn"  # a name of the package itself
-        inside = name == other and name in {"kernels", "torch", "onnx"}  # packages
+        inside = name == other and name in {"kernels", "torch", "keras", "onnx"}  # packages
         assert inside or RANK[other] < RANK[name], f"{name} imports {imported}"
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastbn.tables import table
 from fastbn.torch.deferred import Input, Scope, Steps, Visit, is_scopes, settled
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours
 from fastbn.torch.graph import AROUND, CONVERTED, Part, check, norms, parts, traced
 from fastbn.torch.override import is_enabled, ready
-from fastbn.torch.overview import table
 
 F = torch.nn.functional
 STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow

@@ -38,8 +38,12 @@ class _Fused(torch.autograd.Function):
         return *found, *(None,) * 7
 
 
-def is_ours(x: Tensor) -> bool:
-    """Whether the operators can be asked for a tensor, and are worth it; what they find in the data is another matter."""
+def is_ours(x: Tensor, least: int | None = None) -> bool:
+    """Whether the operators can be asked for a tensor, and are worth it; what they find in the data is another matter.
+
+    Smaller tensors than `least` bytes, or `SMALLEST`, are not worth it.
+    """
+    least = SMALLEST if least is None else least
     if not isinstance(x, Tensor) or x.is_nested or x.device.type != "cpu" or x.layout is not torch.strided:
         return False
     if x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
@@ -50,8 +54,8 @@ def is_ours(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes long to import
 
-        return not statically_known_true(x.numel() * x.dtype.itemsize < SMALLEST)
-    if x.numel() * x.dtype.itemsize < SMALLEST or x.numel() == 0:
+        return not statically_known_true(x.numel() * x.dtype.itemsize < least)
+    if x.numel() * x.dtype.itemsize < least or x.numel() == 0:
         return False
     jit: Any = torch.jit  # it has no types
     return not (jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0)

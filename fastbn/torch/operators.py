@@ -274,7 +274,7 @@ def _builtin(name: str, parameter: float) -> Builtin:
     return Builtin(name, parameter, NAMES.index(name) + 1) if name in NAMES else IDENTITY
 
 
-def _is_compiled(x: Tensor) -> bool:
+def is_compiled(x: Tensor) -> bool:
     """Whether the operators in C can be asked."""
     if x.device.type != "cpu":
         return False
@@ -292,7 +292,7 @@ def _normalize(
     after = _builtin(activation, parameter)
     mean, var = (t.clone() if training and t is not None else t for t in (running_mean, running_var))
     found = None
-    if _is_compiled(input):
+    if is_compiled(input):
         found = attempt(Arguments(input, residual, weight, bias, mean, var, training, momentum, eps, after))
     if found is None:
         z, *saved = torch.native_batch_norm(input, weight, bias, mean, var, training, momentum, eps)
@@ -316,7 +316,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     after = _builtin(activation, parameter)
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, after)
-    saved = ((save_mean, save_invstd) if training else (None, None)) if _is_compiled(input) else None
+    saved = ((save_mean, save_invstd) if training else (None, None)) if is_compiled(input) else None
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(a[:4], output_mask, strict=True)]
     return gradients(grad_out, a._replace(**dict(zip(a._fields, leaves, strict=False))), output, saved, tuple(output_mask))
 

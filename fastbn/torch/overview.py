@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastbn.tables import table
 from fastbn.torch.folding import target
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import check, norms, trace
 
 DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 class Layer(NamedTuple):

@@ -1,0 +1,198 @@
+"""Putting the layer in place of Keras' own, in a copy of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import keras
+
+from fastbn.keras.layer import BatchNormalization, known
+
+layers = keras.layers
+_OURS = {"module": BatchNormalization.__module__, "class_name": "BatchNormalization", "registered_name": "fastbn>BatchNormalization"}
+
+
+class Place(NamedTuple):
+    """What stands beside a layer in its model, by the names of the layers there.
+
+    Attributes
+    ----------
+    calls : int
+        How often the model calls it.
+    before, after : list of str
+        Where its inputs come from and where its outputs go; the model's own output is "".
+    """
+
+    calls: int
+    before: list[str]
+    after: list[str]
+
+
+def check(model: Any) -> Any:
+    """Check that something is a model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"model must be a keras.Model, got {type(model).__name__}")
+    return model
+
+
+def norms(model: Any, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any, Any]]:
+    """The batch norms of a model, each once, with its path and what holds it."""
+    seen = set() if seen is None else seen
+    for layer in model._flatten_layers(include_self=False, recursive=False):
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        name = f"{path}{layer.name}"
+        if isinstance(layer, layers.BatchNormalization):
+            yield name, layer, model
+        else:
+            yield from norms(layer, f"{name}/", seen)
+
+
+def _sources(node: Any) -> Iterator[str]:
+    """Names of the layers whose outputs the arguments of a call hold."""
+    if isinstance(node, dict):
+        if node.get("class_name") == "__keras_tensor__":
+            yield node["config"]["keras_history"][0]
+        else:
+            for value in node.values():
+                yield from _sources(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _sources(value)
+
+
+def _names(outputs: Any) -> Iterator[str]:
+    """Names in what a configuration says of a model's outputs: ``[name, node, tensor]``, in any structure."""
+    if isinstance(outputs, (list, tuple)) and len(outputs) == 3 and isinstance(outputs[0], str):
+        yield outputs[0]
+    elif isinstance(outputs, dict):
+        for value in outputs.values():
+            yield from _names(value)
+    elif isinstance(outputs, (list, tuple)):
+        for value in outputs:
+            yield from _names(value)
+
+
+def places(model: Any) -> dict[str, Place]:
+    """What stands where, as far as the configuration of a model says it."""
+    if isinstance(model, keras.Sequential):
+        names = [layer.name for layer in model.layers]
+        around = ["", *names, ""]
+        return {name: Place(1, [around[i]] if i else [], [around[i + 2]]) for i, name in enumerate(names)}
+    if not is_functional(model):
+        return {}
+    try:
+        config = model.get_config()
+    except NotImplementedError:  # of a layer in it
+        return {}
+    found = {layer["name"]: Place(len(layer["inbound_nodes"]), list(_sources(layer["inbound_nodes"])), []) for layer in config["layers"]}
+    for name, place in found.items():
+        for source in place.before:
+            found[source].after.append(name)
+    for name in _names(config["output_layers"]):
+        found[name].after.append("")
+    return found
+
+
+def is_functional(model: Any) -> bool:
+    """Whether a model is a graph of layers."""
+    return isinstance(model, keras.Model) and not isinstance(model, keras.Sequential) and hasattr(model, "operations")
+
+
+def _follows(layer: Any) -> Any:
+    """What a layer computes, where it is an activation that the kernels know."""
+    if type(layer) is layers.Activation:
+        return layer.activation if known(layer.activation) else None
+    if type(layer) is layers.LeakyReLU:
+        return ("leaky_relu", float(layer.negative_slope))
+    if type(layer) is layers.ReLU and layer.threshold == 0:
+        if layer.max_value is None:
+            return ("leaky_relu", float(layer.negative_slope)) if layer.negative_slope else "relu"
+        return "relu6" if layer.max_value == 6 and not layer.negative_slope else None
+    return None
+
+
+def _pairs(model: Any) -> dict[int, Any]:
+    """Activations that may become part of a batch norm, by the ids of both layers; that of the activation has None."""
+    found: dict[int, Any] = {}
+    for _, layer, holder in norms(model):
+        place = places(holder).get(layer.name) if isinstance(holder, keras.Model) else None
+        if place is None or (place.calls, len(place.after)) != (1, 1) or not place.after[0] or getattr(layer, "activation", None):
+            continue
+        after = holder.get_layer(place.after[0])
+        function = _follows(after)
+        if function is None or places(holder)[after.name].calls != 1 or after.compute_dtype != layer.compute_dtype:
+            continue
+        found |= {id(layer): function, id(after): None}
+    return found
+
+
+def _ours(config: Any) -> Any:
+    """A configuration in which every batch norm of Keras' is ours."""
+    if isinstance(config, dict):
+        if (config.get("module"), config.get("class_name")) == ("keras.layers", "BatchNormalization"):
+            return config | _OURS
+        return {key: _ours(value) for key, value in config.items()}
+    return type(config)(map(_ours, config)) if type(config) in (list, tuple) else config
+
+
+def convert(model: Any, *, fuse: bool = False) -> Any:
+    """Copy a model, with fastbn's `BatchNormalization` in place of Keras' own.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Sequential or Functional, also with other such models, shared layers and wrappers in it.
+    fuse : bool
+        Whether an activation layer that alone follows a batch norm becomes part of it. What stays in its place does nothing.
+
+    Returns
+    -------
+    keras.Model
+        From ``keras.models.clone_model``: with the same names, with copies of the weights, compiled as the model was, without
+        what its optimizer had. The model itself is not touched.
+
+    Raises
+    ------
+    TypeError
+        If model is no keras.Model.
+    ValueError
+        If it is of a class of its own, whose layers only its code knows, or is not built.
+
+    Notes
+    -----
+    Batch norms that a layer of another class makes in its own code stay as they are, as do classes derived from Keras'
+    `BatchNormalization`; `summary` shows them.
+
+    Examples
+    --------
+    >>> import keras, fastbn.keras
+    >>> layers = [keras.layers.Input((8, 8, 3)), keras.layers.BatchNormalization(), keras.layers.ReLU()]
+    >>> converted = fastbn.keras.convert(keras.Sequential(layers), fuse=True)
+    >>> converted.layers[0].activation.__name__
+    'relu'
+    """
+    check(model)
+    if not isinstance(model, keras.Sequential) and not is_functional(model):
+        raise ValueError(
+            f"{type(model).__name__} is neither Sequential nor Functional, and only its own code knows its layers: use "
+            "fastbn.keras.BatchNormalization there in place of keras.layers.BatchNormalization"
+        )
+    if not model.built:
+        raise ValueError("model must be built, so that it has weights to copy: call it, or give it an Input")
+    pairs = _pairs(model) if fuse else {}
+
+    def clone(layer: Any) -> Any:
+        config = layer.get_config()
+        if type(layer) in (layers.BatchNormalization, BatchNormalization):
+            activation = pairs.get(id(layer))
+            return BatchNormalization.from_config(config if activation is None else config | {"activation": activation})
+        if id(layer) in pairs:
+            return layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
+        return type(layer).from_config(_ours(config))
+
+    converted = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    converted.set_weights(model.get_weights())
+    return converted
