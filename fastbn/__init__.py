@@ -15,6 +15,20 @@ from fastbn.introspection import explain, show_config
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from fastbn.memory import release as release_memory
 from fastbn.memory import statistics as memory_statistics
+from fastbn.norms import (
+    group_norm,
+    group_norm_backward,
+    group_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from fastbn.reestimate import Estimate, update_bn
 from fastbn.results import Gradients, Saved, Stats
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
@@ -41,9 +55,21 @@ __all__ = [
     "batch_norm_stats",
     "explain",
     "get_num_threads",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_forward",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
     "memory_statistics",
     "num_threads",
     "release_memory",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_forward",
     "set_num_threads",
     "show_config",
     "update_bn",

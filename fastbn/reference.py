@@ -91,7 +91,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, f
 }
 
 
-def _finish(z: Array, epilogue: Any) -> Array:
+def finish(z: Array, epilogue: Any) -> Array:
     """Add the residual and apply the activation."""
     if epilogue is None:
         return z
@@ -163,7 +163,7 @@ def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threa
     epilogue : Epilogue, optional
         The activation and the residual.
     """
-    y[...] = _finish((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift), epilogue).astype(y.dtype)
+    y[...] = finish((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift), epilogue).astype(y.dtype)
 
 
 @np.errstate(all="ignore")
