@@ -168,7 +168,10 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
     if hasattr(module, "parts_forward"):
         made = module.parts_forward(x, y, norm.weight, norm.bias, norm.eps, shape.group, norm.centered, norm.threads, epilogue)
         if made is not None:
-            return Vectors(*(v.reshape(shape.batch, shape.parts) for v in made))
+            found = Vectors(*(v.reshape(shape.batch, shape.parts) for v in made[0]))
+            if made[1]:  # parts at the ends of the range are left, of which nothing was written
+                _Apart.of(x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
+            return found
     mean, low, m2 = statistics(module, x, shape, norm.threads)
     var = m2 / shape.count
     if not norm.centered:
@@ -176,7 +179,12 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
         mean, low = np.zeros_like(mean), np.zeros_like(low)
     high, rest = split(mean, low, norm.compute)
     invstd = 1.0 / np.sqrt(var + norm.eps)
-    apart = _Apart.of(x, shape, norm, m2, var + norm.eps, invstd, epilogue)
+    scale = invstd
+    if norm.weight is not None:
+        scale = invstd * np.abs(norm.weight.reshape(shape.parts, shape.group).astype(np.float64)).max(1)
+    usual = extremes.are_usual(m2, var + norm.eps, scale, norm.compute)
+    known = activation is None or not activation.custom
+    apart = None if usual.all() or not known else _Apart.of(x, shape, norm, np.nonzero(~usual), epilogue)
     found = Vectors(high, rest.astype(norm.compute), invstd.astype(norm.compute))
     _normalize(module, x, y, shape, norm, (high, rest, invstd), epilogue)
     if apart is not None:
@@ -245,24 +253,11 @@ class _Apart(NamedTuple):
     invstd: Array
 
     @classmethod
-    def of(
-        cls, x: Array, shape: Shape, norm: Norm, m2: Array, spread: Array, invstd: Array, epilogue: Epilogue | None
-    ) -> _Apart | None:
-        """The parts that need it, or None."""
-        scale = invstd
-        if norm.weight is not None:
-            scale = invstd * np.abs(norm.weight.reshape(shape.parts, shape.group).astype(np.float64)).max(1)
-        usual = extremes.are_usual(m2, spread, scale, norm.compute)
-        if usual.all() or (epilogue is not None and epilogue.activation is not None and epilogue.activation.custom):
-            return None
-        at = np.nonzero(~usual)
+    def of(cls, x: Array, shape: Shape, norm: Norm, at: tuple[Array, Array], epilogue: Epilogue | None) -> _Apart:
+        """The parts at some places: numbers of images, and of parts in these."""
         values = _gather(x, shape, at)
         largest = np.maximum(np.abs(values).max((1, 2, 3)), np.sqrt(norm.eps))
-        helps = np.isfinite(largest) & (largest > 0)
-        if not helps.any():
-            return None
-        at, values = (at[0][helps], at[1][helps]), values[helps]
-        e = np.frexp(largest[helps])[1]
+        e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e[:, None, None, None])
         mean = values.mean((1, 2, 3), keepdims=True) if norm.centered else np.zeros((len(e), 1, 1, 1))
         mean = mean + ((values - mean).mean((1, 2, 3), keepdims=True) if norm.centered else 0)
@@ -308,6 +303,12 @@ def backward(
     residual: Array | None, dresidual: Array | None,
 ) -> Sums:  # fmt: skip
     """Gradients through the statistics of parts; dx may be dy or x."""
+    if hasattr(module, "parts_backward") and not shape.is_rows:
+        epilogue = None if activation is None else Epilogue(activation, residual, dresidual=dresidual)
+        flat = (np.ascontiguousarray(v).reshape(-1) for v in vectors)
+        made = module.parts_backward(dy, x, dx, *flat, norm.weight, norm.bias, shape.group, norm.threads, epilogue)
+        if made is not None:
+            return Sums(*made)
     if shape.is_rows:
         return _backward_of_rows(module, dy, x, dx, shape, norm, vectors, activation, residual, dresidual)
     mean, low, invstd = (v.astype(np.float64) for v in vectors)
