@@ -15,6 +15,16 @@ from fastbn.introspection import explain, show_config
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, FrozenBatchNorm
 from fastbn.memory import release as release_memory
 from fastbn.memory import statistics as memory_statistics
+from fastbn.norm_layers import (
+    BatchChannelNorm2d,
+    BatchRenorm2d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    RMSNorm,
+)
 from fastbn.norms import (
     group_norm,
     group_norm_backward,
@@ -32,20 +42,42 @@ from fastbn.norms import (
 from fastbn.reestimate import Estimate, update_bn
 from fastbn.results import Gradients, Saved, Stats
 from fastbn.threads import get_num_threads, num_threads, set_num_threads
+from fastbn.variants import (
+    batch_channel_norm,
+    batch_channel_norm_backward,
+    batch_channel_norm_forward,
+    batch_renorm,
+    batch_renorm_backward,
+    batch_renorm_forward,
+    ghost_batch_norm,
+    ghost_batch_norm_backward,
+    ghost_batch_norm_forward,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Activation",
+    "BatchChannelNorm2d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm2d",
     "Estimate",
     "FrozenBatchNorm",
     "Gradients",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
     "Saved",
     "Stats",
     "__version__",
+    "batch_channel_norm",
+    "batch_channel_norm_backward",
+    "batch_channel_norm_forward",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_backward_elemt",
@@ -53,8 +85,14 @@ __all__ = [
     "batch_norm_elemt",
     "batch_norm_forward",
     "batch_norm_stats",
+    "batch_renorm",
+    "batch_renorm_backward",
+    "batch_renorm_forward",
     "explain",
     "get_num_threads",
+    "ghost_batch_norm",
+    "ghost_batch_norm_backward",
+    "ghost_batch_norm_forward",
     "group_norm",
     "group_norm_backward",
     "group_norm_forward",

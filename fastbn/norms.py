@@ -65,7 +65,7 @@ class SavedParts:
     has_residual: bool
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """One call, checked."""
 
     kind: str
@@ -89,7 +89,7 @@ class _Call(NamedTuple):
         if a.strides == self.x.strides and a.flags.aligned:
             return True
         group = self.shape.group
-        own = parts.shape_of(a, self.axis, group) if self.kind in WITH_CHANNELS else parts.rows_of(a, a.ndim - self.axis)
+        own = parts.shape_of(a, self.axis, group) if self.kind not in ("layer_norm", "rms_norm") else parts.rows_of(a, a.ndim - self.axis)
         return own.direct and own.order == self.shape.order and own.dims == self.shape.dims
 
     def target(self, out: Array | None) -> tuple[Array, Array]:
@@ -117,17 +117,14 @@ class _Call(NamedTuple):
         return out
 
 
-WITH_CHANNELS = ("instance_norm", "group_norm")
-
-
 def thread_count(threads: object, op: str, nbytes: int) -> int:
     """How many threads a call has: as many as it was given, or as are worth it."""
     return threading.for_call(op, nbytes) if threads is None else checks.integer("threads", threads, 1, MOST_THREADS)
 
 
-def _channels(
+def on_channels(
     kind: str, x: object, layout: object, axis: object, activation: object, residual: object, out: object, threads: object, groups: object
-) -> tuple[_Call, tuple[int, str]]:
+) -> tuple[Call, tuple[int, str]]:
     """Check a call on images with channels; groups None are single channels."""
     array, dtype = checks.array(x)
     at = checks.channel(array, layout, axis)
@@ -141,18 +138,18 @@ def _channels(
             raise ValueError(f"num_groups must divide the channels, and {channels[1]}, got num_groups={n}")
         group = channels[0] // n
     shape = parts.shape_of(array, at, group)
-    return _after(_Call(kind, array, dtype, at, shape, 1), activation, residual, out, threads), channels
+    return _after(Call(kind, array, dtype, at, shape, 1), activation, residual, out, threads), channels
 
 
 def _rows(
     kind: str, x: object, normalized_shape: object, activation: object, residual: object, out: object, threads: object
-) -> tuple[_Call, tuple[int, ...]]:
+) -> tuple[Call, tuple[int, ...]]:
     """Check a call on rows, which are the last axes of x."""
     array, dtype = checks.array(x)
     shape = row_shape(normalized_shape)
     if array.shape[max(array.ndim - len(shape), 0) :] != shape:
         raise ValueError(f"x must have a shape that ends in normalized_shape, {shape}, got {array.shape}")
-    call = _Call(kind, array, dtype, array.ndim - len(shape), parts.rows_of(array, len(shape)), 1)
+    call = Call(kind, array, dtype, array.ndim - len(shape), parts.rows_of(array, len(shape)), 1)
     return _after(call, activation, residual, out, threads), shape
 
 
@@ -167,7 +164,7 @@ def row_shape(normalized_shape: object) -> tuple[int, ...]:
     return tuple(checks.integer("normalized_shape", n, 0) for n in normalized_shape)
 
 
-def _after(call: _Call, activation: object, residual: object, out: object, threads: object) -> _Call:
+def _after(call: Call, activation: object, residual: object, out: object, threads: object) -> Call:
     """Check what follows the normalization."""
     f = checks.activation(activation)
     r = None if residual is None else checks.same("residual", residual, call.x)
@@ -186,7 +183,7 @@ def _row_vector(name: str, v: object, shape: tuple[int, ...], compute: np.dtype[
     return checks.vector(name, a.reshape(-1), (a.size, ""), compute)
 
 
-def _forward(call: _Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
+def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
     """Run a checked call."""
     checks.apart({"out": call.out}, {"weight": norm.weight, "bias": norm.bias})
     y, memory_of_y = call.target(call.out)
@@ -212,13 +209,21 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     if not isinstance(saved, SavedParts) or saved.kind != kind:
         got = f"one of {saved.kind}" if isinstance(saved, SavedParts) else type(saved).__name__
         raise TypeError(f"saved must be what {kind}_forward returned, got {got}")
+    wanted = checks.names("wrt", wrt, GRADIENTS)
+    call, given, target = on_backward(kind, dy, x, saved, wanted, out, threads, saved.group)
+    return _gradients(call, given, saved, wanted, target)
+
+
+def on_backward(
+    kind: str, dy: object, x: object, saved: Any, wanted: tuple[str, ...], out: object, threads: object, group: int
+) -> tuple[Call, Array, Array | None]:
+    """Check the arrays of a backward against what the forward has saved; with dy, and where dx goes."""
     array, dtype = checks.array(x)
     if saved.shape != array.shape:
         raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
     if saved.dtype != array.dtype:
         raise TypeError(f"saved is of a forward whose x had dtype {saved.dtype}, but x has dtype {array.dtype}")
     given = checks.same("dy", dy, array)
-    wanted = checks.names("wrt", wrt, GRADIENTS)
     if "residual" in wanted and not saved.has_residual:
         raise ValueError("wrt names 'residual', but the forward had none")
     if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
@@ -226,37 +231,45 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
-    rows = kind not in WITH_CHANNELS
-    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, saved.group)
-    call = _Call(kind, array, dtype, saved.axis, shape, thread_count(threads, "backward", array.nbytes), saved.activation)
-    return _gradients(call, given, saved, wanted, target)
+    rows = kind in ("layer_norm", "rms_norm")
+    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, group)
+    n = thread_count(threads, "backward", array.nbytes)
+    return Call(kind, array, dtype, saved.axis, shape, n, saved.activation), given, target
 
 
-def _gradients(call: _Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...], out: Array | None) -> Gradients:
-    """Run a checked backward."""
-    active, shape, compute = call.activation is not None, call.shape, call.dtype.compute
-    dx = memory_of_dx = dresidual = memory_of_dresidual = None
+def targets(
+    call: Call, dy: Array, wanted: tuple[str, ...], out: Array | None, active: bool
+) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+    """Where dx and the residual's gradient go: each array, and the same as the kernel sees it, or None."""
+    dx = written = dresidual = written_residual = None
     if "x" in wanted or ("residual" in wanted and active):
-        dx, memory_of_dx = call.target(out)
+        dx, written = call.target(out)
     if "residual" in wanted and active:
-        dresidual, memory_of_dresidual = call.target(None)
-    elif "residual" in wanted:
+        dresidual, written_residual = call.target(None)
+    elif "residual" in wanted:  # the gradient of a sum is dy itself, unless dx is about to be written over it
         dresidual = dy if out is None or not np.may_share_memory(out, dy) else core.copied(dy)
+    return dx, written, dresidual, written_residual
+
+
+def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...], out: Array | None) -> Gradients:
+    """Run a checked backward."""
+    shape, compute = call.shape, call.dtype.compute
+    dx, written, dresidual, written_residual = targets(call, dy, wanted, out, call.activation is not None)
     zero = np.zeros(shape.channels, compute)
     sums = parts.Sums(zero, zero.copy())
     if call.x.size:
         norm = parts.Norm(saved.weight, saved.bias, 0.0, call.kind != "rms_norm", compute, call.threads)
         vectors = parts.Vectors(saved.mean, saved.mean_lo, saved.invstd)
-        module = core.calls_of(call.dtype, call.activation)
+        kernels = core.calls_of(call.dtype, call.activation)
         residual = None if saved.residual is None else call.dense(saved.residual)
-        arrays = call.dense(dy), call.dense(call.x), memory_of_dx
-        sums = parts.backward(module, *arrays, shape, norm, vectors, call.activation, residual, memory_of_dresidual)
-    if dresidual is not None and memory_of_dresidual is not None:
-        dresidual = call.deliver(dresidual, memory_of_dresidual, None)
-    if dx is not None and memory_of_dx is not None:
-        dx = call.deliver(dx, memory_of_dx, out if "x" in wanted else None)
+        arrays = call.dense(dy), call.dense(call.x), written
+        sums = parts.backward(kernels, *arrays, shape, norm, vectors, call.activation, residual, written_residual)
+    if dresidual is not None and written_residual is not None:
+        dresidual = call.deliver(dresidual, written_residual, None)
+    if dx is not None and written is not None:
+        dx = call.deliver(dx, written, out if "x" in wanted else None)
     dweight, dbias = sums
-    if call.kind not in WITH_CHANNELS:
+    if call.kind in ("layer_norm", "rms_norm"):
         dweight, dbias = (v.reshape(call.x.shape[call.axis :]) for v in sums)
     return Gradients(
         dx if "x" in wanted else None, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, dresidual
@@ -320,7 +333,7 @@ def _instance_norm(
 ) -> tuple[Array, SavedParts | Saved | None]:
     """Check, run, and move the running statistics."""
     running_mean, running_var, weight, bias, use_input_stats, momentum, eps = given
-    call, channels = _channels("instance_norm", x, layout, axis, activation, residual, out, threads, None)
+    call, channels = on_channels("instance_norm", x, layout, axis, activation, residual, out, threads, None)
     if not checks.switch("use_input_stats", use_input_stats):
         if running_mean is None or running_var is None:
             raise ValueError("running_mean and running_var must be given when use_input_stats is False")
@@ -505,7 +518,7 @@ def _group_norm(
     keep: bool,
 ) -> tuple[Array, SavedParts | None]:  # fmt: skip
     weight, bias, eps = given
-    call, channels = _channels("group_norm", x, layout, axis, activation, residual, out, threads, num_groups)
+    call, channels = on_channels("group_norm", x, layout, axis, activation, residual, out, threads, num_groups)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     if call.x.size == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got x of shape {call.x.shape}")

@@ -216,15 +216,22 @@ def _normalize(
     means = _repeated(high, shape)
     rests, invstds = _repeated(rest, shape).ravel(), _repeated(invstd, shape).ravel()
     weight, bias = _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch)
-    scale, shift = fold(rests, invstds, weight, bias, compute)
+    normalize(module, x, y, shape, (means.ravel(), *fold(rests, invstds, weight, bias, compute)), n, epilogue)
+
+
+def normalize(
+    module: Operations, x: Array, y: Array, shape: Shape, vectors: tuple[Array, Array, Array], threads: int, epilogue: Epilogue | None
+) -> None:
+    """Map with a mean, a scale and a shift of each channel of each image."""
+    residual = None if epilogue is None else epilogue.residual
     if shape.outer == 1:
         after = None if epilogue is None else epilogue._replace(residual=_planes(residual, shape))
-        module.normalize(_planes(x, shape), _planes(y, shape), means.ravel(), scale, shift, n, after)
+        module.normalize(_planes(x, shape), _planes(y, shape), *vectors, threads, after)
         return
-    scales, shifts = scale.reshape(means.shape), shift.reshape(means.shape)
+    each = [v.reshape(shape.batch, shape.channels) for v in vectors]
     for b in range(shape.batch):
         after = None if epilogue is None else epilogue._replace(residual=_images(residual, b))
-        module.normalize(x[b], y[b], means[b], scales[b], shifts[b], n, after)
+        module.normalize(x[b], y[b], *(v[b] for v in each), threads, after)
 
 
 def _as_rows(a: Array, shape: Shape) -> Array:
@@ -316,7 +323,7 @@ def backward(
     wide = _repeated(low, shape).ravel(), _repeated(invstd, shape).ravel()
     scale, shift = fold(*wide, _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch), norm.compute)
     means = np.ascontiguousarray(_repeated(vectors.mean, shape)).ravel()
-    lay = _Maps(module, shape, norm, means, scale, shift, activation, residual, dresidual)
+    lay = Maps(module, shape, norm, means, scale, shift, activation, residual, dresidual)
     first, second = lay.sums(dy, x)
     second = second - _repeated(low, shape) * first
     by_parts = (shape.batch, shape.parts, shape.group)
@@ -327,13 +334,13 @@ def backward(
     return Sums((second * _repeated(invstd, shape)).sum(0).astype(norm.compute), first.sum(0).astype(norm.compute))
 
 
-class _Maps(NamedTuple):
+class Maps(NamedTuple):
     """The operations of a backward, over planes or over the columns of each image."""
 
     module: Any
     shape: Shape
     norm: Norm
-    means: Array
+    means: Array  # these vectors have an element for each channel of each image
     scale: Array
     shift: Array
     activation: Function
