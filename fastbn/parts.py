@@ -310,10 +310,10 @@ def backward(
     residual: Array | None, dresidual: Array | None,
 ) -> Sums:  # fmt: skip
     """Gradients through the statistics of parts; dx may be dy or x."""
-    if hasattr(module, "parts_backward") and not shape.is_rows:
+    if hasattr(module, "parts_backward"):
         epilogue = None if activation is None else Epilogue(activation, residual, dresidual=dresidual)
         flat = (np.ascontiguousarray(v).reshape(-1) for v in vectors)
-        made = module.parts_backward(dy, x, dx, *flat, norm.weight, norm.bias, shape.group, norm.threads, epilogue)
+        made = module.parts_backward(dy, x, dx, *flat, norm.weight, norm.bias, shape.group, norm.centered, norm.threads, epilogue)
         if made is not None:
             return Sums(*made)
     if shape.is_rows:

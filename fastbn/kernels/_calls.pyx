@@ -166,11 +166,11 @@ cdef class Calls:
         return forward_of_parts(self, x, y, weight, bias, eps, group, centered, threads, epilogue)
 
     def parts_backward(
-        self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, weight, bias, Py_ssize_t group, threads,
-        epilogue=None
+        self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, weight, bias, Py_ssize_t group,
+        bint centered, threads, epilogue=None
     ):
         """Gradients through the statistics of parts; as `parts.backward`: those of weight and bias, or None where this cannot."""
-        return backward_of_parts(self, dy, x, dx, (mean, mean_lo, invstd), (weight, bias), group, threads, epilogue)
+        return backward_of_parts(self, dy, x, dx, (mean, mean_lo, invstd), (weight, bias), group, centered, threads, epilogue)
 
 
 cdef Status run(call_fn function, Call* call) except *:

@@ -64,15 +64,21 @@ cdef object forward_of_parts(
     return made, left
 
 
-cdef object backward_of_parts(Calls calls, cnp.ndarray dy, cnp.ndarray x, dx, tuple statistics, tuple affine, Py_ssize_t group, threads, epilogue):
+cdef object backward_of_parts(
+    Calls calls, cnp.ndarray dy, cnp.ndarray x, dx, tuple statistics, tuple affine, Py_ssize_t group, bint centered, threads, epilogue
+):
     cdef Call call
     cdef int number = bind_parts(&call, x, group, threads)
     cdef Py_ssize_t parts = call.batch * (call.channels // group)
-    cdef cnp.npy_intp[2] planes = [2, call.batch * call.channels]
+    cdef bint rows = call.outer == 1 and call.inner == 1
+    cdef cnp.npy_intp[2] planes = [2, 0 if rows else call.batch * call.channels]
     cdef cnp.ndarray sums, made
+    if rows and (group == 1 or group > LONGEST_ROW):
+        return None
     bind_epilogue_of_parts(&call, x, epilogue)
     call.dy = twin(x, dy, False)
     call.out = NULL if dx is None else twin(x, dx, True)
+    call.uncentered = not centered
     call.weight, call.bias = optional(&call, "weight", number, affine[0]), optional(&call, "bias", number, affine[1])
     for v in statistics:
         if not is_plain(v, number) or cnp.PyArray_SIZE(v) != parts:

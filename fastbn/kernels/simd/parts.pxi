@@ -7,6 +7,7 @@ by groups. Rows have weights that run along them, and so a map of their own, `ma
 
 cdef enum:
     ROWS = 32            # rows that are summed before they are mapped
+    ROW_TILE = 64        # rows whose columns are summed before they are merged in double
     MOST_TILES = 64      # of a row, and of the rows that are summed together
 
 cdef double LEAST_WEIGHT = 2.0 ** -40  # that a gradient may be divided by
@@ -212,37 +213,62 @@ cdef Status each_image(TypedCall[Map, T]* job, Py_ssize_t arrays) noexcept nogil
     return NO_MEMORY if job.no_memory else LEFT if job.any_left else DONE
 
 
+cdef inline Block[T] along(
+    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t n, Block[T]* row, bint affine
+) noexcept nogil:
+    """A block of a row before its activation; `row` is mean, scale and shift, and j where its weights lie."""
+    cdef Block[T] z = Block[T].fma(load(a.x + at, n, row[0]) - row[0], row[1], row[2])
+    if affine:
+        z = Block[T].fma(z, Block[T].get(job.at_scale, j), Block[T].get(job.at_shift, j))
+    if Forward is FusedNormalize:
+        if job.residual != NULL:
+            z = z + load(a.residual + at, n, row[0])
+    return z
+
+
+cdef inline void map_row(
+    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t end, Block[T]* row, bint affine, bint nontemporal
+) noexcept nogil:
+    """Map a row that ends at `end`, and whose weights lie from j on."""
+    cdef Py_ssize_t W = Block[T].width(), i, few
+    cdef Block[T] z
+    cdef Block[T] several[FEW]
+    if Forward is FusedNormalize:
+        while job.activation.is_smooth() and at + W <= end:
+            few = min(<Py_ssize_t> FEW, (end - at) // W)
+            for i in range(few):
+                several[i] = along(job, a, at + i * W, j + i * W, W, row, affine)
+            Block[T].smooth(several, few, job.activation, False)
+            for i in range(few):
+                store(a.out + at + i * W, several[i], W, nontemporal)
+            at += few * W
+            j += few * W
+    while at + W <= end:
+        z = along(job, a, at, j, W, row, affine)
+        if Forward is FusedNormalize:
+            z = Block[T].activation_forward(z, job.activation)
+        store(a.out + at, z, W, nontemporal)
+        at += W
+        j += W
+    if at < end:
+        z = along(job, a, at, j, end - at, row, affine)
+        if Forward is FusedNormalize:
+            z = Block[T].activation_forward(z, job.activation)
+        z.store_part(a.out + at, end - at)
+
+
 cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t number) noexcept nogil:
     """Map rows whose mean and scale are their own, and along which weight and bias run; `number` is that of the first row."""
-    cdef Py_ssize_t W = Block[T].width(), k = job.inner, r, j, i, n, few, at, from_
+    cdef Py_ssize_t k = job.inner, r
     cdef Arrays[T] a = job.arrays()
-    cdef Block[T] mean, scale, shift
-    cdef Block[T] z[FEW]
-    cdef bint affine = job.weight != NULL or job.bias != NULL
-    cdef bint smooth = Forward is FusedNormalize and job.activation.is_smooth()
+    cdef Block[T] row[3]
     cdef bint nontemporal = job.nontemporal and k * <Py_ssize_t> sizeof(T) % LINE == 0 and Block[T].to_line(a.out, 1) == 0
     for r in range(rows):
-        mean, scale, shift = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
-        at = r * k
-        from_ = (number + r) * k % job.period
-        j = 0
-        while j < k:
-            few = min(<Py_ssize_t> FEW, div_up(k - j, W))
-            for i in range(few):
-                n = min(W, k - j - i * W)
-                z[i] = Block[T].fma(load(a.x + at + j + i * W, n, mean) - mean, scale, shift)
-                if affine:
-                    z[i] = Block[T].fma(z[i], Block[T].get(job.at_scale, from_ + j + i * W), Block[T].get(job.at_shift, from_ + j + i * W))
-                if Forward is FusedNormalize:
-                    if job.residual != NULL:
-                        z[i] = z[i] + load(a.residual + at + j + i * W, n, mean)
-                    if not smooth:
-                        z[i] = Block[T].activation_forward(z[i], job.activation)
-            if smooth:
-                Block[T].smooth(z, few, job.activation, False)
-            for i in range(few):
-                store(a.out + at + j + i * W, z[i], min(W, k - j - i * W), nontemporal)
-            j += few * W
+        row[0], row[1], row[2] = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
+        if job.weight != NULL or job.bias != NULL:
+            map_row(job, &a, r * k, (number + r) * k % job.period, r * k + k, row, True, nontemporal)
+        else:
+            map_row(job, &a, r * k, 0, r * k + k, row, False, nontemporal)
 
 
 cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogil:
@@ -475,6 +501,119 @@ cdef Status backward_image(TypedCall[Backward, T]* job) noexcept nogil:
     return DONE
 
 
+cdef void sum_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T] mean, double* sums) noexcept nogil:
+    """Sums over a row of the gradient times the weight, and of that times x - mean."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, end
+    cdef Block[T] zero = Block[T].constant(0), sum, dot, g
+    sums[0] = sums[1] = 0
+    while j < job.inner:
+        sum = dot = zero
+        end = min(job.inner, j + CHAIN * W)
+        while j + W <= end:
+            g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
+            sum = sum + g
+            dot = Block[T].fma(g, Block[T].load(a.x + at + j) - mean, dot)
+            j += W
+        if j < end:
+            g = load(a.dy + at + j, end - j, zero) * Block[T].get(job.at_scale, j)
+            sum = sum + g
+            dot = Block[T].fma(g, load(a.x + at + j, end - j, mean) - mean, dot)
+            j = end
+        sums[0] += sum.total()
+        sums[1] += dot.total()
+
+
+cdef inline void sum_along(
+    TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t first, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n, char* dweight, char* dbias
+) noexcept nogil:
+    """Add a few rows of n columns, at most a block, to the gradients of weight and bias."""
+    cdef Block[T] of_weight = Block[T].get(dweight, j), of_bias = Block[T].get(dbias, j), zero = Block[T].constant(0), dy, mean
+    cdef Py_ssize_t r
+    for r in range(first, first + rows):
+        mean = Block[T].splat(job.mean, r)
+        dy = load(a.dy + r * job.inner + j, n, zero)
+        of_bias = of_bias + dy
+        of_weight = Block[T].fma(
+            dy, Block[T].fma(load(a.x + r * job.inner + j, n, mean) - mean, Block[T].splat(job.at_slope, r), Block[T].splat(job.at_shift, r)),
+            of_weight,
+        )
+    of_weight.put(dweight, j)
+    of_bias.put(dbias, j)
+
+
+cdef inline void map_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T]* row) noexcept nogil:
+    """Map a row; `row` is mean, scale, offset and slope."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, n
+    cdef Block[T] g
+    while j + W <= job.inner:
+        g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
+        store(a.out + at + j, row[1] * Block[T].fma(Block[T].load(a.x + at + j) - row[0], row[3], g - row[2]), W, False)
+        j += W
+    if j < job.inner:
+        n = job.inner - j
+        g = load(a.dy + at + j, n, row[0]) * Block[T].get(job.at_scale, j)
+        g = row[1] * Block[T].fma(load(a.x + at + j, n, row[0]) - row[0], row[3], g - row[2])
+        g.store_part(a.out + at + j, n)
+
+
+cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noexcept nogil:
+    """A tile of rows, a few at a time: sums along each, sums of each column, and then, because dx may be dy, the map."""
+    cdef Py_ssize_t first = unit * ROW_TILE, last = min(first + ROW_TILE, job.channels), W = Block[T].width(), n, r, j
+    cdef Py_ssize_t size = job.inner * (BLOCK // W) + BLOCK
+    cdef char* dweight = <char*> job.expanded + 2 * unit * size
+    cdef double sums[2 * ROWS]
+    cdef double g0, g1, invstd, low
+    cdef Arrays[T] a = job.arrays()
+    cdef Block[T] row[4]
+    memset(dweight, 0, 2 * size)
+    while first < last:
+        n = min(<Py_ssize_t> ROWS // 2, last - first)
+        for r in range(n):
+            sum_row_gradient(job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), sums + 2 * r)
+        j = 0
+        while j + W <= job.inner:
+            sum_along(job, &a, first, n, j, W, dweight, dweight + size)
+            j += W
+        if j < job.inner:
+            sum_along(job, &a, first, n, j, job.inner - j, dweight, dweight + size)
+        for r in range(n if job.out != NULL else 0):
+            low, invstd = Block[T].value(job.mean_lo, first + r), Block[T].value(job.invstd, first + r)
+            g1 = invstd * (invstd * (sums[2 * r + 1] - low * sums[2 * r]) / job.inner)
+            g0 = (0 if job.uncentered else sums[2 * r] / job.inner) - low * g1
+            row[0], row[1] = Block[T].splat(job.mean, first + r), Block[T].splat(job.invstd, first + r)
+            row[2], row[3] = Block[T].constant(g0), Block[T].constant(-g1)
+            map_row_gradient(job, &a, (first + r) * job.inner, row)
+        first += n
+
+
+cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
+    """Gradients of rows along which the weights run."""
+    cdef Py_ssize_t rows = job.batch, k = job.channels, number = BLOCK // Block[T].width(), size = k * number + BLOCK
+    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), tile, c, bytes
+    cdef char* room = <char*> scratch(size + rows * number + BLOCK + 2 * tiles * size)
+    cdef double dweight, dbias, low
+    if room == NULL:
+        return NO_MEMORY
+    job.at_scale = padded(job.weight, 1, k, room, <T*> NULL)
+    job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
+    job.expanded = <double*> (room + size + rows * number + BLOCK)
+    for c in range(rows):
+        low = Block[T].value(job.mean_lo, c)
+        Block[T].set_value(room + size, c, 0 if low == 0 else -low * Block[T].value(job.invstd, c))
+    job.channels, job.inner = rows, k
+    bytes = (2 + (job.out != NULL)) * rows * k * sizeof(T)
+    parallel(<unit_fn> backward_rows_unit[T], job, tiles, job.threads, False, bytes, job.host)
+    room = <char*> job.expanded
+    for c in range(k):
+        dweight = dbias = 0
+        for tile in range(tiles):
+            dweight += Block[T].value(room + 2 * tile * size, c)
+            dbias += Block[T].value(room + 2 * tile * size + size, c)
+        Block[T].set_value(job.dweight, c, dweight)
+        Block[T].set_value(job.dbias, c, dbias)
+    return DONE
+
+
 cdef bint may_divide(TypedCall[Backward, T]* job) noexcept nogil:
     """Whether a map can do with one sweep."""
     cdef Py_ssize_t c
@@ -493,9 +632,15 @@ cdef Status backward_parts(TypedCall[Backward, T]* job) noexcept nogil:
     cdef Status status
     own.period = channels
     own.channels = batch * parts
-    if is_far(&own) or not may_divide(job) or (job.outer == 1 and job.inner == 1):
+    if is_far(&own):
         return LEFT
     own.channels = channels
+    if job.outer == 1 and job.inner == 1:
+        if Backward is GradInput and parts == 1:
+            return backward_rows(&own)
+        return LEFT
+    if not may_divide(job):
+        return LEFT
     if Backward is FusedGradInput and job.out != NULL:
         own.dz = choose_workspace(&own, sizeof(T))
     if job.outer > 1:
