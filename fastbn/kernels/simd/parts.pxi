@@ -257,13 +257,18 @@ cdef inline void map_row(
         z.store_part(a.out + at, end - at)
 
 
-cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t number) noexcept nogil:
-    """Map rows whose mean and scale are their own, and along which weight and bias run; `number` is that of the first row."""
+cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t number, Py_ssize_t ahead) noexcept nogil:
+    """Map rows whose mean and scale are their own, and along which weight and bias run; `number` is that of the first row.
+
+    So many rows ahead are asked for meanwhile: their pivots, which come first, would each wait for memory.
+    """
     cdef Py_ssize_t k = job.inner, r
     cdef Arrays[T] a = job.arrays()
     cdef Block[T] row[3]
     cdef bint nontemporal = job.nontemporal and k * <Py_ssize_t> sizeof(T) % LINE == 0 and Block[T].to_line(a.out, 1) == 0
     for r in range(rows):
+        if r < ahead:
+            Block[T].prefetch(a.x + (rows + r) * k, k)
         row[0], row[1], row[2] = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
         if job.weight != NULL or job.bias != NULL:
             map_row(job, &a, r * k, (number + r) * k % job.period, r * k + k, row, True, nontemporal)
@@ -282,7 +287,7 @@ cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogi
 cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows: a few at a time, statistics, then the map."""
     cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, n, c, size
-    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
+    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass // 4, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
     cdef Py_ssize_t number = BLOCK // Block[T].width()
     cdef double partial[3 * MOST_TILES]
     cdef double vectors[7 * ROWS]
@@ -318,7 +323,7 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
             leave(&own, 0, n)
             job.any_left = True
         else:
-            map_along(&own, n, first)
+            map_along(&own, n, first, min(n, last - first - n))
         first += n
     if own.nontemporal:
         fence()
