@@ -383,7 +383,8 @@ class GroupNorm(_OnChannels):
         self.weight, self.bias = _affine(self._compute, self.num_channels, both, both)
 
     def __repr__(self) -> str:
-        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.weight is not None}, layout={self.layout!r})"
+        affine = self.weight is not None
+        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={affine}, layout={self.layout!r})"
 
     def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
         return norms.group_norm_forward(x, self.num_groups, self.weight, self.bias, self.eps, **self._where(), **options)

@@ -185,7 +185,8 @@ def _row_vector(name: str, v: object, shape: tuple[int, ...], compute: np.dtype[
 
 def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
     """Run a checked call."""
-    checks.apart({"out": call.out}, {"weight": norm.weight, "bias": norm.bias})
+    if call.out is not None:
+        checks.apart({"out": call.out}, {"weight": norm.weight, "bias": norm.bias})
     y, memory_of_y = call.target(call.out)
     kept = core.copied(call.residual) if keep and call.residual is not None and call.activation is not None else None
     empty = np.zeros((call.shape.batch, call.shape.parts), norm.compute)
@@ -345,7 +346,8 @@ def _instance_norm(
     new, e = checks.number("momentum", momentum), checks.number("eps", eps, 0.0)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
-    checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": w, "bias": b})
+    if mean is not None or var is not None:
+        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": w, "bias": b})
     if call.x.size and call.shape.count == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got x of shape {call.x.shape}")
     tracked = mean is not None or var is not None

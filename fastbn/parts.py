@@ -13,6 +13,7 @@ A module of kernels that has `parts_forward` runs whole calls by itself; the fun
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ from fastbn import extremes, memory, reference
 from fastbn.activations import Epilogue
 from fastbn.composed import fold, split
 from fastbn.floating import default_mode
-from fastbn.layout import Array, view
+from fastbn.layout import Array, View, view
 
 if TYPE_CHECKING:
     from fastbn.kernels.protocol import Operations
@@ -80,7 +81,7 @@ class Shape(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Statistics of parts, of shape (batch, parts), in the type of the arithmetic: mean, what it rounds away, and one over the deviation."""
+    """Mean, what it rounds away, and one over the deviation: of shape (batch, parts), in the type of the arithmetic."""
 
     mean: Array
     low: Array
@@ -100,25 +101,30 @@ class Norm(NamedTuple):
 
 def shape_of(x: Array, axis: int, group: int) -> Shape:
     """How an array with images on axis 0 and channels on another one divides into parts."""
-    v = view(x, axis)
-    order = tuple(range(x.ndim)) if v.perm is None else v.perm
-    long = [i for i in order if x.shape[i] != 1]
-    batch, channels = x.shape[0], x.shape[axis]
+    return _shape_of(x.shape, view(x, axis), axis, group)
+
+
+@lru_cache(maxsize=4096)
+def _shape_of(sizes: tuple[int, ...], v: View, axis: int, group: int) -> Shape:
+    order = tuple(range(len(sizes))) if v.perm is None else v.perm
+    long = [i for i in order if sizes[i] != 1]
+    batch, channels = sizes[0], sizes[axis]
     at = order.index(axis)
-    outer, inner = prod(x.shape[i] for i in order[:at] if i != 0), prod(x.shape[i] for i in order[at + 1 :] if i != 0)
+    outer, inner = prod(sizes[i] for i in order[:at] if i != 0), prod(sizes[i] for i in order[at + 1 :] if i != 0)
     direct = v.dense and (batch == 1 or long[:1] == [0])
     if channels == 1:
         outer, inner = 1, outer * inner
     if not direct or (outer > 1 and inner > 1):
-        rest = tuple(i for i in range(x.ndim) if i not in (0, axis))
-        return Shape(batch, 1, channels, prod(x.shape[i] for i in rest), group, (0, axis, *rest), False)
+        rest = tuple(i for i in range(len(sizes)) if i not in (0, axis))
+        return Shape(batch, 1, channels, prod(sizes[i] for i in rest), group, (0, axis, *rest), False)
     return Shape(batch, outer, channels, inner, group, None if v.perm is None else order)
 
 
 def rows_of(x: Array, ndim: int) -> Shape:
     """How an array divides into parts that are its last `ndim` axes."""
     at = x.ndim - ndim
-    return Shape(prod(x.shape[:at]), 1, prod(x.shape[at:]), 1, prod(x.shape[at:]), None, bool(x.flags.carray or (x.flags.c_contiguous and x.flags.aligned)))
+    long = prod(x.shape[at:])
+    return Shape(prod(x.shape[:at]), 1, long, 1, long, None, x.flags.c_contiguous and x.flags.aligned)
 
 
 def _repeated(v: Array, shape: Shape) -> Array:
@@ -318,7 +324,7 @@ def backward(
             return Sums(*made)
     if shape.is_rows:
         return _backward_of_rows(module, dy, x, dx, shape, norm, vectors, activation, residual, dresidual)
-    mean, low, invstd = (v.astype(np.float64) for v in vectors)
+    low, invstd = (v.astype(np.float64) for v in vectors[1:])
     weight = np.ones(shape.channels) if norm.weight is None else norm.weight.astype(np.float64)
     wide = _repeated(low, shape).ravel(), _repeated(invstd, shape).ravel()
     scale, shift = fold(*wide, _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch), norm.compute)

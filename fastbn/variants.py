@@ -168,7 +168,9 @@ def batch_channel_norm_forward(
 
 
 @default_mode
-def _mixed(call: norms.Call, running: tuple[Any, Any], affine: tuple[Array, Array, Array], eps: float, training: bool) -> tuple[SavedMix, Any]:
+def _mixed(
+    call: norms.Call, running: tuple[Any, Any], affine: tuple[Array, Array, Array], eps: float, training: bool
+) -> tuple[SavedMix, Any]:
     """The statistics of a forward, and in training those of the batch as Stats."""
     axis, wide, stats = call.axis, np.dtype(np.float64), None
     if training:
@@ -299,7 +301,8 @@ def batch_channel_norm_backward(
     call = call._replace(shape=call.shape._replace(group=1))
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
     compute = call.dtype.compute
-    of_weight, of_bias, of_mix = (v.astype(compute) if name in wanted else None for name, v in zip(("weight", "bias", "mix"), sums, strict=True))
+    named = zip(("weight", "bias", "mix"), sums, strict=True)
+    of_weight, of_bias, of_mix = (v.astype(compute) if name in wanted else None for name, v in named)
     found = MixedGradients(dx, of_weight, of_bias, dresidual)
     found.dmix = of_mix
     return found
@@ -763,6 +766,7 @@ def _whole(x: Array, saved: SavedGhosts, wanted: tuple[str, ...], out: object) -
     if "residual" in wanted and not one.has_residual:
         raise ValueError("wrt names 'residual', but the forward had none")
     if (one.shape[1:], one.dtype) != (x.shape[1:], x.dtype):
-        raise ValueError(f"saved is of a forward whose images had shape {one.shape[1:]} and dtype {one.dtype}, but x has {x.shape} and {x.dtype}")
+        had = f"images had shape {one.shape[1:]} and dtype {one.dtype}"
+        raise ValueError(f"saved is of a forward whose {had}, but x has shape {x.shape} and dtype {x.dtype}")
     if isinstance(one.activation, Activation) and one.activation.derivative is None:
         raise ValueError(f"the backward needs the derivative of {one.activation}: give fastbn.Activation(forward, derivative)")

@@ -287,7 +287,7 @@ cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogi
 cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows: a few at a time, statistics, then the map."""
     cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, n, c, size
-    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass // 4, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
+    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass // 2, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
     cdef Py_ssize_t number = BLOCK // Block[T].width()
     cdef double partial[3 * MOST_TILES]
     cdef double vectors[7 * ROWS]
