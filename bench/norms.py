@@ -137,7 +137,8 @@ def main() -> None:
                     ratios.append(t["torch"] / t["fastbn"])
                     where = "channels last" if last else "contiguous"
                     us = "  ".join(f"{name} {1e6 * v:8.1f}" for name, v in t.items())
-                    print(f"{norm:14}{'backward' if backward else 'forward':9}{where:14}{row.network:26}{us}  x{ratios[-1]:.2f}", flush=True)
+                    what = "backward" if backward else "forward"
+                    print(f"{norm:14}{what:9}{where:14}{row.network:26}{us}  x{ratios[-1]:.2f}", flush=True)
                 print(f"{norm} {'backward' if backward else 'forward'}: geometric mean x{exp(sum(map(log, ratios)) / len(ratios)):.2f}")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbn import checks, norms, variants
+from fastbn import layout as layouts
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
 from fastbn.layers import LoadedKeys, loaded
@@ -198,8 +199,7 @@ class _OnChannels(_Layer):
 
     def _check(self, x: Array) -> None:
         super()._check(x)
-        if not isinstance(x, np.ndarray):
-            return
+        layouts.plain("x", x)
         if self._ranks and x.ndim not in self._ranks:
             raise ValueError(f"{type(self).__name__} takes arrays with {self._ranks[0]} axes, but x has shape {x.shape}")
         axis = channel_axis(self.layout, x.ndim, self.axis)
@@ -262,8 +262,9 @@ class _InstanceNorm(_Tracked):
 
     def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
         own = self.training or self.running_mean is None
-        given = (self.running_mean, self.running_var, self.weight, self.bias, own, self._weight_of_new(), self.eps)
-        found = norms.instance_norm_forward(x, *given, **self._where(), **options)
+        given: tuple[Any, ...] = (self.running_mean, self.running_var, self.weight, self.bias, own, self._weight_of_new(), self.eps)
+        forward: Any = norms.instance_norm_forward
+        found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
         self._count()
         return found
 
@@ -528,8 +529,10 @@ class BatchChannelNorm2d(_Tracked):
 
     def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
         own = self.training or self.running_mean is None
-        given = (self.running_mean, self.running_var, self.mix, self.weight, self.bias, own, self._weight_of_new(), self.eps)
-        found = variants.batch_channel_norm_forward(x, *given, **self._where(), **options)
+        statistics = self.running_mean, self.running_var
+        given = (*statistics, self.mix, self.weight, self.bias, own, self._weight_of_new(), self.eps)
+        forward: Any = variants.batch_channel_norm_forward
+        found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
         self._count()
         return found
 
@@ -577,8 +580,10 @@ class BatchRenorm2d(_Tracked):
 
     def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
         assert self.running_mean is not None and self.running_var is not None  # noqa: S101, PT018  it is always tracked
-        given = (self.running_mean, self.running_var, self.weight, self.bias, self.training, self._weight_of_new(), self.eps)
-        found = variants.batch_renorm_forward(x, *given, rmax=self.rmax, dmax=self.dmax, **self._where(), **options)
+        statistics = self.running_mean, self.running_var
+        given = (*statistics, self.weight, self.bias, self.training, self._weight_of_new(), self.eps)
+        forward: Any = variants.batch_renorm_forward
+        found: tuple[Array, Any] = forward(x, *given, rmax=self.rmax, dmax=self.dmax, **self._where(), **options)
         self._count()
         return found
 

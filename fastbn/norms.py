@@ -348,7 +348,7 @@ def _instance_norm(
     mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
     if mean is not None or var is not None:
         checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": w, "bias": b})
-    if call.x.size and call.shape.count == 1:
+    if call.x.size and call.shape.values == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got x of shape {call.x.shape}")
     tracked = mean is not None or var is not None
     if tracked and call.x.size:

@@ -66,8 +66,8 @@ class Shape(NamedTuple):
         return self.channels // max(self.group, 1)
 
     @property
-    def count(self) -> int:
-        """Values of a part."""
+    def values(self) -> int:
+        """Of a part."""
         return self.outer * self.group * self.inner
 
     @property
@@ -150,13 +150,14 @@ def _planes(a: Array | None, shape: Shape) -> Any:
 def statistics(module: Operations, x: Array, shape: Shape, threads: int) -> tuple[Array, Array, Array]:
     """Mean, what it rounds away, and M2 of each part, of shape (batch, parts), in float64."""
     if shape.outer == 1:
-        found = module.stats(x.reshape(1, shape.batch * shape.parts, shape.group * shape.inner), threads)
-        mean, low, m2 = (v.reshape(shape.batch, shape.parts) for v in found)
+        whole = module.stats(x.reshape(1, shape.batch * shape.parts, shape.group * shape.inner), threads)
+        mean, low, m2 = (v.reshape(shape.batch, shape.parts) for v in whole)
         return mean, low, m2
-    found = tuple(np.array(v) for v in zip(*(module.stats(image, threads) for image in x), strict=True))
+    each = [module.stats(image, threads) for image in x]
+    means, lows, m2s = (np.array(v) for v in zip(*each, strict=True))
     if shape.group == 1:
-        return found  # type: ignore[return-value]
-    means, lows, m2s = (v.reshape(shape.batch, shape.parts, shape.group) for v in found)
+        return means, lows, m2s
+    means, lows, m2s = (v.reshape(shape.batch, shape.parts, shape.group) for v in (means, lows, m2s))
     first = means[:, :, :1]
     first = np.where(np.isfinite(first), first, 0.0)
     offsets = (means - first) + lows
@@ -179,7 +180,7 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
                 _Apart.of(x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
             return found
     mean, low, m2 = statistics(module, x, shape, norm.threads)
-    var = m2 / shape.count
+    var = m2 / shape.values
     if not norm.centered:
         var = var + np.square(mean + low)
         mean, low = np.zeros_like(mean), np.zeros_like(low)
@@ -237,7 +238,7 @@ def normalize(
     each = [v.reshape(shape.batch, shape.channels) for v in vectors]
     for b in range(shape.batch):
         after = None if epilogue is None else epilogue._replace(residual=_images(residual, b))
-        module.normalize(x[b], y[b], *(v[b] for v in each), threads, after)
+        module.normalize(x[b], y[b], each[0][b], each[1][b], each[2][b], threads, after)
 
 
 def _as_rows(a: Array, shape: Shape) -> Array:
@@ -259,14 +260,14 @@ def _affine(shape: Shape, norm: Norm) -> tuple[Array, Array, Array]:
 class _Apart(NamedTuple):
     """Parts at the ends of the range, computed in float64 from a copy in units of their own, as `extremes` says."""
 
-    at: tuple[Array, Array]
+    at: tuple[Array, ...]
     y: Array
     mean: Array
     low: Array
     invstd: Array
 
     @classmethod
-    def of(cls, x: Array, shape: Shape, norm: Norm, at: tuple[Array, Array], epilogue: Epilogue | None) -> _Apart:
+    def of(cls, x: Array, shape: Shape, norm: Norm, at: tuple[Array, ...], epilogue: Epilogue | None) -> _Apart:
         """The parts at some places: numbers of images, and of parts in these."""
         values = _gather(x, shape, at)
         largest = np.maximum(np.abs(values).max((1, 2, 3)), np.sqrt(norm.eps))
@@ -297,7 +298,7 @@ class _Apart(NamedTuple):
             vector[b, g] = own
 
 
-def _gather(a: Array, shape: Shape, at: tuple[Array, Array]) -> Array:
+def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
     """Some parts, in float64: of shape (number, outer, group, inner)."""
     k = shape.group
     return np.array([a[b, :, g * k : (g + 1) * k] for b, g in zip(*at, strict=True)], np.float64)
@@ -333,8 +334,8 @@ def backward(
     first, second = lay.sums(dy, x)
     second = second - _repeated(low, shape) * first
     by_parts = (shape.batch, shape.parts, shape.group)
-    g0 = (weight * first).reshape(by_parts).sum(2) / shape.count
-    g1 = invstd * (invstd * ((weight * second).reshape(by_parts).sum(2) / shape.count))
+    g0 = (weight * first).reshape(by_parts).sum(2) / shape.values
+    g1 = invstd * (invstd * ((weight * second).reshape(by_parts).sum(2) / shape.values))
     if dx is not None:
         lay.gradient(dy, x, dx, invstd * (low * g1 - g0), -invstd * g1, weight)
     return Sums((second * _repeated(invstd, shape)).sum(0).astype(norm.compute), first.sum(0).astype(norm.compute))
@@ -435,8 +436,8 @@ def _backward_of_rows(
             dresidual[...] = target
         rows, normal = _as_rows(g, shape), _as_rows(z, shape)
         sums, dots = module.grad_sums(rows, normal, zero, n, None)
-        g0 = sums / shape.count if norm.centered else np.zeros_like(sums)
-        g1 = dots / shape.count
+        g0 = sums / shape.values if norm.centered else np.zeros_like(sums)
+        g1 = dots / shape.values
         out = dx if dx.dtype == compute else g
         module.grad_input(rows, normal, _as_rows(out, shape), zero, invstd, g0.astype(compute), g1.astype(compute), n, None)
         if out is not dx:
@@ -448,4 +449,4 @@ def _backward_of_rows(
 def running(module: Operations, x: Array, shape: Shape, threads: int) -> tuple[Array, Array]:
     """Mean and unbiased variance of each channel, averaged over the images; of parts that are single channels."""
     mean, low, m2 = statistics(module, x, shape, threads)
-    return (mean + low).mean(0), (m2 / (shape.count - 1)).mean(0)
+    return (mean + low).mean(0), (m2 / (shape.values - 1)).mean(0)

@@ -183,7 +183,7 @@ def _mixed(
     layer_mean = layer_var = np.zeros((call.shape.batch, 1))
     if call.x.size:
         found = parts.statistics(core.calls_of(call.dtype), call.dense(call.x), call.shape, call.threads)
-        layer_mean, layer_var = found[0] + found[1], found[2] / call.shape.count
+        layer_mean, layer_var = found[0] + found[1], found[2] / call.shape.values
     high, rest = split(mean, low, call.dtype.compute)
     kept = core.copied(call.residual) if call.residual is not None and call.activation is not None else None
     w, b, m = affine
@@ -416,7 +416,7 @@ def batch_renorm_forward(
     most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
     options: dict[str, Any] = {"layout": layout, "axis": axis}
     after: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "out": out}
-    numbers = {"momentum": momentum, "eps": eps, "training": training}
+    numbers: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training}
     with threading.num_threads(norms.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
         if not checks.switch("training", training):
             _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **numbers, **options, **after)
@@ -429,8 +429,8 @@ def batch_renorm_forward(
         w = np.ones_like(mean) if weight is None else checks.vector("weight", weight, channels, wide)
         b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
         r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
-        affine = w * r, b + w * d
-        y, saved = functional.batch_norm_forward(x, *affine, running_mean, running_var, stats=stats, **numbers, **options, **after)
+        scale, shift = w * r, b + w * d
+        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, stats=stats, **numbers, **options, **after)
     return y, SavedRenorm(saved, r, d)
 
 

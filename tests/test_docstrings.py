@@ -47,7 +47,10 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/deploying.md", "docs/statistics.md", "docs/distributed.md", "docs/pytorch.md", "docs/norms.md"])
+TEXTS = ("README.md", *(f"docs/{name}.md" for name in ("deploying", "statistics", "distributed", "pytorch", "norms")))
+
+
+@pytest.mark.parametrize("file", TEXTS)
 def test_text(file: str) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks

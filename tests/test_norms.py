@@ -345,7 +345,7 @@ def test_ghost_batch_norm_is_batch_norm_of_each_virtual_batch(kernel: Kernel) ->
 
 
 LAYERS: tuple[tuple[Any, tuple[int, ...], str], ...] = (
-    (lambda: fastbn.InstanceNorm1d(4, affine=True, track_running_stats=True), (2, 4, 6), "InstanceNorm1d(4, affine=True, track_running_stats=True)"),
+    (lambda: fastbn.InstanceNorm1d(4, 1e-5, 0.2, True, True), (2, 4, 6), "InstanceNorm1d(4, 1e-5, 0.2, True, True)"),
     (lambda: fastbn.InstanceNorm2d(4), (2, 4, 6, 5), "InstanceNorm2d(4)"),
     (lambda: fastbn.InstanceNorm3d(4, affine=True), (2, 4, 3, 3, 2), "InstanceNorm3d(4, affine=True)"),
     (lambda: fastbn.GroupNorm(2, 4), (2, 4, 6, 5), "GroupNorm(2, 4)"),
