@@ -262,10 +262,10 @@ class _InstanceNorm(_Tracked):
 
     def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
         own = self.training or self.running_mean is None
-        given: tuple[Any, ...] = (self.running_mean, self.running_var, self.weight, self.bias, own, self._weight_of_new(), self.eps)
+        momentum = 0.0 if self.momentum is None else self.momentum  # as PyTorch, which counts no batches here
+        given: tuple[Any, ...] = (self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps)
         forward: Any = norms.instance_norm_forward
         found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
-        self._count()
         return found
 
     def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
@@ -282,7 +282,7 @@ class InstanceNorm1d(_InstanceNorm):
     eps : float
         Added to the variance.
     momentum : float or None
-        Weight of the new values in the running statistics; None is the cumulative average.
+        Weight of the new values in the running statistics; None leaves them as they are, as in PyTorch.
     affine : bool
         Whether there are a weight and a bias.
     track_running_stats : bool

@@ -22,7 +22,7 @@ TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6
 SHAPES = ((3, 8, 5, 7), (2, 6, 4, 4, 4), (4, 4, 9), (2, 8, 40, 41), (1, 4, 130), (5, 12))
 
 
-def _random(shape: tuple[int, ...], dtype: str = "float64", offset: float = 0.5, seed: int = 0) -> Array:
+def _random(shape: tuple[int, ...], dtype: Any = "float64", offset: float = 0.5, seed: int = 0) -> Array:
     x = np.random.default_rng(seed).standard_normal(shape) + offset
     return x.astype(resolve(dtype))
 
@@ -59,13 +59,13 @@ CASES = [(norm, shape, last) for norm in NORMS for shape in SHAPES for last in (
 
 
 @pytest.mark.parametrize(("norm", "shape", "last"), CASES)
-def test_forward_is_the_definition(kernel: Kernel, dtype: str, norm: str, shape: tuple[int, ...], last: bool) -> None:
+def test_forward_is_the_definition(kernel: Kernel, dtype: np.dtype[Any], norm: str, shape: tuple[int, ...], last: bool) -> None:
     x = _random(shape, dtype)
     axis = -1 if last else 1
     x = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
     first, options, weight, bias = _arguments(norm, x, axis)
     y = getattr(fastbn, norm)(x, *first, *_affine(norm, weight, bias), eps=1e-5, **options)
-    assert _worst(y, _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)) < TOLERANCE[dtype]
+    assert _worst(y, _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)) < TOLERANCE[dtype.name]
     assert y.dtype == x.dtype
     assert y.strides == x.strides
 
@@ -86,7 +86,7 @@ def test_digits_are_kept_far_from_zero(kernel: Kernel, norm: str, offset: float,
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("last", [False, True])
 def test_gradients_are_finite_differences(kernel: Kernel, norm: str, activation: str | None, last: bool) -> None:
-    x, dy, residual = (_random((2, 4, 3, 5), seed=s) for s in range(3))
+    x, dy, residual = (_random((2, 4, 3, 6), seed=s) for s in range(3))
     first, options, weight, bias = _arguments(norm, x, -1 if last else 1)
     options |= {"activation": activation, "residual": residual, "eps": 1e-3}
 
@@ -127,7 +127,7 @@ def test_threads_places_and_isas_do_not_change_a_bit(norm: str, last: bool) -> N
     if last:
         x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
     first, options, weight, bias = _arguments(norm, x, -1 if last else 1)
-    kernels = [k.name for k in fastbn.dispatch.TABLE if k.level is not None and not k.unusable()] or ["reference"]
+    kernels = [k.name for k in fastbn.dispatch.TABLE if k.level not in (None, "v2") and not k.unusable()] or ["reference"]
     seen = set()
     for kernel in kernels:
         with fastbn.use_kernel(kernel):
@@ -197,6 +197,8 @@ def test_as_torchs_own_samples(norm: str) -> None:
     (info,) = (op for op in methods.op_db if op.name == f"nn.functional.{norm}")
     seen = 0
     for sample in info.sample_inputs("cpu", torch.float32, requires_grad=False):
+        if sample.kwargs.get("eps") is not None and sample.kwargs["eps"] < 0:
+            continue  # which makes no numbers of some rows, and is an error here
         args = [a.numpy() if isinstance(a, torch.Tensor) else a for a in (sample.input, *sample.args)]
         options = {k: v.numpy().copy() if isinstance(v, torch.Tensor) else v for k, v in sample.kwargs.items()}
         try:
@@ -214,8 +216,8 @@ def test_as_torchs_own_samples(norm: str) -> None:
 def test_onnx_own_tests(op: str) -> None:
     cases = pytest.importorskip("onnx.backend.test.case.node")
     onnx = pytest.importorskip("onnx")
-    for name in ("instancenorm", "groupnormalization", "layernormalization"):
-        pytest.importorskip(f"onnx.backend.test.case.node.{name}")
+    for name in ("instance_normalization", "groupnormalization", "layernormalization"):
+        pytest.importorskip(f"onnx.backend.test.case.node.{name}")  # its import fills the list
     seen = 0
     for case in cases._NodeTestCases:
         nodes = case.model.graph.node

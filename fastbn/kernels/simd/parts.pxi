@@ -532,16 +532,14 @@ cdef inline void sum_along(
     TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t first, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n, char* dweight, char* dbias
 ) noexcept nogil:
     """Add a few rows of n columns, at most a block, to the gradients of weight and bias."""
-    cdef Block[T] of_weight = Block[T].get(dweight, j), of_bias = Block[T].get(dbias, j), zero = Block[T].constant(0), dy, mean
+    cdef Block[T] of_weight = Block[T].get(dweight, j), of_bias = Block[T].get(dbias, j), zero = Block[T].constant(0), dy, d
     cdef Py_ssize_t r
     for r in range(first, first + rows):
-        mean = Block[T].splat(job.mean, r)
+        d = Block[T].splat(job.mean, r)
+        d = load(a.x + r * job.inner + j, n, d) - d
         dy = load(a.dy + r * job.inner + j, n, zero)
         of_bias = of_bias + dy
-        of_weight = Block[T].fma(
-            dy, Block[T].fma(load(a.x + r * job.inner + j, n, mean) - mean, Block[T].splat(job.at_slope, r), Block[T].splat(job.at_shift, r)),
-            of_weight,
-        )
+        of_weight = Block[T].fma(dy, Block[T].fma(d, Block[T].splat(job.at_slope, r), Block[T].splat(job.at_shift, r)), of_weight)
     of_weight.put(dweight, j)
     of_bias.put(dbias, j)
 
