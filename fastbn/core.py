@@ -98,7 +98,7 @@ def _kernel(dtype: DType, activation: Function) -> dispatch.Kernel:
     return dispatch.select(dtype.storage, activation is not None and activation.custom)
 
 
-def _module(dtype: DType, activation: Function = None) -> Calls:
+def calls_of(dtype: DType, activation: Function = None) -> Calls:
     """What runs the whole calls on arrays of a dtype."""
     return whole_calls(_kernel(dtype, activation))
 
@@ -174,7 +174,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
     """
     y, compute = _target(r), r.dtype.compute
     if r.x.size:
-        module = _module(r.dtype, r.activation)
+        module = calls_of(r.dtype, r.activation)
         x, n = _dense(r.x, r.view), threads.for_call("normalize", r.x.nbytes)
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
         wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
@@ -234,7 +234,7 @@ class Folded:
         """Normalize an array."""
         y = _target(r)
         if r.x.size:
-            module = _module(r.dtype, r.activation)
+            module = calls_of(r.dtype, r.activation)
             vectors = self.parameters(r.dtype.compute)
             n = threads.for_call("normalize", r.x.nbytes)
             epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
@@ -252,7 +252,7 @@ def stats(r: Request, dtype: np.dtype[Any] | None = None) -> Stats:
     if rows.size == 0:
         return Stats.identity(r.x.shape[r.axis], dtype)
     count = rows.shape[0] * rows.shape[2]
-    module, n = _module(r.dtype), threads.for_call("stats", rows.nbytes)
+    module, n = calls_of(r.dtype), threads.for_call("stats", rows.nbytes)
     mean, mean_lo, m2 = module.stats(rows, n)
     var = m2 / count
     if (part := extremes.unusual(rows, m2 < 2.0**1000)) is not None:
@@ -274,7 +274,7 @@ def forward(
         zero = np.zeros(x.shape[r.axis], compute)
         vectors, count = (zero, None, zero.copy(), zero.copy(), zero.copy()), 0
         return _deliver(y, r.out), keep_for_backward(r, vectors, count, True, r.residual) if keep else None
-    module = _module(r.dtype, r.activation)
+    module = calls_of(r.dtype, r.activation)
     n = threads.for_call("forward", x.nbytes)
     residual = None if r.residual is None else _like(r.residual, r)
     kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
@@ -310,7 +310,7 @@ def forward_with(
     if r.x.size:
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
         n = threads.for_call("normalize", r.x.nbytes)
-        _module(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
+        calls_of(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
     saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
     y = _deliver(y, r.out)
     if batch.count:
@@ -382,7 +382,7 @@ def backward(
         if total is not None:
             total(nothing.astype(np.float64))
         return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)
-    module = _module(r.dtype, saved.activation)
+    module = calls_of(r.dtype, saved.activation)
     n = threads.for_call("backward", x.nbytes)
     arrays = _like(dy, r), _dense(x, v)
     mean, _, invstd, scale = vectors = _vectors_of_output(saved) if from_output else (saved.mean, saved.mean_lo, saved.invstd, saved.scale)
@@ -446,7 +446,7 @@ def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[
     if r.x.size == 0:
         return np.zeros_like(high), np.zeros_like(high)
     n = threads.for_call("backward", r.x.nbytes)
-    sums = _module(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, high, low, invstd, None, n, None)
+    sums = calls_of(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, high, low, invstd, None, n, None)
     return sums[0].astype(compute), sums[1].astype(compute)
 
 
@@ -461,5 +461,5 @@ def backward_elemt(
         n = threads.for_call("backward", r.x.nbytes)
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
-        input_gradient(_module(r.dtype), arrays, (high, low, invstd, scale), (sum_dy, sum_dy_xmu), count, n)
+        input_gradient(calls_of(r.dtype), arrays, (high, low, invstd, scale), (sum_dy, sum_dy_xmu), count, n)
     return _deliver(dx, r.out)

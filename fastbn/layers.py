@@ -402,21 +402,30 @@ class _BatchNorm(FromOthers):
         TypeError, ValueError
             If a shape does not fit or a value is no number. Nothing is loaded then.
         """
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
-        own = {key: value for key in self._keys if (value := getattr(self, key)) is not None}
-        missing = [key for key in own if key not in state_dict and key != "num_batches_tracked"]
-        unknown = [key for key in state_dict if key not in own]
-        if checks.switch("strict", strict) and (missing or unknown):
-            raise KeyError(f"state_dict lacks {sorted(missing)} and has unknown {sorted(map(str, unknown))}")
-        loaded = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
-        for key, value in loaded.items():
-            own[key][...] = value
-        return LoadedKeys(missing, unknown)
+        return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
+
+
+def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -> LoadedKeys:
+    """Load values into a layer's own arrays, all of them or none."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+    missing = [key for key in own if key not in state_dict and key != "num_batches_tracked"]
+    unknown = [key for key in state_dict if key not in own]
+    if checks.switch("strict", strict) and (missing or unknown):
+        raise KeyError(f"state_dict lacks {sorted(missing)} and has unknown {sorted(map(str, unknown))}")
+    found = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
+    for key, value in found.items():
+        own[key][...] = value
+    return LoadedKeys(missing, unknown)
 
 
 def _loaded(key: str, value: Any, own: Array) -> Array:
     """A copy of what is loaded, in the type of what it replaces."""
+    if own.ndim > 1:
+        found = checks.real(key, value)
+        if found.shape != own.shape:
+            raise ValueError(f"{key} must have shape {own.shape}, got {found.shape}")
+        return found.astype(own.dtype)
     if own.ndim:
         try:
             return checks.vector(key, value, (len(own), f"{key} must have shape {own.shape}"), own.dtype).copy()

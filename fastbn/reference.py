@@ -91,7 +91,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, f
 }
 
 
-def _finish(z: Array, epilogue: Any) -> Array:
+def finish(z: Array, epilogue: Any) -> Array:
     """Add the residual and apply the activation."""
     if epilogue is None:
         return z
@@ -163,7 +163,7 @@ def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threa
     epilogue : Epilogue, optional
         The activation and the residual.
     """
-    y[...] = _finish((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift), epilogue).astype(y.dtype)
+    y[...] = finish((_wide(x) - _columns(mean)) * _columns(scale) + _columns(shift), epilogue).astype(y.dtype)
 
 
 @np.errstate(all="ignore")
@@ -333,3 +333,78 @@ def batch_norm_backward(
         count = _sum(counted, axis).reshape(column)
         dx = dy - counted * (dbias.reshape(column) + x_hat * dweight.reshape(column)) / count
     return dx * scale.reshape(column), dweight, dbias
+
+
+def group_norm(
+    x: Array, num_groups: int, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-5, axis: int = 1
+) -> Array:
+    """Group normalization in float64; with as many groups as channels it is instance normalization.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or with the channels on another axis
+    num_groups : int
+    weight, bias : ndarray of shape (C,), optional
+    eps : float
+        Added to the variance.
+    axis : int
+        Axis of the channels.
+
+    Returns
+    -------
+    ndarray, float64, of the shape of x
+
+    Notes
+    -----
+    Wu and He, "Group Normalization", ECCV 2018.
+
+    Examples
+    --------
+    >>> group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
+    array([[-1.,  1., -1.,  1.]])
+    """
+    first = np.moveaxis(_wide(x), axis, 1)
+    rows = first.reshape(len(first) * num_groups, -1)
+    y = np.moveaxis(layer_norm(rows, 1, eps=eps).reshape(first.shape), 1, axis)
+    column = _along(axis, x.ndim)
+    y = y if weight is None else y * _wide(weight).reshape(column)
+    return y if bias is None else y + _wide(bias).reshape(column)
+
+
+def layer_norm(
+    x: Array, ndim: int = 1, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-5, centered: bool = True
+) -> Array:
+    """Layer normalization over the last axes, in float64.
+
+    Parameters
+    ----------
+    x : ndarray
+    ndim : int
+        Number of the axes that have statistics together.
+    weight, bias : ndarray of the shape of these axes, optional
+    eps : float
+        Added to the variance.
+    centered : bool
+        Whether the mean is subtracted; else it is normalization by the root mean square.
+
+    Returns
+    -------
+    ndarray, float64, of the shape of x
+
+    Notes
+    -----
+    Ba, Kiros and Hinton, "Layer Normalization", 2016; Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+
+    Examples
+    --------
+    >>> layer_norm(np.array([[1.0, 3.0]]), eps=0.0)
+    array([[-1.,  1.]])
+    """
+    axes = tuple(range(x.ndim - ndim, x.ndim))
+    wide = _wide(x)
+    if centered:
+        wide = wide - wide.mean(axes, keepdims=True)
+        wide = wide - wide.mean(axes, keepdims=True)
+    y = np.asarray(wide / np.sqrt(np.square(wide).mean(axes, keepdims=True) + eps))
+    y = y if weight is None else y * _wide(weight)
+    return y if bias is None else y + _wide(bias)

@@ -58,7 +58,7 @@ def test_public_functions_have_examples() -> None:
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
 
 
-TEXTS = ["README.md", *(f"docs/{name}.md" for name in ("deploying", "statistics", "distributed", "pytorch", "onnx"))]
+TEXTS = ["README.md", *(f"docs/{name}.md" for name in ("deploying", "statistics", "distributed", "pytorch", "onnx", "norms"))]
 
 
 @pytest.mark.parametrize("file", TEXTS)

@@ -69,6 +69,18 @@ def test_recalibrate(tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_small_batches(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plot.png"
+    command = [sys.executable, EXAMPLES / "small_batches.py", "--images", "1000", "--output", plot]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+    found = {name: float(percent) for name, percent in re.findall(r"^two images of the same digit +(\S.*\S) +(\S+) % \(", printed, re.M)}
+    assert len(found) == 5
+    assert found["group norm"] > found["batch norm"] + 10  # what the example is there to show, with room for other rounding
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_reestimate_dask():
     pytest.importorskip("dask.array", reason="needs dask")
     command = [sys.executable, EXAMPLES / "reestimate_dask.py", "--rows", "20000", "--chunk", "900"]

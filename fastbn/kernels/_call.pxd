@@ -48,9 +48,12 @@ cdef extern from "call.hpp" namespace "fastbn" nogil:
         double *second
         double *low
         char *left
+        Py_ssize_t batch, group
+        bint uncentered
 
     ctypedef Status (*call_fn)(Call*) noexcept nogil
 
     cdef cppclass Kernels:
         call_fn stats, normalize, grad_sums, grad_input, inference, forward, backward
         void (*move_running)(Call*) noexcept
+        call_fn parts_forward, parts_backward

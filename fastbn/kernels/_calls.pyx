@@ -154,6 +154,24 @@ cdef class Calls:
             return rescue(self).backward(dy, x, dx, mean, mean_lo, invstd, scale, call.threads, epilogue)
         return tuple(sums)
 
+    def parts_forward(
+        self, cnp.ndarray x not None, cnp.ndarray y not None, weight, bias, double eps, Py_ssize_t group, bint centered, threads,
+        epilogue=None
+    ):
+        """Normalize parts with their own statistics, of (batch, outer, channels, inner) arrays; as `parts.forward`.
+
+        Mean, what it rounds away, and invstd of each part, one below the other; invstd is -1 where the caller must do it.
+        None where this takes no such shape.
+        """
+        return forward_of_parts(self, x, y, weight, bias, eps, group, centered, threads, epilogue)
+
+    def parts_backward(
+        self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, weight, bias, Py_ssize_t group,
+        bint centered, threads, epilogue=None
+    ):
+        """Gradients through the statistics of parts; as `parts.backward`: those of weight and bias, or None where this cannot."""
+        return backward_of_parts(self, dy, x, dx, (mean, mean_lo, invstd), (weight, bias), group, centered, threads, epilogue)
+
 
 cdef Status run(call_fn function, Call* call) except *:
     """Run a call; DONE or LEFT."""
@@ -231,4 +249,5 @@ cdef object in_memory(cnp.ndarray a, tuple dims):
     return a.transpose(order).reshape(dims)
 
 
+include "parts_door.pxi"
 include "plain.pxi"

@@ -7,7 +7,8 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
         Py_ssize_t outer, channels, inner, item
         int threads, reads, arrays, touched
         bint two_outputs, streamable
-        Py_ssize_t to_line
+        Py_ssize_t to_line, together
+        bint apart
 
     cdef cppclass Tiles:
         double count

@@ -46,7 +46,7 @@ cdef inline Py_ssize_t lanes(const Task* t) noexcept nogil:
 
 cdef inline bint exceeds(Py_ssize_t cache, const Task* t, Py_ssize_t arrays) noexcept nogil:
     """Whether so many arrays are more than a cache."""
-    return t.outer * t.channels * t.inner * t.item * arrays > cache
+    return t.outer * t.channels * t.inner * t.item * arrays * max(t.together, <Py_ssize_t> 1) > cache
 
 
 cdef bint are_columns(const Task* t) noexcept nogil:
@@ -166,7 +166,7 @@ cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
     memset(p, 0, sizeof(Plan))
     set_tiles(&p.tiles, &p.sums, t)
     p.map = p.sums
-    p.resident = t.reads > 0 and t.arrays > 0 and plan_resident(&p.sums, &p.tiles, t)
+    p.resident = t.reads > 0 and t.arrays > 0 and not t.apart and plan_resident(&p.sums, &p.tiles, t)
     if p.resident:
         p.sums.bytes = t.touched * size
         return

@@ -65,6 +65,12 @@ struct Call {
     void *dweight, *dbias;         // of a backward; or NULL
     double *first, *second, *low;  // merged sums: mean, M2 and the rest of the mean, or of dy and of dy (x - mean); or NULL
     char* left;                    // set by a forward, for each channel
+
+    // Of calls over parts: memory is (batch, outer, channels, inner), of which outer or inner is 1, and `group` channels of
+    // an image share statistics. mean, mean_lo and invstd, which are needed, have one element for each of these parts, weight
+    // and bias one for each channel; first and second, which a backward needs, one for each channel of each image.
+    std::ptrdiff_t batch, group;
+    bool uncentered;  // the mean is taken to be 0
 };
 
 // Each runs a call in the default floating-point mode. The first four are single operations, of which `core` makes the
@@ -84,6 +90,9 @@ struct Kernels {
     call_fn backward;
     // What a forward does last; where it had LEFT channels, the caller, when it has computed them.
     void (*move_running)(Call*);
+    // Over parts. A forward has LEFT the parts whose invstd is -1; all others are done. A backward that is LEFT has written
+    // nothing; it must be made of operations.
+    call_fn parts_forward, parts_backward;
 };
 
 }  // namespace fastbn

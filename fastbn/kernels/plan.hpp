@@ -26,6 +26,8 @@ struct Task {
     bool two_outputs;  // of the map
     bool streamable;   // the output is memory of its own; that of two has its cache lines at the same elements
     std::ptrdiff_t to_line;  // elements of the output before its first cache line
+    std::ptrdiff_t together; // such tasks that follow each other, as to what stays in the caches; 0 is 1
+    bool apart;        // the map waits for all sums
 };
 
 // Numeric tiles: they decide the bits of a result, and depend on the shape alone.

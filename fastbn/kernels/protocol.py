@@ -58,6 +58,25 @@ class WholeCalls(Protocol):
         """The sums, and dx unless it is None; only then is a scale needed."""
 
 
+class PartsCalls(Protocol):
+    """Whole calls over parts of images, of (batch, outer, channels, inner) arrays; without these, `parts` makes them of operations."""
+
+    def parts_forward(
+        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, group: int, centered: bool, threads: int,
+        epilogue: Any = None,
+    ) -> tuple[Array, bool] | None:  # fmt: skip
+        """Normalize each part with its own statistics; return mean, what it rounds away and invstd, and whether any part is left.
+
+        A part that is left has an invstd of -1; the caller must compute it. None where the module takes no such shape.
+        """
+
+    def parts_backward(
+        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array, invstd: Array, weight: Array | None,
+        bias: Array | None, group: int, centered: bool, threads: int, epilogue: Any = None,
+    ) -> tuple[Array, ...] | None:  # fmt: skip
+        """Gradients of x, into dx, and of weight and bias, which are returned; None where the module cannot."""
+
+
 class Calls(Operations, WholeCalls, Protocol):
     """What `core` runs: a module, or `composed.ComposedKernel` of one."""
 

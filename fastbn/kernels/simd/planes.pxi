@@ -31,7 +31,7 @@ cdef void find_pivots(TypedCall[Stats, T]* job, Py_ssize_t first, Py_ssize_t las
     cdef const T* plane = job.arrays().x + n0 * stride + first * job.inner + start
     for i in range(8):
         at = (2 * i + 1) * e // 16
-        places[i] = at // length * stride + at % length
+        places[i] = at if e == length else at // length * stride + at % length  # of one run without divisions
     for c in range(first, last):
         job.pivots[tile * job.channels + c] = Block[T].pivot_at(plane, places)
         plane += job.inner

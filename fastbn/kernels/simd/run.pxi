@@ -156,12 +156,15 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     """Give a call its scratch memory; False where there is none."""
     cdef Py_ssize_t size = job.tiles * job.width * sizeof(double) if sums else 0, vector = job.channels * sizeof(double)
     cdef Py_ssize_t for_columns = 5 * (job.columns + 2 * Block[T].width()) * sizeof(double)
-    cdef char* free = <char*> scratch(3 * size + 11 * vector + for_columns + job.channels)
+    cdef Py_ssize_t for_planes = job.planes * sizeof(double)
+    cdef char* free = <char*> scratch(3 * size + 11 * vector + for_columns + 3 * for_planes + job.channels)
     if free == NULL:
         return False
     job.pivots, job.sums, job.dots = <double*> free, <double*> (free + size), <double*> (free + 2 * size)
     job.expanded = <double*> (free + 3 * size)
     free += 3 * size + for_columns
+    job.plane_mean, job.plane_scale, job.plane_shift = free, free + for_planes, free + 2 * for_planes
+    free += 3 * for_planes
     job.invstds = <double*> room(&free, NULL, vector)
     job.grad_offset, job.grad_slope = room(&free, NULL, vector), room(&free, NULL, vector)
     # What the caller did not bring.
@@ -175,8 +178,8 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     return True
 
 
-cdef bint plan(TypedCall[Op, T]* job, Plan* p, int reads, int arrays, int touched) noexcept nogil:
-    """Cut a call, and give it its scratch memory; False where there is none."""
+cdef inline Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched) noexcept nogil:
+    """What a call is cut by."""
     cdef Task t
     memset(&t, 0, sizeof(Task))
     t.outer, t.channels, t.inner, t.item, t.threads = job.outer, job.channels, job.inner, sizeof(T), job.threads
@@ -184,6 +187,13 @@ cdef bint plan(TypedCall[Op, T]* job, Plan* p, int reads, int arrays, int touche
     t.two_outputs = job.dresidual != NULL and job.dz == NULL
     t.streamable = is_fresh(job) and (job.dz == NULL or job.dz != job.out)
     t.to_line = Block[T].to_line(job.arrays().out, job.outer * job.channels * job.inner)
+    t.together, t.apart = job.batch, job.apart
+    return t
+
+
+cdef bint plan(TypedCall[Op, T]* job, Plan* p, int reads, int arrays, int touched) noexcept nogil:
+    """Cut a call, and give it its scratch memory; False where there is none."""
+    cdef Task t = task(job, reads, arrays, touched)
     make_plan(p, &t)
     job.follow(p.tiles, p.sums)
     return allocate(job, reads > 0)
@@ -384,11 +394,14 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
     return DONE
 
 
+include "parts.pxi"
+
+
 ctypedef Status (*work_fn)(Work* job) noexcept nogil
 
 # Of each dtype, plain and active.
 cdef work_fn[4][1] STATS
-cdef work_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD
+cdef work_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, PARTS_FORWARD, PARTS_BACKWARD
 
 
 cdef void register(T* tag, Dtype dtype) noexcept:
@@ -399,6 +412,8 @@ cdef void register(T* tag, Dtype dtype) noexcept:
     INFERENCE[<int> dtype][:] = [<work_fn> inference_call[Normalize, T], <work_fn> inference_call[FusedNormalize, T]]
     FORWARD[<int> dtype][:] = [<work_fn> forward_call[Normalize, T], <work_fn> forward_call[FusedNormalize, T]]
     BACKWARD[<int> dtype][:] = [<work_fn> backward_call[GradInput, T], <work_fn> backward_call[FusedGradInput, T]]
+    PARTS_FORWARD[<int> dtype][:] = [<work_fn> forward_parts[Normalize, T], <work_fn> forward_parts[FusedNormalize, T]]
+    PARTS_BACKWARD[<int> dtype][:] = [<work_fn> backward_parts[GradInput, T], <work_fn> backward_parts[FusedGradInput, T]]
 
 register[float](NULL, Dtype.FLOAT32)
 register[double](NULL, Dtype.FLOAT64)
@@ -450,7 +465,16 @@ cdef Status backward(Call* call) noexcept nogil:
     return run(BACKWARD[<int> call.dtype][is_fused(call)], call)
 
 
+cdef Status parts_forward(Call* call) noexcept nogil:
+    return run(PARTS_FORWARD[<int> call.dtype][is_fused(call)], call)
+
+
+cdef Status parts_backward(Call* call) noexcept nogil:
+    return run(PARTS_BACKWARD[<int> call.dtype][is_fused(call)], call)
+
+
 cdef Kernels TABLE
+TABLE.parts_forward, TABLE.parts_backward = parts_forward, parts_backward
 TABLE.stats, TABLE.normalize, TABLE.grad_sums, TABLE.grad_input = stats, normalize, grad_sums, grad_input
 TABLE.inference, TABLE.forward, TABLE.backward, TABLE.move_running = inference, forward, backward, move_running
 KERNELS = PyCapsule_New(&TABLE, "fastbn.kernels.Kernels", NULL)

@@ -27,6 +27,10 @@ struct Work : fastbn::Call, fastbn::Tiles, fastbn::Units {
     void *grad_offset, *grad_slope;   // of the map of a backward: the gradients through the mean and the deviation
     double* invstds;                  // of the batch, before they are rounded
     double* expanded;                 // room for a vector for each column
+    std::ptrdiff_t planes, period;    // of calls over parts: channels of all images, and of one
+    void *plane_mean, *plane_scale, *plane_shift;  // one for each of these planes
+    bool apart;                       // the map waits for all sums
+    bool any_left, no_memory;         // set by units
     const void *at_mean, *at_scale, *at_shift, *at_slope, *at_bias;  // of the map; for columns one for each column
 
     void follow(const fastbn::Tiles& tiles, const fastbn::Units& units) {

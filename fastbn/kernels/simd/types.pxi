@@ -100,6 +100,11 @@ cdef extern from "simd/types.hpp" nogil:
         void *grad_slope
         double *invstds
         double *expanded
+        Py_ssize_t planes, period
+        void *plane_mean
+        void *plane_scale
+        void *plane_shift
+        bint apart, any_left, no_memory
         const void *at_mean
         const void *at_scale
         const void *at_shift

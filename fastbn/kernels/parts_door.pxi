@@ -1,0 +1,94 @@
+"""The door for calls over parts of images: (batch, outer, channels, inner) arrays, of which outer or inner is 1."""
+
+cdef enum:
+    LONGEST_ROW = 1 << 20  # elements
+
+
+cdef int bind_parts(Call* call, cnp.ndarray x, Py_ssize_t group, threads) except -1:
+    """Enter the input; return NumPy's number of the type of the arithmetic."""
+    if (
+        cnp.PyArray_NDIM(x) != 4 or not is_dense(x) or cnp.PyArray_SIZE(x) == 0 or group < 1
+        or cnp.PyArray_DIM(x, 2) % group != 0 or (cnp.PyArray_DIM(x, 1) > 1 and cnp.PyArray_DIM(x, 3) > 1)
+    ):
+        raise ValueError(
+            "a call over parts needs a C-contiguous and aligned (batch, outer, channels, inner) array, not empty, of which outer or "
+            f"inner is 1, and groups of channels, got shape {(<object> x).shape}, strides {(<object> x).strides}, groups of {group}"
+        )
+    memset(call, 0, sizeof(Call))
+    call.dtype = <Dtype> dtype_of(x)
+    call.x = cnp.PyArray_DATA(x)
+    call.batch, call.outer, call.channels, call.inner = (<object> x).shape
+    call.group, call.threads = group, thread_count(threads)
+    return arithmetic(call.dtype)
+
+
+cdef void* twin(cnp.ndarray x, a, bint written) except NULL:
+    """Memory of an array that is like the input."""
+    if not isinstance(a, cnp.ndarray) or not cnp.PyArray_SAMESHAPE(a, x) or not is_dense(a) or dtype_of(a) != dtype_of(x):
+        raise ValueError("the arrays of a kernel call must have one shape and dtype and be C-contiguous and aligned")
+    if written and not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError("the outputs of a kernel call must be writable")
+    return cnp.PyArray_DATA(<cnp.ndarray> a)
+
+
+cdef int bind_epilogue_of_parts(Call* call, cnp.ndarray x, epilogue) except -1:
+    if epilogue is None:
+        return 0
+    bind_activation(call, epilogue.activation)
+    if epilogue.residual is not None:
+        call.residual = twin(x, epilogue.residual, False)
+    if epilogue.dresidual is not None:
+        call.dresidual = twin(x, epilogue.dresidual, True)
+    return 0
+
+
+cdef object forward_of_parts(
+    Calls calls, cnp.ndarray x, cnp.ndarray y, weight, bias, double eps, Py_ssize_t group, bint centered, threads, epilogue
+):
+    cdef Call call
+    cdef int number = bind_parts(&call, x, group, threads)
+    cdef cnp.npy_intp[2] shape = [3, call.batch * (call.channels // group)]
+    cdef cnp.ndarray made
+    cdef bint rows = call.outer == 1 and call.inner == 1
+    if (rows and (group == 1 or group > LONGEST_ROW)) or (not rows and not centered):
+        return None
+    bind_epilogue_of_parts(&call, x, epilogue)
+    call.out = twin(x, y, True)
+    call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
+    call.eps, call.uncentered = eps, not centered
+    made = cnp.PyArray_EMPTY(2, shape, number, 0)
+    call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
+    left = run(calls.table.parts_forward, &call) == LEFT
+    if left:
+        end_scratch()
+    return made, left
+
+
+cdef object backward_of_parts(
+    Calls calls, cnp.ndarray dy, cnp.ndarray x, dx, tuple statistics, tuple affine, Py_ssize_t group, bint centered, threads, epilogue
+):
+    cdef Call call
+    cdef int number = bind_parts(&call, x, group, threads)
+    cdef Py_ssize_t parts = call.batch * (call.channels // group)
+    cdef bint rows = call.outer == 1 and call.inner == 1
+    cdef cnp.npy_intp[2] planes = [2, 0 if rows else call.batch * call.channels]
+    cdef cnp.ndarray sums, made
+    if rows and (group == 1 or group > LONGEST_ROW):
+        return None
+    bind_epilogue_of_parts(&call, x, epilogue)
+    call.dy = twin(x, dy, False)
+    call.out = NULL if dx is None else twin(x, dx, True)
+    call.uncentered = not centered
+    call.weight, call.bias = optional(&call, "weight", number, affine[0]), optional(&call, "bias", number, affine[1])
+    for v in statistics:
+        if not is_plain(v, number) or cnp.PyArray_SIZE(v) != parts:
+            raise ValueError(f"statistics must be vectors of {parts} parts, in the type of the arithmetic")
+    call.mean, call.mean_lo = cnp.PyArray_DATA(<cnp.ndarray> statistics[0]), cnp.PyArray_DATA(<cnp.ndarray> statistics[1])
+    call.invstd = cnp.PyArray_DATA(<cnp.ndarray> statistics[2])
+    sums, made = cnp.PyArray_EMPTY(2, planes, cnp.NPY_DOUBLE, 0), new_vectors(&call, 2, number)
+    call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+    call.dweight, call.dbias = row(made, 0), row(made, 1)
+    if run(calls.table.parts_backward, &call) == LEFT:
+        end_scratch()
+        return None
+    return tuple(made)

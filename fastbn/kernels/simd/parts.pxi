@@ -1,0 +1,664 @@
+"""Parts: whole calls where each image's groups of channels, or each row, have statistics of their own.
+
+Planes, columns and their loops are those of batch normalization. Of planes, each part is one run of memory and so a channel
+to the sums, and each plane is a channel to the map. Of columns, each image is a call of its own, whose statistics are merged
+by groups. Rows have weights that run along them, and so a map of their own, `map_along`.
+"""
+
+cdef enum:
+    ROWS = 32            # rows that are summed before they are mapped
+    ROW_TILE = 64        # rows whose columns are summed before they are merged in double
+    MOST_TILES = 64      # of a row, and of the rows that are summed together
+
+cdef double LEAST_WEIGHT = 2.0 ** -40  # that a gradient may be divided by
+
+
+cdef inline void fold_part(TypedCall[Forward, T]* job, Py_ssize_t c, double* low, double* invstd) noexcept nogil:
+    """From the merged statistics of a part to those that are returned."""
+    cdef double high, var = job.second[c] / job.count
+    invstd[0] = 1 / sqrt(var + job.eps)
+    low[0] = 0
+    if job.uncentered:
+        Block[T].set_value(job.mean, c, 0)
+    else:
+        Block[T].set_value(job.mean, c, job.first[c])
+        high = Block[T].value(job.mean, c)
+        low[0] = (job.first[c] - high if isfinite(high) else 0) + job.low[c]
+    Block[T].set_value(job.mean_lo, c, low[0])
+    Block[T].set_value(job.invstd, c, invstd[0])
+
+
+cdef inline double narrow(double scale, double most) noexcept nogil:
+    """A scale that is finite stays so in the type of the arithmetic."""
+    return min(max(scale, -most), most) if isfinite(scale) else scale
+
+
+cdef bint fold_parts(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """From the merged statistics of parts to the parameters of their planes' map; whether they may be mapped."""
+    cdef double low, invstd, scale, shift, most = Block[T].largest()
+    cdef Py_ssize_t c, plane = first * job.group, at = plane % job.period, end
+    cdef bint unusual = False
+    for c in range(first, last):
+        fold_part(job, c, &low, &invstd)
+        end = plane + job.group
+        while plane < end:
+            scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, at)
+            shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
+            Block[T].set_value(job.plane_mean, plane, Block[T].value(job.mean, c))
+            Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
+            Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
+            unusual = unusual or is_unusual(job, job.second[c], invstd, scale)
+            plane += 1
+            at = at + 1 if at + 1 < job.period else 0
+    if unusual:
+        leave(job, first, last)
+    return not unusual
+
+
+cdef void leave(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Mark parts that the caller must compute."""
+    cdef Py_ssize_t c
+    job.any_left = True
+    for c in range(first, last):
+        Block[T].set_value(job.invstd, c, -1)
+
+
+cdef TypedCall[Map, T] to_planes(TypedCall[Map, T]* job, Py_ssize_t channels, Py_ssize_t inner) noexcept nogil:
+    """The map of all planes, each with parameters of its own."""
+    cdef TypedCall[Map, T] maps = job[0]
+    maps.channels, maps.inner = channels, inner
+    maps.mean, maps.scale, maps.shift = job.plane_mean, job.plane_scale, job.plane_shift
+    return maps
+
+
+cdef void forward_parts_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
+    """Several parts: statistics, then, while they are in the cache, the map."""
+    cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, end
+    cdef Py_ssize_t k = job.group
+    cdef TypedCall[Forward, T] maps = to_planes(job, job.planes, job.inner // k), own = job[0]
+    set_parameters(&maps, True)
+    for tile in range(own.tiles):
+        find_pivots(<TypedCall[Stats, T]*> &own, first, last, tile)
+    while first < last:
+        end = min(first + own.channels_per_pass, last)
+        sum_channels(<TypedCall[Stats, T]*> &own, first, end)
+        merge_stats(&own, first, end)
+        if not fold_parts(&own, first, end):
+            job.any_left = True
+        elif k == 1:
+            map_group(&maps, first, end)
+        else:
+            map_whole(&maps, first * k, (end - first) * k)
+        first = end
+    if own.nontemporal:
+        fence()
+
+
+cdef Status forward_planes(TypedCall[Forward, T]* job) noexcept nogil:
+    """A forward where each part is one run of memory."""
+    cdef Plan p
+    cdef Task t
+    cdef int arrays = 2 + (job.residual != NULL)
+    cdef Py_ssize_t inner = job.inner
+    cdef TypedCall[Forward, T] maps
+    job.planes = job.batch * job.channels
+    job.channels, job.inner = job.planes // job.group, inner * job.group
+    job.batch = 1
+    if not plan(job, &p, 1, arrays, arrays):
+        return NO_MEMORY
+    if p.resident:
+        parallel(<unit_fn> forward_parts_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
+        return LEFT if job.any_left else DONE
+    run_sums(<TypedCall[Stats, T]*> job)
+    if not fold_parts(job, 0, job.channels):
+        return LEFT
+    maps = to_planes(job, job.planes, inner)
+    t = task(&maps, 0, arrays, arrays)
+    make_plan(&p, &t)
+    p.map.reverse = True
+    run_map(&maps, &p)
+    return DONE
+
+
+cdef void merge_groups(Work* job) noexcept nogil:
+    """From the merged statistics of an image's channels to those of its groups."""
+    cdef Py_ssize_t g, c, k = job.group
+    cdef double offset, base, m2, e
+    for g in range(job.channels // k):
+        base = job.first[g * k] if isfinite(job.first[g * k]) else 0
+        offset = m2 = 0
+        for c in range(g * k, g * k + k):
+            offset += (job.first[c] - base) + job.low[c]
+        offset /= k
+        for c in range(g * k, g * k + k):
+            e = ((job.first[c] - base) + job.low[c]) - offset
+            m2 += job.second[c] + job.count * (e * e)
+        job.first[g] = base + offset
+        e = offset - (job.first[g] - base)
+        job.low[g] = e if isfinite(e) else 0
+        job.second[g] = m2
+    job.channels //= k
+    job.count *= k
+
+
+cdef Status forward_image(TypedCall[Forward, T]* job) noexcept nogil:
+    """A forward of one image of columns."""
+    cdef Plan p
+    cdef int arrays = 2 + (job.residual != NULL)
+    cdef Py_ssize_t channels = job.channels
+    cdef TypedCall[Forward, T] maps
+    job.planes, job.apart = channels, True
+    if not plan(job, &p, 1, arrays, arrays):
+        return NO_MEMORY
+    run_sums(<TypedCall[Stats, T]*> job)
+    if job.group > 1:
+        merge_groups(job)
+    if not fold_parts(job, 0, job.channels):
+        return LEFT
+    maps = to_planes(job, channels, job.inner)
+    run_map(&maps, &p)
+    return DONE
+
+
+cdef inline void* further(const void* p, Py_ssize_t bytes) noexcept nogil:
+    """What lies some bytes behind; NULL stays NULL."""
+    if p == NULL:
+        return NULL
+    return <char*> p + bytes
+
+
+cdef TypedCall[Op, T] image(TypedCall[Op, T]* job, Py_ssize_t b) noexcept nogil:
+    """The call on one image."""
+    cdef TypedCall[Op, T] one = job[0]
+    cdef Py_ssize_t size = b * job.outer * job.channels * job.inner * sizeof(T), number = BLOCK // Block[T].width()
+    cdef Py_ssize_t parts = b * (job.channels // job.group) * number, channels = b * job.channels * sizeof(double)
+    one.x, one.dy, one.residual = further(job.x, size), further(job.dy, size), further(job.residual, size)
+    one.out, one.dresidual, one.dz = further(job.out, size), further(job.dresidual, size), further(job.dz, size)
+    one.mean, one.mean_lo = further(job.mean, parts), further(job.mean_lo, parts)
+    one.invstd = further(job.invstd, parts)
+    one.first, one.second = <double*> further(job.first, channels), <double*> further(job.second, channels)
+    return one
+
+
+cdef Status call_image(TypedCall[Map, T]* job, Py_ssize_t b, int threads) noexcept nogil:
+    cdef TypedCall[Map, T] one = image(job, b)
+    one.threads = threads
+    if Map in Forward:
+        return forward_image(&one)
+    else:
+        return backward_image(&one)
+
+
+cdef void image_unit(TypedCall[Map, T]* job, Py_ssize_t unit) noexcept nogil:
+    """One image, by one thread."""
+    cdef Status status = call_image(job, unit, 1)
+    if status == LEFT:
+        job.any_left = True
+    elif status == NO_MEMORY:
+        job.no_memory = True
+    end_scratch()
+
+
+cdef Status each_image(TypedCall[Map, T]* job, Py_ssize_t arrays) noexcept nogil:
+    """Images of columns: each by one thread where there are many, else one after the other by all threads."""
+    cdef Py_ssize_t b, bytes = job.batch * job.outer * job.channels * job.inner * arrays * sizeof(T)
+    cdef Status status
+    if job.threads > 1 and job.batch >= 2 * job.threads:
+        parallel(<unit_fn> image_unit[Map, T], job, job.batch, job.threads, False, bytes, job.host)
+    else:
+        for b in range(job.batch):
+            status = call_image(job, b, job.threads)
+            job.any_left = job.any_left or status == LEFT
+            job.no_memory = job.no_memory or status == NO_MEMORY
+    return NO_MEMORY if job.no_memory else LEFT if job.any_left else DONE
+
+
+cdef inline Block[T] along(
+    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t n, Block[T]* row, bint affine
+) noexcept nogil:
+    """A block of a row before its activation; `row` is mean, scale and shift, and j where its weights lie."""
+    cdef Block[T] z = Block[T].fma(load(a.x + at, n, row[0]) - row[0], row[1], row[2])
+    if affine:
+        z = Block[T].fma(z, Block[T].get(job.at_scale, j), Block[T].get(job.at_shift, j))
+    if Forward is FusedNormalize:
+        if job.residual != NULL:
+            z = z + load(a.residual + at, n, row[0])
+    return z
+
+
+cdef inline void map_row(
+    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t end, Block[T]* row, bint affine, bint nontemporal
+) noexcept nogil:
+    """Map a row that ends at `end`, and whose weights lie from j on."""
+    cdef Py_ssize_t W = Block[T].width(), i, few
+    cdef Block[T] z
+    cdef Block[T] several[FEW]
+    if Forward is FusedNormalize:
+        while job.activation.is_smooth() and at + W <= end:
+            few = min(<Py_ssize_t> FEW, (end - at) // W)
+            for i in range(few):
+                several[i] = along(job, a, at + i * W, j + i * W, W, row, affine)
+            Block[T].smooth(several, few, job.activation, False)
+            for i in range(few):
+                store(a.out + at + i * W, several[i], W, nontemporal)
+            at += few * W
+            j += few * W
+    while at + W <= end:
+        z = along(job, a, at, j, W, row, affine)
+        if Forward is FusedNormalize:
+            z = Block[T].activation_forward(z, job.activation)
+        store(a.out + at, z, W, nontemporal)
+        at += W
+        j += W
+    if at < end:
+        z = along(job, a, at, j, end - at, row, affine)
+        if Forward is FusedNormalize:
+            z = Block[T].activation_forward(z, job.activation)
+        z.store_part(a.out + at, end - at)
+
+
+cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t number, Py_ssize_t ahead) noexcept nogil:
+    """Map rows whose mean and scale are their own, and along which weight and bias run; `number` is that of the first row.
+
+    So many rows ahead are asked for meanwhile: their pivots, which come first, would each wait for memory.
+    """
+    cdef Py_ssize_t k = job.inner, r
+    cdef Arrays[T] a = job.arrays()
+    cdef Block[T] row[3]
+    cdef bint nontemporal = job.nontemporal and k * <Py_ssize_t> sizeof(T) % LINE == 0 and Block[T].to_line(a.out, 1) == 0
+    for r in range(rows):
+        if r < ahead:
+            Block[T].prefetch(a.x + (rows + r) * k, k)
+        row[0], row[1], row[2] = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
+        if job.weight != NULL or job.bias != NULL:
+            map_row(job, &a, r * k, (number + r) * k % job.period, r * k + k, row, True, nontemporal)
+        else:
+            map_row(job, &a, r * k, 0, r * k + k, row, False, nontemporal)
+
+
+cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogil:
+    """The sums of the squares of rows."""
+    cdef TypedCall[GradSums, T] sums = (<TypedCall[GradSums, T]*> job)[0]
+    sums.dy, sums.at_mean = job.x, job.at_mean
+    sum_channels(&sums, 0, rows)
+    merge_sums(job, 0, rows)
+
+
+cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
+    """Several rows: a few at a time, statistics, then the map."""
+    cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, n, c, size
+    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass // 2, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
+    cdef Py_ssize_t number = BLOCK // Block[T].width()
+    cdef double partial[3 * MOST_TILES]
+    cdef double vectors[7 * ROWS]
+    cdef double low, invstd
+    cdef bint unusual
+    cdef TypedCall[Forward, T] own = job[0]
+    own.pivots, own.sums, own.dots = partial, partial + MOST_TILES, partial + 2 * MOST_TILES
+    own.first, own.second, own.low = vectors, vectors + ROWS, vectors + 2 * ROWS
+    own.scale, own.shift = vectors + 3 * ROWS, vectors + 4 * ROWS
+    own.at_mean = vectors + 5 * ROWS
+    memset(vectors + 5 * ROWS, 0, ROWS * sizeof(double))
+    while first < last:
+        n = min(together, last - first)
+        size = first * job.inner * sizeof(T)
+        own.x, own.out, own.residual = further(job.x, size), further(job.out, size), further(job.residual, size)
+        own.mean, own.mean_lo = further(job.mean, first * number), further(job.mean_lo, first * number)
+        own.invstd = further(job.invstd, first * number)
+        own.channels = own.width = n
+        if job.uncentered:
+            sum_squares(&own, n)
+        else:
+            for tile in range(own.tiles):
+                find_pivots(<TypedCall[Stats, T]*> &own, 0, n, tile)
+            sum_channels(<TypedCall[Stats, T]*> &own, 0, n)
+            merge_stats(&own, 0, n)
+        unusual = False
+        for c in range(n):
+            fold_part(&own, c, &low, &invstd)
+            Block[T].set_value(own.scale, c, narrow(invstd, Block[T].largest()))
+            Block[T].set_value(own.shift, c, 0 if low == 0 else -low * invstd)
+            unusual = unusual or is_unusual(&own, own.second[c], invstd, invstd)
+        if unusual:
+            leave(&own, 0, n)
+            job.any_left = True
+        else:
+            map_along(&own, n, first, min(n, last - first - n))
+        first += n
+    if own.nontemporal:
+        fence()
+
+
+cdef const void* padded(const void* vector, double instead, Py_ssize_t n, char* room, T* tag) noexcept nogil:
+    """A copy of a vector of channels, with what a block may read behind it; of a number where there is none."""
+    cdef Py_ssize_t number = BLOCK // Block[T].width(), c
+    if vector == NULL:
+        for c in range(n):
+            Block[T].set_value(room, c, instead)
+    else:
+        memcpy(room, vector, n * number)
+    memset(room + n * number, 0, BLOCK)
+    return room
+
+
+cdef Status forward_rows(TypedCall[Forward, T]* job) noexcept nogil:
+    """A forward of rows, along which the weights run."""
+    cdef Plan p
+    cdef Task t
+    cdef int arrays = 2 + (job.residual != NULL)
+    cdef Py_ssize_t size = job.period * (BLOCK // Block[T].width()) + BLOCK
+    cdef char* room = <char*> scratch(2 * size)
+    if room == NULL:
+        return NO_MEMORY
+    job.at_scale = padded(job.weight, 1, job.period, room, <T*> NULL)
+    job.at_shift = padded(job.bias, 0, job.period, room + size, <T*> NULL)
+    job.channels, job.inner = job.batch * job.channels // job.group, job.group
+    job.batch = 1
+    t = task(job, 1, arrays, arrays)
+    make_plan(&p, &t)
+    job.follow(p.tiles, p.sums)
+    if not p.resident:
+        job.channels_per_unit = div_up(job.channels, job.threads)
+        job.channels_per_pass = 1
+        job.units = div_up(job.channels, job.channels_per_unit)
+        job.bytes = arrays * job.channels * job.inner * sizeof(T)
+    parallel(<unit_fn> rows_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
+    return LEFT if job.any_left else DONE
+
+
+cdef Status forward_parts(TypedCall[Forward, T]* job) noexcept nogil:
+    """Normalize each part with its own statistics."""
+    job.period = job.channels
+    if job.outer > 1:
+        return each_image(job, 2 + (job.residual != NULL))
+    if job.inner > 1:
+        return forward_planes(job)
+    return forward_rows(job)
+
+
+cdef void unfold_parts(TypedCall[Backward, T]* job, Py_ssize_t planes) noexcept nogil:
+    """The parameters of planes, as the forward had them."""
+    cdef Py_ssize_t plane, c, at
+    cdef double low, scale, shift, most = Block[T].largest()
+    for plane in range(planes):
+        c, at = plane // job.group, plane % job.period
+        low = Block[T].value(job.mean_lo, c)
+        scale = Block[T].value(job.invstd, c)
+        if job.weight != NULL:
+            scale *= Block[T].value(job.weight, at)
+        shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
+        Block[T].set_value(job.plane_mean, plane, Block[T].value(job.mean, c))
+        Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
+        Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
+    job.mean, job.scale, job.shift = job.plane_mean, job.plane_scale, job.plane_shift
+
+
+cdef void fold_parts_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """From the merged sums of whole parts' planes to the parameters of the map."""
+    cdef Py_ssize_t plane, c, k = job.group
+    cdef double low, invstd, g0, g1, weight, count = job.count * k
+    for c in range(first // k, last // k):
+        low, invstd = Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c)
+        g0 = g1 = 0
+        for plane in range(c * k, c * k + k):
+            weight = Block[T].value(job.weight, plane % job.period) if k > 1 and job.weight != NULL else 1
+            job.second[plane] -= low * job.first[plane]
+            g0 += weight * job.first[plane]
+            g1 += weight * job.second[plane]
+        g1 = invstd * (invstd * g1 / count)
+        g0 = g0 / count - low * g1
+        for plane in range(c * k, c * k + k):
+            weight = Block[T].value(job.weight, plane % job.period) if k > 1 and job.weight != NULL else 1
+            Block[T].set_value(job.grad_offset, plane, g0 / weight)
+            Block[T].set_value(job.grad_slope, plane, -g1 / weight)
+
+
+cdef void sum_planes_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    if Backward is GradInput:
+        sum_channels(<TypedCall[GradSums, T]*> job, first, last)
+    else:
+        sum_channels(<TypedCall[FusedGradSums, T]*> job, first, last)
+
+
+cdef void backward_parts_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
+    """Several parts: sums, then, while they are in the cache, the map."""
+    cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), end
+    cdef TypedCall[GradInput, T] after
+    if job.dz != NULL:
+        after = to_grad_input(job)
+    while first < last:
+        end = min(first + job.channels_per_pass, last)
+        sum_planes_gradient(job, first, end)
+        merge_sums(job, first, end)
+        fold_parts_gradient(job, first, end)
+        if job.dz != NULL:
+            map_group(&after, first, end)
+        else:
+            map_group(job, first, end)
+        first = end
+    if job.nontemporal:
+        fence()
+
+
+cdef void sum_and_map_gradient(TypedCall[Backward, T]* job, const Plan* p) noexcept nogil:
+    """A gradient whose map waits for all sums."""
+    if Backward is GradInput:
+        run_sums(<TypedCall[GradSums, T]*> job)
+    else:
+        run_sums(<TypedCall[FusedGradSums, T]*> job)
+    fold_parts_gradient(job, 0, job.channels)
+    if job.out != NULL:
+        run_backward_map(job, p)
+
+
+cdef inline int reads_of(const Call* job) noexcept nogil:
+    return 2 + (job.residual != NULL)
+
+
+cdef inline int arrays_of(const Work* job) noexcept nogil:
+    """What the map of a gradient reads and writes."""
+    return 0 if job.out == NULL else 3 if job.dz != NULL else reads_of(job) + 1 + (job.dresidual != NULL)
+
+
+cdef Status backward_planes(TypedCall[Backward, T]* job) noexcept nogil:
+    """A gradient where each part is one run of memory."""
+    cdef Plan p, q
+    cdef Task t
+    cdef int reads = reads_of(job), touched = reads + 1 + (job.dresidual != NULL), arrays = arrays_of(job)
+    cdef Py_ssize_t k = job.group, inner = job.inner
+    job.planes = job.batch * job.channels
+    job.batch = 1
+    job.channels, job.inner = job.planes // k, inner * k
+    t = task(job, reads, arrays, touched)
+    make_plan(&q, &t)
+    job.channels, job.inner, job.apart = job.planes, inner, not q.resident
+    t = task(job, reads, arrays, touched)
+    make_plan(&p, &t)
+    if p.resident != q.resident:
+        p.resident = False  # parts may be resident where planes are not, but never the other way round
+        job.apart = True
+        t = task(job, reads, arrays, touched)
+        make_plan(&p, &t)
+    if p.resident:
+        p.sums.channels_per_unit, p.sums.channels_per_pass = q.sums.channels_per_unit * k, q.sums.channels_per_pass * k
+        p.sums.units = q.sums.units
+    job.follow(p.tiles, p.sums)
+    if not allocate(job, True):
+        return NO_MEMORY
+    unfold_parts(job, job.planes)
+    if p.resident:
+        set_parameters(job, True)
+        parallel(<unit_fn> backward_parts_unit[Backward, T], job, job.units, job.threads, False, job.bytes, job.host)
+    else:
+        sum_and_map_gradient(job, &p)
+    return DONE
+
+
+cdef Status backward_image(TypedCall[Backward, T]* job) noexcept nogil:
+    """A gradient of one image of columns."""
+    cdef Plan p
+    cdef int reads = reads_of(job)
+    job.planes, job.apart = job.channels, True
+    if not plan(job, &p, reads, arrays_of(job), reads + 1 + (job.dresidual != NULL)):
+        return NO_MEMORY
+    unfold_parts(job, job.channels)
+    sum_and_map_gradient(job, &p)
+    return DONE
+
+
+cdef void sum_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T] mean, double* sums) noexcept nogil:
+    """Sums over a row of the gradient times the weight, and of that times x - mean."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, end
+    cdef Block[T] zero = Block[T].constant(0), sum, dot, g
+    sums[0] = sums[1] = 0
+    while j < job.inner:
+        sum = dot = zero
+        end = min(job.inner, j + CHAIN * W)
+        while j + W <= end:
+            g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
+            sum = sum + g
+            dot = Block[T].fma(g, Block[T].load(a.x + at + j) - mean, dot)
+            j += W
+        if j < end:
+            g = load(a.dy + at + j, end - j, zero) * Block[T].get(job.at_scale, j)
+            sum = sum + g
+            dot = Block[T].fma(g, load(a.x + at + j, end - j, mean) - mean, dot)
+            j = end
+        sums[0] += sum.total()
+        sums[1] += dot.total()
+
+
+cdef inline void sum_along(
+    TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t first, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n, char* dweight, char* dbias
+) noexcept nogil:
+    """Add a few rows of n columns, at most a block, to the gradients of weight and bias."""
+    cdef Block[T] of_weight = Block[T].get(dweight, j), of_bias = Block[T].get(dbias, j), zero = Block[T].constant(0), dy, d
+    cdef Py_ssize_t r
+    for r in range(first, first + rows):
+        d = Block[T].splat(job.mean, r)
+        d = load(a.x + r * job.inner + j, n, d) - d
+        dy = load(a.dy + r * job.inner + j, n, zero)
+        of_bias = of_bias + dy
+        of_weight = Block[T].fma(dy, Block[T].fma(d, Block[T].splat(job.at_slope, r), Block[T].splat(job.at_shift, r)), of_weight)
+    of_weight.put(dweight, j)
+    of_bias.put(dbias, j)
+
+
+cdef inline void map_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T]* row) noexcept nogil:
+    """Map a row; `row` is mean, scale, offset and slope."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, n
+    cdef Block[T] g
+    while j + W <= job.inner:
+        g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
+        store(a.out + at + j, row[1] * Block[T].fma(Block[T].load(a.x + at + j) - row[0], row[3], g - row[2]), W, False)
+        j += W
+    if j < job.inner:
+        n = job.inner - j
+        g = load(a.dy + at + j, n, row[0]) * Block[T].get(job.at_scale, j)
+        g = row[1] * Block[T].fma(load(a.x + at + j, n, row[0]) - row[0], row[3], g - row[2])
+        g.store_part(a.out + at + j, n)
+
+
+cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noexcept nogil:
+    """A tile of rows, a few at a time: sums along each, sums of each column, and then, because dx may be dy, the map."""
+    cdef Py_ssize_t first = unit * ROW_TILE, last = min(first + ROW_TILE, job.channels), W = Block[T].width(), n, r, j
+    cdef Py_ssize_t size = job.inner * (BLOCK // W) + BLOCK
+    cdef char* dweight = <char*> job.expanded + 2 * unit * size
+    cdef double sums[2 * ROWS]
+    cdef double g0, g1, invstd, low
+    cdef Arrays[T] a = job.arrays()
+    cdef Block[T] row[4]
+    memset(dweight, 0, 2 * size)
+    while first < last:
+        n = min(<Py_ssize_t> ROWS // 2, last - first)
+        for r in range(n):
+            sum_row_gradient(job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), sums + 2 * r)
+        j = 0
+        while j + W <= job.inner:
+            sum_along(job, &a, first, n, j, W, dweight, dweight + size)
+            j += W
+        if j < job.inner:
+            sum_along(job, &a, first, n, j, job.inner - j, dweight, dweight + size)
+        for r in range(n if job.out != NULL else 0):
+            low, invstd = Block[T].value(job.mean_lo, first + r), Block[T].value(job.invstd, first + r)
+            g1 = invstd * (invstd * (sums[2 * r + 1] - low * sums[2 * r]) / job.inner)
+            g0 = (0 if job.uncentered else sums[2 * r] / job.inner) - low * g1
+            row[0], row[1] = Block[T].splat(job.mean, first + r), Block[T].splat(job.invstd, first + r)
+            row[2], row[3] = Block[T].constant(g0), Block[T].constant(-g1)
+            map_row_gradient(job, &a, (first + r) * job.inner, row)
+        first += n
+
+
+cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
+    """Gradients of rows along which the weights run."""
+    cdef Py_ssize_t rows = job.batch, k = job.channels, number = BLOCK // Block[T].width(), size = k * number + BLOCK
+    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), tile, c, bytes
+    cdef char* room = <char*> scratch(size + rows * number + BLOCK + 2 * tiles * size)
+    cdef double dweight, dbias, low
+    if room == NULL:
+        return NO_MEMORY
+    job.at_scale = padded(job.weight, 1, k, room, <T*> NULL)
+    job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
+    job.expanded = <double*> (room + size + rows * number + BLOCK)
+    for c in range(rows):
+        low = Block[T].value(job.mean_lo, c)
+        Block[T].set_value(room + size, c, 0 if low == 0 else -low * Block[T].value(job.invstd, c))
+    job.channels, job.inner = rows, k
+    bytes = (2 + (job.out != NULL)) * rows * k * sizeof(T)
+    parallel(<unit_fn> backward_rows_unit[T], job, tiles, job.threads, False, bytes, job.host)
+    room = <char*> job.expanded
+    for c in range(k):
+        dweight = dbias = 0
+        for tile in range(tiles):
+            dweight += Block[T].value(room + 2 * tile * size, c)
+            dbias += Block[T].value(room + 2 * tile * size + size, c)
+        Block[T].set_value(job.dweight, c, dweight)
+        Block[T].set_value(job.dbias, c, dbias)
+    return DONE
+
+
+cdef bint may_divide(TypedCall[Backward, T]* job) noexcept nogil:
+    """Whether a map can do with one sweep."""
+    cdef Py_ssize_t c
+    cdef bint fine = True
+    if job.group > 1 and job.weight != NULL:
+        for c in range(job.channels):
+            fine &= fabs(Block[T].value(job.weight, c)) > LEAST_WEIGHT
+    return fine
+
+
+cdef Status backward_parts(TypedCall[Backward, T]* job) noexcept nogil:
+    """Gradients through the statistics of parts."""
+    cdef Py_ssize_t b, c, batch = job.batch, channels = job.channels, parts = job.channels // job.group
+    cdef double dweight, dbias
+    cdef TypedCall[Backward, T] own = job[0]
+    cdef Status status
+    own.period = channels
+    own.channels = batch * parts
+    if is_far(&own):
+        return LEFT
+    own.channels = channels
+    if job.outer == 1 and job.inner == 1:
+        if Backward is GradInput and parts == 1:
+            return backward_rows(&own)
+        return LEFT
+    if not may_divide(job):
+        return LEFT
+    if Backward is FusedGradInput and job.out != NULL:
+        own.dz = choose_workspace(&own, sizeof(T))
+    if job.outer > 1:
+        status = each_image(&own, reads_of(job) + 1)
+    else:
+        status = backward_planes(&own)
+    if status != DONE:
+        return status
+    for c in range(channels):
+        dweight = dbias = 0
+        for b in range(batch):
+            dbias += job.first[b * channels + c]
+            dweight += job.second[b * channels + c] * Block[T].value(job.invstd, b * parts + c // job.group)
+        if job.dweight != NULL:
+            Block[T].set_value(job.dweight, c, dweight)
+        if job.dbias != NULL:
+            Block[T].set_value(job.dbias, c, dbias)
+    return DONE

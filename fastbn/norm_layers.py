@@ -1,0 +1,591 @@
+"""Layers over the functions of `norms` and `variants`, with the arguments and the state_dict of PyTorch's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastbn import checks, norms, variants
+from fastbn import layout as layouts
+from fastbn.dtypes import lookup, resolve
+from fastbn.functional import ActivationLike, Number
+from fastbn.layers import LoadedKeys, loaded
+from fastbn.layout import Array, LayoutName, channel_axis
+from fastbn.results import Gradients
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+    from typing_extensions import Self
+
+
+class _Layer:
+    """What all of these share: an activation, a dtype, what the last forward has saved, and the state_dict."""
+
+    _keys: tuple[str, ...] = ("weight", "bias")
+    weight: Array | None
+    bias: Array | None = None
+
+    def __init__(self, activation: ActivationLike, dtype: DTypeLike):
+        checks.activation(activation)
+        self.activation = activation
+        self.dtype = resolve(dtype)
+        row = lookup(self.dtype)
+        assert row is not None  # noqa: S101  resolve has seen it
+        self._compute = row.compute
+        self.training = True
+        self._context: tuple[Array, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arrays of the last forward are no part of a layer's state."""
+        return self.__dict__ | {"_context": None}
+
+    def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
+        """As `forward`."""
+        return self.forward(x, residual, **options)
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        raise NotImplementedError
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        raise NotImplementedError
+
+    def _check(self, x: Array) -> None:
+        """Check x against the layer."""
+        if isinstance(x, np.ndarray) and x.dtype != self.dtype:
+            raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {checks.came(x.dtype)}")
+
+    def forward(self, x: Array, residual: Array | None = None, *, threads: int | None = None, out: Array | None = None) -> Array:
+        """Normalize x, and remember it for `backward`; it must not be changed until then.
+
+        Parameters
+        ----------
+        x : ndarray
+            In the dtype and layout of the layer.
+        residual : ndarray of the shape and dtype of x, optional
+            Added before the activation.
+        threads : int, optional
+            Of this call.
+        out : ndarray of the shape and dtype of x, optional
+            Where to write the result. If it is x, there can be no backward.
+
+        Returns
+        -------
+        ndarray of the shape, dtype and memory order of x
+
+        Raises
+        ------
+        TypeError, ValueError
+            If x is not for this layer, or as the function.
+        """
+        self._check(x)
+        self._context = None
+        y, saved = self._run(x, {"activation": self.activation, "residual": residual, "threads": threads, "out": out})
+        if out is None or not np.may_share_memory(out, x):
+            self._context = x, saved
+        return y
+
+    def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:
+        """Gradients of the last `forward`.
+
+        Parameters
+        ----------
+        dy : ndarray of the shape and dtype of x
+        wrt : sequence of str, optional
+            Which gradients; None means all that there are.
+        threads : int, optional
+            Of this call.
+        out : ndarray of the shape and dtype of x, optional
+            Where to write dx; may be dy.
+
+        Returns
+        -------
+        Gradients
+
+        Raises
+        ------
+        RuntimeError
+            If `forward` was not called before, or overwrote its input.
+        TypeError, ValueError
+            As the function.
+        """
+        if self._context is None:
+            raise RuntimeError("backward needs a forward before it, whose input was not overwritten")
+        x, saved = self._context
+        if wrt is None:
+            own = [key for key in ("weight", "bias", "mix") if getattr(self, key, None) is not None]
+            wrt = ("x", *own, *(("residual",) if self._has_residual(saved) else ()))
+        return self._gradients(dy, x, saved, {"wrt": wrt, "threads": threads, "out": out})
+
+    @staticmethod
+    def _has_residual(saved: Any) -> bool:
+        return bool(getattr(saved, "has_residual", False) or getattr(getattr(saved, "saved", None), "has_residual", False))
+
+    def train(self, mode: bool = True) -> Self:
+        """Use the statistics of the input from now on, where there is a choice.
+
+        Parameters
+        ----------
+        mode : bool
+            False is the same as `eval`.
+
+        Returns
+        -------
+        The layer itself.
+        """
+        self.training = checks.switch("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Use running statistics from now on, where there are any.
+
+        Returns
+        -------
+        The layer itself.
+        """
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters and running statistics, under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+        """
+        return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
+        """Load parameters and running statistics.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array_like
+            With the keys of `state_dict`; "num_batches_tracked" may be missing.
+        strict : bool
+            Whether a missing or an unknown key is an error.
+
+        Returns
+        -------
+        LoadedKeys
+            The keys that were missing, and those that were not used.
+
+        Raises
+        ------
+        KeyError
+            If a key is missing or unknown, and strict.
+        TypeError, ValueError
+            If a shape does not fit or a value is no number. Nothing is loaded then.
+        """
+        own = {key: value for key in self._keys if (value := getattr(self, key)) is not None}
+        return loaded(own, state_dict, strict)
+
+
+def _affine(compute: np.dtype[Any], shape: int | tuple[int, ...], weight: bool, bias: bool) -> tuple[Array | None, Array | None]:
+    return np.ones(shape, compute) if weight else None, np.zeros(shape, compute) if bias else None
+
+
+class _OnChannels(_Layer):
+    """A layer of images with channels."""
+
+    _ranks: tuple[int, ...] = ()
+
+    def __init__(self, channels: int, layout: LayoutName | None, axis: int | None, activation: ActivationLike, dtype: DTypeLike):
+        super().__init__(activation, dtype)
+        self._channels = checks.integer("num_channels" if not self._ranks else "num_features", channels, 1, 2**40)
+        self.layout, self.axis = layout, axis
+        if self._ranks:
+            channel_axis(layout, self._ranks[0], axis)
+
+    def _check(self, x: Array) -> None:
+        super()._check(x)
+        layouts.plain("x", x)
+        if self._ranks and x.ndim not in self._ranks:
+            raise ValueError(f"{type(self).__name__} takes arrays with {self._ranks[0]} axes, but x has shape {x.shape}")
+        axis = channel_axis(self.layout, x.ndim, self.axis)
+        if x.shape[axis] != self._channels:
+            raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has {self._channels}")
+
+    def _where(self) -> dict[str, Any]:
+        return {"layout": self.layout, "axis": self.axis}
+
+
+class _Tracked(_OnChannels):
+    """A layer with running statistics."""
+
+    _keys: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(
+        self, num_features: int, eps: Number, momentum: Number | None, affine: bool, track_running_stats: bool, **options: Any
+    ):
+        super().__init__(num_features, options["layout"], options["axis"], options["activation"], options["dtype"])
+        self.num_features = self._channels
+        self.eps = checks.number("eps", eps, 0.0)
+        self.momentum = None if momentum is None else checks.number("momentum", momentum)
+        n, compute, both = self.num_features, self._compute, checks.switch("affine", affine)
+        self.weight, self.bias = _affine(compute, n, both, both)
+        self.track_running_stats = tracked = checks.switch("track_running_stats", track_running_stats)
+        self.running_mean: Array | None = np.zeros(n, compute) if tracked else None
+        self.running_var: Array | None = np.ones(n, compute) if tracked else None
+        self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, layout={self.layout!r})"
+
+    def _weight_of_new(self) -> float:
+        """Momentum of the next batch; None is the cumulative average."""
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / (1 + (0 if self.num_batches_tracked is None else int(self.num_batches_tracked)))
+
+    def _count(self) -> None:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked += 1
+
+
+class _InstanceNorm(_Tracked):
+    def __init__(
+        self,
+        num_features: int,
+        eps: Number = 1e-5,
+        momentum: Number | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        *,
+        layout: LayoutName | None = None,
+        axis: int | None = None,
+        activation: ActivationLike = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        own = self.training or self.running_mean is None
+        momentum = 0.0 if self.momentum is None else self.momentum  # as PyTorch, which counts no batches here
+        given: tuple[Any, ...] = (self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps)
+        forward: Any = norms.instance_norm_forward
+        found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
+        return found
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        return norms.instance_norm_backward(dy, x, saved, **options)
+
+
+class InstanceNorm1d(_InstanceNorm):
+    """Instance normalization of (N, C, L) arrays, as ``torch.nn.InstanceNorm1d``.
+
+    Parameters
+    ----------
+    num_features : int
+        Number of channels C.
+    eps : float
+        Added to the variance.
+    momentum : float or None
+        Weight of the new values in the running statistics; None leaves them as they are, as in PyTorch.
+    affine : bool
+        Whether there are a weight and a bias.
+    track_running_stats : bool
+        Whether there are running statistics, which are used in eval.
+    layout, axis, activation
+        As in `batch_norm_forward`.
+    dtype : dtype
+        Of the input; parameters and statistics are float64 for float64, else float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> InstanceNorm1d(1, eps=0.0)(np.array([[[1.0, 3.0]]], np.float32))
+    array([[[-1.,  1.]]], dtype=float32)
+    """
+
+    _ranks = (3,)
+
+
+class InstanceNorm2d(_InstanceNorm):
+    """Instance normalization of (N, C, H, W) arrays, as ``torch.nn.InstanceNorm2d``.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+        As in `InstanceNorm1d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> InstanceNorm2d(3)(np.ones((1, 3, 2, 2), np.float32)).shape
+    (1, 3, 2, 2)
+    """
+
+    _ranks = (4,)
+
+
+class InstanceNorm3d(_InstanceNorm):
+    """Instance normalization of (N, C, D, H, W) arrays, as ``torch.nn.InstanceNorm3d``.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+        As in `InstanceNorm1d`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> InstanceNorm3d(3, activation="leaky_relu")(np.ones((1, 3, 2, 2, 2), np.float32)).shape
+    (1, 3, 2, 2, 2)
+    """
+
+    _ranks = (5,)
+
+
+class GroupNorm(_OnChannels):
+    """Group normalization, as ``torch.nn.GroupNorm``.
+
+    Parameters
+    ----------
+    num_groups : int
+        Into how many groups the channels are divided.
+    num_channels : int
+        Number of channels.
+    eps : float
+        Added to the variance.
+    affine : bool
+        Whether there are a weight and a bias.
+    layout, axis, activation
+        As in `batch_norm_forward`.
+    dtype : dtype
+        Of the input; parameters are float64 for float64, else float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> GroupNorm(2, 4, eps=0.0)(np.array([[1.0, 3.0, 10.0, 30.0]], np.float32))
+    array([[-1.,  1., -1.,  1.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: Number = 1e-5,
+        affine: bool = True,
+        *,
+        layout: LayoutName | None = None,
+        axis: int | None = None,
+        activation: ActivationLike = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        super().__init__(num_channels, layout, axis, activation, dtype)
+        self.num_groups, self.num_channels = checks.integer("num_groups", num_groups, 1), self._channels
+        if self.num_channels % self.num_groups:
+            raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
+        self.eps = checks.number("eps", eps, 0.0)
+        both = checks.switch("affine", affine)
+        self.weight, self.bias = _affine(self._compute, self.num_channels, both, both)
+
+    def __repr__(self) -> str:
+        affine = self.weight is not None
+        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={affine}, layout={self.layout!r})"
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        return norms.group_norm_forward(x, self.num_groups, self.weight, self.bias, self.eps, **self._where(), **options)
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        return norms.group_norm_backward(dy, x, saved, **options)
+
+
+class LayerNorm(_Layer):
+    """Layer normalization over the last axes, as ``torch.nn.LayerNorm``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The last axes of the input.
+    eps : float
+        Added to the variance.
+    elementwise_affine : bool
+        Whether there is a weight, and with `bias` a bias, of this shape.
+    bias : bool
+        Whether there is a bias.
+    activation
+        As in `batch_norm_forward`.
+    dtype : dtype
+        Of the input; parameters are float64 for float64, else float32.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> LayerNorm(2, eps=0.0)(np.array([[1.0, 3.0]], np.float32))
+    array([[-1.,  1.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: Number = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        *,
+        activation: ActivationLike = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        super().__init__(activation, dtype)
+        self.normalized_shape = norms.row_shape(normalized_shape)
+        self.eps: float | None = checks.number("eps", eps, 0.0)
+        self.elementwise_affine = checks.switch("elementwise_affine", elementwise_affine)
+        self.weight, self.bias = _affine(
+            self._compute, self.normalized_shape, self.elementwise_affine, self.elementwise_affine and checks.switch("bias", bias)
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        return norms.layer_norm_forward(x, self.normalized_shape, self.weight, self.bias, self.eps or 0.0, **options)
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        return norms.layer_norm_backward(dy, x, saved, **options)
+
+
+class RMSNorm(LayerNorm):
+    """Normalization by the root mean square over the last axes, as ``torch.nn.RMSNorm``.
+
+    Parameters
+    ----------
+    normalized_shape : int or sequence of int
+        The last axes of the input.
+    eps : float, optional
+        Added to the mean square; None means the distance from 1 to the next number of the dtype.
+    elementwise_affine : bool
+        Whether there is a weight of this shape.
+    activation, dtype
+        As in `LayerNorm`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> RMSNorm(2, eps=0.0)(np.array([[3.0, -3.0]], np.float32))
+    array([[ 1., -1.]], dtype=float32)
+    """
+
+    _keys = ("weight",)
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: Number | None = None,
+        elementwise_affine: bool = True,
+        *,
+        activation: ActivationLike = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        super().__init__(normalized_shape, 0.0, elementwise_affine, False, activation=activation, dtype=dtype)
+        self.eps = None if eps is None else checks.number("eps", eps, 0.0)
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        return norms.rms_norm_forward(x, self.normalized_shape, self.weight, self.eps, **options)
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        return norms.rms_norm_backward(dy, x, saved, **options)
+
+
+class BatchChannelNorm2d(_Tracked):
+    """Batch-channel normalization of (N, C, H, W) arrays: see `batch_channel_norm`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+        As in `BatchNorm2d`. The learned mix of each channel begins at 0.5.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = BatchChannelNorm2d(3)
+    >>> layer(np.ones((2, 3, 2, 2), np.float32)).shape
+    (2, 3, 2, 2)
+    >>> sorted(layer.state_dict())
+    ['bias', 'mix', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+    """
+
+    _ranks = (4,)
+    _keys = ("weight", "bias", "mix", "running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: Number = 1e-5,
+        momentum: Number | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        layout: LayoutName | None = None,
+        axis: int | None = None,
+        activation: ActivationLike = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        self.mix: Array = np.full(self.num_features, 0.5, self._compute)
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        own = self.training or self.running_mean is None
+        statistics = self.running_mean, self.running_var
+        given = (*statistics, self.mix, self.weight, self.bias, own, self._weight_of_new(), self.eps)
+        forward: Any = variants.batch_channel_norm_forward
+        found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
+        self._count()
+        return found
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        return variants.batch_channel_norm_backward(dy, x, saved, **options)
+
+
+class BatchRenorm2d(_Tracked):
+    """Batch renormalization of (N, C, H, W) arrays: see `batch_renorm`.
+
+    Parameters
+    ----------
+    num_features, eps, momentum, affine, layout, axis, activation, dtype
+        As in `BatchNorm2d`.
+    rmax, dmax : float
+        Bounds of the correction, attributes that may be changed during training.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = BatchRenorm2d(3, rmax=1.0, dmax=0.0)
+    >>> layer(np.ones((2, 3, 2, 2), np.float32)).shape
+    (2, 3, 2, 2)
+    """
+
+    _ranks = (4,)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: Number = 1e-5,
+        momentum: Number | None = 0.1,
+        affine: bool = True,
+        *,
+        rmax: Number = 3.0,
+        dmax: Number = 5.0,
+        layout: LayoutName | None = None,
+        axis: int | None = None,
+        activation: ActivationLike = None,
+        dtype: DTypeLike = np.float32,
+    ):
+        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        super().__init__(num_features, eps, momentum, affine, True, **options)
+        self.rmax, self.dmax = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
+
+    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+        assert self.running_mean is not None and self.running_var is not None  # noqa: S101, PT018  it is always tracked
+        statistics = self.running_mean, self.running_var
+        given = (*statistics, self.weight, self.bias, self.training, self._weight_of_new(), self.eps)
+        forward: Any = variants.batch_renorm_forward
+        found: tuple[Array, Any] = forward(x, *given, rmax=self.rmax, dmax=self.dmax, **self._where(), **options)
+        self._count()
+        return found
+
+    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
+        return variants.batch_renorm_backward(dy, x, saved, **options)

@@ -1,0 +1,888 @@
+"""Normalizations whose statistics are not the batch's: of an image's channels, of groups of them, or of a row.
+
+They have the names and arguments of ``torch.nn.functional``. `parts` does the work, with the kernels of batch normalization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastbn import checks, core, functional, memory, parts
+from fastbn import threads as threading
+from fastbn.activations import Activation
+from fastbn.composed import update_running
+from fastbn.dtypes import DType
+from fastbn.environment import MOST_THREADS
+from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
+from fastbn.layout import Array, LayoutName
+from fastbn.results import Function, Gradients, Saved
+
+
+@dataclass(frozen=True, eq=False)
+class SavedParts:
+    """What a forward over parts of images keeps for its backward. It is equal to nothing but itself.
+
+    Attributes
+    ----------
+    kind : str
+        Of the normalization: "instance_norm", "group_norm", "layer_norm" or "rms_norm".
+    shape, dtype
+        Of the forward's x.
+    axis : int
+        Of the channels; of a row, the first of its axes.
+    group : int
+        Channels that share statistics.
+    mean, invstd : ndarray of shape (batch, parts)
+        The statistics: the mean, and one over the deviation.
+    mean_lo : ndarray of shape (batch, parts)
+        What `mean` rounds away.
+    weight, bias : ndarray or None
+        Copies, one number for each channel.
+    activation : Builtin, Activation or None
+    residual : ndarray of the shape of x, or None
+        A copy, where the activation's derivative needs it.
+    has_residual : bool
+        Whether the forward added a residual.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axis: int
+    group: int
+    mean: Array
+    mean_lo: Array
+    invstd: Array
+    weight: Array | None
+    bias: Array | None
+    activation: Function
+    residual: Array | None
+    has_residual: bool
+
+
+class Call(NamedTuple):
+    """One call, checked."""
+
+    kind: str
+    x: Array
+    dtype: DType
+    axis: int
+    shape: parts.Shape
+    threads: int
+    activation: Function = None
+    residual: Array | None = None
+    out: Array | None = None
+
+    def dense(self, a: Array) -> Array:
+        """`a`, of the shape of x, as (batch, outer, channels, inner) in the memory order of this call."""
+        if self.shape.direct and (a is self.x or self._lies_like_x(a)):
+            return self.shape.of(a)
+        order = self.shape.order
+        return np.ascontiguousarray(a if order is None else a.transpose(order)).reshape(self.shape.dims)
+
+    def _lies_like_x(self, a: Array) -> bool:
+        if a.strides == self.x.strides and a.flags.aligned:
+            return True
+        group = self.shape.group
+        own = parts.shape_of(a, self.axis, group) if self.kind not in ("layer_norm", "rms_norm") else parts.rows_of(a, a.ndim - self.axis)
+        return own.direct and own.order == self.shape.order and own.dims == self.shape.dims
+
+    def target(self, out: Array | None) -> tuple[Array, Array]:
+        """Where the kernel writes: the array, and the same as (batch, outer, channels, inner)."""
+        if self.shape.direct and out is not None and out.flags.writeable and self._lies_like_x(out):
+            return out, self.shape.of(out)
+        if self.shape.direct:
+            y = memory.empty_like(self.x)
+            return y, self.shape.of(y)
+        y = memory.empty_like(self.x)
+        order = self.shape.order
+        if order is None and y.flags.c_contiguous:
+            return y, self.shape.of(y)
+        return y, np.empty(self.shape.dims, self.x.dtype)
+
+    def deliver(self, y: Array, written: Array, out: Array | None) -> Array:
+        """The result: what was written, in the array that the caller gets."""
+        order = self.shape.order
+        if not np.may_share_memory(y, written):
+            seen = y if order is None else y.transpose(order)
+            seen[...] = written.reshape(seen.shape)
+        if out is None or out is y:
+            return y
+        out[...] = y
+        return out
+
+
+def thread_count(threads: object, op: str, nbytes: int) -> int:
+    """How many threads a call has: as many as it was given, or as are worth it."""
+    return threading.for_call(op, nbytes) if threads is None else checks.integer("threads", threads, 1, MOST_THREADS)
+
+
+def on_channels(
+    kind: str, x: object, layout: object, axis: object, activation: object, residual: object, out: object, threads: object, groups: object
+) -> tuple[Call, tuple[int, str]]:
+    """Check a call on images with channels; groups None are single channels."""
+    array, dtype = checks.array(x)
+    at = checks.channel(array, layout, axis)
+    if at == 0:
+        raise ValueError("axis must not be 0, which is the images'")
+    channels = checks.channels_of(array, at)
+    group = 1
+    if groups is not None:
+        n = checks.integer("num_groups", groups, 1)
+        if channels[0] % n:
+            raise ValueError(f"num_groups must divide the channels, and {channels[1]}, got num_groups={n}")
+        group = channels[0] // n
+    shape = parts.shape_of(array, at, group)
+    return _after(Call(kind, array, dtype, at, shape, 1), activation, residual, out, threads), channels
+
+
+def _rows(
+    kind: str, x: object, normalized_shape: object, activation: object, residual: object, out: object, threads: object
+) -> tuple[Call, tuple[int, ...]]:
+    """Check a call on rows, which are the last axes of x."""
+    array, dtype = checks.array(x)
+    shape = row_shape(normalized_shape)
+    if array.shape[max(array.ndim - len(shape), 0) :] != shape:
+        raise ValueError(f"x must have a shape that ends in normalized_shape, {shape}, got {array.shape}")
+    call = Call(kind, array, dtype, array.ndim - len(shape), parts.rows_of(array, len(shape)), 1)
+    return _after(call, activation, residual, out, threads), shape
+
+
+def row_shape(normalized_shape: object) -> tuple[int, ...]:
+    """Check the sizes of the last axes: an int or several."""
+    if isinstance(normalized_shape, (int, np.integer)) and not isinstance(normalized_shape, (bool, np.bool_)):
+        normalized_shape = (normalized_shape,)
+    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
+        raise TypeError(f"normalized_shape must be an int or a sequence of ints, got {checks.short(normalized_shape)}")
+    if not normalized_shape:
+        raise ValueError("normalized_shape must have at least one axis, got ()")
+    return tuple(checks.integer("normalized_shape", n, 0) for n in normalized_shape)
+
+
+def _after(call: Call, activation: object, residual: object, out: object, threads: object) -> Call:
+    """Check what follows the normalization."""
+    f = checks.activation(activation)
+    r = None if residual is None else checks.same("residual", residual, call.x)
+    target = checks.output(out, call.x, {"x": call.x, "residual": r})
+    n = thread_count(threads, "forward", call.x.nbytes)
+    return call._replace(activation=f, residual=r, out=target, threads=n)
+
+
+def _row_vector(name: str, v: object, shape: tuple[int, ...], compute: np.dtype[Any]) -> Array | None:
+    """Check a weight or a bias of rows; return it flat."""
+    if v is None:
+        return None
+    a = checks.real(name, v)
+    if a.shape != shape:
+        raise ValueError(f"{name} must have the shape of normalized_shape, {shape}, got {a.shape}")
+    return checks.vector(name, a.reshape(-1), (a.size, ""), compute)
+
+
+def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
+    """Run a checked call."""
+    if call.out is not None:
+        checks.apart({"out": call.out}, {"weight": norm.weight, "bias": norm.bias})
+    y, memory_of_y = call.target(call.out)
+    kept = core.copied(call.residual) if keep and call.residual is not None and call.activation is not None else None
+    empty = np.zeros((call.shape.batch, call.shape.parts), norm.compute)
+    found = parts.Vectors(empty, empty, empty)
+    if call.x.size:
+        module = core.calls_of(call.dtype, call.activation)
+        residual = None if call.residual is None else call.dense(call.residual)
+        found = parts.forward(module, call.dense(call.x), memory_of_y, call.shape, norm, call.activation, residual)
+    y = call.deliver(y, memory_of_y, call.out)
+    if not keep:
+        return y, None
+    weight, bias = (None if v is None else v.copy() for v in (norm.weight, norm.bias))
+    return y, SavedParts(
+        call.kind, call.x.shape, call.x.dtype, call.axis, call.shape.group, found.mean, found.low, found.invstd, weight, bias,
+        call.activation, kept, call.residual is not None,
+    )  # fmt: skip
+
+
+def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out: object, threads: object) -> Gradients:
+    """Check the arguments of a backward, then run it."""
+    if not isinstance(saved, SavedParts) or saved.kind != kind:
+        got = f"one of {saved.kind}" if isinstance(saved, SavedParts) else type(saved).__name__
+        raise TypeError(f"saved must be what {kind}_forward returned, got {got}")
+    wanted = checks.names("wrt", wrt, GRADIENTS)
+    call, given, target = on_backward(kind, dy, x, saved, wanted, out, threads, saved.group)
+    return _gradients(call, given, saved, wanted, target)
+
+
+def on_backward(
+    kind: str, dy: object, x: object, saved: Any, wanted: tuple[str, ...], out: object, threads: object, group: int
+) -> tuple[Call, Array, Array | None]:
+    """Check the arrays of a backward against what the forward has saved; with dy, and where dx goes."""
+    array, dtype = checks.array(x)
+    if saved.shape != array.shape:
+        raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
+    if saved.dtype != array.dtype:
+        raise TypeError(f"saved is of a forward whose x had dtype {saved.dtype}, but x has dtype {array.dtype}")
+    given = checks.same("dy", dy, array)
+    if "residual" in wanted and not saved.has_residual:
+        raise ValueError("wrt names 'residual', but the forward had none")
+    if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
+        raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
+    if out is not None and "x" not in wanted:
+        raise ValueError("out is where dx goes, but wrt does not name 'x'")
+    target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
+    rows = kind in ("layer_norm", "rms_norm")
+    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, group)
+    n = thread_count(threads, "backward", array.nbytes)
+    return Call(kind, array, dtype, saved.axis, shape, n, saved.activation), given, target
+
+
+def targets(
+    call: Call, dy: Array, wanted: tuple[str, ...], out: Array | None, active: bool
+) -> tuple[Array | None, Array | None, Array | None, Array | None]:
+    """Where dx and the residual's gradient go: each array, and the same as the kernel sees it, or None."""
+    dx = written = dresidual = written_residual = None
+    if "x" in wanted or ("residual" in wanted and active):
+        dx, written = call.target(out)
+    if "residual" in wanted and active:
+        dresidual, written_residual = call.target(None)
+    elif "residual" in wanted:  # the gradient of a sum is dy itself, unless dx is about to be written over it
+        dresidual = dy if out is None or not np.may_share_memory(out, dy) else core.copied(dy)
+    return dx, written, dresidual, written_residual
+
+
+def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...], out: Array | None) -> Gradients:
+    """Run a checked backward."""
+    shape, compute = call.shape, call.dtype.compute
+    dx, written, dresidual, written_residual = targets(call, dy, wanted, out, call.activation is not None)
+    zero = np.zeros(shape.channels, compute)
+    sums = parts.Sums(zero, zero.copy())
+    if call.x.size:
+        norm = parts.Norm(saved.weight, saved.bias, 0.0, call.kind != "rms_norm", compute, call.threads)
+        vectors = parts.Vectors(saved.mean, saved.mean_lo, saved.invstd)
+        kernels = core.calls_of(call.dtype, call.activation)
+        residual = None if saved.residual is None else call.dense(saved.residual)
+        arrays = call.dense(dy), call.dense(call.x), written
+        sums = parts.backward(kernels, *arrays, shape, norm, vectors, call.activation, residual, written_residual)
+    if dresidual is not None and written_residual is not None:
+        dresidual = call.deliver(dresidual, written_residual, None)
+    if dx is not None and written is not None:
+        dx = call.deliver(dx, written, out if "x" in wanted else None)
+    dweight, dbias = sums
+    if call.kind in ("layer_norm", "rms_norm"):
+        dweight, dbias = (v.reshape(call.x.shape[call.axis :]) for v in sums)
+    return Gradients(
+        dx if "x" in wanted else None, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, dresidual
+    )
+
+
+def instance_norm_forward(
+    x: Array,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    use_input_stats: bool = True,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedParts | Saved]:
+    """Instance normalization that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, use_input_stats, momentum, eps, layout, axis, activation, residual, threads, out
+        As in `instance_norm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedParts, or of given statistics Saved
+        For `instance_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]])
+    >>> y, saved = fastbn.instance_norm_forward(x, eps=0.0)
+    >>> y
+    array([[[-1.,  1.]],
+           [[-1.,  1.]]])
+    >>> fastbn.instance_norm_backward(y, x, saved).dweight
+    array([4.])
+    """
+    given = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    y, saved = _instance_norm(x, given, layout, axis, activation, residual, threads, out, True)
+    assert saved is not None  # noqa: S101  it was asked for
+    return y, saved
+
+
+def _instance_norm(
+    x: Array, given: tuple[Any, ...], layout: Any, axis: Any, activation: Any, residual: Any, threads: Any, out: Any, keep: bool
+) -> tuple[Array, SavedParts | Saved | None]:
+    """Check, run, and move the running statistics."""
+    running_mean, running_var, weight, bias, use_input_stats, momentum, eps = given
+    call, channels = on_channels("instance_norm", x, layout, axis, activation, residual, out, threads, None)
+    if not checks.switch("use_input_stats", use_input_stats):
+        if running_mean is None or running_var is None:
+            raise ValueError("running_mean and running_var must be given when use_input_stats is False")
+        vectors, options = (weight, bias, running_mean, running_var), {"axis": call.axis, "activation": activation, "residual": residual}
+        with threading.num_threads(call.threads):
+            if keep:
+                return functional.batch_norm_forward(x, *vectors, training=False, eps=eps, out=out, **options)
+            return functional.batch_norm(x, running_mean, running_var, weight, bias, eps=eps, out=out, **options), None
+    new, e = checks.number("momentum", momentum), checks.number("eps", eps, 0.0)
+    w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
+    mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
+    if mean is not None or var is not None:
+        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": w, "bias": b})
+    if call.x.size and call.shape.values == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got x of shape {call.x.shape}")
+    tracked = mean is not None or var is not None
+    if tracked and call.x.size:
+        moments = parts.running(core.calls_of(call.dtype), call.dense(call.x), call.shape, call.threads)
+    y, saved = _forward(call, parts.Norm(w, b, e, True, call.dtype.compute, call.threads), keep)
+    if tracked and call.x.size:
+        for old, found in zip((mean, var), moments, strict=True):
+            if old is not None:
+                update_running(old, new * found, new)
+    return y, saved
+
+
+def instance_norm(
+    x: Array,
+    running_mean: ArrayLike | None = None,
+    running_var: ArrayLike | None = None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    use_input_stats: bool = True,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Instance normalization, with the arguments of ``torch.nn.functional.instance_norm``.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        float32, float64, float16 or bfloat16, with any strides. Each channel of each image has statistics of its own.
+    running_mean, running_var : ndarray of shape (C,), optional
+        Statistics to move towards the mean of the images', in place; array_like and to be used where `use_input_stats`
+        is False.
+    weight, bias : array_like of shape (C,), optional
+        Scale and shift of each channel; None means 1 and 0.
+    use_input_stats : bool
+        Whether to use the statistics of x.
+    momentum : float
+        Weight of the new values in the running statistics, as in PyTorch.
+    eps : float
+        Added to the variance; not negative.
+    layout, axis, activation, residual, out
+        As in `batch_norm_forward`.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type or dtype.
+    ValueError
+        If a shape does not fit, a number is out of range, `out` overlaps another argument in part, or an image has one
+        value per channel. Nothing is modified then.
+
+    Notes
+    -----
+    Ulyanov, Vedaldi and Lempitsky, "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.instance_norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]]), eps=0.0)
+    array([[[-1.,  1.]],
+           [[-1.,  1.]]])
+    """
+    given = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    return _instance_norm(x, given, layout, axis, activation, residual, threads, out, False)[0]
+
+
+def instance_norm_backward(
+    dy: Array, x: Array, saved: SavedParts | Saved, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
+) -> Gradients:
+    """Gradients of `instance_norm_forward`.
+
+    Parameters
+    ----------
+    dy : ndarray of the shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : ndarray
+        The input of the forward pass.
+    saved : SavedParts or Saved
+        What the forward returned.
+    wrt : sequence of str
+        Which gradients: "x", "weight", "bias", "residual".
+    threads : int, optional
+        Of this call.
+    out : ndarray of the shape and dtype of x, optional
+        Where to write dx; may be dy or x.
+
+    Returns
+    -------
+    Gradients
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `saved` is of another call, an array is not like x, or wrt names something else.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[[1.0, 3.0]]])
+    >>> _, saved = fastbn.instance_norm_forward(x, eps=0.0)
+    >>> fastbn.instance_norm_backward(np.ones_like(x), x, saved).dbias
+    array([2.])
+    """
+    if isinstance(saved, Saved):
+        with threading.num_threads(thread_count(threads, "backward", getattr(x, "nbytes", 0))):
+            return functional.batch_norm_backward(dy, x, saved, wrt=wrt, out=out)
+    return _backward("instance_norm", dy, x, saved, wrt, out, threads)
+
+
+def group_norm_forward(
+    x: Array,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: Number = 1e-5,
+    *,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedParts]:
+    """Group normalization that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, num_groups, weight, bias, eps, layout, axis, activation, residual, threads, out
+        As in `group_norm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedParts
+        For `group_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
+    >>> y, saved = fastbn.group_norm_forward(x, 2, eps=0.0)
+    >>> fastbn.group_norm_backward(y, x, saved).dweight
+    array([1., 1., 1., 1.])
+    """
+    y, saved = _group_norm(x, num_groups, (weight, bias, eps), layout, axis, activation, residual, threads, out, True)
+    assert saved is not None  # noqa: S101  it was asked for
+    return y, saved
+
+
+def _group_norm(
+    x: Array, num_groups: Any, given: tuple[Any, ...], layout: Any, axis: Any, activation: Any, residual: Any, threads: Any, out: Any,
+    keep: bool,
+) -> tuple[Array, SavedParts | None]:  # fmt: skip
+    weight, bias, eps = given
+    call, channels = on_channels("group_norm", x, layout, axis, activation, residual, out, threads, num_groups)
+    w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
+    if call.x.size == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got x of shape {call.x.shape}")
+    norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), True, call.dtype.compute, call.threads)
+    return _forward(call, norm, keep)
+
+
+def group_norm(
+    x: Array,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: Number = 1e-5,
+    *,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Group normalization, with the arguments of ``torch.nn.functional.group_norm``.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        float32, float64, float16 or bfloat16, with any strides.
+    num_groups : int
+        Into how many groups the channels of an image are divided; each has statistics of its own.
+    weight, bias : array_like of shape (C,), optional
+        Scale and shift of each channel; None means 1 and 0.
+    eps : float
+        Added to the variance; not negative.
+    layout, axis, activation, residual, out
+        As in `batch_norm_forward`.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type or dtype.
+    ValueError
+        If a shape does not fit, `num_groups` does not divide the channels, a number is out of range, `out` overlaps
+        another argument in part, or x is a single value. Nothing is modified then.
+
+    Notes
+    -----
+    Wu and He, "Group Normalization", ECCV 2018.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
+    array([[-1.,  1., -1.,  1.]])
+    """
+    return _group_norm(x, num_groups, (weight, bias, eps), layout, axis, activation, residual, threads, out, False)[0]
+
+
+def group_norm_backward(
+    dy: Array, x: Array, saved: SavedParts, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
+) -> Gradients:
+    """Gradients of `group_norm_forward`.
+
+    Parameters
+    ----------
+    dy, x, saved, wrt, threads, out
+        As in `instance_norm_backward`.
+
+    Returns
+    -------
+    Gradients
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm_backward`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0, 3.0, 10.0, 30.0]])
+    >>> _, saved = fastbn.group_norm_forward(x, 2, eps=0.0)
+    >>> fastbn.group_norm_backward(np.ones_like(x), x, saved).dx
+    array([[0., 0., 0., 0.]])
+    """
+    return _backward("group_norm", dy, x, saved, wrt, out, threads)
+
+
+def layer_norm_forward(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: Number = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedParts]:
+    """Layer normalization that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, normalized_shape, weight, bias, eps, activation, residual, threads, out
+        As in `layer_norm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedParts
+        For `layer_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `layer_norm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0, 3.0], [10.0, 30.0]])
+    >>> y, saved = fastbn.layer_norm_forward(x, 2, eps=0.0)
+    >>> fastbn.layer_norm_backward(y, x, saved).dweight
+    array([2., 2.])
+    """
+    y, saved = _layer_norm("layer_norm", x, normalized_shape, (weight, bias, eps), activation, residual, threads, out, True)
+    assert saved is not None  # noqa: S101  it was asked for
+    return y, saved
+
+
+def _layer_norm(
+    kind: str, x: Array, normalized_shape: Any, given: tuple[Any, ...], activation: Any, residual: Any, threads: Any, out: Any, keep: bool
+) -> tuple[Array, SavedParts | None]:
+    weight, bias, eps = given
+    call, shape = _rows(kind, x, normalized_shape, activation, residual, out, threads)
+    compute = call.dtype.compute
+    w, b = _row_vector("weight", weight, shape, compute), _row_vector("bias", bias, shape, compute)
+    if eps is None:
+        eps = _SMALLEST_STEP[call.dtype.storage]
+    norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), kind == "layer_norm", compute, call.threads)
+    return _forward(call, norm, keep)
+
+
+_SMALLEST_STEP = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def layer_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: Number = 1e-5,
+    *,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Layer normalization, with the arguments of ``torch.nn.functional.layer_norm``.
+
+    Parameters
+    ----------
+    x : ndarray of shape (*rows, *normalized_shape)
+        float32, float64, float16 or bfloat16, with any strides.
+    normalized_shape : int or sequence of int
+        The last axes of x, over which a row has its statistics.
+    weight, bias : array_like of shape normalized_shape, optional
+        Scale and shift of each element of a row; None means 1 and 0.
+    eps : float
+        Added to the variance; not negative.
+    activation, residual, out
+        As in `batch_norm_forward`.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type or dtype.
+    ValueError
+        If a shape does not fit, a number is out of range, or `out` overlaps another argument in part. Nothing is
+        modified then.
+
+    Notes
+    -----
+    Ba, Kiros and Hinton, "Layer Normalization", 2016.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.layer_norm(np.array([[1.0, 3.0], [10.0, 30.0]]), 2, [1.0, 2.0], eps=0.0)
+    array([[-1.,  2.],
+           [-1.,  2.]])
+    """
+    return _layer_norm("layer_norm", x, normalized_shape, (weight, bias, eps), activation, residual, threads, out, False)[0]
+
+
+def layer_norm_backward(
+    dy: Array, x: Array, saved: SavedParts, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
+) -> Gradients:
+    """Gradients of `layer_norm_forward`.
+
+    Parameters
+    ----------
+    dy, x, saved, wrt, threads, out
+        As in `instance_norm_backward`.
+
+    Returns
+    -------
+    Gradients
+        dweight and dbias have the shape normalized_shape.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm_backward`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0, 3.0], [10.0, 30.0]])
+    >>> _, saved = fastbn.layer_norm_forward(x, 2, eps=0.0)
+    >>> fastbn.layer_norm_backward(np.ones_like(x), x, saved).dbias
+    array([2., 2.])
+    """
+    return _backward("layer_norm", dy, x, saved, wrt, out, threads)
+
+
+def rms_norm_forward(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: ArrayLike | None = None,
+    eps: Number | None = None,
+    *,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedParts]:
+    """Normalization by the root mean square that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, normalized_shape, weight, eps, activation, residual, threads, out
+        As in `rms_norm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedParts
+        For `rms_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `rms_norm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[3.0, -3.0]])
+    >>> y, saved = fastbn.rms_norm_forward(x, 2, eps=0.0)
+    >>> fastbn.rms_norm_backward(y, x, saved).dweight
+    array([1., 1.])
+    """
+    y, saved = _layer_norm("rms_norm", x, normalized_shape, (weight, None, eps), activation, residual, threads, out, True)
+    assert saved is not None  # noqa: S101  it was asked for
+    return y, saved
+
+
+def rms_norm(
+    x: Array,
+    normalized_shape: int | Sequence[int],
+    weight: ArrayLike | None = None,
+    eps: Number | None = None,
+    *,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Normalization by the root mean square, with the arguments of ``torch.nn.functional.rms_norm``.
+
+    Parameters
+    ----------
+    x : ndarray of shape (*rows, *normalized_shape)
+        float32, float64, float16 or bfloat16, with any strides.
+    normalized_shape : int or sequence of int
+        The last axes of x, over which a row has its mean square.
+    weight : array_like of shape normalized_shape, optional
+        Scale of each element of a row; None means 1.
+    eps : float, optional
+        Added to the mean square; None means the distance from 1 to the next number of the dtype, as in PyTorch.
+    activation, residual, out
+        As in `batch_norm_forward`.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `layer_norm`.
+
+    Notes
+    -----
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.rms_norm(np.array([[3.0, -3.0]]), 2, [1.0, 2.0], eps=0.0)
+    array([[ 1., -2.]])
+    """
+    return _layer_norm("rms_norm", x, normalized_shape, (weight, None, eps), activation, residual, threads, out, False)[0]
+
+
+def rms_norm_backward(
+    dy: Array, x: Array, saved: SavedParts, *, wrt: Sequence[str] = ("x", "weight"), threads: int | None = None, out: Array | None = None
+) -> Gradients:
+    """Gradients of `rms_norm_forward`.
+
+    Parameters
+    ----------
+    dy, x, saved, threads, out
+        As in `instance_norm_backward`.
+    wrt : sequence of str
+        Which gradients: "x", "weight", "residual".
+
+    Returns
+    -------
+    Gradients
+        dweight has the shape normalized_shape.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm_backward`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[3.0, -3.0]])
+    >>> _, saved = fastbn.rms_norm_forward(x, 2, eps=0.0)
+    >>> fastbn.rms_norm_backward(np.ones_like(x), x, saved).dweight
+    array([ 1., -1.])
+    """
+    if "bias" in checks.names("wrt", wrt, GRADIENTS):
+        raise ValueError("wrt names 'bias', but rms_norm has none")
+    return _backward("rms_norm", dy, x, saved, wrt, out, threads)
+
+

@@ -1,0 +1,452 @@
+"""Normalization of parts: each image's groups of channels, or each row, have statistics of their own.
+
+The algebra is that of `composed`, with one difference: a part's channels share statistics, but not weights. Memory is
+(batch, outer, channels, inner), of which outer or inner is 1, and `group` channels of an image are a part:
+
+- planes (outer is 1): a part is one run of memory. To the four operations each part is a channel where they reduce, and
+  each plane is one where they map;
+- columns (inner is 1): each image is an array of columns, whose statistics are merged by groups;
+- rows (both are 1): what a layer normalization has. Statistics are a row's, weights a column's: a map of its own.
+
+A module of kernels that has `parts_forward` runs whole calls by itself; the functions here make them of the operations.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fastbn import extremes, memory, reference
+from fastbn.activations import Epilogue
+from fastbn.composed import fold, split
+from fastbn.floating import default_mode
+from fastbn.layout import Array, View, view
+
+if TYPE_CHECKING:
+    from fastbn.kernels.protocol import Operations
+    from fastbn.results import Function
+
+_WIDE = np.dtype(np.float64)
+
+
+class Shape(NamedTuple):
+    """How an array divides into parts, and how it lies in memory.
+
+    Attributes
+    ----------
+    batch, outer, channels, inner : int
+        Of the memory; outer or inner is 1.
+    group : int
+        Channels that share statistics.
+    order : tuple of int or None
+        Order of the axes in memory; None if that is the array's own.
+    direct : bool
+        False where the array must be copied first, in this order.
+    """
+
+    batch: int
+    outer: int
+    channels: int
+    inner: int
+    group: int
+    order: tuple[int, ...] | None = None
+    direct: bool = True
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """Of the memory."""
+        return self.batch, self.outer, self.channels, self.inner
+
+    @property
+    def parts(self) -> int:
+        """Parts of one image."""
+        return self.channels // max(self.group, 1)
+
+    @property
+    def values(self) -> int:
+        """Of a part."""
+        return self.outer * self.group * self.inner
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether weights run along a part's memory."""
+        return self.outer == 1 and self.inner == 1
+
+    def of(self, a: Array) -> Array:
+        """A direct array as (batch, outer, channels, inner), without a copy."""
+        return (a if self.order is None else a.transpose(self.order)).reshape(self.dims)
+
+
+class Vectors(NamedTuple):
+    """Mean, what it rounds away, and one over the deviation: of shape (batch, parts), in the type of the arithmetic."""
+
+    mean: Array
+    low: Array
+    invstd: Array
+
+
+class Norm(NamedTuple):
+    """What is computed, besides the array: parameters in the type of the arithmetic, one for each channel, or None."""
+
+    weight: Array | None
+    bias: Array | None
+    eps: float
+    centered: bool  # False: the mean is taken to be 0
+    compute: np.dtype[Any]
+    threads: int
+
+
+def shape_of(x: Array, axis: int, group: int) -> Shape:
+    """How an array with images on axis 0 and channels on another one divides into parts."""
+    return _shape_of(x.shape, view(x, axis), axis, group)
+
+
+@lru_cache(maxsize=4096)
+def _shape_of(sizes: tuple[int, ...], v: View, axis: int, group: int) -> Shape:
+    order = tuple(range(len(sizes))) if v.perm is None else v.perm
+    long = [i for i in order if sizes[i] != 1]
+    batch, channels = sizes[0], sizes[axis]
+    at = order.index(axis)
+    outer, inner = prod(sizes[i] for i in order[:at] if i != 0), prod(sizes[i] for i in order[at + 1 :] if i != 0)
+    direct = v.dense and (batch == 1 or long[:1] == [0])
+    if channels == 1:
+        outer, inner = 1, outer * inner
+    if not direct or (outer > 1 and inner > 1):
+        rest = tuple(i for i in range(len(sizes)) if i not in (0, axis))
+        return Shape(batch, 1, channels, prod(sizes[i] for i in rest), group, (0, axis, *rest), False)
+    return Shape(batch, outer, channels, inner, group, None if v.perm is None else order)
+
+
+def rows_of(x: Array, ndim: int) -> Shape:
+    """How an array divides into parts that are its last `ndim` axes."""
+    at = x.ndim - ndim
+    long = prod(x.shape[at:])
+    return Shape(prod(x.shape[:at]), 1, long, 1, long, None, x.flags.c_contiguous and x.flags.aligned)
+
+
+def _repeated(v: Array, shape: Shape) -> Array:
+    """Vectors of parts as vectors of channels, of shape (batch, channels)."""
+    return v if shape.group == 1 else np.repeat(v, shape.group, 1)
+
+
+def _tiled(v: Array | None, batch: int) -> Array | None:
+    return None if v is None else np.tile(v, batch)
+
+
+def _images(a: Array | None, b: int) -> Any:
+    """One image, as (outer, channels, inner)."""
+    return None if a is None else a[b]
+
+
+def _planes(a: Array | None, shape: Shape) -> Any:
+    """All images as planes of so many channels."""
+    return None if a is None else a.reshape(1, shape.batch * shape.channels, shape.inner)
+
+
+@default_mode
+def statistics(module: Operations, x: Array, shape: Shape, threads: int) -> tuple[Array, Array, Array]:
+    """Mean, what it rounds away, and M2 of each part, of shape (batch, parts), in float64."""
+    if shape.outer == 1:
+        whole = module.stats(x.reshape(1, shape.batch * shape.parts, shape.group * shape.inner), threads)
+        mean, low, m2 = (v.reshape(shape.batch, shape.parts) for v in whole)
+        return mean, low, m2
+    each = [module.stats(image, threads) for image in x]
+    means, lows, m2s = (np.array(v) for v in zip(*each, strict=True))
+    if shape.group == 1:
+        return means, lows, m2s
+    means, lows, m2s = (v.reshape(shape.batch, shape.parts, shape.group) for v in (means, lows, m2s))
+    first = means[:, :, :1]
+    first = np.where(np.isfinite(first), first, 0.0)
+    offsets = (means - first) + lows
+    offset = offsets.mean(2, keepdims=True)
+    mean = first + offset
+    low = offset - (mean - first)
+    m2 = (m2s + shape.outer * np.square(offsets - offset)).sum(2)
+    return mean[:, :, 0], np.where(np.isfinite(low), low, 0.0)[:, :, 0], m2
+
+
+@default_mode
+def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activation: Function, residual: Array | None) -> Vectors:
+    """Normalize the parts of x, (batch, outer, channels, inner); y may be x or the residual."""
+    epilogue = None if activation is None and residual is None else Epilogue(activation, residual)
+    if hasattr(module, "parts_forward"):
+        made = module.parts_forward(x, y, norm.weight, norm.bias, norm.eps, shape.group, norm.centered, norm.threads, epilogue)
+        if made is not None:
+            found = Vectors(*(v.reshape(shape.batch, shape.parts) for v in made[0]))
+            if made[1]:  # parts at the ends of the range are left, of which nothing was written
+                _Apart.of(x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
+            return found
+    mean, low, m2 = statistics(module, x, shape, norm.threads)
+    var = m2 / shape.values
+    if not norm.centered:
+        var = var + np.square(mean + low)
+        mean, low = np.zeros_like(mean), np.zeros_like(low)
+    high, rest = split(mean, low, norm.compute)
+    invstd = 1.0 / np.sqrt(var + norm.eps)
+    scale = invstd
+    if norm.weight is not None:
+        scale = invstd * np.abs(norm.weight.reshape(shape.parts, shape.group).astype(np.float64)).max(1)
+    usual = extremes.are_usual(m2, var + norm.eps, scale, norm.compute)
+    known = activation is None or not activation.custom
+    apart = None if usual.all() or not known else _Apart.of(x, shape, norm, np.nonzero(~usual), epilogue)
+    found = Vectors(high, rest.astype(norm.compute), invstd.astype(norm.compute))
+    _normalize(module, x, y, shape, norm, (high, rest, invstd), epilogue)
+    if apart is not None:
+        apart.finish(y, found)
+    return found
+
+
+def _normalize(
+    module: Operations, x: Array, y: Array, shape: Shape, norm: Norm, vectors: tuple[Array, Array, Array], epilogue: Epilogue | None
+) -> None:
+    """Normalize with given statistics of parts."""
+    high, rest, invstd = vectors
+    compute, n = norm.compute, norm.threads
+    residual = None if epilogue is None else epilogue.residual
+    if shape.is_rows:
+        scale, shift = fold(rest.ravel(), invstd.ravel(), None, None, compute)
+        if norm.weight is None and norm.bias is None and epilogue is None:
+            module.normalize(_as_rows(x, shape), _as_rows(y, shape), high.ravel(), scale, shift, n)
+            return
+        wide = x if x.dtype == compute else x.astype(compute)
+        z = y if y.dtype == compute and residual is None else memory.empty_like(wide)
+        module.normalize(_as_rows(wide, shape), _as_rows(z, shape), high.ravel(), scale, shift, n)
+        after = None if epilogue is None else epilogue._replace(residual=_as_columns(residual, shape, compute))
+        done = z if y.dtype != compute else y
+        module.normalize(_as_columns(z, shape), _as_columns(done, shape), *_affine(shape, norm), n, after)
+        if done is not y:
+            y[...] = done
+        return
+    means = _repeated(high, shape)
+    rests, invstds = _repeated(rest, shape).ravel(), _repeated(invstd, shape).ravel()
+    weight, bias = _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch)
+    normalize(module, x, y, shape, (means.ravel(), *fold(rests, invstds, weight, bias, compute)), n, epilogue)
+
+
+def normalize(
+    module: Operations, x: Array, y: Array, shape: Shape, vectors: tuple[Array, Array, Array], threads: int, epilogue: Epilogue | None
+) -> None:
+    """Map with a mean, a scale and a shift of each channel of each image."""
+    residual = None if epilogue is None else epilogue.residual
+    if shape.outer == 1:
+        after = None if epilogue is None else epilogue._replace(residual=_planes(residual, shape))
+        module.normalize(_planes(x, shape), _planes(y, shape), *vectors, threads, after)
+        return
+    each = [v.reshape(shape.batch, shape.channels) for v in vectors]
+    for b in range(shape.batch):
+        after = None if epilogue is None else epilogue._replace(residual=_images(residual, b))
+        module.normalize(x[b], y[b], each[0][b], each[1][b], each[2][b], threads, after)
+
+
+def _as_rows(a: Array, shape: Shape) -> Array:
+    """Each part as a channel of one run."""
+    return a.reshape(1, shape.batch * shape.parts, shape.group)
+
+
+def _as_columns(a: Array | None, shape: Shape, dtype: np.dtype[Any] | None = None) -> Any:
+    """Each image as a row of channels."""
+    return None if a is None else a.reshape(shape.batch, shape.channels, 1).astype(dtype or a.dtype, copy=False)
+
+
+def _affine(shape: Shape, norm: Norm) -> tuple[Array, Array, Array]:
+    """Mean 0, the weight and the bias of each channel."""
+    zero = np.zeros(shape.channels, norm.compute)
+    return zero, np.ones_like(zero) if norm.weight is None else norm.weight, zero if norm.bias is None else norm.bias
+
+
+class _Apart(NamedTuple):
+    """Parts at the ends of the range, computed in float64 from a copy in units of their own, as `extremes` says."""
+
+    at: tuple[Array, ...]
+    y: Array
+    mean: Array
+    low: Array
+    invstd: Array
+
+    @classmethod
+    def of(cls, x: Array, shape: Shape, norm: Norm, at: tuple[Array, ...], epilogue: Epilogue | None) -> _Apart:
+        """The parts at some places: numbers of images, and of parts in these."""
+        values = _gather(x, shape, at)
+        largest = np.maximum(np.abs(values).max((1, 2, 3)), np.sqrt(norm.eps))
+        e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
+        values = np.ldexp(values, -e[:, None, None, None])
+        mean = values.mean((1, 2, 3), keepdims=True) if norm.centered else np.zeros((len(e), 1, 1, 1))
+        mean = mean + ((values - mean).mean((1, 2, 3), keepdims=True) if norm.centered else 0)
+        own = 1.0 / np.sqrt(np.square(values - mean).mean((1, 2, 3)) + np.ldexp(norm.eps, -2 * e))
+        z = (values - mean) * own[:, None, None, None]
+        for vector, times in ((norm.weight, True), (norm.bias, False)):
+            if vector is not None:
+                v = vector.astype(np.float64).reshape(shape.parts, shape.group)[at[1]][:, None, :, None]
+                z = z * v if times else z + v
+        if epilogue is not None:
+            residual = None if epilogue.residual is None else _gather(epilogue.residual, shape, at)
+            z = reference.finish(z, epilogue._replace(residual=residual))
+        wide = np.ldexp(mean[:, 0, 0, 0], e)
+        high = wide.astype(norm.compute)
+        return cls(at, z, high, wide - high, np.ldexp(own, -e))
+
+    def finish(self, y: Array, vectors: Vectors) -> None:
+        """Write them."""
+        b, g = self.at
+        group = self.y.shape[2]
+        for i in range(len(b)):
+            y[b[i], :, g[i] * group : (g[i] + 1) * group] = self.y[i]
+        for vector, own in zip(vectors, (self.mean, self.low, self.invstd), strict=True):
+            vector[b, g] = own
+
+
+def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
+    """Some parts, in float64: of shape (number, outer, group, inner)."""
+    k = shape.group
+    return np.array([a[b, :, g * k : (g + 1) * k] for b, g in zip(*at, strict=True)], np.float64)
+
+
+class Sums(NamedTuple):
+    """Gradients of weight and bias; None where not asked for."""
+
+    dweight: Array
+    dbias: Array
+
+
+@default_mode
+def backward(
+    module: Any, dy: Array, x: Array, dx: Array | None, shape: Shape, norm: Norm, vectors: Vectors, activation: Function,
+    residual: Array | None, dresidual: Array | None,
+) -> Sums:  # fmt: skip
+    """Gradients through the statistics of parts; dx may be dy or x."""
+    if hasattr(module, "parts_backward"):
+        epilogue = None if activation is None else Epilogue(activation, residual, dresidual=dresidual)
+        flat = (np.ascontiguousarray(v).reshape(-1) for v in vectors)
+        made = module.parts_backward(dy, x, dx, *flat, norm.weight, norm.bias, shape.group, norm.centered, norm.threads, epilogue)
+        if made is not None:
+            return Sums(*made)
+    if shape.is_rows:
+        return _backward_of_rows(module, dy, x, dx, shape, norm, vectors, activation, residual, dresidual)
+    low, invstd = (v.astype(np.float64) for v in vectors[1:])
+    weight = np.ones(shape.channels) if norm.weight is None else norm.weight.astype(np.float64)
+    wide = _repeated(low, shape).ravel(), _repeated(invstd, shape).ravel()
+    scale, shift = fold(*wide, _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch), norm.compute)
+    means = np.ascontiguousarray(_repeated(vectors.mean, shape)).ravel()
+    lay = Maps(module, shape, norm, means, scale, shift, activation, residual, dresidual)
+    first, second = lay.sums(dy, x)
+    second = second - _repeated(low, shape) * first
+    by_parts = (shape.batch, shape.parts, shape.group)
+    g0 = (weight * first).reshape(by_parts).sum(2) / shape.values
+    g1 = invstd * (invstd * ((weight * second).reshape(by_parts).sum(2) / shape.values))
+    if dx is not None:
+        lay.gradient(dy, x, dx, invstd * (low * g1 - g0), -invstd * g1, weight)
+    return Sums((second * _repeated(invstd, shape)).sum(0).astype(norm.compute), first.sum(0).astype(norm.compute))
+
+
+class Maps(NamedTuple):
+    """The operations of a backward, over planes or over the columns of each image."""
+
+    module: Any
+    shape: Shape
+    norm: Norm
+    means: Array  # these vectors have an element for each channel of each image
+    scale: Array
+    shift: Array
+    activation: Function
+    residual: Array | None
+    dresidual: Array | None
+
+    def _each(self) -> list[tuple[Any, slice]]:
+        """How to see an array, and which of the vectors go with it."""
+        s, c = self.shape, self.shape.channels
+        if s.outer == 1:
+            return [(lambda a: _planes(a, s), slice(None))]
+        return [(lambda a, b=b: _images(a, b), slice(b * c, (b + 1) * c)) for b in range(s.batch)]
+
+    def _epilogue(self, see: Any, at: slice, dresidual: Array | None) -> Epilogue | None:
+        if self.activation is None:
+            return None
+        return Epilogue(self.activation, see(self.residual), self.scale[at], self.shift[at], see(dresidual))
+
+    def sums(self, dy: Array, x: Array) -> tuple[Array, Array]:
+        """Sums of each channel of each image, of shape (batch, channels)."""
+        found = [
+            self.module.grad_sums(see(dy), see(x), self.means[at], self.norm.threads, self._epilogue(see, at, None))
+            for see, at in self._each()
+        ]
+        first, second = (np.concatenate(v).reshape(self.shape.batch, self.shape.channels) for v in zip(*found, strict=True))
+        return first, second
+
+    def gradient(self, dy: Array, x: Array, dx: Array, offset: Array, slope: Array, weight: Array) -> None:
+        """``dx = scale * dz + offset + slope * (x - mean)``, where offset and slope are those of the parts."""
+        compute, n = self.norm.compute, self.norm.threads
+        offsets, slopes = (_repeated(v, self.shape).ravel() for v in (offset, slope))
+        with np.errstate(all="ignore"):
+            g0, g1 = -offsets / self.scale, -slopes / self.scale
+        one_sweep = bool((np.abs(weight) > 2.0**-40).all())
+        if one_sweep:
+            for see, at in self._each():
+                own = g0[at].astype(compute), g1[at].astype(compute)
+                after = self._epilogue(see, at, self.dresidual)
+                self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], *own, n, after)
+            return
+        # A weight of nearly 0 cannot be divided by: two sweeps, of which the second adds to the first.
+        zero = np.zeros_like(self.means)
+        narrow = dx.dtype != compute
+        kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x
+        wide_dy = dy.astype(compute) if narrow else dy
+        out = np.empty(dx.shape, compute) if narrow else dx
+        maps = self
+        if narrow:
+            wide = [None if a is None else a.astype(compute) for a in (self.residual, self.dresidual)]
+            maps = self._replace(residual=wide[0], dresidual=wide[1])
+        for see, at in maps._each():
+            after = maps._epilogue(see, at, maps.dresidual)
+            self.module.grad_input(see(wide_dy), see(kept), see(out), self.means[at], self.scale[at], zero[at], zero[at], n, after)
+            again = slopes[at].astype(compute), offsets[at].astype(compute)
+            self.module.normalize(see(kept), see(out), self.means[at], *again, n, Epilogue(None, see(out)))
+        if narrow:
+            dx[...] = out
+            if self.dresidual is not None:
+                self.dresidual[...] = maps.dresidual
+
+
+def _backward_of_rows(
+    module: Any, dy: Array, x: Array, dx: Array | None, shape: Shape, norm: Norm, vectors: Vectors, activation: Function,
+    residual: Array | None, dresidual: Array | None,
+) -> Sums:  # fmt: skip
+    """Gradients where weights run along the parts."""
+    compute, n = norm.compute, norm.threads
+    mean, low, invstd = (v.ravel() for v in vectors)
+    scale, shift = fold(low.astype(np.float64), invstd, None, None, compute)
+    wide = x.astype(compute, copy=False)
+    z, zero = np.empty(x.shape, compute), np.zeros(shape.batch * shape.parts, compute)
+    module.normalize(_as_rows(wide, shape), _as_rows(z, shape), mean, scale, shift, n)  # normalized, without weight and bias
+    none, weight, bias = _affine(shape, norm)
+    columns = _as_columns(z, shape)
+    d = _as_columns(dy, shape, compute)
+    target = None if dresidual is None else dresidual if dresidual.dtype == compute else np.empty(x.shape, compute)
+    after = None
+    if activation is not None:
+        after = Epilogue(activation, _as_columns(residual, shape, compute), weight, bias)
+    first, second = module.grad_sums(d, columns, none, n, after)
+    if dx is not None:
+        g = np.empty(x.shape, compute)
+        map_after = None if after is None else after._replace(dresidual=_as_columns(target, shape))
+        module.grad_input(d, columns, _as_columns(g, shape), none, weight, none, none, n, map_after)
+        if target is not None and target is not dresidual and dresidual is not None:
+            dresidual[...] = target
+        rows, normal = _as_rows(g, shape), _as_rows(z, shape)
+        sums, dots = module.grad_sums(rows, normal, zero, n, None)
+        g0 = sums / shape.values if norm.centered else np.zeros_like(sums)
+        g1 = dots / shape.values
+        out = dx if dx.dtype == compute else g
+        module.grad_input(rows, normal, _as_rows(out, shape), zero, invstd, g0.astype(compute), g1.astype(compute), n, None)
+        if out is not dx:
+            dx[...] = out
+    return Sums(second.astype(compute), first.astype(compute))
+
+
+@default_mode
+def running(module: Operations, x: Array, shape: Shape, threads: int) -> tuple[Array, Array]:
+    """Mean and unbiased variance of each channel, averaged over the images; of parts that are single channels."""
+    mean, low, m2 = statistics(module, x, shape, threads)
+    return (mean + low).mean(0), (m2 / (shape.values - 1)).mean(0)

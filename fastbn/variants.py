@@ -1,0 +1,772 @@
+"""Batch normalizations for small batches: with a part of layer normalization, with running statistics, in virtual batches.
+
+Each is made of `batch_norm_forward`, or of `parts`, and of algebra on vectors of channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastbn import checks, core, functional, memory, norms, parts
+from fastbn import threads as threading
+from fastbn.activations import Activation, Epilogue
+from fastbn.composed import split, update_running
+from fastbn.floating import default_mode
+from fastbn.functional import USUAL, ActivationLike, Number
+from fastbn.layout import Array, LayoutName
+from fastbn.results import Function, Gradients, Saved, variance
+
+
+class MixedGradients(Gradients):
+    """Gradients of `batch_channel_norm_forward`: those that all have, and that of the mix.
+
+    Attributes
+    ----------
+    dmix : ndarray of shape (C,), or None
+    """
+
+    dmix: Array | None = None
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, dmix={self.dmix!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class SavedMix:
+    """What `batch_channel_norm_forward` keeps. It is equal to nothing but itself.
+
+    Attributes
+    ----------
+    shape, dtype, axis
+        Of the forward's x: its shape, its dtype, and the axis of its channels.
+    training : bool
+        Whether the batch's statistics are its own.
+    mean, mean_lo, invstd : ndarray of shape (C,)
+        Of the batch, or the running ones, in float64.
+    layer_mean, layer_invstd : ndarray of shape (N, 1)
+        Of each image, in float64.
+    weight, bias, mix : ndarray of shape (C,)
+        Copies, in float64.
+    activation, residual, has_residual
+        As in `Saved`.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axis: int
+    training: bool
+    mean: Array
+    mean_lo: Array
+    invstd: Array
+    layer_mean: Array
+    layer_invstd: Array
+    weight: Array
+    bias: Array
+    mix: Array
+    activation: Function
+    residual: Array | None
+    has_residual: bool
+
+    @default_mode
+    def vectors(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
+        """Mean, scale and shift of each channel of each image, one after the other."""
+        of_batch = self.weight * self.mix * self.invstd
+        of_layer = self.weight * (1 - self.mix) * self.layer_invstd
+        scale = of_batch + of_layer
+        shift = of_layer * ((self.mean - self.layer_mean) + self.mean_lo) + self.bias - scale * self.mean_lo
+        means = np.tile(self.mean, len(self.layer_mean))
+        return means.astype(compute), scale.astype(compute).ravel(), shift.astype(compute).ravel()
+
+
+def batch_channel_norm_forward(
+    x: Array,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    mix: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    correction: int = 1,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedMix]:
+    """Batch-channel normalization that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, mix, weight, bias, training, momentum, eps
+        As in `batch_channel_norm`.
+    layout, axis, activation, residual, correction, threads, out
+        As in `batch_channel_norm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedMix
+        For `batch_channel_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_channel_norm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]])
+    >>> y, saved = fastbn.batch_channel_norm_forward(x, None, None, [0.0], training=True, eps=0.0)
+    >>> y
+    array([[[-1.,  1.]],
+           [[-1.,  1.]]])
+    >>> fastbn.batch_channel_norm_backward(np.ones_like(x), x, saved).dmix
+    array([0.])
+    """
+    call, channels = norms.on_channels("batch_channel_norm", x, layout, axis, activation, residual, out, threads, 1)
+    compute, wide = call.dtype.compute, np.dtype(np.float64)
+    one = np.ones(channels[0])
+    given = {"mix": mix, "weight": one if weight is None else weight, "bias": 0 * one if bias is None else bias}
+    m, w, b = (checks.vector(name, v, channels, wide).copy() for name, v in given.items())
+    new, e = checks.number("momentum", momentum), checks.number("eps", eps, 0.0)
+    unbiased = checks.integer("correction", correction, 0, 1)
+    trained = checks.switch("training", training)
+    mean, var = running_mean, running_var
+    if trained:
+        mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
+        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out})
+        count = call.x.size // max(channels[0], 1)
+        if call.x.size and count < 1 + unbiased:
+            raise ValueError(f"Expected more than {unbiased} value per channel when training, got x of shape {call.x.shape}")
+    elif mean is None or var is None:
+        raise ValueError("running_mean and running_var must be given when training is False")
+    checks.apart({"out": call.out}, {"mix": mix, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var})
+    saved = _mixed(call, (mean, var), (w, b, m), e, trained)
+    stats = saved[1]
+    y, written = call.target(call.out)
+    if call.x.size:
+        r = None if call.residual is None else call.dense(call.residual)
+        after = None if r is None and call.activation is None else Epilogue(call.activation, r)
+        kernels, vectors = core.calls_of(call.dtype, call.activation), saved[0].vectors(compute)
+        parts.normalize(kernels, call.dense(call.x), written, call.shape, vectors, call.threads, after)
+    y = call.deliver(y, written, call.out)
+    if stats is not None and stats.count:
+        for old, found in ((mean, stats.mean + stats.mean_lo), (var, variance(stats, unbiased))):
+            if isinstance(old, np.ndarray):
+                update_running(old, new * found, new)
+    return y, saved[0]
+
+
+@default_mode
+def _mixed(
+    call: norms.Call, running: tuple[Any, Any], affine: tuple[Array, Array, Array], eps: float, training: bool
+) -> tuple[SavedMix, Any]:
+    """The statistics of a forward, and in training those of the batch as Stats."""
+    axis, wide, stats = call.axis, np.dtype(np.float64), None
+    if training:
+        stats = functional.wide_stats(call.x, None, axis, None)
+        mean, low, var = stats.mean, stats.mean_lo, variance(stats)
+    else:
+        channels = checks.channels_of(call.x, axis)
+        mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(("running_mean", "running_var"), running, strict=True))
+        low = np.zeros_like(mean)
+    layer_mean = layer_var = np.zeros((call.shape.batch, 1))
+    if call.x.size:
+        found = parts.statistics(core.calls_of(call.dtype), call.dense(call.x), call.shape, call.threads)
+        layer_mean, layer_var = found[0] + found[1], found[2] / call.shape.values
+    high, rest = split(mean, low, call.dtype.compute)
+    kept = core.copied(call.residual) if call.residual is not None and call.activation is not None else None
+    w, b, m = affine
+    return SavedMix(
+        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, 1 / np.sqrt(var + eps), layer_mean,
+        1 / np.sqrt(layer_var + eps), w, b, m, call.activation, kept, call.residual is not None,
+    ), stats  # fmt: skip
+
+
+def batch_channel_norm(
+    x: Array,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    mix: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    correction: int = 1,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Batch-channel normalization: a learned mix of batch and layer normalization.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        float32, float64, float16 or bfloat16, with any strides.
+    running_mean, running_var : ndarray of shape (C,) or None
+        As in `batch_norm`, of the part that is batch normalization.
+    mix : array_like of shape (C,)
+        How much of the batch's statistics each channel has: 1 is batch normalization, 0 is layer normalization over
+        the channels and the space of an image.
+    weight, bias : array_like of shape (C,), optional
+        Scale and shift of each channel; None means 1 and 0.
+    training : bool
+        Whether to use the batch's own statistics. Those of an image are always its own.
+    momentum, eps, layout, axis, activation, residual, correction, out
+        As in `batch_norm`.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError
+        If an argument has the wrong type or dtype.
+    ValueError
+        If a shape does not fit, a number is out of range, `out` overlaps another argument, or training has too few values
+        per channel. Nothing is modified then.
+
+    Notes
+    -----
+    ``y = weight * (mix * (x - batch mean) / batch deviation + (1 - mix) * (x - layer mean) / layer deviation) + bias``:
+    Khaled, Li, Ning and He, "BCN: Batch Channel Normalization for Image Classification", arXiv 2312.00596.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]])
+    >>> fastbn.batch_channel_norm(x, None, None, [0.0], training=True, eps=0.0)
+    array([[[-1.,  1.]],
+           [[-1.,  1.]]])
+    """
+    given = (running_mean, running_var, mix, weight, bias, training, momentum, eps)
+    options: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "threads": threads, "out": out}
+    return batch_channel_norm_forward(x, *given, layout=layout, axis=axis, **options)[0]
+
+
+def batch_channel_norm_backward(
+    dy: Array, x: Array, saved: SavedMix, *, wrt: Sequence[str] = (*USUAL, "mix"), threads: int | None = None, out: Array | None = None
+) -> MixedGradients:
+    """Gradients of `batch_channel_norm_forward`.
+
+    Parameters
+    ----------
+    dy, x, threads, out
+        As in `instance_norm_backward`.
+    saved : SavedMix
+        What `batch_channel_norm_forward` returned.
+    wrt : sequence of str
+        Which gradients: "x", "weight", "bias", "residual", "mix".
+
+    Returns
+    -------
+    MixedGradients
+        Gradients, with dmix.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `instance_norm_backward`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[[1.0, 3.0]], [[10.0, 30.0]]])
+    >>> _, saved = fastbn.batch_channel_norm_forward(x, None, None, [0.5], training=True, eps=0.0)
+    >>> fastbn.batch_channel_norm_backward(np.ones_like(x), x, saved).dbias
+    array([4.])
+    """
+    if not isinstance(saved, SavedMix):
+        raise TypeError(f"saved must be what batch_channel_norm_forward returned, got {type(saved).__name__}")
+    wanted = checks.names("wrt", wrt, (*functional.GRADIENTS, "mix"))
+    call, given, target = norms.on_backward("batch_channel_norm", dy, x, saved, wanted, out, threads, 1)
+    call = call._replace(shape=call.shape._replace(group=1))
+    dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
+    compute = call.dtype.compute
+    named = zip(("weight", "bias", "mix"), sums, strict=True)
+    of_weight, of_bias, of_mix = (v.astype(compute) if name in wanted else None for name, v in named)
+    found = MixedGradients(dx, of_weight, of_bias, dresidual)
+    found.dmix = of_mix
+    return found
+
+
+@default_mode
+def _mixed_gradients(
+    call: norms.Call, dy: Array, saved: SavedMix, wanted: tuple[str, ...], out: Array | None
+) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
+    """Gradients of x and of the residual; and of weight, bias and mix."""
+    shape, compute, active = call.shape, call.dtype.compute, saved.activation is not None
+    targets = norms.targets(call, dy, wanted, out, active)
+    dx, written, dresidual, written_residual = targets
+    if not call.x.size:
+        zero = np.zeros(shape.channels)
+        return (dx if "x" in wanted else None), dresidual, (zero, zero, zero)
+    w, m, s, t = saved.weight, saved.mix, saved.invstd, saved.layer_invstd
+    norm = parts.Norm(None, None, 0.0, True, compute, call.threads)
+    residual = None if saved.residual is None else call.dense(saved.residual)
+    kernels = core.calls_of(call.dtype, saved.activation)
+    maps = parts.Maps(kernels, shape, norm, *saved.vectors(compute), saved.activation, residual, written_residual)
+    arrays = call.dense(dy), call.dense(call.x)
+    first, second = maps.sums(*arrays)
+    second = second - saved.mean_lo * first
+    apart = (saved.mean - saved.layer_mean) + saved.mean_lo
+    of_batch, of_layer = s * second, t * (second + apart * first)  # sums of dz times what was normalized
+    if written is not None:
+        shares = w * m, w * (1 - m)
+        values = shape.outer * shape.inner
+        b0, b1 = ((shares[0] * v).sum(0) / (shape.batch * values) if saved.training else 0 * s for v in (first, of_batch))
+        l0, l1 = ((shares[1] * v).sum(1, keepdims=True) / (shape.channels * values) for v in (first, of_layer))
+        slope = -(s * s * b1 + t * t * l1)
+        offset = -(s * b0 + t * (l0 + t * apart * l1)) - slope * saved.mean_lo
+        maps.gradient(*arrays, written, offset, slope, maps.scale)
+    if dresidual is not None and written_residual is not None:
+        dresidual = call.deliver(dresidual, written_residual, None)
+    if dx is not None and written is not None:
+        dx = call.deliver(dx, written, out if "x" in wanted else None)
+    sums = (m * of_batch + (1 - m) * of_layer).sum(0), first.sum(0), (w * (of_batch - of_layer)).sum(0)
+    return (dx if "x" in wanted else None), dresidual, sums
+
+
+@dataclass(frozen=True, eq=False)
+class SavedRenorm:
+    """What `batch_renorm_forward` keeps. It is equal to nothing but itself.
+
+    Attributes
+    ----------
+    saved : Saved
+        Of the batch normalization that it is made of.
+    r, d : ndarray of shape (C,), or None
+        The correction of the batch's statistics, in float64; None for given statistics.
+    """
+
+    saved: Saved
+    r: Array | None
+    d: Array | None
+
+
+def batch_renorm_forward(
+    x: Array,
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    rmax: Number = 3.0,
+    dmax: Number = 5.0,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    correction: int = 1,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedRenorm]:
+    """Batch renormalization that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, training, momentum, eps, rmax, dmax
+        As in `batch_renorm`.
+    layout, axis, activation, residual, correction, threads, out
+        As in `batch_renorm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedRenorm
+        For `batch_renorm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_renorm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0], [3.0]])
+    >>> y, saved = fastbn.batch_renorm_forward(x, np.zeros(1), np.ones(1), training=True, eps=0.0)
+    >>> y
+    array([[1.],
+           [3.]])
+    >>> saved.r, saved.d
+    (array([1.]), array([2.]))
+    """
+    most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
+    options: dict[str, Any] = {"layout": layout, "axis": axis}
+    after: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "out": out}
+    numbers: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training}
+    with threading.num_threads(norms.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
+        if not checks.switch("training", training):
+            _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **numbers, **options, **after)
+            return found[0], SavedRenorm(saved, None, None)
+        stats = functional.batch_norm_stats(x, **options)
+        array, _ = checks.array(x)
+        channels = checks.channels_of(array, checks.channel(array, layout, axis))
+        e, wide = checks.number("eps", eps, 0.0), np.dtype(np.float64)
+        mean, var = checks.vector("running_mean", running_mean, channels, wide), checks.vector("running_var", running_var, channels, wide)
+        w = np.ones_like(mean) if weight is None else checks.vector("weight", weight, channels, wide)
+        b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
+        r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
+        scale, shift = w * r, b + w * d
+        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, stats=stats, **numbers, **options, **after)
+    return y, SavedRenorm(saved, r, d)
+
+
+@default_mode
+def correct(batch: tuple[Array, Array], running: tuple[Array, Array], eps: float, most: tuple[float, float]) -> tuple[Array, Array]:
+    """The factor r and the offset d from the batch's mean and variance to the running ones, within bounds."""
+    deviation = np.sqrt(running[1] + eps)
+    r = np.clip(np.sqrt(batch[1] + eps) / deviation, 1 / most[0], most[0])
+    return r, np.clip((batch[0] - running[0]) / deviation, -most[1], most[1])
+
+
+def batch_renorm(
+    x: Array,
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    rmax: Number = 3.0,
+    dmax: Number = 5.0,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    correction: int = 1,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Batch renormalization: the batch's statistics, corrected towards the running ones.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        float32, float64, float16 or bfloat16, with any strides.
+    running_mean, running_var : ndarray of shape (C,)
+        Running statistics, the second a variance; moved in training, after they were used.
+    weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
+        As in `batch_norm`.
+    rmax, dmax : float
+        Bounds of the correction: of the factor, at least 1, and of the offset, at least 0. With 1 and 0 it is batch
+        normalization, with which training should begin.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`, and if a bound is out of range.
+
+    Notes
+    -----
+    ``r = clip(batch deviation / running deviation, 1 / rmax, rmax)`` and ``d = clip((batch mean - running mean) / running
+    deviation, -dmax, dmax)``, which are constants to the gradient; ``y = weight * (normalized * r + d) + bias``. Ioffe,
+    "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NeurIPS 2017.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> fastbn.batch_renorm(np.array([[1.0], [3.0]]), np.zeros(1), np.ones(1), training=True, eps=0.0)
+    array([[1.],
+           [3.]])
+    """
+    given = (running_mean, running_var, weight, bias, training, momentum, eps)
+    options: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "threads": threads, "out": out}
+    return batch_renorm_forward(x, *given, rmax=rmax, dmax=dmax, layout=layout, axis=axis, **options)[0]
+
+
+def batch_renorm_backward(
+    dy: Array, x: Array, saved: SavedRenorm, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
+) -> Gradients:
+    """Gradients of `batch_renorm_forward`; the correction is a constant.
+
+    Parameters
+    ----------
+    dy, x, wrt, threads, out
+        As in `instance_norm_backward`.
+    saved : SavedRenorm
+        What `batch_renorm_forward` returned.
+
+    Returns
+    -------
+    Gradients
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0], [3.0]])
+    >>> _, saved = fastbn.batch_renorm_forward(x, np.zeros(1), np.ones(1), training=True, eps=0.0)
+    >>> fastbn.batch_renorm_backward(np.ones_like(x), x, saved).dweight
+    array([4.])
+    """
+    if not isinstance(saved, SavedRenorm):
+        raise TypeError(f"saved must be what batch_renorm_forward returned, got {type(saved).__name__}")
+    wanted = checks.names("wrt", wrt, functional.GRADIENTS)
+    both = saved.r is not None and "weight" in wanted and "bias" not in wanted
+    with threading.num_threads(norms.thread_count(threads, "backward", getattr(x, "nbytes", 0))):
+        g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)
+    if saved.r is None or saved.d is None or g.dweight is None or g.dbias is None or "weight" not in wanted:
+        return g
+    dweight = (saved.r * g.dweight + saved.d * g.dbias).astype(g.dweight.dtype)
+    return g._replace(dweight=dweight, dbias=g.dbias if "bias" in wanted else None)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedGhosts:
+    """What `ghost_batch_norm_forward` keeps. It is equal to nothing but itself.
+
+    Attributes
+    ----------
+    saved : tuple of Saved
+        Of each virtual batch.
+    sizes : tuple of int
+        Images of each.
+    """
+
+    saved: tuple[Saved, ...]
+    sizes: tuple[int, ...]
+
+
+def ghost_batch_norm_forward(
+    x: Array,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    virtual_batch_size: int = 32,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    correction: int = 1,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedGhosts]:
+    """Ghost batch normalization that also returns what the backward pass needs.
+
+    Parameters
+    ----------
+    x, running_mean, running_var, weight, bias, training, momentum, eps, virtual_batch_size
+        As in `ghost_batch_norm`.
+    layout, axis, activation, residual, correction, threads, out
+        As in `ghost_batch_norm`.
+
+    Returns
+    -------
+    y : ndarray of the shape, dtype and memory order of x
+    saved : SavedGhosts
+        For `ghost_batch_norm_backward`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `ghost_batch_norm`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> y, saved = fastbn.ghost_batch_norm_forward(x, None, None, training=True, eps=0.0, virtual_batch_size=2)
+    >>> saved.sizes
+    (2, 2)
+    """
+    size = checks.integer("virtual_batch_size", virtual_batch_size, 1)
+    array, _ = checks.array(x)
+    at = checks.channel(array, layout, axis)
+    if at == 0:
+        raise ValueError("axis must not be 0, which is the images'")
+    given = (weight, bias, running_mean, running_var)
+    numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
+    r = None if residual is None else checks.same("residual", residual, array)
+    target = checks.output(out, array, {"x": array, "residual": r})
+    n = norms.thread_count(threads, "forward", array.nbytes)
+    with threading.num_threads(n):
+        if not checks.switch("training", training) or not array.size:
+            y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
+            return y, SavedGhosts((saved,), (len(array),))
+        parts_of = -(-len(array) // size)
+        sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), parts_of))
+        values = min(sizes) * (array.size // len(array) // array.shape[at])
+        if values < 1 + checks.integer("correction", correction, 0, 1):
+            raise ValueError(
+                f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
+                f"shape {array.shape}"
+            )
+        checks.apart({"out": target}, {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var})
+        y = memory.empty_like(array) if target is None else target
+        found, first = [], 0
+        for size in sizes:
+            own = slice(first, first + size)
+            rest = None if r is None else r[own]
+            found.append(functional.batch_norm_forward(array[own], *given, axis=at, residual=rest, out=y[own], **numbers)[1])
+            first += size
+    return y, SavedGhosts(tuple(found), sizes)
+
+
+def ghost_batch_norm(
+    x: Array,
+    running_mean: ArrayLike | None,
+    running_var: ArrayLike | None,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    training: bool = False,
+    momentum: Number = 0.1,
+    eps: Number = 1e-5,
+    *,
+    virtual_batch_size: int = 32,
+    layout: LayoutName | None = None,
+    axis: int | None = None,
+    activation: ActivationLike = None,
+    residual: Array | None = None,
+    correction: int = 1,
+    threads: int | None = None,
+    out: Array | None = None,
+) -> Array:
+    """Batch normalization of virtual batches: a large batch is normalized in parts, each with its own statistics.
+
+    Parameters
+    ----------
+    x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
+        float32, float64, float16 or bfloat16, with any strides.
+    running_mean, running_var, weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
+        As in `batch_norm`; the running statistics are moved once for each virtual batch, in their order.
+    virtual_batch_size : int
+        Images of a virtual batch, at most. All are about as large: their number is N divided by it, rounded up.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
+
+    Returns
+    -------
+    ndarray of the shape, dtype and memory order of x
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`, and if the virtual batches are too small.
+
+    Notes
+    -----
+    Hoffer, Hubara and Soudry, "Train longer, generalize better: closing the generalization gap in large batch training of
+    neural networks", NeurIPS 2017, algorithm 1.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> fastbn.ghost_batch_norm(x, None, None, training=True, eps=0.0, virtual_batch_size=2)
+    array([[-1.],
+           [ 1.],
+           [-1.],
+           [ 1.]])
+    """
+    given = (running_mean, running_var, weight, bias, training, momentum, eps)
+    options: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "threads": threads, "out": out}
+    return ghost_batch_norm_forward(x, *given, virtual_batch_size=virtual_batch_size, layout=layout, axis=axis, **options)[0]
+
+
+def ghost_batch_norm_backward(
+    dy: Array, x: Array, saved: SavedGhosts, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
+) -> Gradients:
+    """Gradients of `ghost_batch_norm_forward`.
+
+    Parameters
+    ----------
+    dy, x, wrt, threads, out
+        As in `instance_norm_backward`.
+    saved : SavedGhosts
+        What `ghost_batch_norm_forward` returned.
+
+    Returns
+    -------
+    Gradients
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_backward`.
+
+    Examples
+    --------
+    >>> import fastbn
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> _, saved = fastbn.ghost_batch_norm_forward(x, None, None, training=True, eps=0.0, virtual_batch_size=2)
+    >>> fastbn.ghost_batch_norm_backward(np.ones_like(x), x, saved).dbias
+    array([4.])
+    """
+    if not isinstance(saved, SavedGhosts):
+        raise TypeError(f"saved must be what ghost_batch_norm_forward returned, got {type(saved).__name__}")
+    array, _ = checks.array(x)
+    given = checks.same("dy", dy, array)
+    with threading.num_threads(norms.thread_count(threads, "backward", array.nbytes)):
+        if len(saved.saved) == 1:
+            return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, out=out)
+        if len(array) != sum(saved.sizes):
+            raise ValueError(f"saved is of a forward of {sum(saved.sizes)} images, but x has shape {array.shape}")
+        wanted = checks.names("wrt", wrt, functional.GRADIENTS)
+        _whole(array, saved, wanted, out)
+        target = checks.output(out, array, {"dy": given, "x": array})
+        dx = None if "x" not in wanted else memory.empty_like(array) if target is None else target
+        found, first = [], 0
+        for size, one in zip(saved.sizes, saved.saved, strict=True):
+            own = slice(first, first + size)
+            found.append(functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own]))
+            first += size
+    compute = saved.saved[0].mean.dtype
+    sums = []
+    for name, vectors in (("weight", [g.dweight for g in found]), ("bias", [g.dbias for g in found])):
+        sums.append(np.sum(np.array(vectors, np.float64), 0).astype(compute) if name in wanted else None)
+    dresidual = np.concatenate([g.dresidual for g in found]) if "residual" in wanted else None
+    return Gradients(dx, sums[0], sums[1], dresidual)
+
+
+def _whole(x: Array, saved: SavedGhosts, wanted: tuple[str, ...], out: object) -> None:
+    """Check what the first virtual batch would, before another one is written."""
+    if out is not None and "x" not in wanted:
+        raise ValueError("out is where dx goes, but wrt does not name 'x'")
+    one = saved.saved[0]
+    if "residual" in wanted and not one.has_residual:
+        raise ValueError("wrt names 'residual', but the forward had none")
+    if (one.shape[1:], one.dtype) != (x.shape[1:], x.dtype):
+        had = f"images had shape {one.shape[1:]} and dtype {one.dtype}"
+        raise ValueError(f"saved is of a forward whose {had}, but x has shape {x.shape} and dtype {x.dtype}")
+    if isinstance(one.activation, Activation) and one.activation.derivative is None:
+        raise ValueError(f"the backward needs the derivative of {one.activation}: give fastbn.Activation(forward, derivative)")

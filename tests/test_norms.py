@@ -1,0 +1,397 @@
+"""Instance, group, layer and RMS normalization, and the variants of batch normalization for small batches."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import reference
+from fastbn.dispatch import Kernel
+from fastbn.dtypes import resolve
+from fastbn.layout import Array
+
+NORMS = ("instance_norm", "group_norm", "layer_norm", "rms_norm")
+TOLERANCE = {"float64": 1e-12, "float32": 5e-6, "float16": 2e-3, "bfloat16": 1.6e-2}
+# With channels first: planes, columns and rows; short, long, and with tails.
+SHAPES = ((3, 8, 5, 7), (2, 6, 4, 4, 4), (4, 4, 9), (2, 8, 40, 41), (1, 4, 130), (5, 12))
+
+
+def _random(shape: tuple[int, ...], dtype: Any = "float64", offset: float = 0.5, seed: int = 0) -> Array:
+    x = np.random.default_rng(seed).standard_normal(shape) + offset
+    return x.astype(resolve(dtype))
+
+
+def _truth(norm: str, x: Array, groups: int, axis: int, weight: Array | None, bias: Array | None, eps: float) -> Array:
+    """The definition, in float64."""
+    if norm in ("layer_norm", "rms_norm"):
+        return reference.layer_norm(x, 1, weight, bias, eps, centered=norm == "layer_norm")
+    return reference.group_norm(x, x.shape[axis] if norm == "instance_norm" else groups, weight, bias, eps, axis)
+
+
+def _arguments(norm: str, x: Array, axis: int, groups: int = 2) -> tuple[tuple[Any, ...], dict[str, Any], Array, Array]:
+    """What comes before weight and bias, options, and these."""
+    n = x.shape[-1] if norm in ("layer_norm", "rms_norm") else x.shape[axis]
+    compute = np.float64 if x.dtype == np.float64 else np.float32
+    weight, bias = _random((2, n), seed=1).astype(compute)
+    first: tuple[Any, ...] = {"instance_norm": (None, None), "group_norm": (groups,)}.get(norm, (n,))
+    return first, ({} if norm in ("layer_norm", "rms_norm") else {"axis": axis}), weight, bias
+
+
+def _affine(norm: str, weight: Array, bias: Array) -> tuple[Array, ...]:
+    return (weight,) if norm == "rms_norm" else (weight, bias)
+
+
+def _worst(y: Array, wanted: Array) -> float:
+    return float((np.abs(y.astype(np.float64) - wanted) / np.maximum(1, np.abs(wanted))).max())
+
+
+def _usable(norm: str, shape: tuple[int, ...]) -> bool:
+    return norm != "instance_norm" or len(shape) > 2
+
+
+CASES = [(norm, shape, last) for norm in NORMS for shape in SHAPES for last in (False, True) if _usable(norm, shape)]
+
+
+@pytest.mark.parametrize(("norm", "shape", "last"), CASES)
+def test_forward_is_the_definition(kernel: Kernel, dtype: np.dtype[Any], norm: str, shape: tuple[int, ...], last: bool) -> None:
+    x = _random(shape, dtype)
+    axis = -1 if last else 1
+    x = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
+    first, options, weight, bias = _arguments(norm, x, axis)
+    y = getattr(fastbn, norm)(x, *first, *_affine(norm, weight, bias), eps=1e-5, **options)
+    assert _worst(y, _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)) < TOLERANCE[dtype.name]
+    assert y.dtype == x.dtype
+    assert y.strides == x.strides
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("offset", [1e3, 1e6])
+@pytest.mark.parametrize("last", [False, True])
+def test_digits_are_kept_far_from_zero(kernel: Kernel, norm: str, offset: float, last: bool) -> None:
+    x = _random((3, 8, 24, 23), "float32", offset)
+    axis = -1 if last else 1
+    x = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
+    first, options, weight, bias = _arguments(norm, x, axis)
+    y = getattr(fastbn, norm)(x, *first, *_affine(norm, weight, bias), eps=1e-5, **options)
+    assert _worst(y, _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)) < 5e-6
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_are_finite_differences(kernel: Kernel, norm: str, activation: str | None, last: bool) -> None:
+    x, dy, residual = (_random((2, 4, 3, 6), seed=s) for s in range(3))
+    first, options, weight, bias = _arguments(norm, x, -1 if last else 1)
+    options |= {"activation": activation, "residual": residual, "eps": 1e-3}
+
+    def loss(x: Array, residual: Array, *affine: Array) -> float:
+        return float((getattr(fastbn, norm)(x, *first, *affine, **(options | {"residual": residual})) * dy).sum())
+
+    affine = _affine(norm, weight, bias)
+    _, saved = getattr(fastbn, f"{norm}_forward")(x, *first, *affine, **options)
+    wrt = ("x", "weight", *(() if norm == "rms_norm" else ("bias",)), "residual")
+    g = getattr(fastbn, f"{norm}_backward")(dy, x, saved, wrt=wrt)
+    given = [x, residual, *affine]
+    for i, found in enumerate((g.dx, g.dresidual, g.dweight, g.dbias)[: len(given)]):
+        at = np.unravel_index(range(0, given[i].size, max(1, given[i].size // 7)), given[i].shape)
+        for place in zip(*at, strict=True):
+            moved = [a.copy() for a in given]
+            moved[i][place] += 1e-5
+            above = loss(*moved)
+            moved[i][place] -= 2e-5
+            assert found[place] == pytest.approx((above - loss(*moved)) / 2e-5, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_weight_of_zero_has_gradients(kernel: Kernel, norm: str) -> None:
+    x, dy = _random((2, 4, 3, 5), "float32"), _random((2, 4, 3, 5), "float32", seed=1)
+    first, options, weight, bias = _arguments(norm, x, 1)
+    found = []
+    for least in (0.0, 1e-6):
+        weight[1] = least
+        _, saved = getattr(fastbn, f"{norm}_forward")(x, *first, *_affine(norm, weight, bias), **options)
+        found.append(getattr(fastbn, f"{norm}_backward")(dy, x, saved, wrt=("x", "weight")))
+    np.testing.assert_allclose(found[0].dx, found[1].dx, atol=1e-4)
+    np.testing.assert_allclose(found[0].dweight, found[1].dweight, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("norm", "last"), [(norm, last) for norm in NORMS for last in (False, True)])
+def test_threads_places_and_isas_do_not_change_a_bit(norm: str, last: bool) -> None:
+    x, dy = (_random((9, 8, 33, 35), "float32", seed=s) for s in (0, 1))
+    if last:
+        x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+    first, options, weight, bias = _arguments(norm, x, -1 if last else 1)
+    kernels = [k.name for k in fastbn.dispatch.TABLE if k.level not in (None, "v2") and not k.unusable()] or ["reference"]
+    seen = set()
+    for kernel in kernels:
+        with fastbn.use_kernel(kernel):
+            for threads in (1, 2, 5):
+                y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, *_affine(norm, weight, bias), threads=threads, **options)
+                g = getattr(fastbn, f"{norm}_backward")(dy, x, saved, wrt=("x", "weight"), threads=threads)
+                seen.add((y.tobytes(), g.dx.tobytes(), g.dweight.tobytes()))
+            own = x.copy()
+            getattr(fastbn, norm)(own, *first, *_affine(norm, weight, bias), out=own, **options)
+            gradient = dy.copy()
+            getattr(fastbn, f"{norm}_backward")(gradient, x, saved, wrt=("x",), out=gradient)
+            seen.add((own.tobytes(), gradient.tobytes(), g.dweight.tobytes()))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_any_strides_give_the_same(kernel: Kernel, norm: str) -> None:
+    x = _random((4, 6, 10, 12), "float32")
+    first, options, weight, bias = _arguments(norm, x, 1)
+    call: Callable[..., Array] = getattr(fastbn, norm)
+    y = call(x, *first, *_affine(norm, weight, bias), **options)
+    wide = np.zeros((4, 6, 20, 12), "float32")[:, :, ::2]
+    wide[...] = x
+    for other in (wide, np.asfortranarray(x), x.transpose(2, 0, 3, 1).copy().transpose(1, 3, 0, 2), x[::-1].copy()[::-1]):
+        np.testing.assert_allclose(call(other, *first, *_affine(norm, weight, bias), **options), y, atol=2e-6)
+        out = np.empty_like(y)
+        assert call(other, *first, *_affine(norm, weight, bias), out=out, **options) is out
+        np.testing.assert_allclose(out, y, atol=2e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, 3e38])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_no_number_stays_in_its_part_and_what_is_large_is_computed(kernel: Kernel, norm: str, value: float, last: bool) -> None:
+    x = _random((3, 4, 6, 6), "float32")
+    x[1, 2, 3, 4] = value
+    axis = -1 if last else 1
+    x = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
+    first, options, weight, bias = _arguments(norm, x, axis)
+    for out in (None, x.copy()):
+        given = x if out is None else out
+        y = getattr(fastbn, norm)(given, *first, *_affine(norm, weight, bias), eps=1e-5, out=out, **options)
+        with np.errstate(all="ignore"):
+            wanted = _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(wanted))
+        fine = np.isfinite(wanted)
+        np.testing.assert_allclose(y[fine], wanted[fine], rtol=1e-4, atol=1e-5)
+
+
+def test_instance_norm_moves_running_statistics_and_uses_them() -> None:
+    torch = pytest.importorskip("torch")
+    x = _random((3, 4, 5, 6), "float32")
+    mean, var = np.zeros(4, "float32"), np.ones(4, "float32")
+    t_mean, t_var = torch.zeros(4), torch.ones(4)
+    fastbn.instance_norm(x, mean, var, momentum=0.3)
+    torch.nn.functional.instance_norm(torch.from_numpy(x), t_mean, t_var, momentum=0.3)
+    np.testing.assert_allclose(mean, t_mean, rtol=1e-5)
+    np.testing.assert_allclose(var, t_var, rtol=1e-5)
+    y = fastbn.instance_norm(x, mean, var, use_input_stats=False)
+    np.testing.assert_allclose(y, fastbn.batch_norm(x, mean, var), atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_as_torchs_own_samples(norm: str) -> None:
+    torch = pytest.importorskip("torch")
+    methods = pytest.importorskip("torch.testing._internal.common_methods_invocations")
+    (info,) = (op for op in methods.op_db if op.name == f"nn.functional.{norm}")
+    seen = 0
+    for sample in info.sample_inputs("cpu", torch.float32, requires_grad=False):
+        if sample.kwargs.get("eps") is not None and sample.kwargs["eps"] < 0:
+            continue  # which makes no numbers of some rows, and is an error here
+        args = [a.numpy() if isinstance(a, torch.Tensor) else a for a in (sample.input, *sample.args)]
+        options = {k: v.numpy().copy() if isinstance(v, torch.Tensor) else v for k, v in sample.kwargs.items()}
+        try:
+            wanted = info.op(sample.input, *sample.args, **sample.kwargs)
+        except ValueError:
+            with pytest.raises(ValueError, match="Expected more than 1"):
+                getattr(fastbn, norm)(*args, **options)
+            continue
+        np.testing.assert_allclose(getattr(fastbn, norm)(*args, **options), wanted, rtol=1e-4, atol=1e-5)
+        seen += 1
+    assert seen
+
+
+@pytest.mark.parametrize("op", ["InstanceNormalization", "GroupNormalization", "LayerNormalization"])
+def test_onnx_own_tests(op: str) -> None:
+    cases = pytest.importorskip("onnx.backend.test.case.node")
+    onnx = pytest.importorskip("onnx")
+    for name in ("instance_normalization", "groupnormalization", "layernormalization"):
+        pytest.importorskip(f"onnx.backend.test.case.node.{name}")  # its import fills the list
+    seen = 0
+    for case in cases._NodeTestCases:
+        nodes = case.model.graph.node
+        if len(nodes) != 1 or nodes[0].op_type != op:
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in nodes[0].attribute}
+        eps = attributes.get("epsilon", 1e-5)
+        for inputs, outputs in case.data_sets:
+            x, *affine = inputs
+            if op == "InstanceNormalization":
+                y = fastbn.instance_norm(x, None, None, *affine, eps=eps)
+            elif op == "GroupNormalization":
+                y = fastbn.group_norm(x, attributes["num_groups"], *affine, eps=eps)
+            else:
+                y = fastbn.layer_norm(x, x.shape[attributes.get("axis", -1) % x.ndim :], *affine, eps=eps)
+            np.testing.assert_allclose(y, outputs[0], rtol=1e-4, atol=1e-5)
+            seen += 1
+    assert seen >= 2
+
+
+ERRORS = (
+    (lambda x: fastbn.group_norm(x, 3), ValueError, "num_groups must divide"),
+    (lambda x: fastbn.group_norm(x, 2.0), TypeError, "num_groups must be an int"),
+    (lambda x: fastbn.group_norm(x, 2, np.ones(3)), ValueError, "weight has shape"),
+    (lambda x: fastbn.group_norm(x, 2, axis=0), ValueError, "axis must not be 0"),
+    (lambda x: fastbn.layer_norm(x, 4), ValueError, "ends in normalized_shape"),
+    (lambda x: fastbn.layer_norm(x, ()), ValueError, "at least one axis"),
+    (lambda x: fastbn.layer_norm(x, "5"), TypeError, "normalized_shape must be"),
+    (lambda x: fastbn.layer_norm(x, 5, np.ones(4)), ValueError, "weight must have the shape of normalized_shape"),
+    (lambda x: fastbn.rms_norm(x, 5, eps=-1.0), ValueError, "eps must be"),
+    (lambda x: fastbn.instance_norm(x[:, :, :1, :1]), ValueError, "more than 1 spatial"),
+    (lambda x: fastbn.instance_norm(x, use_input_stats=False), ValueError, "must be given"),
+    (lambda x: fastbn.instance_norm(x, threads=0), ValueError, "threads must be"),
+    (lambda x: fastbn.instance_norm(x, out=x[..., ::-1]), ValueError, "out overlaps x"),
+    (lambda x: fastbn.instance_norm(x.astype(int)), TypeError, "x must have dtype"),
+    (lambda x: fastbn.layer_norm_backward(x, x, fastbn.group_norm_forward(x, 2)[1]), TypeError, "saved must be"),
+    (lambda x: fastbn.rms_norm_backward(x, x, None, wrt=("bias",)), ValueError, "rms_norm has none"),
+    (lambda x: fastbn.batch_channel_norm(x, None, None, np.ones(3), training=True), ValueError, "mix has shape"),
+    (lambda x: fastbn.batch_renorm(x, np.zeros(4), np.ones(4), training=True, rmax=0.5), ValueError, "rmax must be"),
+    (lambda x: fastbn.ghost_batch_norm(x, None, None, training=True, virtual_batch_size=0), ValueError, "virtual_batch_size"),
+)
+
+
+@pytest.mark.parametrize("case", range(len(ERRORS)))
+def test_errors_name_the_argument(case: int) -> None:
+    call, error, words = ERRORS[case]
+    x = _random((2, 4, 5, 5), "float32")
+    before = x.copy()
+    with pytest.raises(error, match=words):
+        call(x)
+    np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)])
+def test_empty_arrays_are_fine(shape: tuple[int, ...]) -> None:
+    x = np.zeros(shape, "float32")
+    for y, saved, backward in (
+        (*fastbn.instance_norm_forward(x), fastbn.instance_norm_backward),
+        (*fastbn.group_norm_forward(x, 2), fastbn.group_norm_backward),
+    ):
+        assert y.shape == shape
+        g = backward(x, x, saved)
+        assert g.dx.shape == shape
+        np.testing.assert_array_equal(g.dweight, np.zeros(4))
+    assert fastbn.layer_norm(x, shape[-1]).shape == shape
+
+
+def _small_batch(seed: int = 0) -> tuple[Array, ...]:
+    r = np.random.default_rng(seed)
+    return r.standard_normal((4, 6, 5, 5)) * 2 + 3, r.standard_normal((4, 6, 5, 5)), *r.standard_normal((3, 6)), *r.uniform(0.5, 2, (2, 6))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_channel_norm_is_the_papers_formula(kernel: Kernel, training: bool) -> None:
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional  # noqa: N806
+    x, dy, weight, bias, mix, mean, var = _small_batch()
+    given = [torch.tensor(a, requires_grad=True) for a in (x, weight, bias, mix)]
+    tx, w, b, m = given
+    batch = F.batch_norm(tx, torch.tensor(mean), torch.tensor(var), training=training)
+    w, b, m = (v.view(1, -1, 1, 1) for v in (w, b, m))
+    wanted = F.silu(w * (m * batch + (1 - m) * F.layer_norm(tx, tx.shape[1:])) + b)
+    gradients = torch.autograd.grad(wanted, given, torch.tensor(dy))
+    y, saved = fastbn.batch_channel_norm_forward(x, mean, var, mix, weight, bias, training, activation="silu")
+    g = fastbn.batch_channel_norm_backward(dy, x, saved)
+    np.testing.assert_allclose(y, wanted.detach(), atol=1e-10)
+    for found, theirs in zip((g.dx, g.dweight, g.dbias, g.dmix), gradients, strict=True):
+        np.testing.assert_allclose(found, theirs, atol=1e-9)
+
+
+def test_batch_renorm_is_the_papers_formula(kernel: Kernel) -> None:
+    torch = pytest.importorskip("torch")
+    x, dy, weight, bias, _, mean, var = _small_batch()
+    given = [torch.tensor(a, requires_grad=True) for a in (x, weight, bias)]
+    tx, w, b = given
+    spread = np.sqrt(var + 1e-5)
+    r = np.clip(np.sqrt(x.var((0, 2, 3)) + 1e-5) / spread, 1 / 1.5, 1.5).reshape(1, -1, 1, 1)
+    d = np.clip((x.mean((0, 2, 3)) - mean) / spread, -0.5, 0.5).reshape(1, -1, 1, 1)
+    wanted = w.view(1, -1, 1, 1) * (torch.nn.functional.batch_norm(tx, None, None, training=True) * torch.tensor(r) + torch.tensor(d))
+    wanted = wanted + b.view(1, -1, 1, 1)
+    gradients = torch.autograd.grad(wanted, given, torch.tensor(dy))
+    old = mean.copy(), var.copy()
+    y, saved = fastbn.batch_renorm_forward(x, mean, var, weight, bias, True, rmax=1.5, dmax=0.5)
+    g = fastbn.batch_renorm_backward(dy, x, saved)
+    np.testing.assert_allclose(y, wanted.detach(), atol=1e-10)
+    for found, theirs in zip((g.dx, g.dweight, g.dbias), gradients, strict=True):
+        np.testing.assert_allclose(found, theirs, atol=1e-9)
+    np.testing.assert_allclose(mean, 0.9 * old[0] + 0.1 * x.mean((0, 2, 3)))
+    np.testing.assert_allclose(var, 0.9 * old[1] + 0.1 * x.var((0, 2, 3), ddof=1))
+
+
+def test_ghost_batch_norm_is_batch_norm_of_each_virtual_batch(kernel: Kernel) -> None:
+    x, dy, weight, bias, _, mean, var = _small_batch()
+    moved = mean.copy(), var.copy()
+    y, saved = fastbn.ghost_batch_norm_forward(x, mean, var, weight, bias, True, virtual_batch_size=2)
+    g = fastbn.ghost_batch_norm_backward(dy, x, saved)
+    dweight = 0
+    for at in (slice(0, 2), slice(2, 4)):
+        own, own_saved = fastbn.batch_norm_forward(x[at], weight, bias, *moved)
+        np.testing.assert_array_equal(y[at], own)
+        of_own = fastbn.batch_norm_backward(dy[at], x[at], own_saved)
+        np.testing.assert_array_equal(g.dx[at], of_own.dx)
+        dweight = dweight + of_own.dweight
+    np.testing.assert_allclose(g.dweight, dweight)
+    np.testing.assert_array_equal(mean, moved[0])
+    np.testing.assert_array_equal(var, moved[1])
+
+
+LAYERS: tuple[tuple[Any, tuple[int, ...], str], ...] = (
+    (lambda: fastbn.InstanceNorm1d(4, 1e-5, 0.2, True, True), (2, 4, 6), "InstanceNorm1d(4, 1e-5, 0.2, True, True)"),
+    (lambda: fastbn.InstanceNorm2d(4), (2, 4, 6, 5), "InstanceNorm2d(4)"),
+    (lambda: fastbn.InstanceNorm3d(4, affine=True), (2, 4, 3, 3, 2), "InstanceNorm3d(4, affine=True)"),
+    (lambda: fastbn.GroupNorm(2, 4), (2, 4, 6, 5), "GroupNorm(2, 4)"),
+    (lambda: fastbn.LayerNorm((4, 5)), (2, 4, 5), "LayerNorm((4, 5))"),
+    (lambda: fastbn.LayerNorm(5, bias=False), (2, 4, 5), "LayerNorm(5, bias=False)"),
+    (lambda: fastbn.RMSNorm(5), (2, 4, 5), "RMSNorm(5)"),
+)
+
+
+@pytest.mark.parametrize(("make", "shape", "theirs"), LAYERS, ids=[name for _, _, name in LAYERS])
+def test_layers_are_pytorchs(make: Any, shape: tuple[int, ...], theirs: str) -> None:
+    torch = pytest.importorskip("torch")
+    layer, module = make(), eval(f"torch.nn.{theirs}", {"torch": torch})  # noqa: S307  our own text
+    assert layer.state_dict().keys() == module.state_dict().keys()
+    state = {k: v + 0.25 if v.dtype.kind == "f" else v for k, v in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    module.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in state.items()})
+    x, dy = _random(shape, "float32"), _random(shape, "float32", seed=1)
+    t = torch.from_numpy(x.copy()).requires_grad_()
+    y, wanted = layer(x), module(t)
+    wanted.backward(torch.from_numpy(dy))
+    np.testing.assert_allclose(y, wanted.detach(), atol=1e-5)
+    g = layer.backward(dy)
+    np.testing.assert_allclose(g.dx, t.grad, atol=1e-5)
+    for name in ("weight", "bias"):
+        if getattr(layer, name) is not None:
+            np.testing.assert_allclose(getattr(g, f"d{name}"), getattr(module, name).grad, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer.eval()(x), module.eval()(t).detach(), atol=1e-5)
+    for key, value in layer.state_dict().items():
+        np.testing.assert_allclose(value, module.state_dict()[key], rtol=1e-5)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))  # noqa: S301
+    np.testing.assert_array_equal(again(x), layer(x))
+
+
+def test_layers_of_the_variants_train() -> None:
+    x, dy = _random((2, 4, 5, 5), "float32"), _random((2, 4, 5, 5), "float32", seed=1)
+    for layer in (fastbn.BatchChannelNorm2d(4), fastbn.BatchRenorm2d(4, rmax=2.0, dmax=1.0)):
+        layer(x)
+        g = layer.backward(dy)
+        assert g.dx is not None
+        assert g.dx.shape == x.shape
+        assert layer.num_batches_tracked == 1
+        assert (layer.running_mean != 0).all()
+        before = layer.state_dict()
+        layer.eval()(x)
+        for key, value in layer.state_dict().items():
+            np.testing.assert_array_equal(value, before[key])
