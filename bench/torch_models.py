@@ -17,7 +17,7 @@ def _convolution(
     inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = nn.ReLU
 ) -> nn.Sequential:
     layers = [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
-    return nn.Sequential(*layers, *([] if act is None else [act(inplace=True)]))
+    return nn.Sequential(*layers, *([] if act is None else [act(inplace=True)]))  # type: ignore[call-arg]
 
 
 class _Residual(nn.Module):

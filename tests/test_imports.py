@@ -33,6 +33,7 @@ ORDER = (
     {"reestimate"},
     {"torch", "onnx", "keras", "mpi"},
     {"fastbn"},
+    {"benchmark"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
