@@ -26,7 +26,7 @@ from bench.timing import Budget
 RESULTS = Path(__file__).parent / "results"
 UNUSUAL = ("floor", "tiny", *SETS)  # networks that run when they are named
 LARGEST_ITEM = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-COMMANDS = {"compare": "bench.compare", "report": "bench.again", "merge": "bench.again"}
+COMMANDS = {"compare": "bench.compare", "report": "bench.again", "merge": "bench.again", "readme": "bench.readme"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
   python -m bench compare before.json after.json                  two runs, row by row
   python -m bench merge a.json b.json --json all.json             runs of several lists or dtypes as one
   python -m bench report all.json --html all.html                 a report anew from what a run has written
+  python -m bench readme                                          README's tables and pictures from the run that is committed
 
 More: python -m bench.situ, bench.in_torch, bench.busy, bench.growth, bench.roofline, bench.instructions, bench.same
 (each with --help).""",

@@ -53,7 +53,7 @@ summary { cursor: pointer; font-weight: 600; margin: 1rem 0; }
 """
 
 
-def _figure(name: str, draw: Callable[[Axes], None]) -> str:
+def figure(name: str, draw: Callable[[Axes], None]) -> str:
     """Draw into an SVG whose colors are the page's."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -208,7 +208,7 @@ def _plots(rows: Sequence[Row]) -> str:
         ("scaling", "Threads", "Geometric means over the same rows.", scaling(rows)),
     ]  # fmt: skip
     return "\n".join(
-        f"<figure><figcaption><b>{title}.</b> {about}</figcaption>{_figure(name, draw)}</figure>"
+        f"<figure><figcaption><b>{title}.</b> {about}</figcaption>{figure(name, draw)}</figure>"
         for name, title, about, draw in drawn
         if draw is not None
     )

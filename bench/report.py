@@ -166,13 +166,13 @@ def _left_out(left_out: Mapping[str, int]) -> list[str]:
     return [f"{sum(left_out.values())} measurements left out, because the time was over or Ctrl-C came: {names}"]
 
 
-def _facts(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]) -> str:
+def facts(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]) -> str:
     """Items about the machine, the versions, and what may be wrong with the figures."""
     versions = {"fastbn": about["config"]["fastbn"], **about["versions"]}
     last = f", shared by CPUs {shared}" if (shared := about.get("l3 shared by")) else ""
     nodes = f", {about['nodes']} node(s) of memory" if about.get("nodes") else ""
     processes = max((times.processes for row in rows for times in row.times.values()), default=1)
-    facts = [
+    found = [
         f"{about['processor']}, {about['cores']} cores{nodes}, governor {about.get('governor') or 'unknown'}",
         ", ".join(f"{level.upper()} {size >> 10} KiB" for level, size in about["config"]["caches"].items()) + last,
         f"{about['system']}, {about['date']}, load before {about['load'] or 0:.1f}",
@@ -180,16 +180,16 @@ def _facts(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, in
         f"{about['threads']} threads, {about['dtype']}, kernel {about['kernel']}, {processes} process(es)",
         "Parameters: " + ", ".join(dict.fromkeys(row.parameters for row in rows)),
     ]
-    facts += [f"`{about['command']}`, commit {about.get('commit') or 'unknown'}"] * ("command" in about)
+    found += [f"`{about['command']}`, commit {about.get('commit') or 'unknown'}"] * ("command" in about)
     if about["versions"]["PyTorch"] is None:
-        facts.append("No columns for PyTorch: it is not installed (`pip install torch`)")
+        found.append("No columns for PyTorch: it is not installed (`pip install torch`)")
     refused: dict[tuple[str, str], int] = {}
     for row in rows:
         for name, why in row.left_out.items():
             key = name, "wrong results" if why.startswith("off by") else why
             refused[key] = refused.get(key, 0) + 1
-    facts += [f"Not timed in {count} of {len(rows)} rows: {name} ({why})" for (name, why), count in refused.items()]
-    return "\n".join(f"- {fact}" for fact in [*facts, *_left_out(left_out), *unstable(about, [row.times for row in rows])])
+    found += [f"Not timed in {count} of {len(rows)} rows: {name} ({why})" for (name, why), count in refused.items()]
+    return "\n".join(f"- {fact}" for fact in [*found, *_left_out(left_out), *unstable(about, [row.times for row in rows])])
 
 
 def summary(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int], worst: int = 10) -> list[Part]:
@@ -199,17 +199,14 @@ def summary(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, i
     header = ("network", *_LAYER)
     parts: list[Part] = [
         "# fastbn on the layers of real networks",
-        _facts(about, rows, left_out),
+        facts(about, rows, left_out),
         _NOTES,
         "## Networks",
         "Geometric means of ratios, in which a shape counts as often as the network has it; *least* is the worst row.",
         Table(_SUMMARY, [_line(found) for found in summarize(rows)], _DISPENSABLE),
         "## Each peer",
         "How many times as fast fastbn is, over all rows in which the peer takes part: geometric mean, least, and shares of rows.",
-        Table(
-            ("peer", "operation", "rows", "mean", "least", *(f">= {step}x" for step in STEPS)),
-            [[name, op, count, middle, least, *map(percent, some)] for name, op, count, middle, least, some in against(rows)],
-        ),
+        peers(rows),
         f"## Slower than the best peer: {len(lost)} of {len(rows)} rows",
     ]
     if lost:
@@ -218,6 +215,12 @@ def summary(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, i
     else:
         parts += ["None."]
     return [*parts, "## Farthest from the copy", Table(header, [[row.network, *_layer(row)] for row in slow], _DISPENSABLE)]
+
+
+def peers(rows: Sequence[Row]) -> Table:
+    """Each peer for itself."""
+    lines = [[name, op, count, middle, least, *map(percent, some)] for name, op, count, middle, least, some in against(rows)]
+    return Table(("peer", "operation", "rows", "mean", "least", *(f">= {step}x" for step in STEPS)), lines)
 
 
 def widest(rows: Sequence[Row]) -> Sequence[Row]:
@@ -270,18 +273,22 @@ def latest(rows: Sequence[Row]) -> Table:
 
 
 def as_json(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]) -> str:
-    """Write everything that was measured, with the machine and the summary, as JSON; null for NaN."""
-    results = [row._asdict() | {"times": {name: times._asdict() for name, times in row.times.items()}} for row in rows]
-    found = {"machine": about, "left_out": dict(left_out), "summary": [s._asdict() for s in summarize(widest(rows))], "rows": results}
-    return json.dumps(_without_nan(found), indent=1) + "\n"
+    """Write everything that was measured, with the machine and the summary, as JSON, a line for each row; null for NaN."""
+    head = {"machine": about, "left_out": dict(left_out), "summary": [s._asdict() for s in summarize(widest(rows))]}
+    start = json.dumps(_rounded(head), indent=1).removesuffix("\n}")
+    lines = (json.dumps(_rounded(row._asdict() | {"times": {name: t._asdict() for name, t in row.times.items()}})) for row in rows)
+    return start + ',\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n"
 
 
-def _without_nan(value: Any) -> Any:
+def _rounded(value: Any) -> Any:
+    """Without NaN, which JSON does not know, and without digits that nobody measured."""
     if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
+        return {key: _rounded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
-    return None if value != value else value
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, float):
+        return None if value != value else float(f"{value:.5g}")
+    return value
 
 
 def as_csv(rows: Sequence[Row]) -> str:
