@@ -1,7 +1,7 @@
 """The algebra of batch normalization on vectors of C channels: eps, momentum, folding, and the order of the four operations.
 
 The SIMD modules run a whole call (`inference`, `forward`, `backward`) as one C function with the same algebra, because a
-dozen NumPy calls on C elements cost more than a small tensor; `Composed` does the same with NumPy for modules that only
+dozen NumPy calls on C elements cost more than a small tensor; `ComposedKernel` does the same with NumPy for modules that only
 have the four operations, and for channels at the ends of the range.
 """
 
@@ -63,7 +63,7 @@ def input_gradient(
     module.grad_input(dy, x, dx, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads, epilogue)
 
 
-class Composed:
+class ComposedKernel:
     """Whole calls made of the four operations of a kernel module that has no whole calls of its own."""
 
     def __init__(self, module: Operations):

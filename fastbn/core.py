@@ -1,6 +1,6 @@
 """Checked calls: from a Request to a kernel's whole calls, and from their results to what users get.
 
-Who computes a whole call is decided here: the kernel itself, or `composed.Composed` from the kernel's operations.
+Who computes a whole call is decided here: the kernel itself, or `composed.ComposedKernel` from the kernel's operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from fastbn import dispatch, extremes, memory, threads
 from fastbn.activations import Epilogue
-from fastbn.composed import Composed, deviation, fold, input_gradient, split, update_running
+from fastbn.composed import ComposedKernel, deviation, fold, input_gradient, split, update_running
 from fastbn.dtypes import DType, lookup
 from fastbn.floating import default_mode
 from fastbn.layout import Array, View, channel_axis, view
@@ -82,10 +82,10 @@ def parameters(
 
 
 @cache
-def whole(kernel: dispatch.Kernel) -> Calls:
+def whole_calls(kernel: dispatch.Kernel) -> Calls:
     """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
     module: Any = kernel.module()
-    composed = Composed(module)
+    composed = ComposedKernel(module)
     if hasattr(module, "connect"):
         module.connect(
             composed=composed, part=extremes.Part, epilogue=Epilogue, axis_of=channel_axis, threads_of=threads.for_call,
@@ -100,7 +100,7 @@ def _kernel(dtype: DType, activation: Function) -> dispatch.Kernel:
 
 def _module(dtype: DType, activation: Function = None) -> Calls:
     """What runs the whole calls on arrays of a dtype."""
-    return whole(_kernel(dtype, activation))
+    return whole_calls(_kernel(dtype, activation))
 
 
 def doors(x: object) -> Any:
@@ -111,7 +111,7 @@ def doors(x: object) -> Any:
 @lru_cache(maxsize=64)
 def _doors(dtype: np.dtype[Any]) -> Any:
     row = lookup(dtype)
-    module = None if row is None else whole(dispatch.select(row.storage))
+    module = None if row is None else whole_calls(dispatch.select(row.storage))
     return module if hasattr(module, "plain_forward") else None
 
 
@@ -283,7 +283,7 @@ def forward(
     else:
         rows = _counted(x, r.axis, r.mask)
         count = len(rows)
-        composed = Composed(_kernel(r.dtype, r.activation).module())
+        composed = ComposedKernel(_kernel(r.dtype, r.activation).module())
         vectors = composed.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue, rows)
     saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
     y = _deliver(y, r.out)

@@ -83,7 +83,7 @@ def operations(module: Any, place: Places, n: int, c: int, s: int, compute: np.d
     module.normalize(x, y, mean, w, b, 1)
     module.grad_sums(dy, x, mean, 1)
     module.grad_input(dy, x, y, mean, w, b, g, 1)
-    whole = module if hasattr(module, "forward") else core.Composed(module)
+    whole = module if hasattr(module, "forward") else core.ComposedKernel(module)
     whole.inference(x, y, mean, None, var, w, b, 1e-5, 1)
     if n * s > 1:
         whole.forward(x, y, w, b, 1e-5, mean, var, 0.1, 1, compute, 1)

@@ -52,7 +52,7 @@ def test_whole_calls_equal_composed_ones(kernel: Kernel, shape: tuple[int, int, 
         module.inference(x, z, m, None, v, w, b, 1e-3, 1)  # type: ignore[attr-defined]
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
 
-    assert whole(kernel.module()) == whole(core.Composed(kernel.module()))
+    assert whole(kernel.module()) == whole(core.ComposedKernel(kernel.module()))
 
 
 @needs_simd

@@ -117,7 +117,7 @@ def test_whole_calls_equal_composed_ones(shape: tuple[int, int, int], dtype: str
         module.inference(x, z, m, None, v, w, b, 1e-3, 1)
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
 
-    assert whole(kernel) == whole(core.Composed(kernel))
+    assert whole(kernel) == whole(core.ComposedKernel(kernel))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))

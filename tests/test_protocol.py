@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastbn import core
-from fastbn.composed import Composed
+from fastbn.composed import ComposedKernel
 from fastbn.dispatch import TABLE, Kernel
 from fastbn.kernels import protocol
 
@@ -44,4 +44,4 @@ def test_whole_calls_are_a_modules_own_or_composed(kernel: Kernel, call: str) ->
 
 def test_there_are_four_operations() -> None:
     assert _methods(protocol.Operations) == ["stats", "normalize", "grad_sums", "grad_input"]
-    assert {*_methods(protocol.Operations), *_methods(protocol.WholeCalls)} <= set(dir(Composed(HERE[-1].module())))
+    assert {*_methods(protocol.Operations), *_methods(protocol.WholeCalls)} <= set(dir(ComposedKernel(HERE[-1].module())))

@@ -27,7 +27,7 @@ OPERATIONS = """
 import itertools, sys
 import numpy as np
 from fastbn.activations import NAMES, Epilogue, lookup
-from fastbn.core import Composed
+from fastbn.core import ComposedKernel
 from fastbn.dispatch import KERNELS
 from fastbn.kernels import _plan
 try:

@@ -107,7 +107,7 @@ cdef class Calls:
     def inference(
         self, cnp.ndarray x not None, cnp.ndarray y not None, mean, mean_lo, spread, weight, bias, eps, threads, epilogue=None
     ):
-        """Normalize with given statistics; as `composed.Composed.inference`."""
+        """Normalize with given statistics; as `composed.ComposedKernel.inference`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         bind_epilogue(&call, x, epilogue)
@@ -124,7 +124,7 @@ cdef class Calls:
         self, cnp.ndarray x not None, cnp.ndarray y not None, weight, bias, double eps, running_mean, running_var, double momentum,
         int correction, compute, threads, epilogue=None
     ):
-        """Normalize with the batch's statistics; as `composed.Composed.forward`."""
+        """Normalize with the batch's statistics; as `composed.ComposedKernel.forward`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         bind_epilogue(&call, x, epilogue)
@@ -136,7 +136,7 @@ cdef class Calls:
         return tuple(train(self, &call, number, x, y, (weight, bias, running_mean, running_var), epilogue, None))
 
     def backward(self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, scale, threads, epilogue=None):
-        """Sums of dy and of dy (x - mean), and dx unless it is None; as `composed.Composed.backward`."""
+        """Sums of dy and of dy (x - mean), and dx unless it is None; as `composed.ComposedKernel.backward`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         cdef cnp.ndarray sums = new_vectors(&call, 2, cnp.NPY_DOUBLE)

@@ -1119,7 +1119,7 @@ def inference(
     x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
     eps: float | None, threads: int, epilogue: Any = None,
 ) -> None:  # fmt: skip
-    """Normalize with given statistics; see `composed.Composed.inference`."""
+    """Normalize with given statistics; see `composed.ComposedKernel.inference`."""
     call = _Call(INFERENCE, x, None, y, threads, epilogue)
     job = call.job
     job.mean, job.mean_lo, job.weight, job.bias = _address(mean), _address(mean_lo), _address(weight), _address(bias)
@@ -1134,7 +1134,7 @@ def forward(
     x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None, running_var: Array | None,
     momentum: float, correction: int, compute: np.dtype[Any], threads: int, epilogue: Any = None,
 ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
-    """Normalize with the batch's statistics; see `composed.Composed.forward`."""
+    """Normalize with the batch's statistics; see `composed.ComposedKernel.forward`."""
     call = _Call(FORWARD, x, None, y, threads, epilogue)
     job, made = call.job, np.empty((5, x.shape[1]), compute)
     address, step = _address(made), made.strides[0]
@@ -1155,7 +1155,7 @@ def backward(
     dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array | None, scale: Array | None, threads: int,
     epilogue: Any = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Sums of dy and of dy (x - mean), and dx unless it is None; see `composed.Composed.backward`."""
+    """Sums of dy and of dy (x - mean), and dx unless it is None; see `composed.ComposedKernel.backward`."""
     kind = GRAD_SUMS if dx is None else BACKWARD
     sums, usual = _backward(kind, dy, x, dx, (mean, mean_lo, invstd, scale), threads, epilogue)
     if not usual:

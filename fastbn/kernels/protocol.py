@@ -59,7 +59,7 @@ class WholeCalls(Protocol):
 
 
 class Calls(Operations, WholeCalls, Protocol):
-    """What `core` runs: a module, or `composed.Composed` of one."""
+    """What `core` runs: a module, or `composed.ComposedKernel` of one."""
 
 
 class Warmable(Protocol):
@@ -77,5 +77,5 @@ if TYPE_CHECKING:
     _calls_of_numba: WholeCalls = numba
     _warmable: Warmable = numba
 
-    def _calls(made: composed.Composed) -> Calls:
+    def _calls(made: composed.ComposedKernel) -> Calls:
         return made

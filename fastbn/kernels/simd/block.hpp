@@ -16,6 +16,14 @@ namespace {
 // What is not inlined passes blocks through memory, in pieces that are slow to read again as a whole.
 #define INLINE __attribute__((always_inline))
 
+// On SSE a block is half of all registers and goes through memory anyhow: for a part of one, a call is as good as its long
+// code in every loop.
+#if defined(__SSE2__) && !defined(__AVX__)
+#define CALL_ON_SSE __attribute__((noinline))
+#else
+#define CALL_ON_SSE
+#endif
+
 #define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)
 
 template <class T> struct Block {
@@ -146,7 +154,7 @@ template <class T> struct Block {
     }
 
     // The first n < width lanes from memory, the others from `fill`.
-    static Block load_part(const T* p, ptrdiff_t n, Block fill) {
+    CALL_ON_SSE static Block load_part(const T* p, ptrdiff_t n, Block fill) {
         FOR_REGISTERS {
             const ptrdiff_t left = n - i * lanes;
             if (left >= lanes) fill.r[i] = widen(p + i * lanes);
@@ -172,7 +180,7 @@ template <class T> struct Block {
         return fill;
     }
 
-    void store_part(T* p, ptrdiff_t n) const {
+    CALL_ON_SSE void store_part(T* p, ptrdiff_t n) const {
         FOR_REGISTERS {
             const ptrdiff_t left = n - i * lanes;
             if (left >= lanes) narrow(p + i * lanes, r[i]);

@@ -33,26 +33,37 @@ cdef inline double run_total(TypedCall[Sum, T]* job, void* sums, Py_ssize_t firs
     return total.total()
 
 
-cdef inline Block[T] sample_sum(const T* x, const Py_ssize_t* places, Py_ssize_t n) noexcept nogil:
-    """The sum of n columns in four rows."""
-    cdef Block[T] zero = Block[T].constant(0)
-    return (load(x + places[0], n, zero) + load(x + places[1], n, zero)) + (load(x + places[2], n, zero) + load(x + places[3], n, zero))
+cdef inline Block[T] sample_sum(const T* x, const Py_ssize_t* places) noexcept nogil:
+    """The sum of a block of columns in four rows."""
+    return (Block[T].load(x + places[0]) + Block[T].load(x + places[1])) + (Block[T].load(x + places[2]) + Block[T].load(x + places[3]))
 
 
-cdef inline Block[T] sample_pivot(const T* x, const Py_ssize_t* places, Py_ssize_t sample, Py_ssize_t n) noexcept nogil:
-    """The pivots of n columns, from a sample of 8 or 16 rows."""
-    cdef Block[T] zero = Block[T].constant(0), early = sample_sum(x, places, n), late = sample_sum(x, places + sample // 2, n)
+cdef Block[T] sample_pivot(const T* x, const Py_ssize_t* places, Py_ssize_t sample) noexcept nogil:
+    """The pivots of a block of columns, from a sample of 8 or 16 rows."""
+    cdef Block[T] early = sample_sum(x, places), late = sample_sum(x, places + sample // 2)
     if sample == 16:
-        early = early + sample_sum(x, places + 4, n)
-        late = late + sample_sum(x, places + 12, n)
+        early = early + sample_sum(x, places + 4)
+        late = late + sample_sum(x, places + 12)
     return Block[T].pivot(
         early, late,
         Block[T].minimum(
-            Block[T].minimum(load(x + places[0], n, zero), load(x + places[sample // 4], n, zero)),
-            Block[T].minimum(load(x + places[sample // 2], n, zero), load(x + places[sample * 3 // 4], n, zero)),
+            Block[T].minimum(Block[T].load(x + places[0]), Block[T].load(x + places[sample // 4])),
+            Block[T].minimum(Block[T].load(x + places[sample // 2]), Block[T].load(x + places[sample * 3 // 4])),
         ),
         1.0 / sample,
     )
+
+
+cdef Block[T] sample_pivot_of_few(const T* x, const Py_ssize_t* places, Py_ssize_t sample, Py_ssize_t n) noexcept nogil:
+    """The same of fewer columns than a block has: from a copy, because one cannot read on."""
+    cdef Columns room
+    cdef T* rows = <T*> &room
+    cdef Py_ssize_t at[16]
+    cdef Py_ssize_t i
+    for i in range(sample):
+        at[i] = i * Block[T].width()
+        Block[T].load_part(x + places[i], n, Block[T].constant(0)).store(rows + at[i])
+    return sample_pivot(<const T*> rows, at, sample)
 
 
 cdef inline void choose_pivots(
@@ -66,9 +77,9 @@ cdef inline void choose_pivots(
         places[i] = (2 * i + 1) * rows // (2 * sample) * job.columns + (2 * i + 1) * run // (2 * sample)
     while run == 1 and j < columns:
         if j + W <= columns:
-            sample_pivot(x + j, places, sample, W).put(k, j)
+            sample_pivot(x + j, places, sample).put(k, j)
         else:
-            sample_pivot(x + j, places, sample, columns - j).put(k, j)
+            sample_pivot_of_few(x + j, places, sample, columns - j).put(k, j)
         j += W
     while j < columns:
         put_run[T](k, j, run, Block[T].constant(Block[T].pivot_at(x + j, places)))
