@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from bench import again, options, page, report, text
-from bench.cases import NETWORKS
 from bench.measure import Row
 from bench.peers import OPS
 from bench.ratios import STEPS, behind, best, mean, over_best, reason, shares
@@ -56,7 +56,7 @@ def _lists(rows: Sequence[Row]) -> str:
             groups.setdefault((row.network, row.dtype, row.op), []).append(row)
     lines = [
         [
-            NETWORKS[network].title if network in NETWORKS else network, dtype, TITLES[op], len(found),
+            network, dtype, TITLES[op], len(found),
             mean((over_best(row), row.repeats) for row in found), min(map(over_best, found)), *map(report.percent, shares(found)),
             *(mean((row.ratio("fastbn", unit), row.repeats) for row in found) for unit in ("copy", "limit")),
         ]
@@ -93,12 +93,13 @@ def _machine(about: dict[str, Any], rows: Sequence[Row]) -> str:
 def _line(about: dict[str, Any], rows: Sequence[Row]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number and name not in ("Python", "NumPy"))
     share = shares(rows)
-    return (
+    words = (
         f"On {len(rows)} rows of published lists, against the best of {versions} in each row, fastbn is at least as fast in "
         f"{report.percent(share[0])}, twice as fast in {report.percent(share[1])} and five times as fast in "
         f"{report.percent(share[2])} of rows. "
         f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {about['date'][:10]}."
     )
+    return fill(words, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def blocks(about: dict[str, Any], rows: Sequence[Row]) -> dict[str, str]:

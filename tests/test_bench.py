@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from bench import again, compare, data, options, peers, published, ratios, report, roofline, situ, text
+from bench import again, compare, data, options, peers, published, ratios, readme, report, roofline, situ, text
 from bench.cases import NETWORKS, Case, cases, quick
 from bench.measure import Row, measure
 from bench.peers import CONTENDERS, IN_SITU, OPS, fastbn_peer
@@ -296,6 +296,30 @@ def test_comparison_is_in_units_of_the_copy_of_each_run():
     assert change == 2.0
     assert compare.agreement(compare._changes(before, after)) == 1.0
     assert "1 rows in both, 0 in one alone" in text.markdown(compare.parts(before, after, ("a", "b")))
+
+
+def test_texts_are_renewed_between_their_marks_alone():
+    before = "a\n<!-- bench: sizes -->\nold\n\nolder\n<!-- end -->\nb"
+    after = readme.renewed(before, {"sizes": "new"})
+    assert after == "a\n<!-- bench: sizes -->\nnew\n<!-- end -->\nb"
+    assert readme.renewed(after, {"sizes": "new"}) == after
+    with pytest.raises(KeyError):
+        readme.renewed(before, {})
+
+
+@pytest.mark.skipif(not readme.RUN.exists(), reason="no run is committed")
+def test_figures_of_the_documentation_are_those_of_the_committed_run():
+    pytest.importorskip("matplotlib")
+    assert readme.main(["--check"]) == 0
+
+
+def test_batch_norm_in_a_preactivation_model_is_a_node_of_its_own():
+    pytest.importorskip("onnxruntime")
+    preactivation = import_module("bench.preactivation")
+    shape, op, theirs, own, ratio = preactivation.measure((1, 16, 8, 8), 0.05)
+    assert shape == "1x16x8x8"
+    assert op in ("Conv", "BatchNormalization")
+    assert ratio == pytest.approx(theirs / own)
 
 
 # Rows and layers of the lists, counted in the files themselves.
