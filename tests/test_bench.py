@@ -364,7 +364,7 @@ def test_runs_of_several_processes_are_one(tmp_path, capsys):
     pytest.importorskip("rich")
     main = import_module("bench.__main__").main
     paths = str(tmp_path / "bench.json"), str(tmp_path / "bench.md")
-    few = ["--networks", "tiny", "--layouts", "NCHW", "--peers", "numpy", "--budget", "0.05", "--processes", "2"]
+    few = ["--networks", "tiny", "--layouts", "NCHW", "--peers", "numpy", "--budget", "1", "--processes", "2"]
     assert main([*few, "--json", paths[0], "--markdown", paths[1]]) == 0
     rows = report.read_json(Path(paths[0]).read_text())[1]
     assert {row.times["fastbn"].processes for row in rows} == {2}
