@@ -144,7 +144,8 @@ def measure(case: Case, layout: str, dtype: str, budget: Budget, contenders: Seq
     """
     if not budget.left():
         return
-    inputs, origin = data.inputs(case, layout, dtype), data.parameters(case).origin
+    with budget.paused():
+        inputs, origin = data.inputs(case, layout, dtype), data.parameters(case).origin
     checked = len(data.sample(inputs.x, layout))
     out = np.empty_like(inputs.x)  # the same for all, so that no one has the better place in memory
     for op in OPS:
