@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
     if len(runs) > 1:
         about["dtype"] = ", ".join(dict.fromkeys(dtype for run, _ in runs for dtype in run["dtype"].split(", ")))
         about["command"] = "; ".join(dict.fromkeys(run.get("command", "unknown") for run, _ in runs))
+        about["versions"] = {name: number for run, _ in runs for name, number in run["versions"].items()}
         about["load"] = max(run["load"] or 0.0 for run, _ in runs)
     rows = combine([rows for _, rows in runs])
     written = write(about, rows, {}, arguments)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -57,14 +58,19 @@ def machine(dtype: str, contenders: Sequence[Contender] = ()) -> dict[str, Any]:
         **_system(),
         "system": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
+        "command": without_outputs(shlex.join(["python", "-m", "bench", *sys.argv[1:]])),
         "commit": _commit(),
         "threads": fastbn.get_num_threads(),
         "dtype": dtype,
         "kernel": config["pinned"] or config["selected"][dtype],
         "versions": versions,
-        "config": config,
+        "config": {key: value for key, value in config.items() if key != "place"},  # whose folder it is, is nobody's business
     }
+
+
+def without_outputs(command: str) -> str:
+    """A command without the files that it writes, which are others wherever it is run again."""
+    return re.sub(r" --(?:json|markdown|csv|html)[ =]('[^']*'|\S+)", "", command)
 
 
 _TITLES = {

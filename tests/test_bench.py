@@ -298,6 +298,13 @@ def test_comparison_is_in_units_of_the_copy_of_each_run():
     assert "1 rows in both, 0 in one alone" in text.markdown(compare.parts(before, after, ("a", "b")))
 
 
+def test_a_run_says_its_command_and_nobody_s_folders():
+    command = "python -m bench --quick --json /a/b.json --html='c d.html' --peers torch 'torch fresh' --markdown x.md"
+    assert report.without_outputs("python -m bench --json '/a b/c.json' --quick") == "python -m bench --quick"
+    assert report.without_outputs(command) == "python -m bench --quick --peers torch 'torch fresh'"
+    assert "place" not in report.machine("float32")["config"]
+
+
 def test_texts_are_renewed_between_their_marks_alone():
     before = "a\n<!-- bench: sizes -->\nold\n\nolder\n<!-- end -->\nb"
     after = readme.renewed(before, {"sizes": "new"})
