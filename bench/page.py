@@ -129,8 +129,8 @@ def networks(rows: Sequence[Row]) -> Callable[[Axes], None]:
         axes.axvline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        axes.set_xlabel("times as fast as the best peer, geometric mean")
-        axes.legend(loc="lower right")
+        axes.set_xlabel("times as fast, geometric mean")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # above the bars, which may be anywhere
 
     return draw
 
