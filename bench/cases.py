@@ -1,7 +1,8 @@
 """What is measured: the batch normalization layers of real networks, each network with its source.
 
 The tables are derived from the architectures' definitions, in the order in which the layers run and under the names
-the published models give them, so that trained parameters can be looked up. Imports nothing but the standard library.
+the published models give them, so that trained parameters can be looked up. Lists of shapes that others measure with stand in
+`published`. Imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import prod
 from typing import NamedTuple
+
+from bench import published
 
 
 class Size(NamedTuple):
@@ -221,6 +224,16 @@ NETWORKS = {
 }  # fmt: skip
 
 
+def add(name: str, found: published.Set) -> None:
+    """Take a set of shapes as a network, with names for its layers."""
+    layers = tuple(Layer(f"{'x'.join(map(str, shape))} #{i + 1}", shape) for shape, count in found.shapes for i in range(count))
+    NETWORKS[name] = Network(found.title, 1e-5, layers, found.source, found.reason)
+
+
+for _name, _set in published.SETS.items():
+    add(_name, _set)
+
+
 def cases(network: str) -> tuple[Case, ...]:
     """List the different shapes of a network, in the order in which they first run."""
     names: dict[tuple[int, int, int, int], list[str]] = {}
@@ -232,4 +245,4 @@ def cases(network: str) -> tuple[Case, ...]:
 def quick(network: str, most: int = 8 << 20) -> tuple[Case, ...]:
     """List the smallest, the middle and the largest shape of a network that have at most `most` elements."""
     small = sorted((case for case in cases(network) if prod(case.shape) <= most), key=lambda case: prod(case.shape))
-    return tuple(small[i] for i in sorted({0, len(small) // 2, len(small) - 1}))
+    return tuple(small[i] for i in sorted({0, len(small) // 2, len(small) - 1})) if small else ()

@@ -1,17 +1,21 @@
-"""From a case to rows of results: time every contender, and compare fastbn's results with the reference."""
+"""From a case to rows of results: hold every contender's result against the reference, and time those that are right."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+import fastbn
 from bench import data
 from bench.cases import Case
-from bench.peers import CONTENDERS, OPS
+from bench.peers import OPS, Call, Contender, choose
 from bench.timing import Budget, Times, race
 from fastbn import reference
+
+# What a result may be off, in units of `Row.error`; a contender that is farther off computes something else, and is not timed.
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 
 
 class Row(NamedTuple):
@@ -28,7 +32,12 @@ class Row(NamedTuple):
     checked : int
         Number of channels compared with the reference.
     times : dict of str to Times
-        Of the copy and of each contender that is installed.
+        Of the copy and of each contender that takes part.
+    left_out : dict of str to str
+        Contenders that were not timed, and why: a wrong result, or an error.
+    says : dict of str to str
+        What contenders say of how they compute.
+    threads : int
     """
 
     network: str
@@ -43,6 +52,9 @@ class Row(NamedTuple):
     error: float
     checked: int
     times: dict[str, Times]
+    left_out: Mapping[str, str] = {}
+    says: Mapping[str, str] = {}
+    threads: int = 0
 
     @property
     def size(self) -> str:
@@ -76,7 +88,43 @@ def _error(op: str, inputs: data.Inputs, result: data.Array, channels: data.Arra
     return float(np.max(np.abs(found - expected) / np.maximum(1.0, np.abs(expected))))
 
 
-def measure(case: Case, layout: str, dtype: str, budget: Budget) -> Iterator[Row]:
+class Ready(NamedTuple):
+    """The contenders of one row: calls of those that are right, why others are left out, what they say, and fastbn's error."""
+
+    calls: dict[str, Call]
+    left_out: dict[str, str]
+    says: dict[str, str]
+    error: float
+
+
+def prepare(op: str, inputs: data.Inputs, out: data.Array, contenders: Sequence[Contender]) -> Ready:
+    """Make the calls, and hold their results against the reference; an error of a peer's is no reason to stop."""
+    channels = data.sample(inputs.x, inputs.layout)
+    ready = Ready({}, {}, {}, float("nan"))
+    for contender in contenders:
+        try:
+            call = contender.call(op, inputs, out)
+            if call is None:
+                continue
+            if contender.kind != "bound":
+                error = _error(op, inputs, contender.array(call(), inputs), channels)
+                if contender.name == "fastbn":
+                    ready = ready._replace(error=error)
+                elif not error <= TOLERANCE[inputs.x.dtype.name]:
+                    ready.left_out[contender.name] = f"off by {error:.1e}"
+                    continue
+        except Exception as error:
+            if contender.kind == "ours":
+                raise
+            ready.left_out[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            continue
+        ready.calls[contender.name] = call
+        if name := getattr(call, "name", ""):
+            ready.says[contender.name] = name
+    return ready
+
+
+def measure(case: Case, layout: str, dtype: str, budget: Budget, contenders: Sequence[Contender] | None = None) -> Iterator[Row]:
     """Measure the operations on one layer, with the threads that fastbn is set to.
 
     Parameters
@@ -85,7 +133,9 @@ def measure(case: Case, layout: str, dtype: str, budget: Budget) -> Iterator[Row
     layout, dtype : str
         Of the input.
     budget : Budget
-        Each operation is one part of its work.
+        Each operation is one part of its work. Preparing contenders does not count.
+    contenders : sequence of Contender, optional
+        None means all that are installed and quick to prepare.
 
     Yields
     ------
@@ -94,10 +144,15 @@ def measure(case: Case, layout: str, dtype: str, budget: Budget) -> Iterator[Row
     """
     if not budget.left():
         return
-    inputs, origin = data.inputs(case, layout, dtype), data.parameters(case).origin
-    channels = data.sample(inputs.x, layout)
+    with budget.paused():
+        inputs, origin = data.inputs(case, layout, dtype), data.parameters(case).origin
+    checked = len(data.sample(inputs.x, layout))
     out = np.empty_like(inputs.x)  # the same for all, so that no one has the better place in memory
     for op in OPS:
-        calls = {c.name: getattr(c.load(), op)(inputs, None if c.fresh else out) for c in CONTENDERS if c.installed()}
-        error = _error(op, inputs, calls["fastbn"](), channels)
-        yield Row(*case, layout, dtype, op, inputs.x.nbytes, origin, error, len(channels), race(calls, budget.share()))
+        with budget.paused():
+            ready = prepare(op, inputs, out, choose() if contenders is None else contenders)
+        times = race(ready.calls, budget.share())
+        yield Row(
+            *case, layout, dtype, op, inputs.x.nbytes, origin, ready.error, checked, times, ready.left_out, ready.says,
+            fastbn.get_num_threads(),
+        )  # fmt: skip

@@ -41,6 +41,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def input_file(text: str) -> Path:
+    """Parse the path of a file that will be read."""
+    path = Path(text)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {path}: {error.strerror}") from None
+    return path
+
+
 def output_file(text: str) -> Path:
     """Parse the path of a file that will be written; find out whether it can be, and leave no trace."""
     path = Path(text)

@@ -1,46 +1,49 @@
-"""The operations alone, for pytest-benchmark: ``pytest bench`` (``--benchmark-group-by=param:shape`` compares them)."""
+"""The operations and their peers, for pytest-benchmark: ``pytest bench``.
+
+Each operation, shape, layout and dtype is a group, in which the contenders stand beside each other. ``--benchmark-autosave``
+keeps a run, and ``--benchmark-compare --benchmark-compare-fail=median:20%`` holds the next one against it, as in CI:
+``pytest bench -k "fastbn and float32"``.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 import fastbn
 from bench.cases import Case
-from bench.data import DTYPES, inputs
+from bench.data import DTYPES, LAYOUTS, inputs
+from bench.peers import BY_NAME, OPS
 
 pytest.importorskip("pytest_benchmark")
 
 # Below the size where threads start; within a second-level cache share; within the last level; beyond it.
 SHAPES = [(1, 512, 7, 7), (1, 128, 28, 28), (1, 256, 56, 56), (32, 64, 56, 56)]
-PATTERNS = {"ncsp": "NCHW", "nspc": "NHWC"}
-KERNELS = [
-    pytest.param(op, pattern, dtype, id=f"{op}_{pattern}_{dtype}")
-    for op in ("stats", "normalize", "forward", "backward")
-    for pattern in PATTERNS
-    for dtype in DTYPES
-]
+CONTENDERS = [name for name in ("copy", "fastbn", "fastbn fresh", "numpy", "torch", "torch fresh") if BY_NAME[name].installed()]
 
 
-def _call(op: str, shape: tuple[int, int, int, int], pattern: str, dtype: str) -> Callable[[], object]:
-    layout = PATTERNS[pattern]
-    x, dy, weight, bias, mean, var, eps, _ = inputs(Case("resnet50", "bn1", shape, 1), layout, dtype)
-    out = np.empty_like(x)
-    _, saved = fastbn.batch_norm_forward(x, weight, bias, eps=eps, layout=layout)
-    calls = {
-        "stats": lambda: fastbn.batch_norm_stats(x, layout=layout),
-        "normalize": lambda: fastbn.batch_norm(x, mean, var, weight, bias, eps=eps, layout=layout, out=out),
-        "forward": lambda: fastbn.batch_norm_forward(x, weight, bias, eps=eps, layout=layout, out=out),
-        "backward": lambda: fastbn.batch_norm_backward(dy, x, saved, out=out),
-    }
-    return calls[op]
-
-
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize(("op", "pattern", "dtype"), KERNELS)
-def test_kernel(benchmark, op, pattern, dtype, shape):
+def test_contender(benchmark, contender, op, layout, dtype, shape):
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
-    benchmark(_call(op, shape, pattern, dtype))
+    given = inputs(Case("resnet50", "bn1", shape, 1), layout, dtype)
+    call = BY_NAME[contender].call(op, given, np.empty_like(given.x))
+    if call is None:
+        pytest.skip(f"{contender} does not take it")
+    benchmark.group = f"{op} {'x'.join(map(str, shape))} {layout} {dtype}"
+    benchmark(call)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+def test_stats(benchmark, layout, dtype, shape):
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    x = inputs(Case("resnet50", "bn1", shape, 1), layout, dtype).x
+    benchmark.group = f"stats {'x'.join(map(str, shape))} {layout} {dtype}"
+    benchmark(fastbn.batch_norm_stats, x, layout=layout)

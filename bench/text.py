@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table as Drawn
 
 
 class Table(NamedTuple):
@@ -107,18 +108,24 @@ def show(parts: Sequence[Part]) -> None:
             console.print(escape(" ".join(part.split())), "")
 
 
-def _draw(console: Console, whole: Table) -> None:
+def drawn(whole: Table, width: int) -> tuple[Drawn, list[str]]:
+    """A table for a terminal of that width, and the columns that it does without."""
     from rich import box
     from rich.table import Table as Drawn
 
-    shown, left_out = fit(whole, console.width)
-    drawn = Drawn(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    shown, left_out = fit(whole, width)
+    made = Drawn(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, name in enumerate(shown.header):  # broken here, because rich breaks cells as readily as headers
         broken = fill(name, _width(name, [line[i] for line in shown.lines]) - 2)
-        drawn.add_column(broken, justify="right" if shown.is_number(i) else "left", no_wrap=True)
+        made.add_column(broken, justify="right" if shown.is_number(i) else "left", no_wrap=True)
     for line in shown.lines:
-        drawn.add_row(*map(cell, line))
-    console.print(drawn)
+        made.add_row(*map(cell, line))
+    return made, left_out
+
+
+def _draw(console: Console, whole: Table) -> None:
+    made, left_out = drawn(whole, console.width)
+    console.print(made)
     if left_out:
         console.print(f"[dim]not shown for want of width, but in the file: {', '.join(reversed(left_out))}[/]")
     console.print()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
 from threading import get_native_id
@@ -27,12 +28,18 @@ class Times(NamedTuple):
     calls : int
     spread : float
         Between the quartiles, over the median.
+    processes : int
+        In which it was measured; the median is that of their medians.
+    between : float
+        From the smallest to the largest of these, over the median.
     """
 
     median: float
     p99: float
     calls: int
     spread: float = 0.0
+    processes: int = 1
+    between: float = 0.0
 
 
 def race(
@@ -125,6 +132,14 @@ def summarize(durations: list[float]) -> Times:
     return Times(median, ordered[ceil(0.99 * n) - 1], n, spread)
 
 
+def combine(runs: Sequence[Times]) -> Times:
+    """One process's times each, as one."""
+    ordered, n = sorted(run.median for run in runs), len(runs)
+    median = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    between = (ordered[-1] - ordered[0]) / median if median else 0.0
+    return Times(median, max(r.p99 for r in runs), sum(r.calls for r in runs), max(r.spread for r in runs), n, between)
+
+
 class Budget:
     """Divides the time that is left over the work that is left.
 
@@ -149,3 +164,12 @@ class Budget:
         share = self.left() / max(1, self._parts)
         self._parts -= 1
         return share
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do something that takes nothing of it."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self._end += perf_counter() - start

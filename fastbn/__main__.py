@@ -1,4 +1,5 @@
-"""``python -m fastbn info``, ``verify`` and ``onnx MODEL``: what runs on this machine, whether it is right, what a model has.
+"""``python -m fastbn``: what runs on this machine (``info``), whether it is right (``verify``), how fast it is (``bench``), and what a
+model has (``onnx``).
 
 `verify` runs every kernel that can run here over shapes that straddle its vectors, and over some that are big enough
 for threads, through the public functions. The results are held against `reference`, in float64, with the accuracy
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-from fastbn import dispatch, environment, reference
+from fastbn import benchmark, cpu, dispatch, environment, reference
 from fastbn.dtypes import DTYPES
 from fastbn.layout import Array, LayoutName
 
@@ -192,7 +193,7 @@ def dtypes() -> Iterator[np.dtype[Any]]:
             try:
                 yield np.dtype(import_module("ml_dtypes").bfloat16)
             except ImportError:
-                print("bfloat16 is left out: ml_dtypes is not installed (pip install 'fastbn[bf16]')")
+                print("bfloat16 is left out: ml_dtypes is not installed (pip install 'fastbn[bf16]')", file=sys.stderr)
 
 
 def show_progress(done: int, total: int) -> None:
@@ -210,7 +211,7 @@ class Tally(NamedTuple):
     where: str = ""
 
 
-def verify(names: Sequence[str]) -> int:
+def verify(names: Sequence[str], as_json: bool = False) -> int:
     """Run the kernels against the reference and print a table; 1 if any differs or none can run, else 0."""
     unusable = {name: reason for name in names if (reason := dispatch.KERNELS[name].unusable())}
     usable = [name for name in names if name not in unusable]
@@ -231,6 +232,11 @@ def verify(names: Sequence[str]) -> int:
             tallies[kernel, dtype.name] = Tally(before.cases + 1, *max((error, where), before[1:]))
         show_progress(done, len(problems))
 
+    failed = not tallies or any(t.error > 1 for t in tallies.values())
+    if as_json:
+        kept = [{"kernel": kernel, "dtype": name, **t._asdict(), "ok": t.error <= 1} for (kernel, name), t in tallies.items()]
+        print(json.dumps({"ok": not failed, "results": kept, "cannot run": unusable}, indent=2))
+        return int(failed)
     print(f"{'kernel':<11}{'dtype':<9}{'cases':>5} {'worst':>6}  {'':<8}where")
     for (kernel, dtype_name), t in tallies.items():
         verdict = "ok" if t.error <= 1 else "DIFFERS"
@@ -238,7 +244,7 @@ def verify(names: Sequence[str]) -> int:
     for kernel, reason in unusable.items():
         print_within(f"{kernel:<11}", f"cannot run: {reason}")
     print("\nworst: the largest error, as a fraction of what fastbn promises.")
-    return 1 if not tallies or any(t.error > 1 for t in tallies.values()) else 0
+    return int(failed)
 
 
 def print_within(start: str, text: str) -> None:
@@ -331,6 +337,91 @@ def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: 
     return 0
 
 
+def overview() -> int:
+    """Say in a screen what fastbn is here and what can be asked of it; 1 if something is wrong."""
+    wrong = problems()
+    print(f"fastbn {fastbn.__version__}: batch normalization for CPUs\n")
+    print_within("  processor  ", (cpu.model() or "unknown") + (f", {fastbn.get_num_threads()} thread(s)" if not wrong else ""))
+    if not wrong:
+        chosen = {dtype: dispatch.pinned() or dispatch.select(dtype).name for dtype in DTYPES}
+        for i, kernel in enumerate(dict.fromkeys(chosen.values())):
+            dtypes = ", ".join(dtype for dtype in chosen if chosen[dtype] == kernel)
+            print_within(f"  {'' if i else 'kernel':<11}", f"{kernel} for {dtypes}")
+    for problem in wrong:
+        print_within("  problem    ", problem)
+    print("\ncommands, each with --help:")
+    for name, about in COMMANDS.items():
+        print(f"  python -m fastbn {name:<8}{about}")
+    return int(bool(wrong))
+
+
+COMMANDS = {
+    "info": "everything that was found on this machine, and what is wrong",
+    "verify": "compare every kernel that can run here with the reference",
+    "bench": "how fast it is here, beside a copy and NumPy",
+    "onnx": "list the normalization nodes of an ONNX model, and fold its batch norms",
+}
+EXAMPLES = {
+    "info": "examples:\n  python -m fastbn info\n  python -m fastbn info --json | jq .kernels",
+    "verify": "examples:\n  python -m fastbn verify\n  python -m fastbn verify --kernel simd_v3 --json",
+    "bench": "examples:\n  python -m fastbn bench\n  python -m fastbn bench --shape 32,64,56,56 --layout channels_last \n"
+    "  python -m fastbn bench --shape 4096,256 --dtype float64 --json\n\n"
+    "For a PyTorch model: fastbn.torch.benchmark(model, x). Whole networks and other\nlibraries: python -m bench in a checkout.",
+    "onnx": "examples:\n  python -m fastbn onnx model.onnx\n  python -m fastbn onnx model.onnx --fold folded.onnx",
+}  # fmt: skip
+
+
+def argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
+    """The type of an argument: what it is parsed by, and what it must be, for the one line of an error."""
+
+    def parsed(text: str) -> Any:
+        try:
+            value = parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error) if parse is benchmark.shape_of else f"must be {wanted}, got {text!r}") from None
+        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return value
+
+    return parsed
+
+
+def parser_of_commands() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbn", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="What fastbn runs on this machine, whether it is right, and how fast it is. Without a command: an overview.",
+        epilog="examples:\n" + "\n".join(line for text in EXAMPLES.values() for line in text.splitlines() if line.startswith("  ")),
+    )  # fmt: skip
+    parser.add_argument("-V", "--version", action="version", version=f"fastbn {fastbn.__version__}")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the report as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON; without a command, that of info")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    made = {
+        name: commands.add_parser(
+            name, parents=[as_json], help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name, about in COMMANDS.items()
+    }  # fmt: skip
+    made["info"].description += " Exit status 1 if anything is."  # type: ignore[operator]
+    made["verify"].description += " Exit status 1 if any differs."  # type: ignore[operator]
+    made["verify"].add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
+    add = made["bench"].add_argument
+    add("--shape", action="append", type=argument(benchmark.shape_of, "a shape"), metavar="N,C,H,W", help="may be given several times")
+    add("--layout", choices=["channels_first", "channels_last"], help="order of the axes in memory (default: both)")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of x, y and the gradients (default: %(default)s)")
+    add("--threads", type=argument(int, "a whole number of at least 1"), metavar="N", help="default: as many as a call would use")
+    add("--seconds", type=argument(float, "a number of seconds above 0"), default=8.0, help="for all measurements (default: %(default)s)")
+    add = made["onnx"].add_argument
+    add("model", metavar="MODEL.onnx")
+    add("--seconds", type=float, default=1.0, help="how long to measure by ONNX Runtime; 0 does not (default: %(default)s)")
+    add("--fold", metavar="OUT.onnx", help="write the model with its batch norms folded")
+    add("--rewrite", action="store_true", help="with --fold: batch norms that stay become what runs in parallel")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the result is the exit status.
 
@@ -346,32 +437,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment, a model cannot be read or the report could not be written; 128 and the signal's number after Ctrl-C and a
         closed pipe.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m fastbn", description="What fastbn runs on this machine, and whether it is right. Without a command: info."
-    )
-    parser.add_argument("-V", "--version", action="version", version=f"fastbn {fastbn.__version__}")
-    as_json = argparse.ArgumentParser(add_help=False)
-    as_json.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the report as JSON")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    commands = parser.add_subparsers(dest="command")
-    commands.add_parser("info", parents=[as_json], help="processor, caches, threads, kernels, problems; exit status 1 if there are any")
-    verifier = commands.add_parser("verify", help="compare the kernels with the reference; exit status 1 if any differs")
-    verifier.add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
-    models = commands.add_parser("onnx", parents=[as_json], help="list the normalization nodes of an ONNX model; fold its batch norms")
-    models.add_argument("model", metavar="MODEL.onnx")
-    models.add_argument("--seconds", type=float, default=1.0, help="how long to measure by ONNX Runtime; 0 does not (default: 1)")
-    models.add_argument("--fold", metavar="OUT.onnx", help="write the model with its batch norms folded")
-    models.add_argument("--rewrite", action="store_true", help="with --fold: batch norms that stay become what runs in parallel")
+    parser = parser_of_commands()
     args = parser.parse_args(argv)
     if args.command == "onnx":
         if args.rewrite and args.fold is None:
             parser.error("--rewrite goes with --fold")
         return to_the_end(lambda: onnx(args.model, args.seconds, args.fold, args.rewrite, args.json))
     if args.command == "verify":
-        if args.json:
-            parser.error("--json is for info and onnx")
-        return to_the_end(lambda: verify([args.kernel] if args.kernel else list(dispatch.KERNELS)))
-    return to_the_end(lambda: info(args.json))
+        return to_the_end(lambda: verify([args.kernel] if args.kernel else list(dispatch.KERNELS), args.json))
+    if args.command == "bench":
+        if args.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
+            parser.error("--dtype bfloat16 needs ml_dtypes: pip install 'fastbn[bf16]'")
+        if found := problems():
+            parser.error(found[0])
+        return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))
+    if args.command == "info" or args.json:
+        return to_the_end(lambda: info(args.json))
+    return to_the_end(overview)
 
 
 def to_the_end(command: Callable[[], int]) -> int:

@@ -1,4 +1,4 @@
-"""Every example in a docstring, and those in texts for users: they run, and print what they say."""
+"""Every example in a docstring: they run, and print what they say. Those in texts for users are in `test_docs`."""
 
 from __future__ import annotations
 
@@ -56,26 +56,6 @@ def test_docstring(example: doctest.DocTest) -> None:
 def test_public_functions_have_examples() -> None:
     shown = {example.name.rpartition(".")[2] for example in EXAMPLES}
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
-
-
-TEXTS = ["README.md", *(f"docs/{name}.md" for name in ("deploying", "statistics", "distributed", "pytorch", "onnx", "norms"))]
-
-
-@pytest.mark.parametrize("file", TEXTS)
-def test_text(file: str) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    for package in re.findall(r"^(?:import|from) (torch|dask|joblib|onnx|onnxruntime)\b", "".join(blocks), re.MULTILINE):
-        pytest.importorskip(package)
-    names: dict[str, object] = {}  # a block may go on where the one before it ended
-    try:
-        for block in blocks:
-            exec(block, names)  # noqa: S102  our own text
-    finally:
-        if "torch" in names:
-            from fastbn.torch import disable
-
-            disable()
 
 
 def test_deploying_names_every_variable_and_no_other() -> None:

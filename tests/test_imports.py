@@ -38,6 +38,7 @@ ORDER = (
     {"torch", "onnx", "mpi"},
     {"keras"},
     {"fastbn"},
+    {"benchmark"},
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

@@ -14,7 +14,7 @@ import pytest
 
 import fastbn
 from fastbn import __main__ as command
-from fastbn import cpu, dispatch, reference
+from fastbn import benchmark, cpu, dispatch, reference
 from fastbn.__main__ import main
 
 
@@ -31,9 +31,71 @@ def python_m_fastbn(*arguments, stdout=subprocess.PIPE, **environment):
     return subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, env=clean)
 
 
-def test_info_is_what_a_bare_call_shows(capsys):
+def test_a_bare_call_is_an_overview_of_what_runs_here_and_of_the_commands(capsys):
     assert main([]) == 0
-    assert "reference: usable" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) < 24
+    assert dispatch.select("float32").name in printed
+    assert all(f"python -m fastbn {name}" in printed for name in ("info", "verify", "bench"))
+
+
+def test_a_bare_call_says_what_is_wrong():
+    done = python_m_fastbn(FASTBN_NUM_THREADS="0")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "problem    FASTBN_NUM_THREADS " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["verify", "--help"], ["bench", "--help"]], ids=" ".join)
+def test_help_shows_examples_that_fit_and_that_the_command_takes(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    shown = re.findall(r"^  python -m fastbn (.*?)(?: \|.*)?$", printed, re.MULTILINE)
+    assert shown
+    for example in shown:
+        command.parser_of_commands().parse_args(example.split())
+    assert max(map(len, printed.split("examples:")[1].splitlines())) <= 80
+
+
+@pytest.mark.parametrize("memory", ["channels_first", "channels_last"])
+def test_bench_measures_any_shape(capsys, memory):
+    few = ["bench", "--shape", "2,3,4,5", "--shape", "6x8", "--layout", memory, "--seconds", "0.01", "--threads", "1"]
+    assert main(few) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert main([*few, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["results"]
+    shape = [2, 3, 4, 5] if memory == "channels_first" else [2, 4, 5, 3]
+    assert [(line["shape"], line["op"]) for line in found] == [(sizes, op) for sizes in (shape, [6, 8]) for op in benchmark.OPS]
+    assert all(line["microseconds"] > 0 and line["over_numpy"] > 0 for line in found)
+
+
+WRONG = (
+    ["--shape", "3"], ["--shape", "1,8"], ["--shape", "a,b"], ["--shape", "0,3"], ["--threads", "0"], ["--seconds", "nan"],
+    ["--dtype", "int8"], ["--layout", "NHWC"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=" ".join)
+def test_bench_refuses_a_wrong_argument_with_one_line(capsys, wrong):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *wrong])
+    assert end.value.code == 2
+    assert f"error: argument {wrong[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bench_compares_with_numpy_that_is_right(channels_last):
+    rng = np.random.default_rng(0)
+    shape = (4, 5, 6, 3) if channels_last else (4, 3, 5, 6)
+    x, dy = rng.standard_normal((2, *shape)).astype(np.float32)
+    vectors = tuple(np.abs(v) + 0.5 for v in rng.standard_normal((4, 3)).astype(np.float32))
+    plain = benchmark.plain(x, dy, vectors, shape.index(3))
+    ours = benchmark.ours(x, dy, vectors, "NHWC" if channels_last else "NCHW")
+    for op in benchmark.OPS:
+        found = ours[op]()
+        np.testing.assert_allclose(found if isinstance(found, np.ndarray) else found[0], plain[op](), atol=1e-5)
 
 
 @pytest.mark.parametrize("arguments", [["--json"], ["info", "--json"], ["--json", "info"]])
@@ -134,7 +196,16 @@ def test_verify_passes(capsys):
         assert kernel.name in printed
         assert kernel.unusable() is None or kernel.unusable() in printed
     assert "DIFFERS" not in printed
-    assert ("bfloat16 is left out" in printed) == (find_spec("ml_dtypes") is None)
+
+
+def test_verify_as_json(capsys):
+    assert main(["verify", "--kernel", "reference", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["ok"] is True
+    assert {result["kernel"] for result in found["results"]} == {"reference"}
+    assert all(0 <= result["error"] <= 1 and result["cases"] for result in found["results"])
+    assert ("bfloat16 is left out" in captured.err) == (find_spec("ml_dtypes") is None)
 
 
 def test_verify_runs_one_kernel(capsys):

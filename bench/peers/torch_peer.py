@@ -23,6 +23,14 @@ def tensor(a: Array, layout: str) -> Tensor:
     return tensor.permute(0, 3, 1, 2) if layout == "NHWC" else tensor
 
 
+def array(result: Tensor, inputs: Inputs) -> Array:
+    """The tensor's memory as an array in the layout of x; 16-bit values of a package that PyTorch does not know included."""
+    last = result.permute(0, 2, 3, 1) if inputs.layout == "NHWC" else result
+    if result.dtype == torch.bfloat16:
+        return last.contiguous().view(torch.int16).numpy().view(inputs.x.dtype)
+    return last.contiguous().numpy()
+
+
 def _prepare(inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     """Wrap x and the four vectors; give PyTorch as many threads as fastbn has."""
     torch.set_num_threads(fastbn.get_num_threads())
