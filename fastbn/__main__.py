@@ -1,5 +1,4 @@
-"""``python -m fastbn``: what runs on this machine (``info``), whether it is right (``verify``), how fast it is (``bench``), and what a
-model has (``onnx``).
+"""``python -m fastbn``: ``info`` on this machine, ``verify`` its kernels, ``bench`` them; ``onnx`` tells what a model has.
 
 `verify` runs every kernel that can run here over shapes that straddle its vectors, and over some that are big enough
 for threads, through the public functions. The results are held against `reference`, in float64, with the accuracy
