@@ -22,7 +22,8 @@ def version() -> str:
 
 
 def array(result: Any, inputs: Inputs) -> Array:
-    return as_array(keras.ops.convert_to_numpy(result), inputs)
+    # Keras' own conversion of a torch tensor warns with NumPy 2.
+    return as_array(result.detach().double().numpy() if hasattr(result, "detach") else keras.ops.convert_to_numpy(result), inputs)
 
 
 def _call(inputs: Inputs, training: bool) -> Callable[[], Any] | None:
