@@ -214,22 +214,24 @@ cdef Status each_image(TypedCall[Map, T]* job, Py_ssize_t arrays) noexcept nogil
 
 
 cdef inline Block[T] along(
-    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t n, Block[T]* row, bint affine
+    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t n, Block[T] mean, Block[T] scale, Block[T] shift,
+    const void* weight, const void* bias
 ) noexcept nogil:
-    """A block of a row before its activation; `row` is mean, scale and shift, and j where its weights lie."""
-    cdef Block[T] z = Block[T].fma(load(a.x + at, n, row[0]) - row[0], row[1], row[2])
-    if affine:
-        z = Block[T].fma(z, Block[T].get(job.at_scale, j), Block[T].get(job.at_shift, j))
+    """A block of a row before its activation; weight and bias, which may be NULL, lie from j on."""
+    cdef Block[T] z = Block[T].fma(load(a.x + at, n, mean) - mean, scale, shift)
+    if weight != NULL:
+        z = Block[T].fma(z, Block[T].get(weight, j), Block[T].get(bias, j))
     if Forward is FusedNormalize:
         if job.residual != NULL:
-            z = z + load(a.residual + at, n, row[0])
+            z = z + load(a.residual + at, n, mean)
     return z
 
 
 cdef inline void map_row(
-    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t end, Block[T]* row, bint affine, bint nontemporal
+    TypedCall[Forward, T]* job, Arrays[T] a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t end, Block[T] mean, Block[T] scale, Block[T] shift,
+    const void* weight, const void* bias, bint nontemporal
 ) noexcept nogil:
-    """Map a row that ends at `end`, and whose weights lie from j on."""
+    """Map a row that ends at `end`, and whose weights lie from j on. What the loop needs is in variables: stores may be anywhere."""
     cdef Py_ssize_t W = Block[T].width(), i, few
     cdef Block[T] z
     cdef Block[T] several[FEW]
@@ -237,21 +239,21 @@ cdef inline void map_row(
         while job.activation.is_smooth() and at + W <= end:
             few = min(<Py_ssize_t> FEW, (end - at) // W)
             for i in range(few):
-                several[i] = along(job, a, at + i * W, j + i * W, W, row, affine)
+                several[i] = along(job, &a, at + i * W, j + i * W, W, mean, scale, shift, weight, bias)
             Block[T].smooth(several, few, job.activation, False)
             for i in range(few):
                 store(a.out + at + i * W, several[i], W, nontemporal)
             at += few * W
             j += few * W
     while at + W <= end:
-        z = along(job, a, at, j, W, row, affine)
+        z = along(job, &a, at, j, W, mean, scale, shift, weight, bias)
         if Forward is FusedNormalize:
             z = Block[T].activation_forward(z, job.activation)
         store(a.out + at, z, W, nontemporal)
         at += W
         j += W
     if at < end:
-        z = along(job, a, at, j, end - at, row, affine)
+        z = along(job, &a, at, j, end - at, mean, scale, shift, weight, bias)
         if Forward is FusedNormalize:
             z = Block[T].activation_forward(z, job.activation)
         z.store_part(a.out + at, end - at)
@@ -262,18 +264,24 @@ cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t numb
 
     So many rows ahead are asked for meanwhile: their pivots, which come first, would each wait for memory.
     """
-    cdef Py_ssize_t k = job.inner, r
+    cdef Py_ssize_t k = job.inner, r, j
     cdef Arrays[T] a = job.arrays()
-    cdef Block[T] row[3]
+    cdef Block[T] mean, scale, shift
+    cdef bint affine = job.weight != NULL or job.bias != NULL
+    cdef const void* weight = job.at_scale
+    cdef const void* bias = job.at_shift
     cdef bint nontemporal = job.nontemporal and k * <Py_ssize_t> sizeof(T) % LINE == 0 and Block[T].to_line(a.out, 1) == 0
     for r in range(rows):
         if r < ahead:
             Block[T].prefetch(a.x + (rows + r) * k, k)
-        row[0], row[1], row[2] = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
-        if job.weight != NULL or job.bias != NULL:
-            map_row(job, &a, r * k, (number + r) * k % job.period, r * k + k, row, True, nontemporal)
+        mean, scale, shift = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
+        j = (number + r) * k % job.period
+        if not affine:
+            map_row(job, a, r * k, 0, r * k + k, mean, scale, shift, NULL, NULL, nontemporal)
+        elif nontemporal:
+            map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight, bias, True)
         else:
-            map_row(job, &a, r * k, 0, r * k + k, row, False, nontemporal)
+            map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight, bias, False)
 
 
 cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogil:
