@@ -152,10 +152,10 @@ cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     else:
         each = t.channels if t.threads == 1 else t.channels // (WHOLE_UNITS * t.threads)
         u.channels_per_unit = max(<Py_ssize_t> 1, min(L2 // 2 // channel, each))
-        # What fills half of L1 takes its turn, beside its output and what the system writes where pages are new; but of several
+        # What L1 holds beside its output, and beside what the system writes where pages are new, takes its turn; but of several
         # images no shorter runs than memory is read well in.
         run = div_up(LEAST_RUN, t.inner * t.item) if t.outer > 1 else 1
-        u.channels_per_pass = min(u.channels_per_unit, max(L1 // 2 // channel, run))
+        u.channels_per_pass = min(u.channels_per_unit, max(L1 // t.reads // channel, run))
         u.nontemporal = is_streamed(u, p, t, t.touched)
     u.units = div_up(t.channels, u.channels_per_unit)
     return True
