@@ -12,6 +12,7 @@ tiles.pxi        the numbers of the loops, and where a tile lies
 block_ops.pxi    what is summed and what is mapped, for one block
 planes.pxi, columns.pxi  the four loops
 fold.pxi         from sums to parameters: the one place that knows eps and momentum
+parts.pxi, rows.pxi  whole calls where images, groups or rows have statistics of their own
 run.pxi          units of work, whole calls, and the table of them
 
 What is the same for every ISA is compiled once: the entry (call.hpp), how a call is cut (plan.hpp, _plan.pyx), NumPy's

@@ -395,6 +395,7 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
 
 
 include "parts.pxi"
+include "rows.pxi"
 
 
 ctypedef Status (*work_fn)(Work* job) noexcept nogil

@@ -1,0 +1,278 @@
+"""Rows, along which the weights run: layer normalization. Sums are those of planes; the map is of its own."""
+
+cdef enum:
+    ROWS = 32            # rows that are summed before they are mapped
+    ROW_TILE = 64        # rows whose columns are summed before they are merged in double
+    MOST_TILES = 64      # of a row, and of the rows that are summed together
+
+
+cdef inline Block[T] along(
+    TypedCall[Forward, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t n, Block[T] mean, Block[T] scale, Block[T] shift,
+    const void* weight, const void* bias
+) noexcept nogil:
+    """A block of a row before its activation; weight and bias, which may be NULL, lie from j on."""
+    cdef Block[T] z = Block[T].fma(load(a.x + at, n, mean) - mean, scale, shift)
+    if weight != NULL:
+        z = Block[T].fma(z, Block[T].get(weight, j), Block[T].get(bias, j))
+    if Forward is FusedNormalize:
+        if job.residual != NULL:
+            z = z + load(a.residual + at, n, mean)
+    return z
+
+
+cdef inline void map_row(
+    TypedCall[Forward, T]* job, Arrays[T] a, Py_ssize_t at, Py_ssize_t j, Py_ssize_t end, Block[T] mean, Block[T] scale, Block[T] shift,
+    const void* weight, const void* bias, bint nontemporal
+) noexcept nogil:
+    """Map a row that ends at `end`, and whose weights lie from j on. What the loop needs is in variables: stores may be anywhere."""
+    cdef Py_ssize_t W = Block[T].width(), i, few
+    cdef Block[T] z
+    cdef Block[T] several[FEW]
+    if Forward is FusedNormalize:
+        while job.activation.is_smooth() and at + W <= end:
+            few = min(<Py_ssize_t> FEW, (end - at) // W)
+            for i in range(few):
+                several[i] = along(job, &a, at + i * W, j + i * W, W, mean, scale, shift, weight, bias)
+            Block[T].smooth(several, few, job.activation, False)
+            for i in range(few):
+                store(a.out + at + i * W, several[i], W, nontemporal)
+            at += few * W
+            j += few * W
+    while at + W <= end:
+        z = along(job, &a, at, j, W, mean, scale, shift, weight, bias)
+        if Forward is FusedNormalize:
+            z = Block[T].activation_forward(z, job.activation)
+        store(a.out + at, z, W, nontemporal)
+        at += W
+        j += W
+    if at < end:
+        z = along(job, &a, at, j, end - at, mean, scale, shift, weight, bias)
+        if Forward is FusedNormalize:
+            z = Block[T].activation_forward(z, job.activation)
+        z.store_part(a.out + at, end - at)
+
+
+cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t number, Py_ssize_t ahead) noexcept nogil:
+    """Map rows whose mean and scale are their own, and along which weight and bias run; `number` is that of the first row.
+
+    So many rows ahead are asked for meanwhile: their pivots, which come first, would each wait for memory.
+    """
+    cdef Py_ssize_t k = job.inner, r, j
+    cdef Arrays[T] a = job.arrays()
+    cdef Block[T] mean, scale, shift
+    cdef bint affine = job.weight != NULL or job.bias != NULL
+    cdef const void* weight = job.at_scale
+    cdef const void* bias = job.at_shift
+    cdef bint nontemporal = job.nontemporal and k * <Py_ssize_t> sizeof(T) % LINE == 0 and Block[T].to_line(a.out, 1) == 0
+    for r in range(rows):
+        if r < ahead:
+            Block[T].prefetch(a.x + (rows + r) * k, k)
+        mean, scale, shift = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
+        j = (number + r) * k % job.period
+        if not affine:
+            map_row(job, a, r * k, 0, r * k + k, mean, scale, shift, NULL, NULL, nontemporal)
+        elif nontemporal:
+            map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight, bias, True)
+        else:
+            map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight, bias, False)
+
+
+cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogil:
+    """The sums of the squares of rows."""
+    cdef TypedCall[GradSums, T] sums = (<TypedCall[GradSums, T]*> job)[0]
+    sums.dy, sums.at_mean = job.x, job.at_mean
+    sum_channels(&sums, 0, rows)
+    merge_sums(job, 0, rows)
+
+
+cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
+    """Several rows: a few at a time, statistics, then the map."""
+    cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, n, c, size
+    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass // 2, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
+    cdef Py_ssize_t number = BLOCK // Block[T].width()
+    cdef double partial[3 * MOST_TILES]
+    cdef double vectors[7 * ROWS]
+    cdef double low, invstd
+    cdef bint unusual
+    cdef TypedCall[Forward, T] own = job[0]
+    own.pivots, own.sums, own.dots = partial, partial + MOST_TILES, partial + 2 * MOST_TILES
+    own.first, own.second, own.low = vectors, vectors + ROWS, vectors + 2 * ROWS
+    own.scale, own.shift = vectors + 3 * ROWS, vectors + 4 * ROWS
+    own.at_mean = vectors + 5 * ROWS
+    memset(vectors + 5 * ROWS, 0, ROWS * sizeof(double))
+    while first < last:
+        n = min(together, last - first)
+        size = first * job.inner * sizeof(T)
+        own.x, own.out, own.residual = further(job.x, size), further(job.out, size), further(job.residual, size)
+        own.mean, own.mean_lo = further(job.mean, first * number), further(job.mean_lo, first * number)
+        own.invstd = further(job.invstd, first * number)
+        own.channels = own.width = n
+        if job.uncentered:
+            sum_squares(&own, n)
+        else:
+            for tile in range(own.tiles):
+                find_pivots(<TypedCall[Stats, T]*> &own, 0, n, tile)
+            sum_channels(<TypedCall[Stats, T]*> &own, 0, n)
+            merge_stats(&own, 0, n)
+        unusual = False
+        for c in range(n):
+            fold_part(&own, c, &low, &invstd)
+            Block[T].set_value(own.scale, c, narrow(invstd, Block[T].largest()))
+            Block[T].set_value(own.shift, c, 0 if low == 0 else -low * invstd)
+            unusual = unusual or is_unusual(&own, own.second[c], invstd, invstd)
+        if unusual:
+            leave(&own, 0, n)
+            job.any_left = True
+        else:
+            map_along(&own, n, first, min(n, last - first - n))
+        first += n
+    if own.nontemporal:
+        fence()
+
+
+cdef const void* padded(const void* vector, double instead, Py_ssize_t n, char* room, T* tag) noexcept nogil:
+    """A copy of a vector of channels, with what a block may read behind it; of a number where there is none."""
+    cdef Py_ssize_t number = BLOCK // Block[T].width(), c
+    if vector == NULL:
+        for c in range(n):
+            Block[T].set_value(room, c, instead)
+    else:
+        memcpy(room, vector, n * number)
+    memset(room + n * number, 0, BLOCK)
+    return room
+
+
+cdef Status forward_rows(TypedCall[Forward, T]* job) noexcept nogil:
+    """A forward of rows, along which the weights run."""
+    cdef Plan p
+    cdef Task t
+    cdef int arrays = 2 + (job.residual != NULL)
+    cdef Py_ssize_t size = job.period * (BLOCK // Block[T].width()) + BLOCK
+    cdef char* room = <char*> scratch(2 * size)
+    if room == NULL:
+        return NO_MEMORY
+    job.at_scale = padded(job.weight, 1, job.period, room, <T*> NULL)
+    job.at_shift = padded(job.bias, 0, job.period, room + size, <T*> NULL)
+    job.channels, job.inner = job.batch * job.channels // job.group, job.group
+    job.batch = 1
+    t = task(job, 1, arrays, arrays)
+    make_plan(&p, &t)
+    job.follow(p.tiles, p.sums)
+    if not p.resident:
+        job.channels_per_unit = div_up(job.channels, job.threads)
+        job.channels_per_pass = 1
+        job.units = div_up(job.channels, job.channels_per_unit)
+        job.bytes = arrays * job.channels * job.inner * sizeof(T)
+    parallel(<unit_fn> rows_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
+    return LEFT if job.any_left else DONE
+
+
+cdef void sum_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T] mean, double* sums) noexcept nogil:
+    """Sums over a row of the gradient times the weight, and of that times x - mean."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, end
+    cdef Block[T] zero = Block[T].constant(0), sum, dot, g
+    sums[0] = sums[1] = 0
+    while j < job.inner:
+        sum = dot = zero
+        end = min(job.inner, j + CHAIN * W)
+        while j + W <= end:
+            g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
+            sum = sum + g
+            dot = Block[T].fma(g, Block[T].load(a.x + at + j) - mean, dot)
+            j += W
+        if j < end:
+            g = load(a.dy + at + j, end - j, zero) * Block[T].get(job.at_scale, j)
+            sum = sum + g
+            dot = Block[T].fma(g, load(a.x + at + j, end - j, mean) - mean, dot)
+            j = end
+        sums[0] += sum.total()
+        sums[1] += dot.total()
+
+
+cdef inline void sum_along(
+    TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t first, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n, char* dweight, char* dbias
+) noexcept nogil:
+    """Add a few rows of n columns, at most a block, to the gradients of weight and bias."""
+    cdef Block[T] of_weight = Block[T].get(dweight, j), of_bias = Block[T].get(dbias, j), zero = Block[T].constant(0), dy, d
+    cdef Py_ssize_t r
+    for r in range(first, first + rows):
+        d = Block[T].splat(job.mean, r)
+        d = load(a.x + r * job.inner + j, n, d) - d
+        dy = load(a.dy + r * job.inner + j, n, zero)
+        of_bias = of_bias + dy
+        of_weight = Block[T].fma(dy, Block[T].fma(d, Block[T].splat(job.at_slope, r), Block[T].splat(job.at_shift, r)), of_weight)
+    of_weight.put(dweight, j)
+    of_bias.put(dbias, j)
+
+
+cdef inline void map_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T]* row) noexcept nogil:
+    """Map a row; `row` is mean, scale, offset and slope."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, n
+    cdef Block[T] g
+    while j + W <= job.inner:
+        g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
+        store(a.out + at + j, row[1] * Block[T].fma(Block[T].load(a.x + at + j) - row[0], row[3], g - row[2]), W, False)
+        j += W
+    if j < job.inner:
+        n = job.inner - j
+        g = load(a.dy + at + j, n, row[0]) * Block[T].get(job.at_scale, j)
+        g = row[1] * Block[T].fma(load(a.x + at + j, n, row[0]) - row[0], row[3], g - row[2])
+        g.store_part(a.out + at + j, n)
+
+
+cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noexcept nogil:
+    """A tile of rows, a few at a time: sums along each, sums of each column, and then, because dx may be dy, the map."""
+    cdef Py_ssize_t first = unit * ROW_TILE, last = min(first + ROW_TILE, job.channels), W = Block[T].width(), n, r, j
+    cdef Py_ssize_t size = job.inner * (BLOCK // W) + BLOCK
+    cdef char* dweight = <char*> job.expanded + 2 * unit * size
+    cdef double sums[2 * ROWS]
+    cdef double g0, g1, invstd, low
+    cdef Arrays[T] a = job.arrays()
+    cdef Block[T] row[4]
+    memset(dweight, 0, 2 * size)
+    while first < last:
+        n = min(<Py_ssize_t> ROWS // 2, last - first)
+        for r in range(n):
+            sum_row_gradient(job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), sums + 2 * r)
+        j = 0
+        while j + W <= job.inner:
+            sum_along(job, &a, first, n, j, W, dweight, dweight + size)
+            j += W
+        if j < job.inner:
+            sum_along(job, &a, first, n, j, job.inner - j, dweight, dweight + size)
+        for r in range(n if job.out != NULL else 0):
+            low, invstd = Block[T].value(job.mean_lo, first + r), Block[T].value(job.invstd, first + r)
+            g1 = invstd * (invstd * (sums[2 * r + 1] - low * sums[2 * r]) / job.inner)
+            g0 = (0 if job.uncentered else sums[2 * r] / job.inner) - low * g1
+            row[0], row[1] = Block[T].splat(job.mean, first + r), Block[T].splat(job.invstd, first + r)
+            row[2], row[3] = Block[T].constant(g0), Block[T].constant(-g1)
+            map_row_gradient(job, &a, (first + r) * job.inner, row)
+        first += n
+
+
+cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
+    """Gradients of rows along which the weights run."""
+    cdef Py_ssize_t rows = job.batch, k = job.channels, number = BLOCK // Block[T].width(), size = k * number + BLOCK
+    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), tile, c, bytes
+    cdef char* room = <char*> scratch(size + rows * number + BLOCK + 2 * tiles * size)
+    cdef double dweight, dbias, low
+    if room == NULL:
+        return NO_MEMORY
+    job.at_scale = padded(job.weight, 1, k, room, <T*> NULL)
+    job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
+    job.expanded = <double*> (room + size + rows * number + BLOCK)
+    for c in range(rows):
+        low = Block[T].value(job.mean_lo, c)
+        Block[T].set_value(room + size, c, 0 if low == 0 else -low * Block[T].value(job.invstd, c))
+    job.channels, job.inner = rows, k
+    bytes = (2 + (job.out != NULL)) * rows * k * sizeof(T)
+    parallel(<unit_fn> backward_rows_unit[T], job, tiles, job.threads, False, bytes, job.host)
+    room = <char*> job.expanded
+    for c in range(k):
+        dweight = dbias = 0
+        for tile in range(tiles):
+            dweight += Block[T].value(room + 2 * tile * size, c)
+            dbias += Block[T].value(room + 2 * tile * size + size, c)
+        Block[T].set_value(job.dweight, c, dweight)
+        Block[T].set_value(job.dbias, c, dbias)
+    return DONE
