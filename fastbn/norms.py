@@ -18,6 +18,7 @@ from fastbn.activations import Activation
 from fastbn.composed import update_running
 from fastbn.dtypes import DType
 from fastbn.environment import MOST_THREADS
+from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
 from fastbn.results import Function, Gradients, Saved
@@ -329,6 +330,7 @@ def instance_norm_forward(
     return y, saved
 
 
+@default_mode
 def _instance_norm(
     x: Array, given: tuple[Any, ...], layout: Any, axis: Any, activation: Any, residual: Any, threads: Any, out: Any, keep: bool
 ) -> tuple[Array, SavedParts | Saved | None]:

@@ -83,6 +83,7 @@ class SavedMix:
         return means.astype(compute), scale.astype(compute).ravel(), shift.astype(compute).ravel()
 
 
+@default_mode
 def batch_channel_norm_forward(
     x: Array,
     running_mean: ArrayLike | None,
@@ -167,7 +168,6 @@ def batch_channel_norm_forward(
     return y, saved[0]
 
 
-@default_mode
 def _mixed(
     call: norms.Call, running: tuple[Any, Any], affine: tuple[Array, Array, Array], eps: float, training: bool
 ) -> tuple[SavedMix, Any]:
@@ -262,6 +262,7 @@ def batch_channel_norm(
     return batch_channel_norm_forward(x, *given, layout=layout, axis=axis, **options)[0]
 
 
+@default_mode
 def batch_channel_norm_backward(
     dy: Array, x: Array, saved: SavedMix, *, wrt: Sequence[str] = (*USUAL, "mix"), threads: int | None = None, out: Array | None = None
 ) -> MixedGradients:
@@ -308,7 +309,6 @@ def batch_channel_norm_backward(
     return found
 
 
-@default_mode
 def _mixed_gradients(
     call: norms.Call, dy: Array, saved: SavedMix, wanted: tuple[str, ...], out: Array | None
 ) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
@@ -362,6 +362,7 @@ class SavedRenorm:
     d: Array | None
 
 
+@default_mode
 def batch_renorm_forward(
     x: Array,
     running_mean: ArrayLike,
@@ -505,6 +506,7 @@ def batch_renorm(
     return batch_renorm_forward(x, *given, rmax=rmax, dmax=dmax, layout=layout, axis=axis, **options)[0]
 
 
+@default_mode
 def batch_renorm_backward(
     dy: Array, x: Array, saved: SavedRenorm, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
 ) -> Gradients:
@@ -562,6 +564,7 @@ class SavedGhosts:
     sizes: tuple[int, ...]
 
 
+@default_mode
 def ghost_batch_norm_forward(
     x: Array,
     running_mean: ArrayLike | None,
@@ -703,6 +706,7 @@ def ghost_batch_norm(
     return ghost_batch_norm_forward(x, *given, virtual_batch_size=virtual_batch_size, layout=layout, axis=axis, **options)[0]
 
 
+@default_mode
 def ghost_batch_norm_backward(
     dy: Array, x: Array, saved: SavedGhosts, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
 ) -> Gradients:

@@ -204,23 +204,23 @@ cdef class Doors(Calls):
         """Mean, variance, what they round away, and the number of values per channel."""
         cdef Call call
         cdef cnp.ndarray wide, found
-        cdef Py_ssize_t c, count
+        cdef Py_ssize_t count
         cdef int at = -1
+        cdef uint32_t mode
+        cdef bint known
         if not bind_plain(self, &call, "stats", x, layout, axis, &at, None, None):
             return None
         wide, found = new_vectors(&call, 3, cnp.NPY_DOUBLE), new_vectors(&call, 4, arithmetic(call.dtype))
         call.first, call.second, call.low = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
         run(self.table.stats, &call)
         count = call.outer * call.inner
-        for c in range(call.channels):
-            if not call.second[c] < LARGE_M2:
-                return None
-            call.second[c] /= count
+        mode = enter_default_mode()
         if call.dtype == Dtype.FLOAT64:
-            round_stats(<double*> cnp.PyArray_DATA(found), &call)
+            known = finish_stats(<double*> cnp.PyArray_DATA(found), &call)
         else:
-            round_stats(<float*> cnp.PyArray_DATA(found), &call)
-        return found, count
+            known = finish_stats(<float*> cnp.PyArray_DATA(found), &call)
+        leave_default_mode(mode)
+        return (found, count) if known else None
 
     cpdef plain_inference(self, x, layout, axis, out, mean, spread, weight, bias, eps, activation, residual, kept):
         """Normalize as `inference` does; the output or, with `kept`, a residual or None, also what `plain_backward` needs."""
@@ -341,16 +341,24 @@ ctypedef fused C:
     double
 
 
-cdef void round_stats(C* found, const Call* call) noexcept nogil:
-    """Round means and variances; what that rounds away goes below them, as far as it is a number."""
+cdef bint finish_stats(C* found, const Call* call) noexcept nogil:
+    """From means and sums of squares to means and variances, rounded; what that rounds away goes below, as far as it is a number.
+
+    False where a sum is so large that the range decides.
+    """
     cdef Py_ssize_t c, channels = call.channels
     cdef double rest
+    for c in range(channels):
+        if not call.second[c] < LARGE_M2:
+            return False
+        call.second[c] /= call.outer * call.inner
     for c in range(channels):
         found[c], found[channels + c] = <C> call.first[c], <C> call.second[c]
         rest = call.first[c] - found[c] + call.low[c]
         found[2 * channels + c] = <C> (rest if isfinite(rest) else 0)
         rest = call.second[c] - found[channels + c]
         found[3 * channels + c] = <C> (rest if isfinite(rest) else 0)
+    return True
 
 
 cdef inline cnp.ndarray new_vector(const Call* call):
