@@ -90,14 +90,24 @@ def _machine(about: dict[str, Any], rows: Sequence[Row]) -> str:
     return report.facts(about, rows, {})
 
 
+_LIBRARIES = {
+    "torch": "PyTorch", "onednn": "oneDNN", "openvino": "OpenVINO", "jax": "JAX", "tensorflow": "TensorFlow", "onnxruntime": "ONNX Runtime",
+    "keras": "Keras",
+}  # fmt: skip
+
+
 def _line(about: dict[str, Any], rows: Sequence[Row]) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items() if number and name not in ("Python", "NumPy"))
+    ran = {name: sum(name in row.times for row in rows) for name in _LIBRARIES}
+    took_part = ", ".join(
+        f"{_LIBRARIES[name]} {about['versions'][_LIBRARIES[name]]} ({count})" for name, count in ran.items() if count
+    )
     share = shares(rows)
     words = (
-        f"On {len(rows)} rows of published lists, against the best of {versions} in each row, fastbn is at least as fast in "
+        f"On {len(rows)} rows of published lists, against the best library of each row, fastbn is at least as fast in "
         f"{report.percent(share[0])}, twice as fast in {report.percent(share[1])} and five times as fast in "
-        f"{report.percent(share[2])} of rows. "
-        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {about['date'][:10]}."
+        f"{report.percent(share[2])} of rows. Not all libraries ran in all rows; of so many: {took_part}. "
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {about['date'][:10]}, "
+        f"load before {about['load']:.1f}."
     )
     return fill(words, 120, break_long_words=False, break_on_hyphens=False)
 

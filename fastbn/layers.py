@@ -57,9 +57,75 @@ class _Context(NamedTuple):
     communicator: Communicator | None  # of the processes that share the batch
 
 
-class _BatchNorm(FromOthers):
+class Layer:
+    """What all layers share: whether they train, and the state_dict."""
+
+    _keys: tuple[str, ...] = ("weight", "bias")
+    training: bool
+
+    def train(self, mode: bool = True) -> Self:
+        """Use the statistics of the input from now on, where there is a choice; a frozen layer stays frozen.
+
+        Parameters
+        ----------
+        mode : bool
+            False is the same as `eval`.
+
+        Returns
+        -------
+        The layer itself.
+        """
+        self.training = checks.switch("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Use running statistics from now on, where there are any.
+
+        Returns
+        -------
+        The layer itself.
+        """
+        return self.train(False)
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of the parameters and running statistics, under PyTorch's names.
+
+        Returns
+        -------
+        dict of str to ndarray
+        """
+        return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
+        """Load parameters and running statistics.
+
+        Parameters
+        ----------
+        state_dict : mapping of str to array_like
+            With the keys of `state_dict`; "num_batches_tracked" may be missing, as in old PyTorch files, and may have
+            the shape (1,).
+        strict : bool
+            Whether a missing or an unknown key is an error.
+
+        Returns
+        -------
+        LoadedKeys
+            The keys that were missing, and those that were not used.
+
+        Raises
+        ------
+        KeyError
+            If a key is missing or unknown, and strict.
+        TypeError, ValueError
+            If a shape does not fit or a value is no number. Nothing is loaded then.
+        """
+        return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
+
+
+class _BatchNorm(Layer, FromOthers):
     """What BatchNorm1d, 2d and 3d share; they differ in the numbers of axes they take."""
 
+    _keys = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     _ranks: tuple[int, ...] = ()
 
     def __init__(
@@ -309,30 +375,6 @@ class _BatchNorm(FromOthers):
             return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, from_output=from_output, out=out)
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
 
-    def train(self, mode: bool = True) -> Self:
-        """Use the batch's statistics from now on, and update the running ones; a frozen layer stays frozen.
-
-        Parameters
-        ----------
-        mode : bool
-            False is the same as `eval`.
-
-        Returns
-        -------
-        The layer itself.
-        """
-        self.training = checks.switch("mode", mode)
-        return self
-
-    def eval(self) -> Self:
-        """Use the running statistics from now on.
-
-        Returns
-        -------
-        The layer itself.
-        """
-        return self.train(False)
-
     def freeze(self, mode: bool = True) -> Self:
         """Use the running statistics in training too, and leave them and the parameters alone.
 
@@ -367,42 +409,6 @@ class _BatchNorm(FromOthers):
         for vector, value in ((self.weight, 1), (self.bias, 0)):
             if vector is not None:
                 vector[...] = value
-
-    _keys = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters and running statistics, under PyTorch's names.
-
-        Returns
-        -------
-        dict of str to ndarray
-        """
-        return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
-        """Load parameters and running statistics.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array_like
-            With the keys of `state_dict`; "num_batches_tracked" may be missing, as in old PyTorch files, and may have
-            the shape (1,).
-        strict : bool
-            Whether a missing or an unknown key is an error.
-
-        Returns
-        -------
-        LoadedKeys
-            The keys that were missing, and those that were not used.
-
-        Raises
-        ------
-        KeyError
-            If a key is missing or unknown, and strict.
-        TypeError, ValueError
-            If a shape does not fit or a value is no number. Nothing is loaded then.
-        """
-        return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
 
 
 def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -> LoadedKeys:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbn import checks, norms, variants
+from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
-from fastbn.layers import LoadedKeys, loaded
+from fastbn.layers import Layer
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
-    from typing_extensions import Self
 
 
-class _Layer:
-    """What all of these share: an activation, a dtype, what the last forward has saved, and the state_dict."""
+class _Layer(Layer):
+    """What all of these share: an activation, a dtype, and what the last forward has saved."""
 
-    _keys: tuple[str, ...] = ("weight", "bias")
     weight: Array | None
     bias: Array | None = None
 
@@ -121,64 +119,6 @@ class _Layer:
     @staticmethod
     def _has_residual(saved: Any) -> bool:
         return bool(getattr(saved, "has_residual", False) or getattr(getattr(saved, "saved", None), "has_residual", False))
-
-    def train(self, mode: bool = True) -> Self:
-        """Use the statistics of the input from now on, where there is a choice.
-
-        Parameters
-        ----------
-        mode : bool
-            False is the same as `eval`.
-
-        Returns
-        -------
-        The layer itself.
-        """
-        self.training = checks.switch("mode", mode)
-        return self
-
-    def eval(self) -> Self:
-        """Use running statistics from now on, where there are any.
-
-        Returns
-        -------
-        The layer itself.
-        """
-        return self.train(False)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters and running statistics, under PyTorch's names.
-
-        Returns
-        -------
-        dict of str to ndarray
-        """
-        return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
-        """Load parameters and running statistics.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array_like
-            With the keys of `state_dict`; "num_batches_tracked" may be missing.
-        strict : bool
-            Whether a missing or an unknown key is an error.
-
-        Returns
-        -------
-        LoadedKeys
-            The keys that were missing, and those that were not used.
-
-        Raises
-        ------
-        KeyError
-            If a key is missing or unknown, and strict.
-        TypeError, ValueError
-            If a shape does not fit or a value is no number. Nothing is loaded then.
-        """
-        own = {key: value for key in self._keys if (value := getattr(self, key)) is not None}
-        return loaded(own, state_dict, strict)
 
 
 def _affine(compute: np.dtype[Any], shape: int | tuple[int, ...], weight: bool, bias: bool) -> tuple[Array | None, Array | None]:
@@ -430,7 +370,7 @@ class LayerNorm(_Layer):
         dtype: DTypeLike = np.float32,
     ):
         super().__init__(activation, dtype)
-        self.normalized_shape = norms.row_shape(normalized_shape)
+        self.normalized_shape = norm_calls.row_shape(normalized_shape)
         self.eps: float | None = checks.number("eps", eps, 0.0)
         self.elementwise_affine = checks.switch("elementwise_affine", elementwise_affine)
         self.weight, self.bias = _affine(

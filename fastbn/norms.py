@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, core, functional, memory, parts
+from fastbn import checks, core, functional, parts
 from fastbn import threads as threading
-from fastbn.activations import Activation
 from fastbn.composed import update_running
-from fastbn.dtypes import DType
-from fastbn.environment import MOST_THREADS
 from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
+from fastbn.norm_calls import Call, on_backward, on_channels, on_rows, row_vector, targets, thread_count
 from fastbn.results import Function, Gradients, Saved
 
 
@@ -66,124 +64,6 @@ class SavedParts:
     has_residual: bool
 
 
-class Call(NamedTuple):
-    """One call, checked."""
-
-    kind: str
-    x: Array
-    dtype: DType
-    axis: int
-    shape: parts.Shape
-    threads: int
-    activation: Function = None
-    residual: Array | None = None
-    out: Array | None = None
-
-    def dense(self, a: Array) -> Array:
-        """`a`, of the shape of x, as (batch, outer, channels, inner) in the memory order of this call."""
-        if self.shape.direct and (a is self.x or self._lies_like_x(a)):
-            return self.shape.of(a)
-        order = self.shape.order
-        return np.ascontiguousarray(a if order is None else a.transpose(order)).reshape(self.shape.dims)
-
-    def _lies_like_x(self, a: Array) -> bool:
-        if a.strides == self.x.strides and a.flags.aligned:
-            return True
-        group = self.shape.group
-        own = parts.shape_of(a, self.axis, group) if self.kind not in ("layer_norm", "rms_norm") else parts.rows_of(a, a.ndim - self.axis)
-        return own.direct and own.order == self.shape.order and own.dims == self.shape.dims
-
-    def target(self, out: Array | None) -> tuple[Array, Array]:
-        """Where the kernel writes: the array, and the same as (batch, outer, channels, inner)."""
-        if self.shape.direct and out is not None and out.flags.writeable and self._lies_like_x(out):
-            return out, self.shape.of(out)
-        if self.shape.direct:
-            y = memory.empty_like(self.x)
-            return y, self.shape.of(y)
-        y = memory.empty_like(self.x)
-        order = self.shape.order
-        if order is None and y.flags.c_contiguous:
-            return y, self.shape.of(y)
-        return y, np.empty(self.shape.dims, self.x.dtype)
-
-    def deliver(self, y: Array, written: Array, out: Array | None) -> Array:
-        """The result: what was written, in the array that the caller gets."""
-        order = self.shape.order
-        if not np.may_share_memory(y, written):
-            seen = y if order is None else y.transpose(order)
-            seen[...] = written.reshape(seen.shape)
-        if out is None or out is y:
-            return y
-        out[...] = y
-        return out
-
-
-def thread_count(threads: object, op: str, nbytes: int) -> int:
-    """How many threads a call has: as many as it was given, or as are worth it."""
-    return threading.for_call(op, nbytes) if threads is None else checks.integer("threads", threads, 1, MOST_THREADS)
-
-
-def on_channels(
-    kind: str, x: object, layout: object, axis: object, activation: object, residual: object, out: object, threads: object, groups: object
-) -> tuple[Call, tuple[int, str]]:
-    """Check a call on images with channels; groups None are single channels."""
-    array, dtype = checks.array(x)
-    at = checks.channel(array, layout, axis)
-    if at == 0:
-        raise ValueError("axis must not be 0, which is the images'")
-    channels = checks.channels_of(array, at)
-    group = 1
-    if groups is not None:
-        n = checks.integer("num_groups", groups, 1)
-        if channels[0] % n:
-            raise ValueError(f"num_groups must divide the channels, and {channels[1]}, got num_groups={n}")
-        group = channels[0] // n
-    shape = parts.shape_of(array, at, group)
-    return _after(Call(kind, array, dtype, at, shape, 1), activation, residual, out, threads), channels
-
-
-def _rows(
-    kind: str, x: object, normalized_shape: object, activation: object, residual: object, out: object, threads: object
-) -> tuple[Call, tuple[int, ...]]:
-    """Check a call on rows, which are the last axes of x."""
-    array, dtype = checks.array(x)
-    shape = row_shape(normalized_shape)
-    if array.shape[max(array.ndim - len(shape), 0) :] != shape:
-        raise ValueError(f"x must have a shape that ends in normalized_shape, {shape}, got {array.shape}")
-    call = Call(kind, array, dtype, array.ndim - len(shape), parts.rows_of(array, len(shape)), 1)
-    return _after(call, activation, residual, out, threads), shape
-
-
-def row_shape(normalized_shape: object) -> tuple[int, ...]:
-    """Check the sizes of the last axes: an int or several."""
-    if isinstance(normalized_shape, (int, np.integer)) and not isinstance(normalized_shape, (bool, np.bool_)):
-        normalized_shape = (normalized_shape,)
-    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
-        raise TypeError(f"normalized_shape must be an int or a sequence of ints, got {checks.short(normalized_shape)}")
-    if not normalized_shape:
-        raise ValueError("normalized_shape must have at least one axis, got ()")
-    return tuple(checks.integer("normalized_shape", n, 0) for n in normalized_shape)
-
-
-def _after(call: Call, activation: object, residual: object, out: object, threads: object) -> Call:
-    """Check what follows the normalization."""
-    f = checks.activation(activation)
-    r = None if residual is None else checks.same("residual", residual, call.x)
-    target = checks.output(out, call.x, {"x": call.x, "residual": r})
-    n = thread_count(threads, "forward", call.x.nbytes)
-    return call._replace(activation=f, residual=r, out=target, threads=n)
-
-
-def _row_vector(name: str, v: object, shape: tuple[int, ...], compute: np.dtype[Any]) -> Array | None:
-    """Check a weight or a bias of rows; return it flat."""
-    if v is None:
-        return None
-    a = checks.real(name, v)
-    if a.shape != shape:
-        raise ValueError(f"{name} must have the shape of normalized_shape, {shape}, got {a.shape}")
-    return checks.vector(name, a.reshape(-1), (a.size, ""), compute)
-
-
 def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
     """Run a checked call."""
     if call.out is not None:
@@ -214,43 +94,6 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     wanted = checks.names("wrt", wrt, GRADIENTS)
     call, given, target = on_backward(kind, dy, x, saved, wanted, out, threads, saved.group)
     return _gradients(call, given, saved, wanted, target)
-
-
-def on_backward(
-    kind: str, dy: object, x: object, saved: Any, wanted: tuple[str, ...], out: object, threads: object, group: int
-) -> tuple[Call, Array, Array | None]:
-    """Check the arrays of a backward against what the forward has saved; with dy, and where dx goes."""
-    array, dtype = checks.array(x)
-    if saved.shape != array.shape:
-        raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
-    if saved.dtype != array.dtype:
-        raise TypeError(f"saved is of a forward whose x had dtype {saved.dtype}, but x has dtype {array.dtype}")
-    given = checks.same("dy", dy, array)
-    if "residual" in wanted and not saved.has_residual:
-        raise ValueError("wrt names 'residual', but the forward had none")
-    if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
-        raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
-    if out is not None and "x" not in wanted:
-        raise ValueError("out is where dx goes, but wrt does not name 'x'")
-    target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
-    rows = kind in ("layer_norm", "rms_norm")
-    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, group)
-    n = thread_count(threads, "backward", array.nbytes)
-    return Call(kind, array, dtype, saved.axis, shape, n, saved.activation), given, target
-
-
-def targets(
-    call: Call, dy: Array, wanted: tuple[str, ...], out: Array | None, active: bool
-) -> tuple[Array | None, Array | None, Array | None, Array | None]:
-    """Where dx and the residual's gradient go: each array, and the same as the kernel sees it, or None."""
-    dx = written = dresidual = written_residual = None
-    if "x" in wanted or ("residual" in wanted and active):
-        dx, written = call.target(out)
-    if "residual" in wanted and active:
-        dresidual, written_residual = call.target(None)
-    elif "residual" in wanted:  # the gradient of a sum is dy itself, unless dx is about to be written over it
-        dresidual = dy if out is None or not np.may_share_memory(out, dy) else core.copied(dy)
-    return dx, written, dresidual, written_residual
 
 
 def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...], out: Array | None) -> Gradients:
@@ -663,9 +506,9 @@ def _layer_norm(
     kind: str, x: Array, normalized_shape: Any, given: tuple[Any, ...], activation: Any, residual: Any, threads: Any, out: Any, keep: bool
 ) -> tuple[Array, SavedParts | None]:
     weight, bias, eps = given
-    call, shape = _rows(kind, x, normalized_shape, activation, residual, out, threads)
+    call, shape = on_rows(kind, x, normalized_shape, activation, residual, out, threads)
     compute = call.dtype.compute
-    w, b = _row_vector("weight", weight, shape, compute), _row_vector("bias", bias, shape, compute)
+    w, b = row_vector("weight", weight, shape, compute), row_vector("bias", bias, shape, compute)
     if eps is None:
         eps = _SMALLEST_STEP[call.dtype.storage]
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), kind == "layer_norm", compute, call.threads)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, core, functional, memory, norms, parts
+from fastbn import checks, core, functional, memory, norm_calls, parts
 from fastbn import threads as threading
 from fastbn.activations import Activation, Epilogue
 from fastbn.composed import split, update_running
@@ -134,7 +134,7 @@ def batch_channel_norm_forward(
     >>> fastbn.batch_channel_norm_backward(np.ones_like(x), x, saved).dmix
     array([0.])
     """
-    call, channels = norms.on_channels("batch_channel_norm", x, layout, axis, activation, residual, out, threads, 1)
+    call, channels = norm_calls.on_channels("batch_channel_norm", x, layout, axis, activation, residual, out, threads, 1)
     compute, wide = call.dtype.compute, np.dtype(np.float64)
     one = np.ones(channels[0])
     given = {"mix": mix, "weight": one if weight is None else weight, "bias": 0 * one if bias is None else bias}
@@ -169,7 +169,7 @@ def batch_channel_norm_forward(
 
 
 def _mixed(
-    call: norms.Call, running: tuple[Any, Any], affine: tuple[Array, Array, Array], eps: float, training: bool
+    call: norm_calls.Call, running: tuple[Any, Any], affine: tuple[Array, Array, Array], eps: float, training: bool
 ) -> tuple[SavedMix, Any]:
     """The statistics of a forward, and in training those of the batch as Stats."""
     axis, wide, stats = call.axis, np.dtype(np.float64), None
@@ -298,7 +298,7 @@ def batch_channel_norm_backward(
     if not isinstance(saved, SavedMix):
         raise TypeError(f"saved must be what batch_channel_norm_forward returned, got {type(saved).__name__}")
     wanted = checks.names("wrt", wrt, (*functional.GRADIENTS, "mix"))
-    call, given, target = norms.on_backward("batch_channel_norm", dy, x, saved, wanted, out, threads, 1)
+    call, given, target = norm_calls.on_backward("batch_channel_norm", dy, x, saved, wanted, out, threads, 1)
     call = call._replace(shape=call.shape._replace(group=1))
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
     compute = call.dtype.compute
@@ -310,11 +310,11 @@ def batch_channel_norm_backward(
 
 
 def _mixed_gradients(
-    call: norms.Call, dy: Array, saved: SavedMix, wanted: tuple[str, ...], out: Array | None
+    call: norm_calls.Call, dy: Array, saved: SavedMix, wanted: tuple[str, ...], out: Array | None
 ) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
     """Gradients of x and of the residual; and of weight, bias and mix."""
     shape, compute, active = call.shape, call.dtype.compute, saved.activation is not None
-    targets = norms.targets(call, dy, wanted, out, active)
+    targets = norm_calls.targets(call, dy, wanted, out, active)
     dx, written, dresidual, written_residual = targets
     if not call.x.size:
         zero = np.zeros(shape.channels)
@@ -418,7 +418,7 @@ def batch_renorm_forward(
     options: dict[str, Any] = {"layout": layout, "axis": axis}
     after: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "out": out}
     numbers: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training}
-    with threading.num_threads(norms.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
+    with threading.num_threads(norm_calls.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
         if not checks.switch("training", training):
             _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **numbers, **options, **after)
             return found[0], SavedRenorm(saved, None, None)
@@ -540,7 +540,7 @@ def batch_renorm_backward(
         raise TypeError(f"saved must be what batch_renorm_forward returned, got {type(saved).__name__}")
     wanted = checks.names("wrt", wrt, functional.GRADIENTS)
     both = saved.r is not None and "weight" in wanted and "bias" not in wanted
-    with threading.num_threads(norms.thread_count(threads, "backward", getattr(x, "nbytes", 0))):
+    with threading.num_threads(norm_calls.thread_count(threads, "backward", getattr(x, "nbytes", 0))):
         g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)
     if saved.r is None or saved.d is None or g.dweight is None or g.dbias is None or "weight" not in wanted:
         return g
@@ -621,7 +621,7 @@ def ghost_batch_norm_forward(
     numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
-    n = norms.thread_count(threads, "forward", array.nbytes)
+    n = norm_calls.thread_count(threads, "forward", array.nbytes)
     with threading.num_threads(n):
         if not checks.switch("training", training) or not array.size:
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
@@ -740,7 +740,7 @@ def ghost_batch_norm_backward(
         raise TypeError(f"saved must be what ghost_batch_norm_forward returned, got {type(saved).__name__}")
     array, _ = checks.array(x)
     given = checks.same("dy", dy, array)
-    with threading.num_threads(norms.thread_count(threads, "backward", array.nbytes)):
+    with threading.num_threads(norm_calls.thread_count(threads, "backward", array.nbytes)):
         if len(saved.saved) == 1:
             return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, out=out)
         if len(array) != sum(saved.sizes):

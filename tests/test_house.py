@@ -17,8 +17,8 @@ LIBRARY = ROOT / "fastbn"
 FILES = sorted(path for path in LIBRARY.rglob("*") if path.suffix in {".py", ".pyx", ".pxi", ".pxd", ".hpp", ".cpp"})
 # A room of its own with all the Numba kernels, and the text that all others are compared with.
 LONG_FILES = {"kernels/numba.py", "reference.py"}
-# Files that are to be cut: they may not grow.
-TOO_LONG = {"kernels/simd/run.pxi": 459, "norms.py": 467}
+# A file that is to be cut: it may not grow.
+TOO_LONG = {"kernels/simd/run.pxi": 459}
 MOST_LINES, MOST_IN_FUNCTION, MOST_PARAMETERS = 450, 60, 8
 DOCSTRING = re.compile(r'^[ \t]*[rf]?"""(?:[^"\\]|\\.|"(?!""))*"""[ \t]*$', re.MULTILINE)
 PYTHON_HEAD = re.compile(r"^(?P<indent>[ \t]*)(?:async[ ]+)?(?:def|cdef|cpdef)\b[^\n=:]*?(?P<name>\w+)\((?P<rest>.*)", re.MULTILINE)

@@ -29,6 +29,7 @@ ORDER = (
     {"parts"},
     {"core"},
     {"functional"},
+    {"norm_calls"},
     {"norms"},
     {"variants"},
     {"sync", "conventions", "nn"},
