@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import fastbn
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What brings a package that a block imports; all else comes with Python or NumPy.
@@ -41,8 +43,10 @@ def _imported(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if _blocks(page, "python")], ids=_name)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras' own conversion of torch tensors
 def test_every_block_of_python_runs(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     blocks = _blocks(page, "python")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")  # it would look for TensorFlow
     for package in sorted(_imported("\n".join(blocks)) & EXTRAS.keys()):
         pytest.importorskip(package, reason=f"{package} is not installed (pip install 'fastbn[{EXTRAS[package]}]')")
     monkeypatch.chdir(tmp_path)  # some write a file
@@ -98,6 +102,11 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 def test_every_file_of_the_repository_that_is_named_exists(page: Path) -> None:
     named = set(re.findall(r"`((?:docs|examples|tests|bench|fastbn)/[\w/.-]+\.\w+)`", page.read_text()))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    assert [name for name in fastbn.__all__ if not name.startswith("_") and f"::: fastbn.{name}\n" not in text] == []
 
 
 def test_guarantees_name_tests_that_exist() -> None:
