@@ -70,6 +70,29 @@ def test_forward_is_the_definition(kernel: Kernel, dtype: np.dtype[Any], norm: s
     assert y.strides == x.strides
 
 
+@pytest.mark.parametrize(("norm", "shape", "last"), CASES)
+def test_backward_is_that_of_float64(kernel: Kernel, dtype: np.dtype[Any], norm: str, shape: tuple[int, ...], last: bool) -> None:
+    x, dy, residual = (_random(shape, dtype, seed=s) for s in range(3))
+    if last:
+        x, dy, residual = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy, residual))
+    first, options, weight, bias = _arguments(norm, x, -1 if last else 1)
+    wrt = ("x", "weight", *(() if norm == "rms_norm" else ("bias",)), "residual")
+
+    def gradients(activation: str | None, *arrays: Array) -> list[Array]:
+        x, dy, residual, *affine = arrays
+        _, saved = getattr(fastbn, f"{norm}_forward")(x, *first, *affine, activation=activation, residual=residual, eps=1e-5, **options)
+        g = getattr(fastbn, f"{norm}_backward")(dy, x, saved, wrt=wrt)
+        return [a for a in (g.dx, g.dweight, g.dbias, g.dresidual) if a is not None]
+
+    arrays = (x, dy, residual, *_affine(norm, weight, bias))
+    for activation in (None, "silu"):
+        found = gradients(activation, *arrays)
+        with fastbn.use_kernel("reference"):
+            wanted = gradients(activation, *(a.astype(np.float64) for a in arrays))
+        for a, b in zip(found, wanted, strict=True):
+            assert np.abs(a.astype(np.float64) - b).max() <= TOLERANCE[dtype.name] * max(1, np.abs(b).max())
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("offset", [1e3, 1e6])
 @pytest.mark.parametrize("last", [False, True])
