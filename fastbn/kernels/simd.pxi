@@ -12,8 +12,9 @@ tiles.pxi        the numbers of the loops, and where a tile lies
 block_ops.pxi    what is summed and what is mapped, for one block
 planes.pxi, columns.pxi  the four loops
 fold.pxi         from sums to parameters: the one place that knows eps and momentum
+run.pxi          units of work, and whole calls
 parts.pxi, rows.pxi  whole calls where images, groups or rows have statistics of their own
-run.pxi          units of work, whole calls, and the table of them
+table.pxi        the table of whole calls that the module exports
 
 What is the same for every ISA is compiled once: the entry (call.hpp), how a call is cut (plan.hpp, _plan.pyx), NumPy's
 doors (_calls.pyx) and the pool.
@@ -70,3 +71,6 @@ include "simd/planes.pxi"
 include "simd/columns.pxi"
 include "simd/fold.pxi"
 include "simd/run.pxi"
+include "simd/parts.pxi"
+include "simd/rows.pxi"
+include "simd/table.pxi"

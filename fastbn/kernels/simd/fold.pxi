@@ -129,3 +129,21 @@ cdef void move_running(Call* job) noexcept nogil:
     """Move running statistics towards those that a forward has found; nothing that can fail comes after it."""
     move(job.running_mean, job.first, 1, job.channels, job.momentum)
     move(job.running_var, job.second, <double> job.outer * job.inner - job.correction, job.channels, job.momentum)
+
+
+cdef inline bint any_outside(const C* values, Py_ssize_t n, double limit) noexcept nogil:
+    """Whether any of several numbers is not between a limit and its reciprocal."""
+    cdef C high = <C> limit, low = <C> (0.5 / limit)
+    cdef Py_ssize_t c
+    cdef bint outside = False
+    for c in range(n):
+        outside |= (values[c] >= high) | (values[c] < low)
+    return outside
+
+
+cdef inline bint is_far(TypedCall[Op, T]* job) noexcept nogil:
+    """Whether a standard deviation is so far from 1 that a backward must be made of operations (`extremes.far_from_one`)."""
+    if T is double:
+        return any_outside(<const double*> job.invstd, job.channels, FAR_DOUBLE)
+    else:
+        return any_outside(<const float*> job.invstd, job.channels, FAR_FLOAT)
