@@ -124,6 +124,24 @@ def calls(place: Places, n: int, c: int, s: int, compute: np.dtype[Any], frozen:
         layer(x, out=x)
 
 
+def norms(place: Places, n: int, c: int, s: int, compute: np.dtype[Any]) -> None:
+    """The normalizations whose statistics are those of parts: of an image's channels, and of rows."""
+    for shape, layout in (((n, c, s), "channels_first"), ((n, s, c), "channels_last")):
+        x, dy, y, residual = (place(role, shape) for role in ("x", "dy", "y", "residual"))
+        x[0] = 3.0
+        w, b = (place(role, (c,), compute) for role in ("weight", "bias"))
+        v, d = (place(role, (shape[-1],), compute) for role in ("mean", "g"))
+        for activation, r in ((None, None), ("silu", residual)):
+            options: dict[str, Any] = {"activation": activation, "residual": r, "out": y}
+            of_channels = [(fastbn.group_norm_forward, fastbn.group_norm_backward, (groups,)) for groups in {1, c}]
+            if s > 1:
+                of_channels.append((fastbn.instance_norm_forward, fastbn.instance_norm_backward, (None, None)))
+            for forward, backward, first in of_channels:
+                backward(dy, x, forward(x, *first, w, b, layout=layout, **options)[1], out=y)
+            fastbn.layer_norm_backward(dy, x, fastbn.layer_norm_forward(x, shape[-1], v, d, **options)[1], out=y)
+            fastbn.rms_norm_backward(dy, x, fastbn.rms_norm_forward(x, shape[-1], v, **options)[1], wrt=("x", "weight"), out=y)
+
+
 def run(name: str, dtypes: list[str], plain: bool) -> None:
     """All shapes in all dtypes with one kernel: its operations, and the calls of a user with it pinned, or with none."""
     faulthandler.enable()
@@ -142,10 +160,13 @@ def run(name: str, dtypes: list[str], plain: bool) -> None:
                 print(name, dtype_name, "at the end" if at_end else "at the start", (n, c, s), flush=True)
                 if plain:
                     calls(place, n, c, s, compute, frozen)
+                    norms(place, n, c, s, compute)
                 else:
                     operations(kernel.module(), place, n, c, s, compute)
                     with fastbn.use_kernel(name):
                         calls(place, n, c, s, compute, frozen)
+                        if kernel.level is not None:  # the others have no loops of their own for these
+                            norms(place, n, c, s, compute)
     print("done")
 
 
