@@ -28,8 +28,8 @@ from bench.progress import each
 from bench.quota import quota
 from bench.quota import unavailable as no_quota
 
-CHANNELS, SIDE = 64, 28  # one image: 0.2 MB
-SIZES = (200, 800, 3200, 12800)  # kB of x
+CHANNELS, SIDE = 64, 28  # one image: 0.2 MB; of half the side where that is too much
+SIZES = (50, 200, 800, 3200, 12800, 51200)  # kB of x
 TURN = 10  # calls on one number of threads, before the next has its turn
 Call = Callable[[], object]
 
@@ -46,7 +46,8 @@ class Row(NamedTuple):
 
 def _operations(nbytes: int) -> dict[str, Call]:
     """The operations on an array of about so many bytes; outputs are there already where an operation takes them."""
-    shape = (max(1, round(nbytes / (4 * CHANNELS * SIDE * SIDE))), CHANNELS, SIDE, SIDE)
+    side = SIDE if nbytes >= 4 * CHANNELS * SIDE * SIDE // 2 else SIDE // 2
+    shape = (max(1, round(nbytes / (4 * CHANNELS * side * side))), CHANNELS, side, side)
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
     out, dx = np.empty_like(x), np.empty_like(x)
