@@ -22,11 +22,10 @@ from fastbn.tables import table
 from fastbn.torch.deferred import Input, Scope, Steps, Visit, is_scopes, settled
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours
-from fastbn.torch.graph import AROUND, CONVERTED, Part, check, norms, parts, traced
+from fastbn.torch.graph import AROUND, CONVERTED, STEPS, Part, check, norms, parts, traced
 from fastbn.torch.override import is_enabled, ready
 
 F = torch.nn.functional
-STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh)
 FUNCTIONS = {
@@ -46,7 +45,7 @@ class Converted:
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
         original: Any = super().forward  # type: ignore[misc]
-        steps: Steps = self.__dict__[STATE]
+        steps: Steps = self.__dict__[STEPS]
         visit = steps.visit()
         if visit is None:
             steps = steps.alone()
@@ -71,7 +70,7 @@ class Converted:
 
     def extra_repr(self) -> str:
         """As the layer's own, and what is expected to follow."""
-        state: Steps = self.__dict__[STATE]
+        state: Steps = self.__dict__[STEPS]
         names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
         of_layer: str = super().extra_repr()  # type: ignore[misc]
         return f"{of_layer}, fastbn={' + '.join(['batch_norm', *names])}"
@@ -209,7 +208,7 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
                 scope = scopes.setdefault(plan.within, Scope())
                 scope.places += plan.places
                 steps = steps._replace(scope=scope)
-            layer.__dict__[STATE] = steps
+            layer.__dict__[STEPS] = steps
             layer.__class__ = _class_of(layer.__class__)
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
@@ -248,7 +247,7 @@ def revert(model: nn.Module) -> int:
     layers = [layer for _, layer in norms(model) if isinstance(layer, Converted)]
     for layer in layers:
         layer.__class__ = _own_class(layer)
-        del layer.__dict__[STATE]
+        del layer.__dict__[STEPS]
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if is_scopes(hook)]:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from fastbn import sync
 from fastbn.layout import Array
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
-from fastbn.torch.graph import CONVERTED, check, is_batch_norm
+from fastbn.torch.graph import CONVERTED, STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
 
@@ -286,7 +286,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     def converted(layer: nn.Module) -> SyncBatchNorm:
         if layer not in made:
             new = made[layer] = SyncBatchNorm.__new__(SyncBatchNorm)
-            new.__dict__.update({key: value for key, value in layer.__dict__.items() if not key.startswith("_fastbn")})
+            new.__dict__.update({key: value for key, value in layer.__dict__.items() if key != STEPS})
             new.process_group, new.synchronize = process_group, True
         return made[layer]
 
