@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.jit import is_tracing
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 from fastbn.tables import table
-from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, deferred, settled
+from fastbn.torch.deferred import LAYERS as ACTIVATIONS
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, has_hooks, settled
 from fastbn.torch.derived import Derived, derive
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours, run
@@ -29,9 +30,9 @@ from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 
 F = torch.nn.functional
+jit: Any = torch.jit  # it has no types
 STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh)
 FUNCTIONS = {
     F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
     torch.sigmoid_, F.tanh, torch.tanh, torch.tanh_, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_",
@@ -62,6 +63,18 @@ class Converted(Derived):
         if alone or self._is_watched() or (visit := steps.visit()) is None:
             return run(a)
         return deferred(a, steps, visit)
+
+    def followed(self, x: Tensor, activation: Any) -> Any:
+        """What an activation makes of the output for an x that is the operators'."""
+        me: Any = self
+        modules: Any = torch_module  # it has no types
+        after, steps = builtin(activation), self.__dict__.get(STATE)
+        if after is None or steps is None or type(x) is not Tensor or type(self).forward is not Converted.forward:
+            return activation(me(x))
+        if has_hooks(self) or has_hooks(activation) or modules._has_any_global_hook() or me._compiled_call_impl is not None:
+            return activation(me(x))
+        a = _arguments(self, x, steps.from_output)
+        return activation(me(x)) if a is None else run(a._replace(activation=after))
 
     def _by_own_code(self, input: Tensor, steps: Steps) -> Any:  # noqa: A002
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
@@ -109,7 +122,7 @@ def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
         return None
     if type(training) is not bool or type(eps) is not float or eps <= 0 or not (momentum is None or type(momentum) is float):
         return None
-    if x.layout is not torch.strided or not x.is_cpu or has_torch_function((x, weight, bias, mean, var)) or is_tracing():
+    if x.layout is not torch.strided or not x.is_cpu or has_torch_function((x, weight, bias, mean, var)) or jit.is_tracing():
         return None
     for t in (weight, bias, mean, var):
         if t is not None and not (isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided):
@@ -246,6 +259,8 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
     for module, scope in scopes.items():
+        if type(module).forward is nn.Sequential.forward:
+            scope.pairs = _pairs(module, scope)
         module.__dict__[SCOPE] = scope
         module.__class__ = derive(Scoped, type(module))
     return Conversion(found)
@@ -283,6 +298,16 @@ def revert(model: nn.Module) -> int:
         for name in (STATE, SCOPE):
             module.__dict__.pop(name, None)
     return len(layers)
+
+
+def _pairs(module: Any, scope: Scope) -> set[str]:
+    """Names of batch norms of an nn.Sequential that run with the activation that comes next."""
+    found, children = set(), [*module._modules.items()]
+    for (name, layer), (_, after) in pairwise(children):
+        steps = layer.__dict__.get(STATE)
+        if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS:
+            found.add(name)
+    return found
 
 
 class _Plan(NamedTuple):
@@ -355,7 +380,7 @@ def _activation(part: Part, node: fx.Node) -> Any:
     """Class or function of a node that is an activation, or None."""
     layer = _module(part, node)
     if layer is not None:
-        return type(layer) if type(layer) in MODULES else None
+        return type(layer) if type(layer) in ACTIVATIONS else None
     return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
 
 

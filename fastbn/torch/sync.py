@@ -241,7 +241,7 @@ def unusual(layer: nn.Module) -> str:
     """Why a batch norm does something else than torch's, or nothing."""
     if isinstance(layer, _LazyNormBase):
         return "it is a lazy batch norm, which was never called: call the model once"
-    kind = own_class(layer)  # whose results a converted layer has
+    kind: Any = own_class(layer)  # whose results a converted layer has
     if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     return ""
