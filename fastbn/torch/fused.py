@@ -24,8 +24,8 @@ SMALLEST = 512 << 10
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        a = Arguments(*given)
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, others: Any) -> Tensor:
+        a = Arguments(x, residual, weight, bias, *others)
         found = attempt(a)
         y, saved = (a.composed(), None) if found is None else (found[0], found[1:])
         keep(ctx, a, y, saved)
@@ -36,7 +36,7 @@ class _Fused(torch.autograd.Function):
         a, y, saved = kept(ctx)
         wanted = ctx.needs_input_grad[:4]
         found = gradients_from_output(dy, y, a, saved, wanted) if a.x is None else gradients(dy, a, y, saved, wanted)
-        return *found, *(None,) * 7
+        return *found, None
 
 
 def is_ours(x: Tensor, least: int | None = None) -> bool:
@@ -45,7 +45,7 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
     Smaller tensors than `least` bytes, or `SMALLEST`, are not worth it.
     """
     least = SMALLEST if least is None else least
-    if not isinstance(x, Tensor) or x.is_nested or x.device.type != "cpu" or x.layout is not torch.strided:
+    if not isinstance(x, Tensor) or x.is_nested or not x.is_cpu or x.layout is not torch.strided:
         return False
     if x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
@@ -64,16 +64,18 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
 
 def run(a: Arguments) -> Tensor:
     """Compute it, where `is_ours` is true of x, and the arguments are usual."""
-    tensors = a.tensors()
     if a.activation.code == 0 and a.residual is None and not a.from_output and is_enabled():
         return a.composed()
     if torch.compiler.is_compiling():
         return in_graph(a)
-    if torch.overrides.has_torch_function((a.x, *tensors)):
+    tensors = a[:6]
+    if torch.overrides.has_torch_function(tensors):
         return a.composed()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (a.x, *tensors)):
-        y: Tensor = _Fused.apply(*a)  # type: ignore[no-untyped-call, unused-ignore]
-        return y
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                y: Tensor = _Fused.apply(*a[:4], a[4:])  # type: ignore[no-untyped-call, unused-ignore]
+                return y
     found = attempt(a)
     return a.composed() if found is None else found[0]
 
