@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from fastbn import sync
 from fastbn.layout import Array
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
-from fastbn.torch.graph import CONVERTED, STEPS, check, is_batch_norm
+from fastbn.torch.derived import own_class
+from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
 
@@ -240,7 +241,7 @@ def unusual(layer: nn.Module) -> str:
     """Why a batch norm does something else than torch's, or nothing."""
     if isinstance(layer, _LazyNormBase):
         return "it is a lazy batch norm, which was never called: call the model once"
-    kind = getattr(type(layer), CONVERTED, type(layer))  # whose results a converted layer has
+    kind: Any = own_class(layer)  # whose results a converted layer has
     if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     return ""
