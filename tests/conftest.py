@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start what runs beside the tests."""
-    if not session.config.option.collectonly:
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):  # workers of pytest-xdist have cores enough
         wanted = [mark.kwargs["errand"] for item in session.items for mark in item.iter_markers("beside")]
         if wanted:
             from beside import Errands
@@ -125,7 +125,8 @@ def _same_fastbn_in_other_processes(tmp_path_factory: pytest.TempPathFactory) ->
 def beside(request: pytest.FixtureRequest) -> Any:
     """What the errand that a test is marked with has returned."""
     (mark,) = request.node.iter_markers("beside")
-    return request.config.stash[ERRANDS].futures[mark.kwargs["errand"]].result()
+    errands = request.config.stash.get(ERRANDS, None)
+    return mark.kwargs["errand"]() if errands is None else errands.futures[mark.kwargs["errand"]].result()
 
 
 @pytest.fixture(params=[kernel for kernel in TABLE if not kernel.unusable()], ids=lambda kernel: kernel.name)
