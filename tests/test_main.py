@@ -315,7 +315,8 @@ def test_onnx_writes_the_folded_model(model, tmp_path, capsys, rewrite):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["missing.onnx"], ["{model}", "--seconds", "-1"], ["{model}", "--seconds", "0", "--fold", "missing/out.onnx"]]
+    "arguments", [["missing.onnx"], ["{model}", "--seconds", "-1"], ["{model}", "--seconds", "0", "--fold", "missing/out.onnx"],
+        ["{model}", "--fold", "{model}"], ["{model}", "--fold", "."]]
 )
 def test_onnx_says_in_a_line_what_is_wrong(model, capsys, arguments):
     assert main(["onnx", *(argument.format(model=model) for argument in arguments)]) == 1
