@@ -100,7 +100,8 @@ def test_reestimate_dask():
 
 def test_federated_flower():
     pytest.importorskip("flwr", reason="needs Flower (300 MB)")
-    printed = subprocess.run([sys.executable, EXAMPLES / "federated_flower.py"], check=True, capture_output=True, text=True, env=ENVIRONMENT)
+    command = [sys.executable, EXAMPLES / "federated_flower.py"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT)
     off = re.fullmatch(r" *merged: mean off by (\S+), variance by (\S+) of it\n averaged: .*, variance by 4.*\n", printed.stdout)
     assert off is not None
     assert float(off[1]) < 1e-6
