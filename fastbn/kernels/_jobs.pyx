@@ -15,7 +15,8 @@ from fastbn.kernels._call cimport DONE, FLOAT64, LEFT, NO_MEMORY, Call, Kernels,
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, scratch
 
 cdef extern from "jobs.hpp" namespace "fastbn" nogil:
-    const size_t JOB_BYTES
+    enum:
+        JOB_WORDS, JOB_BYTES
 
     cppclass Key:
         int64_t kind, dtype, outer, channels, inner, threads, activation, fresh, kept, residual, dresidual, undone
@@ -110,37 +111,11 @@ cdef bint is_fresh(const Call* call, int64_t dy) noexcept nogil:
     return second == 0 or ((second - out) % 64 == 0 and second != x and second != dy and second != residual)
 
 
-cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noexcept nogil:
-    """Run a job of a kind; `found` is its head, before and after. Scratch memory, and `room` bytes behind the job's, are the caller's to end."""
-    cdef Key key
-    cdef Template* t
-    cdef char[2048] job
-    cdef Head* head = <Head*> job
-    cdef Tail* tail
-    cdef char* memory
-    cdef uint32_t mode
-    cdef bint gradient = kind >= GRAD_SUMS
-    cdef int64_t dy = at(call.dy) if gradient else 0, after = 0
-    cdef bint fresh = is_fresh(call, dy)
-    if kind == BACKWARD and fresh and call.activation.is_smooth() and call.dtype <= FLOAT64:  # 16 bits would lose digits
-        after = at(call.dresidual if call.dresidual != NULL else call.out)
-    key.kind, key.dtype, key.threads, key.activation = kind, call.dtype, call.threads, call.activation.kind
-    key.outer, key.channels, key.inner = call.outer, call.channels, call.inner
-    key.fresh, key.kept, key.residual, key.dresidual = fresh, after != 0, call.residual != NULL, call.dresidual != NULL
-    key.undone = call.from_output
-    t = place_of(key)
-    if (t.generation != generation or not t.key == key) and not learn(t, &key):
-        return NO_MEMORY
-    if call.frozen and kind != GRAD_SUMS:
-        room += 16 * call.channels
-    memory = <char*> scratch(t.scratch_bytes + room)
-    if memory == NULL:
-        return NO_MEMORY
-    if more != NULL:
-        more[0] = memory + t.scratch_bytes
-    memcpy(job, t.job, t.job_bytes)
-    head.x, head.dy, head.dz, head.out = at(call.x), dy, after if after != 0 else dy, at(call.out)
-    head.residual, head.dresidual, head.kept, head.scratch = at(call.residual), at(call.dresidual), after, at(memory)
+cdef void enter(const Call* call, int kind, int64_t kept, Head* head) noexcept nogil:
+    """What differs from call to call; what the call does not bring stays in scratch memory."""
+    cdef int64_t dy = at(call.dy) if kind >= GRAD_SUMS else 0
+    head.x, head.dy, head.dz, head.out, head.kept = at(call.x), dy, kept if kept != 0 else dy, at(call.out), kept
+    head.residual, head.dresidual = at(call.residual), at(call.dresidual)
     head.weight, head.bias = at(call.weight), at(call.bias)
     head.mean, head.mean_lo, head.invstd, head.var = at(call.mean), at(call.mean_lo), at(call.invstd), at(call.var)
     if call.scale != NULL:
@@ -153,21 +128,49 @@ cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noe
         head.second = at(call.second)
     if call.low != NULL:
         head.low = at(call.low)
-    if call.g0 != NULL:
-        head.offset, head.slope = at(call.g0), at(call.g1)
     if kind == FORWARD:
         head.running_mean, head.wide_mean = at(call.running_mean.data), call.running_mean.is_double
         head.running_var, head.wide_var = at(call.running_var.data), call.running_var.is_double
-    if call.frozen and kind != GRAD_SUMS:
-        set_constants(call, kind, head, memory + t.scratch_bytes)
+
+
+cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noexcept nogil:
+    """Run a job of a kind; `found` is its head, afterwards. Scratch memory, with `room` bytes at `more`, is the caller's to end."""
+    cdef Key key
+    cdef Template* t
+    cdef int64_t[JOB_WORDS] words
+    cdef char* job = <char*> words
+    cdef Tail* tail
+    cdef char* memory
+    cdef uint32_t mode
+    cdef int64_t kept = 0
+    cdef bint fresh = is_fresh(call, at(call.dy) if kind >= GRAD_SUMS else 0), frozen = call.frozen and kind != GRAD_SUMS
+    if kind == BACKWARD and fresh and call.activation.is_smooth() and call.dtype <= FLOAT64:  # 16 bits would lose digits
+        kept = at(call.dresidual if call.dresidual != NULL else call.out)
+    key.kind, key.dtype, key.threads, key.activation = kind, call.dtype, call.threads, call.activation.kind
+    key.outer, key.channels, key.inner = call.outer, call.channels, call.inner
+    key.fresh, key.kept, key.residual, key.dresidual = fresh, kept != 0, call.residual != NULL, call.dresidual != NULL
+    key.undone = call.from_output
+    t = place_of(key)
+    if (t.generation != generation or not t.key == key) and not learn(t, &key):
+        return NO_MEMORY
+    memory = <char*> scratch(t.scratch_bytes + room + (16 * call.channels if frozen else 0))
+    if memory == NULL:
+        return NO_MEMORY
+    if more != NULL:
+        more[0] = memory + t.scratch_bytes
+    memcpy(job, t.job, t.job_bytes)
+    enter(call, kind, kept, <Head*> job)
+    (<Head*> job).scratch = at(memory)
+    if frozen:
+        set_constants(call, kind, <Head*> job, memory + t.scratch_bytes)
     tail = <Tail*> (job + t.job_bytes - sizeof(Tail))
     tail.eps, tail.momentum, tail.correction, tail.parameter = call.eps, call.momentum, call.correction, call.activation.parameter
     mode = enter_default_mode()
     t.run(job)
     leave_default_mode(mode)
     if found != NULL:
-        found[0] = head[0]
-    return LEFT if head.unusual else DONE
+        found[0] = (<Head*> job)[0]
+    return LEFT if (<Head*> job).unusual else DONE
 
 
 cdef Status stats(Call* call) noexcept nogil:

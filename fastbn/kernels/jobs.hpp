@@ -21,7 +21,7 @@ struct Key {
     }
 };
 
-constexpr std::size_t JOB_BYTES = 1024;  // at most
+enum { JOB_WORDS = 128, JOB_BYTES = 8 * JOB_WORDS };  // at most
 
 // The job of such calls, the function that runs it, and the scratch memory that this needs.
 struct Template {

@@ -1036,7 +1036,8 @@ class _Call:
         if kind == BACKWARD and x.itemsize >= 4 and activation is not None and activation.costly and fresh:
             after = second or to
         template = _template(
-            kind, x.shape, _storage(x.dtype), threads, fresh, bool(after), activation, residual is not None, dresidual is not None, bool(undone),
+            kind, x.shape, _storage(x.dtype), threads, fresh, bool(after), activation, residual is not None, dresidual is not None,
+            bool(undone),
         )  # fmt: skip
         self.job = job = Job.from_buffer_copy(template.job)
         self.activation, self.function = activation, _entry(template.run)
@@ -1148,9 +1149,8 @@ def _job_for(
     dresidual: bool, undone: bool,
 ) -> tuple[bytes, int, int]:  # fmt: skip
     after = _BuiltIn(tuple(FUNCTIONS)[activation - 1], 0.0, activation) if activation else None
-    found = _template(
-        kind, (outer, channels, inner), _STORAGES[dtype], threads, bool(fresh), bool(kept), after, bool(residual), bool(dresidual), bool(undone)
-    )
+    shape, flags = (outer, channels, inner), map(bool, (residual, dresidual, undone))
+    found = _template(kind, shape, _STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
     return bytes(found.job), found.run, found.scratch
 
 
