@@ -145,7 +145,7 @@ def modules() -> list[Extension]:
         return []
     os.environ["CXX"] = shlex.join(compiler)
     common = [extension("_pool", [], ("pool.cpp", "scratch.cpp")), *(extension(name, []) for name in ("_cpu", "_plan", "_calls"))]
-    door = extension("_door", [], ("door.cpp", "attempt.cpp", "stable.cpp"), "fastbn/torch")
+    door = extension("_door", [], ("door.cpp", "attempt.cpp", "parts.cpp", "stable.cpp"), "fastbn/torch")
     door.extra_link_args.append("-ldl")
     return [*common, door, *(extension(name, flags) for name, flags in LEVELS.items())]
 

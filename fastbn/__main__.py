@@ -322,14 +322,14 @@ def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: 
         import fastbn.onnx as models
 
         report = models.check(path, seconds=seconds)
-        written = None if folded is None else models.fold(path, rewrite).SerializeToString()
+        smaller = None if folded is None else models.fold(path, rewrite)
     except (ImportError, ValueError) as error:
         print(f"python -m fastbn: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-    if folded is not None and written is not None:
+    if folded is not None and smaller is not None:
         try:
-            Path(folded).write_bytes(written)
+            models.protos.write(smaller, Path(folded))
         except OSError as error:
             print(f"python -m fastbn: {error}", file=sys.stderr)
             return 1

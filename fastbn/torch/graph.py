@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import checkpoint
 
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
-CONVERTED = "_fastbn_converted"  # of the class of a converted layer: the class that the layer had
+STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 
 
 def check(model: object) -> None:
