@@ -252,3 +252,4 @@ cdef object in_memory(cnp.ndarray a, tuple dims):
 
 include "parts_door.pxi"
 include "plain.pxi"
+include "plain_parts.pxi"
