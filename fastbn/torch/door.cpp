@@ -90,7 +90,7 @@ Slot handed(const Held& result) {
 
 Mask mask_in(Slot slot) {
     Mask wanted{};
-    if (!read_mask(slot, wanted)) throw std::runtime_error("fastbn cannot read output_mask");
+    if (!read_mask(slot, wanted)) throw std::runtime_error("output_mask must have 3 elements");
     return wanted;
 }
 

@@ -1,4 +1,4 @@
-"""Rows, along which the weights run: layer normalization. Sums are those of planes, in a loop without their cases; the map is of its own."""
+"""Rows, along which the weights run: layer normalization. Sums are those of planes, in a loop without their cases; the map is its own."""
 
 cdef enum:
     ROWS = 8             # rows at most that are summed before they are mapped: the last steps of their sums go on at once
