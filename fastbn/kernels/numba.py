@@ -1141,7 +1141,10 @@ class _BuiltIn(NamedTuple):
     parameter: float
     code: int
 
-    custom = False
+    @property
+    def custom(self) -> bool:
+        """False: a function of the user's has no code."""
+        return False
 
 
 def _job_for(
