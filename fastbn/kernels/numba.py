@@ -1141,7 +1141,10 @@ class _BuiltIn(NamedTuple):
     parameter: float
     code: int
 
-    custom = False
+    @property
+    def custom(self) -> bool:
+        """False: a function of the user's has no code."""
+        return False
 
 
 def _job_for(
@@ -1163,6 +1166,11 @@ else:
     plain_stats, plain_inference, plain_forward, plain_backward = (
         _doors.plain_stats, _doors.plain_inference, _doors.plain_forward, _doors.plain_backward,
     )  # fmt: skip
+
+    def plain_parts_forward(*_: Any) -> None:
+        """None: normalizations of parts are made of the operations."""
+
+    plain_parts_backward = plain_parts_forward
 
     def prepared(mean: Array, scale: Array, shift: Array, activation: Any, sample: Array, axis: int) -> Any:
         """A call of `normalize` with fixed parameters; None for a function of the user's."""
