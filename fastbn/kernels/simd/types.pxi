@@ -100,7 +100,6 @@ cdef extern from "simd/types.hpp" nogil:
         double *dots
         void *grad_offset
         void *grad_slope
-        double *invstds
         double *expanded
         Py_ssize_t planes, period
         void *plane_mean
