@@ -66,6 +66,12 @@ class SavedParts:
     has_residual: bool
 
 
+def _doors(x: object, threads: object) -> Any:
+    """The doors for plain arrays like x; None where there are none for parts, or a call says how many threads it has."""
+    doors = core.doors(x) if threads is None else None
+    return doors if hasattr(doors, "plain_parts_forward") else None
+
+
 class _Plain(NamedTuple):
     """A call as a user gives it, for the door of plain arrays.
 
@@ -88,7 +94,7 @@ class _Plain(NamedTuple):
 
     def forward(self, keep: bool) -> tuple[Array, SavedParts | None] | None:
         """Run it by the door; None where anything is unusual."""
-        doors = core.doors(self.x) if self.threads is None else None
+        doors = _doors(self.x, self.threads)
         if doors is None:
             return None
         f = None if self.activation is None else checks.activation(self.activation)
@@ -153,7 +159,7 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     if not isinstance(saved, SavedParts) or saved.kind != kind:
         got = f"one of {saved.kind}" if isinstance(saved, SavedParts) else type(saved).__name__
         raise TypeError(f"saved must be what {kind}_forward returned, got {got}")
-    if threads is None and (doors := core.doors(x)) is not None:
+    if (doors := _doors(x, threads)) is not None:
         vectors = saved.mean, saved.mean_lo, saved.invstd, saved.weight, saved.bias
         how = saved.shape, saved.dtype, saved.axis, saved.group, saved.activation, saved.residual, saved.has_residual
         found = doors.plain_parts_backward(kind, x, dy, vectors, how, wrt, out)
