@@ -330,6 +330,17 @@ def test_onnx_says_in_a_line_what_is_wrong_before_it_measures(model, capsys, arg
     assert model.read_bytes() == before
 
 
+def test_onnx_does_not_write_over_the_tensors_of_the_model(model, capsys):
+    import onnx
+
+    large = model.with_name("large.onnx")
+    onnx.save(onnx.load(model), large, save_as_external_data=True, location="out.onnx.data", size_threshold=0)
+    tensors = model.with_name("out.onnx.data").read_bytes()
+    assert main(["onnx", str(large), "--fold", str(model.with_name("out.onnx"))]) == 1
+    assert "--fold must be a file whose tensors are not the model's" in capsys.readouterr().err
+    assert model.with_name("out.onnx.data").read_bytes() == tensors
+
+
 def test_onnx_refuses_options_that_do_nothing(model, capsys):
     for arguments in (["onnx", str(model), "--rewrite"], ["verify", "--fold", "x"], ["onnx"]):
         with pytest.raises(SystemExit) as end:
