@@ -342,13 +342,13 @@ def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: 
 
 def _unwritable(model: Path, folded: Path) -> str:
     """Why the folded model cannot have this name; looked for before anything is measured."""
+    if folded.is_dir() or not folded.parent.is_dir():
+        return f"--fold must be a file in a folder that exists: {folded}"
     if folded.exists() and model.exists() and folded.samefile(model):
         return f"--fold must be another file than the model: {folded}"
     data = folded.with_name(f"{folded.name}.data")  # where tensors go that are too large for one file
     if data.exists() and model.exists() and data.parent.samefile(model.parent) and data.name.encode() in model.read_bytes():
         return f"--fold must be a file whose tensors are not the model's: {data}"
-    if folded.is_dir() or not folded.parent.is_dir():
-        return f"--fold must be a file in a folder that exists: {folded}"
     return ""
 
 
