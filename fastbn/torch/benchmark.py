@@ -31,7 +31,8 @@ class Benchmark(NamedTuple):
     step : dict of str to float
         Milliseconds of a step by "torch" and by "fastbn": the median.
     batch_norm : dict of str to float
-        Milliseconds of a step that batch norm takes, by torch's profiler; instance, group and layer norm are in it.
+        Milliseconds of a step that batch norm takes: its share by torch's profiler, of the median; instance, group and layer norm
+        are in it.
     noise : float
         Half of what lies between the quartiles of a step, over the median; of the noisier side.
     steps : int
@@ -133,10 +134,11 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
                 samples[side] += list(_times(steps[side], TURN))[1:]
         for side in SIDES:
             choose(side == "fastbn")
-            spent[side] = _profiled(steps[side])
+            spent[side] = _share(steps[side])
     noise = max((high - low) / 2 / middle for low, middle, high in (quantiles(times, n=4) for times in samples.values()))
     medians = {side: 1000 * median(times) for side, times in samples.items()}
-    return Benchmark(medians, spent, noise, len(samples["fastbn"]), declined)
+    batch_norm = {side: medians[side] * spent[side] for side in SIDES}
+    return Benchmark(medians, batch_norm, noise, len(samples["fastbn"]), declined)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -173,9 +175,11 @@ def _times(step: Callable[[], None], count: int) -> Iterator[float]:
         yield perf_counter() - start
 
 
-def _profiled(step: Callable[[], None]) -> float:
-    """Milliseconds of normalization in one step."""
+def _share(step: Callable[[], None]) -> float:
+    """The part of a step that is normalization; of the very steps that are profiled, which take longer and may be disturbed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
+        start = perf_counter()
         for _ in range(PROFILED):
             step()
-    return float(sum(event.cpu_time_total for event in found.key_averages() if event.key in OPERATORS)) / 1000 / PROFILED
+        end = perf_counter()
+    return float(sum(event.cpu_time_total for event in found.key_averages() if event.key in OPERATORS)) / 1e6 / (end - start)

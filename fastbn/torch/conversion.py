@@ -8,27 +8,30 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections import Counter
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import has_torch_function
 
 from fastbn.tables import table
-from fastbn.torch.deferred import Input, Scope, Steps, Visit, is_scopes, settled
+from fastbn.torch.deferred import LAYERS as ACTIVATIONS
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, has_hooks, settled
+from fastbn.torch.derived import Derived, derive
 from fastbn.torch.folding import LAYERS, changed
-from fastbn.torch.fused import is_ours
-from fastbn.torch.graph import AROUND, CONVERTED, Part, check, norms, parts, traced
+from fastbn.torch.fused import is_ours, run
+from fastbn.torch.graph import AROUND, STEPS, Part, check, norms, parts, traced
+from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 
 F = torch.nn.functional
-STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow
+jit: Any = torch.jit  # it has no types
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.SiLU, nn.GELU, nn.Sigmoid, nn.Tanh)
 FUNCTIONS = {
     F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
     torch.sigmoid_, F.tanh, torch.tanh, torch.tanh_, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_",
@@ -40,13 +43,41 @@ INPLACE = {name for i_name in dir(operator) if f"__{i_name}__" in dir(operator) 
 FRESH = {F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}  # return nobody else's memory
 
 
-class Converted:
+class Converted(Derived):
     """What converted layers have in common."""
 
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
+        """Normalize, or return what stands for that."""
+        steps: Steps | None = self.__dict__.get(STEPS)
+        if steps is None:  # somebody has made another layer of the same class
+            return super().forward(input)  # type: ignore[misc]
+        if not steps.plain or type(input) is not Tensor or torch.compiler.is_compiling():
+            return self._by_own_code(input, steps)
+        a = _arguments(self, input, steps.from_output)
+        if a is None:
+            return self._by_own_code(input, steps)
+        alone = not (steps.sum or steps.activation)
+        if (alone and not steps.from_output and is_enabled()) or not is_ours(input):
+            return torch.batch_norm(input, a.weight, a.bias, a.mean, a.var, a.training, a.momentum, a.eps, True)
+        if alone or self._is_watched() or (visit := steps.visit()) is None:
+            return run(a)
+        return deferred(a, steps, visit)
+
+    def followed(self, x: Tensor, activation: Any) -> Any:
+        """What an activation makes of the output for an x that is the operators'."""
+        me: Any = self
+        modules: Any = torch_module  # it has no types
+        after, steps = builtin(activation), self.__dict__.get(STEPS)
+        if after is None or steps is None or type(x) is not Tensor or type(self).forward is not Converted.forward:
+            return activation(me(x))
+        if has_hooks(self) or has_hooks(activation) or modules._has_any_global_hook() or me._compiled_call_impl is not None:
+            return activation(me(x))
+        a = _arguments(self, x, steps.from_output)
+        return activation(me(x)) if a is None else run(a._replace(activation=after))
+
+    def _by_own_code(self, input: Tensor, steps: Steps) -> Any:  # noqa: A002
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
         original: Any = super().forward  # type: ignore[misc]
-        steps: Steps = self.__dict__[STATE]
         visit = steps.visit()
         if visit is None:
             steps = steps.alone()
@@ -60,43 +91,55 @@ class Converted:
     def _is_ours(self, x: Any, steps: Steps) -> bool:
         if torch.compiler.is_compiling():
             return isinstance(x, Tensor) and is_ours(x)
-        me: Any = self
-        modules: Any = torch_module  # it has no types
         if type(x) is not Tensor or (is_enabled() and not (steps.sum or steps.activation or steps.from_output)):
             return False
-        # A hook wants tensors.
-        if me._forward_hooks or me._backward_hooks or me._backward_pre_hooks or modules._has_any_global_hook():
-            return False
-        return is_ours(x)
+        return not self._is_watched() and is_ours(x)
+
+    def _is_watched(self) -> bool:
+        """Whether a hook wants tensors."""
+        me: Any = self
+        modules: Any = torch_module  # it has no types
+        return bool(me._forward_hooks or me._backward_hooks or me._backward_pre_hooks) or modules._has_any_global_hook()
 
     def extra_repr(self) -> str:
         """As the layer's own, and what is expected to follow."""
-        state: Steps = self.__dict__[STATE]
-        names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
         of_layer: str = super().extra_repr()  # type: ignore[misc]
+        state: Steps = self.__dict__.get(STEPS, Steps())
+        names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
         return f"{of_layer}, fastbn={' + '.join(['batch_norm', *names])}"
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A pickle names the layer's own class, of which this one is derived again."""
-        made: Any = super().__reduce_ex__(max(protocol, 2))
-        return _empty, (_own_class(self),), *made[2:]
 
-
-@functools.cache
-def _class_of(kind: Any) -> type:
-    same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (Converted, kind), same | {CONVERTED: kind})
-
-
-def _own_class(layer: Any) -> type:
-    own: type = type(layer).__bases__[1]
-    return own
-
-
-def _empty(kind: type) -> Any:
-    """A converted layer of a class, for a pickle."""
-    derived: Any = _class_of(kind)
-    return derived.__new__(derived)
+def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
+    """What torch's own code of a layer calls batch norm with, once it has counted the batch; None for all that is unusual."""
+    state = layer.__dict__
+    try:
+        training, momentum, eps, tracked = state["training"], state["momentum"], state["eps"], state["track_running_stats"]
+        weight, bias = state["_parameters"]["weight"], state["_parameters"]["bias"]
+        buffers = state["_buffers"]
+        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    except KeyError:
+        return None
+    if type(training) is not bool or type(eps) is not float or eps <= 0 or not (momentum is None or type(momentum) is float):
+        return None
+    if x.layout is not torch.strided or not x.is_cpu or has_torch_function((x, weight, bias, mean, var)) or jit.is_tracing():
+        return None
+    for t in (weight, bias, mean, var):
+        if t is not None and not (isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided):
+            return None
+    layer._check_input_dim(x)
+    of_batch = training or (mean is None and var is None)
+    if (of_batch and x.numel() == x.shape[1]) or (mean is None) != (var is None):
+        return None
+    if mean is not None and (mean.requires_grad or var.requires_grad):
+        return None
+    factor = 0.0 if momentum is None else momentum
+    if training and tracked and count is not None:
+        count.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(count)
+    if training and not tracked:
+        mean = var = None
+    return Arguments(x, None, weight, bias, mean, var, of_batch, factor, eps, IDENTITY, from_output)
 
 
 class Layer(NamedTuple):
@@ -201,21 +244,24 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
         plan = _Plan(why=why)
         if not why:
             plan = plans.get(id(layer), _NOBODY) if inner.fits_outside else inner
+            plain = inner.steps.plain
             if not fuse:
                 plan = _Plan(why="it was not asked for", steady=plan.steady and not plan.names)
             keeps_output = inplace_abn and plan.steady and inner.fits_outside
-            steps = plan.steps._replace(from_output=keeps_output)
+            steps = plan.steps._replace(from_output=keeps_output, plain=plain)
             if steps.outside and plan.within is not None:
                 scope = scopes.setdefault(plan.within, Scope())
                 scope.places += plan.places
                 steps = steps._replace(scope=scope)
-            layer.__dict__[STATE] = steps
-            layer.__class__ = _class_of(layer.__class__)
+            layer.__dict__[STEPS] = steps
+            layer.__class__ = derive(Converted, type(layer))
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
     for module, scope in scopes.items():
-        module.register_forward_pre_hook(scope.enter, prepend=True)
-        module.register_forward_hook(scope.leave, prepend=True, always_call=True)
+        if type(module).forward is nn.Sequential.forward:
+            scope.pairs = _pairs(module, scope)
+        module.__dict__[SCOPE] = scope
+        module.__class__ = derive(Scoped, type(module))
     return Conversion(found)
 
 
@@ -246,15 +292,21 @@ def revert(model: nn.Module) -> int:
     """
     check(model)
     layers = [layer for _, layer in norms(model) if isinstance(layer, Converted)]
-    for layer in layers:
-        layer.__class__ = _own_class(layer)
-        del layer.__dict__[STATE]
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if is_scopes(hook)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+    for module in (*layers, *(module for module in model.modules() if isinstance(module, Scoped))):
+        module.__class__ = type(module).__bases__[1]
+        for name in (STEPS, SCOPE):
+            module.__dict__.pop(name, None)
     return len(layers)
+
+
+def _pairs(module: Any, scope: Scope) -> set[str]:
+    """Names of batch norms of an nn.Sequential that run with the activation that comes next."""
+    found, children = set(), [*module._modules.items()]
+    for (name, layer), (_, after) in pairwise(children):
+        steps = layer.__dict__.get(STEPS)
+        if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS:
+            found.add(name)
+    return found
 
 
 class _Plan(NamedTuple):
@@ -283,7 +335,7 @@ def _refuses(layer: Any) -> tuple[str, _Plan]:
     if why := changed(layer):
         return f"it {why}", _NOBODY
     if type(layer).forward is _BatchNorm.forward:
-        return "", _Plan(fits_outside=True)
+        return "", _Plan(steps=Steps(plain=True), fits_outside=True)
     part = traced(layer)
     inside = [node for node in part.nodes if node.target is F.batch_norm] if part else []
     if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
@@ -327,7 +379,7 @@ def _activation(part: Part, node: fx.Node) -> Any:
     """Class or function of a node that is an activation, or None."""
     layer = _module(part, node)
     if layer is not None:
-        return type(layer) if type(layer) in MODULES else None
+        return type(layer) if type(layer) in ACTIVATIONS else None
     return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
 
 

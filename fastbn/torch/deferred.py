@@ -6,12 +6,15 @@
   worth it.
 - Nothing waits but inside a call of the module whose code holds the batch norm and what follows it (`Scope`). The call ends
   with all computed, what it returns and what nobody asked for.
+- In an `nn.Sequential`, whose code is known, nothing need wait: a layer is called with the activation after it.
+- What torch.compile traces goes through torch's own code of a layer, which meets an `Input`.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import sys
 import threading
 import weakref
@@ -21,16 +24,23 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn import Module, Parameter
+from torch import Tensor, fx, nn
+from torch.nn import Module, Parameter, Sequential
 
 from fastbn.activations import NAMES, Builtin
+from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
-from fastbn.torch.fused import run
-from fastbn.torch.graph import CONVERTED, function_codes, in_function
+from fastbn.torch.fused import is_ours, run
+from fastbn.torch.graph import function_codes, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 
 F = torch.nn.functional
+SCOPE = "_fastbn_scope"  # of a module: its Scope
+LAYERS = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu",
+    nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
+}  # fmt: skip
+BUILTINS = {name: Builtin(name, 0.0, code) for code, name in enumerate(NAMES, 1)}
 
 
 class Steps(NamedTuple):
@@ -41,6 +51,8 @@ class Steps(NamedTuple):
     sum, activation : bool
     outside : bool
         Whether they are beyond the layer's own code.
+    plain : bool
+        Whether the layer's own code is torch's.
     from_output : bool
         Whether a backward may find the input from the output.
     scope : Scope, optional
@@ -50,6 +62,7 @@ class Steps(NamedTuple):
     sum: bool = False
     activation: bool = False
     outside: bool = False
+    plain: bool = False
     from_output: bool = False
     scope: Scope | None = None
 
@@ -57,7 +70,7 @@ class Steps(NamedTuple):
         """The call in which something may wait, or None."""
         if not (self.sum or self.activation):
             return None
-        return Visit(None) if self.scope is None else self.scope.visit()
+        return Visit() if self.scope is None else self.scope.visit()
 
     def alone(self) -> Steps:
         """The same where nothing may wait."""
@@ -69,35 +82,51 @@ class Visit:
 
     Attributes
     ----------
-    scope : Scope, optional
+    scope, module : Scope, Module, optional
         None is a layer's own code.
-    opened : bool
-        Whether something may wait.
+    is_open : bool
+    fits : bool, optional
+        Whether something may wait; None before somebody has asked.
     waiting : dict of int to Pending or weak reference to one
         By its id. Somebody may still ask for what was computed with what follows it: that is known by a weak reference.
     """
 
-    def __init__(self, scope: Scope | None, opened: bool = True):
+    __slots__ = "fits", "is_open", "module", "scope", "waiting"
+
+    def __init__(self, scope: Scope | None = None, module: Any = None):
         self.scope = scope
-        self.opened = opened
+        self.module = module
+        self.is_open = True
+        self.fits: bool | None = None
         self.waiting: dict[int, Any] = {}
 
+    def is_fit(self) -> bool:
+        """Whether something may wait."""
+        if self.fits is None:
+            self.fits = self.scope is None or self.scope.fits(self.module)
+        return self.fits
+
     def end(self) -> bool:
-        """Compute what waits; return whether there was something."""
-        if not self.waiting:
-            return False
-        values, failed = list(self.waiting.values()), sys.exc_info()[1] is not None
+        """Compute what waits; return whether somebody may hold something that waited."""
+        self.is_open = False
+        found = False
+        for value in [*self.waiting.values()]:
+            pending = value() if type(value) is weakref.ref else value
+            if pending is not None:
+                found = True
+                pending.tensor()
         self.waiting.clear()
-        if failed:  # the traceback holds what was computed; an error there must not be followed by another one
-            for value in values:
-                if isinstance(value, Pending):
-                    with suppress(RuntimeError):
-                        value.tensor()
-            return True
-        found = [p for p in (v() if isinstance(v, weakref.ref) else v for v in values) if p is not None]
-        for pending in found:
-            pending.tensor()
-        return bool(found)
+        return found
+
+    def give_up(self) -> None:
+        """The same after an error, which must not be followed by another one; its traceback may hold what waited."""
+        self.is_open = False
+        values = [*self.waiting.values()]
+        self.waiting.clear()
+        for value in values:
+            if isinstance(value, Pending):
+                with suppress(RuntimeError):
+                    value.tensor()
 
 
 class _Thread(threading.local):
@@ -109,20 +138,28 @@ _thread = _Thread()
 
 
 class Scope:
-    """The code of a module that holds batch norms and what follows them, by two hooks around its calls.
+    """The code of a module that holds batch norms and what follows them.
 
     Attributes
     ----------
     places : list
         Name by name, the way from the module to a layer or to what was found to follow one, and its class.
+    pairs : set of str
+        Of a module whose code is that of `nn.Sequential`: names of layers whose activation comes next.
     depth, waiting : int, list of Pending
         Of calls in what torch.compile traces, which sees no other state.
     """
 
     def __init__(self) -> None:
         self.places: list[tuple[tuple[str, ...], type]] = []
+        self.pairs: set[str] = set()
         self.depth = 0
         self.waiting: list[Pending] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a call is traced."""
+        return self.depth > 0
 
     def visit(self) -> Any:
         """The call that runs, or None if nothing may wait in it."""
@@ -130,64 +167,118 @@ class Scope:
             return self if self.depth > 0 else None
         for visit in reversed(_thread.visits):
             if visit.scope is self:
-                return visit if visit.opened else None
+                return visit if visit.is_fit() else None
         return None
 
-    def enter(self, module: Any, inputs: Any) -> None:
-        """Open it, unless something else stands where something followed, or a hook wants to see tensors."""
-        opened = True
-        for names, kind in self.places:
-            opened = opened and _leads(module, names, kind)
-        if not torch.compiler.is_compiling():
-            _thread.visits.append(Visit(self, opened))
-        elif opened:
-            self.depth += 1
+    def fits(self, module: Any) -> bool:
+        """Whether nothing else stands where something followed, and no hook wants to see tensors."""
+        for names, kind in self.places:  # noqa: SIM110  which takes half as long as a generator
+            if not _leads(module, names, kind):
+                return False
+        return True
 
-    def leave(self, module: Any, inputs: Any, output: Any) -> Any:
-        """Close it: nothing that waits leaves it, whatever the code did."""
-        if torch.compiler.is_compiling():
-            self.depth = max(self.depth - 1, 0)
-            for pending in self.waiting:
-                if not pending.released:
-                    pending.tensor()
-            self.waiting.clear()
-            return settled(output)
-        visits, waited = _thread.visits, False
-        if any(visit.scope is self for visit in visits):
-            while visits:  # the last one, but where an interrupt kept a call from its end
-                visit = visits.pop()
-                waited |= visit.end()
-                if visit.scope is self:
-                    break
-        if not waited:
-            return None
-        for part in module.modules():  # what the code has kept
-            settled(part.__dict__)
+    def traced(self, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+        """A call that torch.compile traces."""
+        if not self.fits(module):
+            return forward(module, *args, **kwargs)
+        self.depth += 1
+        output = forward(module, *args, **kwargs)
+        self.depth -= 1
+        for pending in self.waiting:
+            if not pending.released:
+                pending.tensor()
+        self.waiting.clear()
         return settled(output)
 
 
-def is_scopes(hook: Any) -> bool:
-    """Whether a hook is one of a scope's."""
-    return isinstance(getattr(hook, "__self__", None), Scope)
+class Scoped(Derived):
+    """Modules whose code is a scope: nothing that waits leaves a call, whatever the code does."""
+
+    @classmethod
+    def members(cls, kind: Any) -> dict[str, Any]:
+        """The code of the kind, in a visit."""
+        is_line = kind.forward is Sequential.forward
+
+        @functools.wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            scope: Scope | None = self.__dict__.get(SCOPE)
+            if scope is None:  # somebody has made another module of the same class
+                return kind.forward(self, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return scope.traced(self, kind.forward, args, kwargs)
+            visit, visits = Visit(scope, self), _thread.visits
+            depth = len(visits)
+            visits.append(visit)
+            try:
+                output = _line(visit, *args) if is_line and len(args) == 1 and not kwargs else kind.forward(self, *args, **kwargs)
+            except BaseException:
+                visit.give_up()
+                raise
+            finally:
+                del visits[depth:]
+            if not (visit.waiting and visit.end()):
+                return output
+            for part in self.modules():  # what the code has kept
+                settled(part.__dict__)
+            return settled(output)
+
+        def recompile(self: Any) -> Any:
+            derived, self.__class__ = self.__class__, kind
+            try:
+                return self.recompile()
+            finally:
+                self.__class__ = derived
+
+        # A graph that is changed writes a new forward into its class.
+        return {"forward": forward} | ({"recompile": recompile} if issubclass(kind, fx.GraphModule) else {})
+
+
+def _line(visit: Any, x: Any) -> Any:
+    """The code of `nn.Sequential`, but that layers are called with the activations after them."""
+    modules = iter(visit.module._modules.items())
+    pairs = visit.scope.pairs
+    for name, module in modules:
+        is_pair = name in pairs and is_ours(x) and visit.is_fit() and hasattr(module, "followed")
+        after = next(modules, None) if is_pair else None
+        x = module(x) if after is None else module.followed(x, after[1])
+    return x
+
+
+def builtin(activation: Any) -> Builtin | None:
+    """What a module of torch's computes, if it is an activation that kernels know."""
+    name = LAYERS.get(type(activation))
+    if name == "leaky_relu":
+        slope = activation.negative_slope
+        return Builtin(name, slope, BUILTINS[name].code) if type(slope) is float and isfinite(slope) else None
+    if name == "relu6":
+        return BUILTINS[name] if (activation.min_val, activation.max_val) == (0, 6) else None
+    if name == "gelu":
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    return BUILTINS[name] if name is not None else None
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has hooks."""
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def hooks_of_others(module: Any) -> bool:
     """Whether a module has hooks of somebody else's."""
-    if not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks):
-        return False
     if module._backward_hooks or module._backward_pre_hooks:
         return True
-    hooks = *module._forward_pre_hooks.values(), *module._forward_hooks.values()
-    return not all(hook is stay_frozen or is_scopes(hook) for hook in hooks)
+    return any(hook is not stay_frozen for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()))
 
 
 def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     """Whether a way leads to a module of a class, and nobody on it wants to see what waits."""
     for name in names:
         module = module._modules.get(name)
-        if module is None or hooks_of_others(module):
+        if module is None:
             return False
-    return getattr(module, CONVERTED, type(module)) is kind and "forward" not in module.__dict__
+        if has_hooks(module) and hooks_of_others(module):
+            return False
+    return (type(module) is kind or own_class(module) is kind) and "forward" not in module.__dict__
 
 
 class Standing:
@@ -268,8 +359,7 @@ def _tensor(a: Any) -> Any:
 def settled(output: Any) -> Any:
     """What a module returns, with tensors for what waits no longer."""
     if isinstance(output, Pending):
-        scope = output.steps.scope
-        return output if scope is not None and scope.visit() is not None else output.tensor()
+        return output if output.visit.is_open else output.tensor()
     if isinstance(output, Standing):
         return output.tensor()
     if isinstance(output, dict):
@@ -312,6 +402,8 @@ class Input(Standing):
 class _Call:
     """A batch norm that waits."""
 
+    __slots__ = "arguments", "counted", "recorded", "version"
+
     def __init__(self, arguments: Arguments):
         self.arguments = arguments
         self.recorded = torch.is_grad_enabled()
@@ -319,16 +411,16 @@ class _Call:
         self.counted = False  # running statistics were moved
 
     def run(self, residual: Tensor | None, activation: Builtin) -> Tensor:
-        a = self.arguments
-        if _version(a.x) != self.version:
+        x, _, weight, bias, mean, var, training, momentum, eps, _, from_output = self.arguments
+        if self.version != _version(x):
             raise RuntimeError(
                 "the input of a batch norm was changed in place before what follows it was computed; "
                 "fastbn.torch.revert(model) makes it a layer of torch's again"
             )
-        if self.counted and a.training:
-            a = a._replace(mean=None, var=None)
+        if self.counted and training:
+            mean = var = None
         self.counted = True
-        a = a._replace(residual=residual, activation=activation)
+        a = Arguments(x, residual, weight, bias, mean, var, training, momentum, eps, activation, from_output)
         if torch.is_grad_enabled() == self.recorded:
             return run(a)
         with torch.set_grad_enabled(self.recorded):
@@ -349,9 +441,9 @@ class Pending(Standing):
         self.residual = residual
         self.value: Tensor | None = None
         self.released = False  # nobody waits for it
-        if isinstance(visit, Visit):
+        if type(visit) is Visit:
             visit.waiting[id(self)] = self
-        elif visit is not None:
+        else:
             visit.waiting.append(self)
 
     def tensor(self) -> Tensor:
@@ -366,7 +458,7 @@ class Pending(Standing):
     def _release(self) -> None:
         """Be no longer waited for; but somebody may still hold it."""
         self.released = True
-        if isinstance(self.visit, Visit):
+        if type(self.visit) is Visit:
             self.visit.waiting[id(self)] = weakref.ref(self)
 
     def _waits(self) -> bool:
@@ -398,10 +490,15 @@ class Pending(Standing):
         if self.residual is not None and name not in FROM_OUTPUT:
             return None
         self._release()
-        y = self.call.run(self.residual, Builtin(name, parameter, NAMES.index(name) + 1))
+        y = self.call.run(self.residual, BUILTINS[name]._replace(parameter=parameter) if parameter else BUILTINS[name])
         if in_place:
             self.value = y
         return y
+
+
+def deferred(a: Arguments, steps: Steps, visit: Any) -> Any:
+    """What stands for a batch norm, or its output where nothing may follow."""
+    return Pending(_Call(a), steps, visit) if steps.sum or steps.activation else run(a)
 
 
 def _refuse_functions() -> None:
@@ -423,8 +520,7 @@ def _batch_norm(
     a = Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, steps.from_output)
     if not a.is_usual():
         return None
-    call = _Call(a)
-    return Pending(call, steps, input.visit) if steps.sum or steps.activation else call.run(None, IDENTITY)
+    return deferred(a, steps, input.visit)
 
 
 def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:

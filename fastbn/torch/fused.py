@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastbn import checks
-from fastbn.activations import Builtin
-from fastbn.functional import ActivationName
+from fastbn.activations import Activation
+from fastbn.functional import ActivationLike
+from fastbn.torch import own
 from fastbn.torch.operators import IDENTITY, Arguments, attempt, gradients, gradients_from_output, in_graph, keep, kept
 from fastbn.torch.override import is_enabled
 
@@ -23,8 +24,8 @@ SMALLEST = 512 << 10
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        a = Arguments(*given)
+    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, others: Any) -> Tensor:
+        a = Arguments(x, residual, weight, bias, *others)
         found = attempt(a)
         y, saved = (a.composed(), None) if found is None else (found[0], found[1:])
         keep(ctx, a, y, saved)
@@ -35,7 +36,7 @@ class _Fused(torch.autograd.Function):
         a, y, saved = kept(ctx)
         wanted = ctx.needs_input_grad[:4]
         found = gradients_from_output(dy, y, a, saved, wanted) if a.x is None else gradients(dy, a, y, saved, wanted)
-        return *found, *(None,) * 7
+        return *found, None
 
 
 def is_ours(x: Tensor, least: int | None = None) -> bool:
@@ -44,7 +45,7 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
     Smaller tensors than `least` bytes, or `SMALLEST`, are not worth it.
     """
     least = SMALLEST if least is None else least
-    if not isinstance(x, Tensor) or x.is_nested or x.device.type != "cpu" or x.layout is not torch.strided:
+    if not isinstance(x, Tensor) or x.is_nested or not x.is_cpu or x.layout is not torch.strided:
         return False
     if x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
         return False
@@ -63,16 +64,18 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
 
 def run(a: Arguments) -> Tensor:
     """Compute it, where `is_ours` is true of x, and the arguments are usual."""
-    tensors = a.tensors()
     if a.activation.code == 0 and a.residual is None and not a.from_output and is_enabled():
         return a.composed()
     if torch.compiler.is_compiling():
         return in_graph(a)
-    if torch.overrides.has_torch_function((a.x, *tensors)):
+    tensors = a[:6]
+    if torch.overrides.has_torch_function(tensors):
         return a.composed()
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (a.x, *tensors)):
-        y: Tensor = _Fused.apply(*a)  # type: ignore[no-untyped-call, unused-ignore]
-        return y
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                y: Tensor = _Fused.apply(*a[:4], a[4:])  # type: ignore[no-untyped-call, unused-ignore]
+                return y
     found = attempt(a)
     return a.composed() if found is None else found[0]
 
@@ -80,7 +83,7 @@ def run(a: Arguments) -> Tensor:
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,  # noqa: A002
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *,
-    activation: ActivationName | tuple[str, float | str] | None = None, residual: Tensor | None = None,
+    activation: ActivationLike = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `torch.nn.functional.batch_norm`, with a sum and an activation in the same pass over memory.
 
@@ -90,8 +93,9 @@ def batch_norm(
     running_mean, running_var, weight, bias : Tensor of shape (C,), optional
     training : bool
     momentum, eps : float
-    activation : str or tuple, optional
-        "relu", "relu6", "leaky_relu" or ("leaky_relu", slope), "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh".
+    activation : str, tuple, fastbn.Activation or function compiled by Numba, optional
+        "relu", "relu6", "leaky_relu" or ("leaky_relu", slope), "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"; or one of
+        your own, as `fastbn.batch_norm` takes it.
     residual : Tensor of the shape of input, optional
         Added before the activation.
 
@@ -99,11 +103,13 @@ def batch_norm(
     -------
     Tensor
         ``activation(batch_norm(input) + residual)``. Small tensors, and what fastbn does not take, are computed like that.
+        A function of your own has no such way: it runs in the Numba kernels alone, and has no second derivative.
 
     Raises
     ------
     TypeError, ValueError
-        If there is no such activation, or the residual has another shape or dtype than the input.
+        If there is no such activation, or the residual has another shape or dtype than the input. With a function of your own,
+        also for what is no strided tensor in the CPU's memory, and where a gradient needs a derivative that was not given.
     RuntimeError
         As `torch.nn.functional.batch_norm`.
 
@@ -115,15 +121,15 @@ def batch_norm(
     tensor([[0.0000],
             [1.0000]])
     """
-    found = IDENTITY if activation is None else checks.activation(activation)
-    if not isinstance(found, Builtin):
-        raise TypeError(f"activation must be a name, or a name and a number, got {activation!r}")
+    found = checks.activation(activation) or IDENTITY
     for name, t in (("input", input), ("residual", residual)):
         if not (isinstance(t, Tensor) or (t is None and name == "residual")):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
         mine, its = (f"{tuple(t.shape)}, {t.dtype}, {t.device}" for t in (input, residual))
         raise ValueError(f"residual must have the shape, dtype and device of input, {mine}, got {its}")
+    if isinstance(found, Activation):
+        return own.batch_norm(Arguments(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY), found)
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, found)
     ours = (found is not IDENTITY or residual is not None) and is_ours(input) and a.is_usual()
     return run(a) if ours and (residual is None or residual.layout is torch.strided) else a.composed()

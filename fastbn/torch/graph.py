@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import checkpoint
 
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
+STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
-CONVERTED = "_fastbn_converted"  # of the class of a converted layer: the class that the layer had
 
 
 def check(model: object) -> None:

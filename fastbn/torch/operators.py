@@ -91,13 +91,17 @@ class Arguments(NamedTuple):
 
     def is_masked(self) -> bool:
         """Whether the derivative of what follows is had from the output."""
+        if self.residual is None:
+            return False
         a = self.activation
-        return self.residual is not None and a.name in FROM_OUTPUT and a.parameter >= 0
+        return a.name in FROM_OUTPUT and a.parameter >= 0
 
     def is_invertible(self) -> bool:
         """Whether the input can be had from the output, to some digits at least."""
+        if not self.from_output:
+            return False
         invertible = self.activation.code == 0 or (self.activation.name == "leaky_relu" and self.activation.parameter > 0)
-        if not (self.from_output and self.training and invertible) or self.residual is not None:
+        if not (self.training and invertible) or self.residual is not None:
             return False
         if any(t.dtype not in (torch.float32, torch.float64) for t in (self.weight, self.bias) if t is not None):
             return False
@@ -168,7 +172,7 @@ def attempt(a: Arguments) -> tuple[Tensor, Tensor, Tensor] | None:
     """Output and what a backward needs, by the kernels; None if they do not take it."""
     statistics = a.mean, a.var, a.training, a.momentum, a.eps
     try:
-        return compiled().batch_norm_forward(  # type: ignore[no-any-return]
+        return compiled().batch_norm_forward.default(  # type: ignore[no-any-return]
             a.x, a.weight, a.bias, *statistics, a.residual, a.activation.code, a.activation.parameter
         )
     except RuntimeError as error:
@@ -202,7 +206,7 @@ def gradients(
         dy = FROM_OUTPUT[a.activation.name](dy, y, a.activation.parameter)
         a = a._replace(activation=IDENTITY)
     direct = a.activation.code == 0  # the gradient of the sum is dy
-    if direct:
+    if direct and (of_residual or a.residual is not None):
         a = a._replace(residual=None)
         wanted = wanted[0], False, *wanted[2:]
     if saved is not None and not torch.is_grad_enabled():
@@ -222,7 +226,7 @@ def _attempt_gradients(dy: Tensor, a: Arguments, saved: tuple[Tensor | None, Ten
     after = a.bias, a.residual, a.activation.code, a.activation.parameter, wanted[1], a.from_output
     mask = [wanted[0], wanted[2], wanted[3]]
     try:
-        dx, dweight, dbias, dresidual = compiled().batch_norm_backward(
+        dx, dweight, dbias, dresidual = compiled().batch_norm_backward.default(
             dy, a.x, a.weight, a.mean, a.var, *saved, a.training, a.eps, mask, *after
         )
     except RuntimeError as error:
@@ -339,12 +343,13 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def keep(ctx: Any, a: Arguments, y: Tensor, saved: Any) -> None:
     """Keep what a backward needs."""
-    residual = a.residual if a.activation.code and not a.is_masked() else None
+    masked = a.is_masked()
+    residual = a.residual if a.activation.code and not masked else None
     statistics = (None, None) if a.training else (a.mean, a.var)
     of_batch = saved if a.training and saved is not None else (None, None)
     from_output = saved is not None and a.is_invertible()
     ctx.save_for_backward(
-        None if from_output else a.x, residual, a.weight, a.bias, *statistics, *of_batch, y if a.is_masked() or from_output else None
+        None if from_output else a.x, residual, a.weight, a.bias, *statistics, *of_batch, y if masked or from_output else None
     )
     ctx.numbers = *a[6:10], from_output
     ctx.composed = saved is None

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from fastbn import sync
 from fastbn.layout import Array
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
-from fastbn.torch.graph import CONVERTED, check, is_batch_norm
+from fastbn.torch.derived import own_class
+from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
 
@@ -240,7 +241,7 @@ def unusual(layer: nn.Module) -> str:
     """Why a batch norm does something else than torch's, or nothing."""
     if isinstance(layer, _LazyNormBase):
         return "it is a lazy batch norm, which was never called: call the model once"
-    kind = getattr(type(layer), CONVERTED, type(layer))  # whose results a converted layer has
+    kind: Any = own_class(layer)  # whose results a converted layer has
     if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     return ""
@@ -286,7 +287,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     def converted(layer: nn.Module) -> SyncBatchNorm:
         if layer not in made:
             new = made[layer] = SyncBatchNorm.__new__(SyncBatchNorm)
-            new.__dict__.update({key: value for key, value in layer.__dict__.items() if not key.startswith("_fastbn")})
+            new.__dict__.update({key: value for key, value in layer.__dict__.items() if key != STEPS})
             new.process_group, new.synchronize = process_group, True
         return made[layer]
 

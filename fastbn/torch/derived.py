@@ -1,0 +1,50 @@
+"""Modules of a class that is derived from their own: the same objects, with something else in a call."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakValueDictionary
+
+OWN = "_fastbn_converted"  # of a derived class: the class that it is derived from
+
+_classes: WeakValueDictionary[tuple[type, type], type] = WeakValueDictionary()  # of other packages' classes, some live for one object
+
+
+class Derived:
+    """What stands before a module's own class among the bases of the derived one."""
+
+    def __init_subclass__(cls) -> None:
+        """Nobody's business: a class that lists its subclasses need not know."""
+
+    @classmethod
+    def members(cls, kind: Any) -> dict[str, Any]:
+        """What else a class has that is derived from a kind."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle names the module's own class, of which this one is derived again."""
+        made: Any = super().__reduce_ex__(max(protocol, 2))
+        if made[1][:1] != (type(self),):  # it says itself how it is made
+            return made
+        mixin, kind = type(self).__bases__
+        return _make, (made[0], mixin, kind, *made[1][1:]), *made[2:]
+
+
+def derive(mixin: type[Derived], kind: Any) -> type:
+    """The class that is derived from a kind."""
+    found = _classes.get((mixin, kind))
+    if found is None:
+        same = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        found = _classes[mixin, kind] = type(kind.__name__, (mixin, kind), same | mixin.members(kind) | {OWN: kind})
+    return found
+
+
+def own_class(module: object) -> type:
+    """The class that a module had, or has."""
+    found: type = getattr(type(module), OWN, type(module))
+    return found
+
+
+def _make(make: Any, mixin: type[Derived], kind: type, *arguments: Any) -> Any:
+    """Make an empty object, for a pickle."""
+    return make(derive(mixin, kind), *arguments)
