@@ -32,6 +32,8 @@ FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channel
 NORMS = {  # operator: forward or backward, and which of its inputs is x
     "aten::native_batch_norm": ("forward", 0), "aten::native_batch_norm_backward": ("backward", 1),
     "fastbn::batch_norm_forward": ("forward", 0), "fastbn::batch_norm_backward": ("backward", 1),
+    "aten::native_layer_norm": ("forward", 0), "aten::native_layer_norm_backward": ("backward", 1),
+    "aten::native_group_norm": ("forward", 0), "aten::native_group_norm_backward": ("backward", 1),
 }  # fmt: skip
 ACTIVATIONS = ("hardtanh", "leaky_relu", "silu", "hardswish")
 AFTER = {f"aten::{name}{end}": ("forward", 0) for name in ("add", "relu", *ACTIVATIONS) for end in ("", "_")}

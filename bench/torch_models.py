@@ -1,7 +1,8 @@
 """Networks in PyTorch, from their papers, with random weights: what `bench.in_torch` trains.
 
 He et al. 2015 (residual networks), Sandler et al. 2018 (MobileNetV2), Huang et al. 2016 (DenseNet), Ronneberger et al.
-2015 (U-Net, here with batch norm). `width` divides all channels, for tests.
+2015 (U-Net, here with batch norm), Liu et al. 2022 (ConvNeXt, with layer norm), Ho et al. 2020 (the blocks of a diffusion
+network, with group norm; here without time and attention). `width` divides all channels, for tests.
 """
 
 from __future__ import annotations
@@ -135,10 +136,62 @@ def unet(width: int = 1) -> nn.Module:
     return _UNet([c // width for c in (32, 64, 128, 256)])
 
 
+class _ConvNext(nn.Module):
+    """A large depthwise convolution, and two layers for each pixel, in channels last between them."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.across = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.pixel = nn.Sequential(
+            nn.LayerNorm(channels, eps=1e-6), nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
+        self.scale = nn.Parameter(1e-6 * torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.scale * self.pixel(self.across(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+class _LayerNorm2d(nn.LayerNorm):
+    """Of the channels of each pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def convnext_tiny(width: int = 1) -> nn.Module:
+    """18 blocks in four stages; depth is not dropped."""
+    channels, layers = [3, *(c // width for c in (96, 192, 384, 768))], []
+    for stage, ((a, b), count) in enumerate(zip(pairwise(channels), (3, 3, 9, 3), strict=True)):
+        size = 2 if stage else 4
+        down = nn.Conv2d(a, b, size, size)
+        norm = _LayerNorm2d(a if stage else b, eps=1e-6)
+        layers += [norm, down] if stage else [down, norm]
+        layers += [_ConvNext(b) for _ in range(count)]
+    pool, flat, last = _classifier(channels[-1])
+    return nn.Sequential(*layers, pool, flat, nn.LayerNorm(channels[-1], eps=1e-6), last)
+
+
+def diffusion(width: int = 1) -> nn.Module:
+    """Residual blocks of group norm, SiLU and convolution, of 128 and 256 channels."""
+
+    def block(a: int, b: int) -> nn.Module:
+        def half(a: int, b: int) -> list[nn.Module]:
+            return [nn.GroupNorm(32 // width, a), nn.SiLU(), nn.Conv2d(a, b, 3, padding=1)]
+
+        return _Residual(nn.Sequential(*half(a, b), *half(b, b)), None if a == b else nn.Conv2d(a, b, 1), nn.Identity())
+
+    few, many = 128 // width, 256 // width
+    down, up = nn.Conv2d(few, few, 3, 2, 1), nn.ConvTranspose2d(many, few, 2, 2)
+    body = [block(few, few), down, block(few, many), block(many, many), up, block(few, few)]
+    return nn.Sequential(nn.Conv2d(3, few, 3, 2, 1), *body, nn.GroupNorm(32 // width, few), nn.SiLU(), nn.Conv2d(few, 2, 3, padding=1))
+
+
 MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
     "mobilenet_v2": mobilenet_v2,
     "densenet121": densenet121,
     "unet": unet,
+    "convnext_tiny": convnext_tiny,
+    "diffusion": diffusion,
 }

@@ -18,7 +18,10 @@ from fastbn.dispatch import select  # noqa: E402
 pytestmark = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
 
 
-@pytest.mark.parametrize(("name", "millions"), [("resnet18", 11.7), ("resnet50", 25.6), ("mobilenet_v2", 3.5), ("densenet121", 8.0)])
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("resnet18", 11.7), ("resnet50", 25.6), ("mobilenet_v2", 3.5), ("densenet121", 8.0), ("convnext_tiny", 28.6)],
+)
 def test_networks_have_the_parameters_of_their_papers(name: str, millions: float) -> None:
     with torch.device("meta"):
         model = torch_models.MODELS[name](1)

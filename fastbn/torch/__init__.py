@@ -1,8 +1,8 @@
-"""fastbn behind PyTorch's batch norm.
+"""fastbn behind PyTorch's normalizations.
 
-``fastbn.torch.enable()`` puts fastbn's kernels where ATen's batch norm runs on the CPU: `nn.BatchNorm1d`, `2d`, `3d`,
-`nn.functional.batch_norm`, instance norm, and whatever else calls them. Models, state_dict, autograd and hooks stay
-torch's own. See docs/pytorch.md.
+``fastbn.torch.enable()`` puts fastbn's kernels where ATen's normalizations run on the CPU: `nn.BatchNorm1d`, `2d`, `3d`,
+`LayerNorm`, `GroupNorm`, instance norm, the functions behind them, and whatever else calls them. Models, state_dict, autograd
+and hooks stay torch's own. See docs/pytorch.md.
 """
 
 try:

@@ -114,8 +114,8 @@ def summary(model: nn.Module) -> Summary:
         place = graph.places[path]
         found.append(
             Layer(
-                path, type(layer).__name__, size(layer), layer.eps, getattr(layer, "momentum", None), _mode(layer), _variance(layer), _dead(layer),
-                place.before_is, place.after_is, f"folds into {into}" if into else why,
+                path, type(layer).__name__, size(layer), layer.eps, getattr(layer, "momentum", None), _mode(layer), _variance(layer),
+                _dead(layer), place.before_is, place.after_is, f"folds into {into}" if into else why,
             )
         )  # fmt: skip
     return Summary(found)
