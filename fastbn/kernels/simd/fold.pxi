@@ -96,8 +96,8 @@ cdef inline bint is_unusual(TypedCall[Forward, T]* job, double m2, double invstd
         return (m2 >= Block[T].largest() / 4 * (Block[T].largest() / 4)) | (fabs(scale) > Block[T].largest())
 
 
-cdef void fold_given(Work* job, T* tag) noexcept nogil:
-    """Scales and shifts by given means and variances, or what was made of these before."""
+cdef void fold_given(Work* job, const void* mean_lo, T* tag) noexcept nogil:
+    """Scales and shifts by given means, with what these round away or NULL, and variances, or what was made of these before."""
     cdef double low[FOLDED]
     cdef double invstd[FOLDED]
     cdef double scale[FOLDED]
@@ -105,7 +105,7 @@ cdef void fold_given(Work* job, T* tag) noexcept nogil:
     cdef Py_ssize_t first = 0, n, i
     while first < job.channels:
         n = min(<Py_ssize_t> FOLDED, job.channels - first)
-        get_vector(low, job.mean_lo, first, n, 0, tag)
+        get_vector(low, mean_lo, first, n, 0, tag)
         if job.var == NULL:
             get_vector(invstd, job.invstd, first, n, 0, tag)
         else:

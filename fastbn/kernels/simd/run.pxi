@@ -279,9 +279,10 @@ cdef Status map_call(TypedCall[Map, T]* job) noexcept nogil:
 cdef Status inference_call(TypedCall[Forward, T]* job) noexcept nogil:
     cdef Plan p
     cdef int arrays = 2 + (job.residual != NULL)
+    cdef const void* mean_lo = job.mean_lo  # of which a plan makes room
     if not plan(job, &p, 0, arrays, arrays):
         return NO_MEMORY
-    fold_given(job, <T*> NULL)
+    fold_given(job, mean_lo, <T*> NULL)
     run_map(job, &p)
     return DONE
 
@@ -345,7 +346,7 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
     if not plan(job, &p, reads if sums else 0, arrays if job.out != NULL else 0, touched):
         return NO_MEMORY
     if not given and job.invstd != NULL:
-        fold_given(job, <T*> NULL)
+        fold_given(job, job.mean_lo, <T*> NULL)
     if job.frozen:
         for c in range(job.channels):
             Block[T].set_value(job.grad_offset, c, 0)
