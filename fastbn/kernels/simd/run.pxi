@@ -279,8 +279,10 @@ cdef Status map_call(TypedCall[Map, T]* job) noexcept nogil:
 cdef Status inference_call(TypedCall[Forward, T]* job) noexcept nogil:
     cdef Plan p
     cdef int arrays = 2 + (job.residual != NULL)
+    cdef void* low = job.mean_lo
     if not plan(job, &p, 0, arrays, arrays):
         return NO_MEMORY
+    job.mean_lo = low  # NULL again, where the plan has made room for what a forward would find
     fold_given(job, <T*> NULL)
     run_map(job, &p)
     return DONE
