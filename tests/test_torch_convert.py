@@ -178,7 +178,7 @@ LEFT = {
     "a hooked activation": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "2"), "2 has hooks"),
     "hooks around": (lambda: hooked(nn.Sequential(sequential(nn.BatchNorm2d(4)), nn.ReLU()), "0"), "0 has hooks"),
     "synchronized": (lambda: sequential(nn.SyncBatchNorm(4), nn.ReLU()).eval(), "it is synchronized"),
-    "instance norm": (lambda: sequential(nn.InstanceNorm2d(4), nn.ReLU()), "it normalizes each image by itself"),
+    "running statistics": (lambda: sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()), "it has running statistics"),
     "untraceable": (lambda: Body(lambda m, x: m.bn(m.conv(x)).relu() if x.sum() < 1e9 else x), "what calls it cannot be traced"),
 }  # fmt: skip
 
@@ -584,7 +584,7 @@ def test_the_table() -> None:
         "path  kind            channels  keeps  fused with  why not",
         "1     BatchNorm2d     8         input  ReLU",
         "3     BatchNorm2d     8         input  alone       InstanceNorm2d follows",
-        "4     InstanceNorm2d  8         input  left        it normalizes each image by itself",
+        "4     InstanceNorm2d  8         input  left        the model's output follows",
         "3 layers, 2 converted, 1 fused",
     ]
     assert str(fastbn.torch.convert(nn.ReLU())) == "the model has no normalization layers"

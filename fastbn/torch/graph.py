@@ -174,16 +174,16 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
     return None
 
 
-def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Part]:
-    """The largest parts of a model that can be traced and have normalization layers."""
-    if not any(True for _ in norms(model)) or isinstance(model, _NormBase):
+def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False, kinds: Any = _NormBase) -> Iterator[Part]:
+    """The largest parts of a model that can be traced and have normalization layers, of some kinds."""
+    if isinstance(model, kinds) or not any(isinstance(layer, kinds) for layer in model.modules()):
         return
     part = traced(model, prefix, defaults=defaults)
     if part is not None:
         yield part
         return
     for name, child in model.named_children():
-        yield from parts(child, f"{prefix}{name}.", defaults=defaults)
+        yield from parts(child, f"{prefix}{name}.", defaults=defaults, kinds=kinds)
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
