@@ -1039,3 +1039,73 @@ def test_layers_that_are_frozen_later_are_fused() -> None:
         fastbn.torch.freeze(m)
     torch.testing.assert_close(step(model, x), step(own, x))
     assert taken() == 2
+
+
+def test_parts_of_a_converted_sequence_are_whole_by_themselves() -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh()), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for part in (lambda m: m[:2], lambda m: m[:3], lambda m: type(m)(*m[2:]), lambda m: nn.Sequential(*m, nn.Sigmoid())):
+        agree(step(part(model), x if part(model)[0] is model[0] else model[0](x)), step(part(own), x if part(own)[0] is own[0] else own[0](x)))
+    assert type(type(model[1])(4)(model[0](x))) is torch.Tensor
+    agree(pickle.loads(pickle.dumps(model[:2]))(x), own[:2](x))  # noqa: S301  our own
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.insert(2, nn.Tanh()),
+        lambda m: m.__setitem__(1, nn.BatchNorm2d(4)),
+        lambda m: m.__setitem__(1, nn.InstanceNorm2d(4)),
+        lambda m: m.__delitem__(2),
+        lambda m: m._modules.move_to_end("1"),
+        lambda m: setattr(m[2], "negative_slope", 2),
+        lambda m: fastbn.torch.freeze(m),
+        lambda m: setattr(m[2], "forward", torch.tanh),
+        lambda m: m.append(nn.Dropout(0.0)),
+    ],
+)
+def test_a_sequence_that_was_changed_is_what_it_is_now(change: Callable[..., Any]) -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.5)), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for m in (model, own):
+        change(m)
+    x = torch.randn(2, 4, 5, 6) if type(own[0]) is not nn.Conv2d else x
+    agree(step(model, x), step(own, x))
+
+
+def test_graphs_are_converted_and_may_be_changed() -> None:
+    model, x = torch.fx.symbolic_trace(Body(lambda m, x: F.relu(m.bn(m.conv(x)))).train()), image()
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    before = taken()
+    agree(step(model, x), step(own, x))
+    model(x)
+    assert taken() == before + 1  # a copy is a graph of torch's own
+    for m in (model, own):
+        next(node for node in m.graph.nodes if node.target is F.relu).target = torch.tanh
+        next(node for node in m.graph.nodes if node.target is torch.tanh).kwargs = {}
+        m.recompile()
+    own.bn.load_state_dict(model.bn.state_dict())
+    agree(model(x), own(x))
+    fastbn.torch.revert(model)
+    own.bn.load_state_dict(model.bn.state_dict())
+    agree(model(x), own(x))
+
+
+def test_a_model_that_makes_itself_in_pickles_and_lists_its_classes() -> None:
+    classes = []
+
+    class Model(Body):
+        def __init_subclass__(cls, *, name: str) -> None:
+            classes.append(name)
+
+        def __reduce__(self) -> Any:
+            return sequential, (nn.Identity(),)
+
+    model = Model(common, act=nn.ReLU())
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    assert (classes, type(model).__name__, type(pickle.loads(pickle.dumps(model)))) == ([], "Model", nn.Sequential)  # noqa: S301
+    fastbn.torch.revert(model)
+    assert type(model) is Model

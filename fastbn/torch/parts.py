@@ -40,7 +40,9 @@ class Parts(NamedTuple):
     def is_usual(self) -> bool:
         """Whether fastbn takes it; else torch says what is wrong, or does it."""
         x = self.x
-        if not is_ours(x, SMALLEST) or has_torch_function(self[:3]) or computable(x) is not x:
+        if not is_ours(x, SMALLEST) or computable(x) is not x:
+            return False
+        if not torch.compiler.is_compiling() and has_torch_function(self[:3]):
             return False
         channels = x.shape[1]
         if type(self.groups) is not int or self.groups < 1 or channels % self.groups or type(self.eps) not in NUMBERS or self.eps < 0:
@@ -91,11 +93,10 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
         found = iter(torch.autograd.grad(a.composed(), asked, dy, create_graph=True) if asked else ())
         return tuple(next(found) if w and t is not None else None for t, w in zip(a[:3], wanted, strict=True))
     x = array_of(a.x)
-    vectors = [vector(t) for t in (a.weight, a.bias)]
-    after = a.activation if a.activation.code else None
-    kept = SavedParts(
-        "group_norm", x.shape, x.dtype, 1, a.x.shape[1] // a.groups, *(t.numpy() for t in saved), *vectors, after, None, False
-    )
+    mean, mean_lo, invstd = (t.numpy() for t in saved)
+    weight, bias, after = vector(a.weight), vector(a.bias), a.activation if a.activation.code else None
+    group = a.x.shape[1] // a.groups
+    kept = SavedParts("group_norm", x.shape, x.dtype, 1, group, mean, mean_lo, invstd, weight, bias, after, None, False)
     dx = torch.empty_like(a.x) if wanted[0] else None
     names = [name for name, w in zip(("x", "weight", "bias"), wanted, strict=True) if w]
     with on_torchs_threads():
