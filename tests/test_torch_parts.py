@@ -156,7 +156,7 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
         for m in (model, own):
             try:
                 found.append(m(x))
-            except Exception as error:
+            except Exception as error:  # noqa: PERF203
                 found.append((type(error), str(error).splitlines()[:1]))
         assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(*found)
     assert ran == []
@@ -190,7 +190,11 @@ def test_the_operator_passes_torchs_check() -> None:
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch itself deprecates
-        for given in ((x, w, b, 4, 1e-5, "leaky_relu", 0.1), (last, None, None, 2, 1e-5, "silu", 0.0), (x, w, None, 1, 1e-3, "identity", 0.0)):
+        for given in (
+            (x, w, b, 4, 1e-5, "leaky_relu", 0.1),
+            (last, None, None, 2, 1e-5, "silu", 0.0),
+            (x, w, None, 1, 1e-3, "identity", 0.0),
+        ):
             torch.library.opcheck(torch.ops.fastbn.group_norm.default, given)
 
 

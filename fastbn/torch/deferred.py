@@ -192,6 +192,19 @@ class Scope:
         return settled(output)
 
 
+def _as_own(kind: Any, name: str) -> Callable[..., Any]:
+    """A method that finds the object of its own class."""
+
+    def method(self: Any, *args: Any) -> Any:
+        derived, self.__class__ = self.__class__, kind
+        try:
+            return getattr(self, name)(*args)
+        finally:
+            self.__class__ = derived
+
+    return method
+
+
 class Scoped(Derived):
     """Modules whose code is a scope: nothing that waits leaves a call, whatever the code does."""
 
@@ -223,15 +236,9 @@ class Scoped(Derived):
                 settled(part.__dict__)
             return settled(output)
 
-        def recompile(self: Any) -> Any:
-            derived, self.__class__ = self.__class__, kind
-            try:
-                return self.recompile()
-            finally:
-                self.__class__ = derived
-
-        # A graph that is changed writes a new forward into its class.
-        return {"forward": forward} | ({"recompile": recompile} if issubclass(kind, fx.GraphModule) else {})
+        # A graph that is changed writes a new forward into its class; one that is copied makes a class for the copy.
+        names = ("recompile", "__deepcopy__") if issubclass(kind, fx.GraphModule) else ()
+        return {"forward": forward} | {name: _as_own(kind, name) for name in names}
 
 
 def _line(visit: Any, x: Any) -> Any:
