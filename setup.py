@@ -144,8 +144,8 @@ def modules() -> list[Extension]:
         print(f"fastbn: {found_none}; the Python part is installed alone", file=sys.stderr)
         return []
     os.environ["CXX"] = shlex.join(compiler)
-    common = [extension("_pool", [], ("pool.cpp", "scratch.cpp")), *(extension(name, []) for name in ("_cpu", "_plan", "_calls"))]
-    door = extension("_door", [], ("door.cpp", "attempt.cpp", "stable.cpp"), "fastbn/torch")
+    common = [extension("_pool", [], ("pool.cpp", "scratch.cpp")), *(extension(name, []) for name in ("_cpu", "_plan", "_calls", "_jobs"))]
+    door = extension("_door", [], ("door.cpp", "attempt.cpp", "parts.cpp", "stable.cpp"), "fastbn/torch")
     door.extra_link_args.append("-ldl")
     return [*common, door, *(extension(name, flags) for name, flags in LEVELS.items())]
 

@@ -1,6 +1,7 @@
 """The tables and pictures of README.md and docs/performance.md, from one run: ``python -m bench readme``.
 
-What stands between ``<!-- bench: NAME -->`` and ``<!-- end -->`` is written anew from bench/results/readme.json.
+What stands between ``<!-- bench: NAME -->`` and ``<!-- end -->`` is written anew from bench/results/readme.json; what is about
+threads, from bench/results/situations.json, which `python -m bench.situations --json` has written.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from bench import again, options, page, report, text
+from bench import again, options, page, report, situations, text
 from bench.measure import Row
 from bench.peers import OPS
 from bench.ratios import STEPS, behind, best, mean, over_best, reason, shares
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "bench" / "results" / "readme.json"
+SITUATIONS = ROOT / "bench" / "results" / "situations.json"
 TEXTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 PICTURES = ROOT / "docs" / "pictures"
 TITLES = {"inference": "inference", "forward": "training forward", "backward": "backward"}
@@ -121,6 +123,16 @@ def blocks(about: dict[str, Any], rows: Sequence[Row]) -> dict[str, str]:
     return {name: make() for name, make in makers.items()}
 
 
+def of_situations(about: dict[str, Any], rows: Sequence[situations.Row]) -> dict[str, str]:
+    """What is written about threads, by name."""
+    where = (
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {about['dtype']}, kernel {about['kernel']}, "
+        f"{about['date'][:10]}, load before {about['load'] or 0:.1f}, commit {about['commit']}: `{about['command']}`"
+    )
+    unstable = "".join(f"\n\n{words}" for words in report.unstable(about))
+    return {"situations": f"{situations.gains(rows)}\n\n{fill(where, 120, break_long_words=False, break_on_hyphens=False)}{unstable}"}
+
+
 def renewed(content: str, found: dict[str, str]) -> str:
     """A text with its blocks written anew.
 
@@ -133,9 +145,9 @@ def renewed(content: str, found: dict[str, str]) -> str:
     return pattern.sub(lambda match: f"<!-- bench: {match[1]} -->\n{found[match[1]]}\n<!-- end -->", content)
 
 
-def pictures(rows: Sequence[Row]) -> dict[Path, str]:
+def pictures(rows: Sequence[Row], threads: Sequence[situations.Row]) -> dict[Path, str]:
     """The drawings, each for light and for dark pages."""
-    drawn = {"distribution": page.distribution(rows), "roofline": page.roofline(rows)}
+    drawn = {"distribution": page.distribution(rows), "roofline": page.roofline(rows), "situations": situations.plot(threads)}
     made = {}
     for name, draw in drawn.items():
         svg = page.figure(name, draw)
@@ -158,12 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv[1:] if argv[:1] == ["readme"] else argv)
     options.need(parser, "readme", "matplotlib")
     about, rows = again.read(arguments.run, parser)
-    found = blocks(about, rows)
+    about_threads, threads = situations.read_json(SITUATIONS.read_text(encoding="utf-8"))
+    found = blocks(about, rows) | of_situations(about_threads, threads)
     texts = {path: renewed(path.read_text(encoding="utf-8"), found) for path in TEXTS}
     if arguments.check:
         return int(any(path.read_text(encoding="utf-8") != content for path, content in texts.items()))
     PICTURES.mkdir(exist_ok=True)
-    for path, content in {**texts, **pictures(rows)}.items():
+    for path, content in {**texts, **pictures(rows, threads)}.items():
         path.write_text(content, encoding="utf-8")
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
     return 0

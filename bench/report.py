@@ -45,7 +45,7 @@ def load() -> dict[str, Any]:
     return {"load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None, "cores": os.cpu_count()}
 
 
-def machine(dtype: str, contenders: Sequence[Contender] = ()) -> dict[str, Any]:
+def machine(dtype: str, contenders: Sequence[Contender] = (), program: str = "bench") -> dict[str, Any]:
     """Describe the machine, the versions, the moment, the command, and what fastbn will run on a dtype."""
     config = fastbn.show_config()
     versions: dict[str, str | None] = {"Python": platform.python_version(), "NumPy": np.__version__, "PyTorch": _version("torch")}
@@ -58,7 +58,7 @@ def machine(dtype: str, contenders: Sequence[Contender] = ()) -> dict[str, Any]:
         **_system(),
         "system": platform.platform(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": without_outputs(shlex.join(["python", "-m", "bench", *sys.argv[1:]])),
+        "command": without_outputs(shlex.join(["python", "-m", program, *sys.argv[1:]])),
         "commit": _commit(),
         "threads": fastbn.get_num_threads(),
         "dtype": dtype,
@@ -70,7 +70,7 @@ def machine(dtype: str, contenders: Sequence[Contender] = ()) -> dict[str, Any]:
 
 def without_outputs(command: str) -> str:
     """A command without the files that it writes, which are others wherever it is run again."""
-    return re.sub(r" --(?:json|markdown|csv|html)[ =]('[^']*'|\S+)", "", command)
+    return re.sub(r" --(?:json|markdown|csv|html|plot)[ =]('[^']*'|\S+)", "", command)
 
 
 _TITLES = {
@@ -281,17 +281,17 @@ def latest(rows: Sequence[Row]) -> Table:
 def as_json(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]) -> str:
     """Write everything that was measured, with the machine and the summary, as JSON, a line for each row; null for NaN."""
     head = {"machine": about, "left_out": dict(left_out), "summary": [s._asdict() for s in summarize(widest(rows))]}
-    start = json.dumps(_rounded(head), indent=1).removesuffix("\n}")
-    lines = (json.dumps(_rounded(row._asdict() | {"times": {name: t._asdict() for name, t in row.times.items()}})) for row in rows)
+    start = json.dumps(rounded(head), indent=1).removesuffix("\n}")
+    lines = (json.dumps(rounded(row._asdict() | {"times": {name: t._asdict() for name, t in row.times.items()}})) for row in rows)
     return start + ',\n "rows": [\n' + ",\n".join(lines) + "\n ]\n}\n"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Without NaN, which JSON does not know, and without digits that nobody measured."""
     if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
+        return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(entry) for entry in value]
+        return [rounded(entry) for entry in value]
     if isinstance(value, float):
         return None if value != value else float(f"{value:.5g}")
     return value

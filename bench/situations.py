@@ -10,6 +10,7 @@ meanwhile falls on all of them. What there is not on this machine is named.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import threading
 import time
@@ -17,19 +18,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import fastbn
-from bench import options, report, text
+from bench import options, page, report, text
 from bench.busy import busy
 from bench.progress import each
 from bench.quota import quota
 from bench.quota import unavailable as no_quota
 
-CHANNELS, SIDE = 64, 28  # one image: 0.2 MB
-SIZES = (200, 800, 3200, 12800)  # kB of x
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CHANNELS, SIDE = 64, 28  # one image: 0.2 MB; of half the side where that is too much
+SIZES = (50, 200, 800, 3200, 12800, 51200)  # kB of x
 TURN = 10  # calls on one number of threads, before the next has its turn
 Call = Callable[[], object]
 
@@ -46,7 +50,8 @@ class Row(NamedTuple):
 
 def _operations(nbytes: int) -> dict[str, Call]:
     """The operations on an array of about so many bytes; outputs are there already where an operation takes them."""
-    shape = (max(1, round(nbytes / (4 * CHANNELS * SIDE * SIDE))), CHANNELS, SIDE, SIDE)
+    side = SIDE if nbytes >= 4 * CHANNELS * SIDE * SIDE // 2 else SIDE // 2
+    shape = (max(1, round(nbytes / (4 * CHANNELS * side * side))), CHANNELS, side, side)
     rng = np.random.default_rng(0)
     x, dy = rng.standard_normal(shape, np.float32), rng.standard_normal(shape, np.float32)
     out, dx = np.empty_like(x), np.empty_like(x)
@@ -122,6 +127,7 @@ SITUATIONS: dict[str, Situation] = {
     "half-a-processor": (lambda: _nothing, lambda: quota(0.5)),
 }
 # Of those that not every machine has: why there is none here, or None.
+SHOWN = ("loop", "product", "sweep", "pause-5ms", "busy")  # by the picture of the documentation
 UNAVAILABLE: dict[str, Callable[[], str | None]] = {"openmp": _no_torch, "half-a-processor": no_quota}
 
 
@@ -176,6 +182,45 @@ def write(rows: Sequence[Row], threads: Sequence[int], unstable: Sequence[str]) 
     ]
 
 
+def gains(rows: Sequence[Row]) -> str:
+    """Write a table of how many times as fast all threads are as one, by situation, operation and size."""
+    sizes = sorted({row.nbytes for row in rows})
+    found = {(row.situation, row.op, row.nbytes): row.median[1] / row.median[max(row.median)] for row in rows}
+    lines = [
+        [name, op, *(f"{gain:.2f}" if (gain := found.get((name, op, size))) else "-" for size in sizes)]
+        for name, op in dict.fromkeys((row.situation, row.op) for row in rows)
+    ]
+    return text.table(["situation", "operation", *(f"{size / 1e6:g} MB" for size in sizes)], lines)
+
+
+def as_json(about: dict[str, Any], rows: Sequence[Row]) -> str:
+    """Write the machine and, a line for each, the rows."""
+    lines = ",\n".join("  " + json.dumps(report.rounded(row._asdict())) for row in rows)
+    return json.dumps({"machine": about}, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+
+
+def read_json(text: str) -> tuple[dict[str, Any], list[Row]]:
+    """Read back what `as_json` wrote."""
+    found = json.loads(text)
+    times = ("median", "p99")
+    return found["machine"], [Row(**row | {key: {int(n): t for n, t in row[key].items()} for key in times}) for row in found["rows"]]
+
+
+def plot(rows: Sequence[Row], op: str = "forward", names: Sequence[str] = SHOWN) -> Callable[[Axes], None]:
+    """Draw the gain of one operation by size, a line for each of some situations."""
+
+    def draw(axes: Axes) -> None:
+        for name, color in zip(names, page.SERIES, strict=False):
+            mine = [row for row in rows if row.op == op and row.situation == name]
+            ratios = [row.median[1] / row.median[max(row.median)] for row in mine]
+            axes.plot([row.nbytes / 1e6 for row in mine], ratios, color=color, label=name, linewidth=1.4, marker="o", markersize=3)
+        axes.set(xscale="log", xlabel="MB of x", ylabel="times as fast as one thread")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right", ncols=2)
+
+    return draw
+
+
 def draw(rows: Sequence[Row], threads: Sequence[int], file: Path) -> None:
     """Draw the gain of all threads over one, by size: a panel for each operation, a line for each situation."""
     from matplotlib.figure import Figure
@@ -202,6 +247,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--sizes", nargs="+", type=options.whole(1), default=list(SIZES), metavar="KB", help="of x (default: %(default)s)")
     add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="the most, after 1, 2, 4 ... (default: %(default)s)")
     add("--seconds", type=options.seconds, default=1.0, help="for each row (default: %(default)s)")
+    add("--json", type=options.output_file, metavar="FILE", help="write all there, with the machine")
     add("--plot", type=options.output_file, metavar="FILE", help="draw the gains there (needs matplotlib)")
     arguments = parser.parse_args(argv)
     if arguments.plot is not None:
@@ -213,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table; after Ctrl-C, what there is."""
     arguments = _arguments(argv)
     threads = [n for n in (1 << i for i in range(20)) if n < arguments.threads] + [arguments.threads]
-    before = report.load()
+    before = report.machine("float32", program="bench.situations")
     reasons = {name: why_not(name) for name in dict.fromkeys(arguments.situations)}
     for name, reason in reasons.items():
         if reason is not None:
@@ -225,6 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if interrupted:
         print(f"interrupted after {len(rows)} rows", file=sys.stderr)
+    if rows and arguments.json is not None:
+        options.write({arguments.json: as_json(before, rows)})
     if rows and arguments.plot is not None:
         options.keep(arguments.plot)
         draw(rows, threads, arguments.plot)

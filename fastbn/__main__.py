@@ -318,22 +318,35 @@ def info(as_json: bool = False) -> int:
 
 def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: bool) -> int:
     """Print the normalization nodes of a model, and write the model without those that can be folded."""
+    if folded is not None and (wrong := _unwritable(Path(path), Path(folded))):
+        print(f"python -m fastbn: {wrong}", file=sys.stderr)
+        return 1
     try:
         import fastbn.onnx as models
 
         report = models.check(path, seconds=seconds)
-        written = None if folded is None else models.fold(path, rewrite).SerializeToString()
+        smaller = None if folded is None else models.fold(path, rewrite)
     except (ImportError, ValueError) as error:
         print(f"python -m fastbn: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
-    if folded is not None and written is not None:
+    if folded is not None and smaller is not None:
         try:
-            Path(folded).write_bytes(written)
+            models.protos.write(smaller, Path(folded))
         except OSError as error:
             print(f"python -m fastbn: {error}", file=sys.stderr)
             return 1
+        print(f"wrote {folded}", file=sys.stderr)
     return 0
+
+
+def _unwritable(model: Path, folded: Path) -> str:
+    """Why the folded model cannot have this name; looked for before anything is measured."""
+    if folded.exists() and model.exists() and folded.samefile(model):
+        return f"--fold must be another file than the model: {folded}"
+    if folded.is_dir() or not folded.parent.is_dir():
+        return f"--fold must be a file in a folder that exists: {folded}"
+    return ""
 
 
 def overview() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -192,14 +193,18 @@ def short(value: object, text: str | None = None) -> str:
 
 
 def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
-    """Check an int between two bounds."""
-    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, got {short(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {short(int(value))}")
-    if value > most:
-        raise ValueError(f"{name} must be at most {most}, got {short(int(value))}")
-    return int(value)
+    """Check an int between two bounds; what Python takes as one, as arrays and tensors without axes, is one."""
+    try:
+        if isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")).endswith("bool"):
+            raise TypeError
+        n = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {short(value)}") from None
+    if n < least:
+        raise ValueError(f"{name} must be at least {least}, got {short(n)}")
+    if n > most:
+        raise ValueError(f"{name} must be at most {most}, got {short(n)}")
+    return n
 
 
 def switch(name: str, value: object) -> bool:

@@ -112,6 +112,7 @@ def _imports_for_packagers() -> None:
     """
     import fastbn.kernels._calls
     import fastbn.kernels._cpu
+    import fastbn.kernels._jobs
     import fastbn.kernels._plan
     import fastbn.kernels._pool
     import fastbn.kernels._simd_neon

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, core, functional, parts
 from fastbn import threads as threading
+from fastbn.activations import Epilogue
 from fastbn.composed import update_running
+from fastbn.dtypes import lookup
 from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
@@ -64,6 +66,66 @@ class SavedParts:
     has_residual: bool
 
 
+class _Plain(NamedTuple):
+    """A call as a user gives it, for the door of plain arrays.
+
+    Attributes
+    ----------
+    divided
+        What divides x into parts: a normalized_shape; or the number of groups or None, layout and axis.
+    """
+
+    kind: str
+    x: Array
+    divided: Any
+    weight: Any
+    bias: Any
+    eps: Any
+    activation: Any
+    residual: Any
+    threads: Any
+    out: Any
+
+    def forward(self, keep: bool) -> tuple[Array, SavedParts | None] | None:
+        """Run it by the door; None where anything is unusual."""
+        doors = core.doors(self.x) if self.threads is None else None
+        if doors is None:
+            return None
+        f = None if self.activation is None else checks.activation(self.activation)
+        kept = core.copied(self.residual) if keep and f is not None and type(self.residual) is np.ndarray else None
+        given = (self.weight, self.bias, self.eps)
+        done = doors.plain_parts_forward(self.kind, self.x, self.divided, self.out, given, f, self.residual)
+        if done is None:
+            return None
+        y, made, axis, group, left = done
+        if left:
+            self._finish(doors, y, parts.Vectors(*made))
+        if not keep:
+            return y, None
+        weight, bias = self.weight, self.bias
+        saved = object.__new__(SavedParts)  # setting the fields of a frozen one by one takes as long as a small call
+        saved.__dict__.update(
+            kind=self.kind, shape=self.x.shape, dtype=self.x.dtype, axis=axis, group=group, mean=made[0], mean_lo=made[1], invstd=made[2],
+            weight=None if weight is None else weight.flatten(), bias=None if bias is None else bias.flatten(),
+            activation=f, residual=kept, has_residual=self.residual is not None,
+        )  # fmt: skip
+        return y, saved
+
+    def _finish(self, module: Any, y: Array, found: parts.Vectors) -> None:
+        """Compute the parts that the kernel has left."""
+        options = self.activation, self.residual, None, None
+        if self.kind in ("layer_norm", "rms_norm"):
+            call = on_rows(self.kind, self.x, self.divided, *options)[0]
+        else:
+            groups, layout, axis = self.divided
+            call = on_channels(self.kind, self.x, layout, axis, *options, groups)[0]
+        weight, bias = (None if v is None else v.reshape(-1) for v in (self.weight, self.bias))
+        norm = parts.Norm(weight, bias, self.eps, self.kind != "rms_norm", call.dtype.compute, 1)
+        residual = None if self.residual is None else call.dense(self.residual)
+        epilogue = None if residual is None and call.activation is None else Epilogue(call.activation, residual)
+        parts.finish(module, call.dense(self.x), call.dense(y), call.shape, norm, found, epilogue)
+
+
 def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
     """Run a checked call."""
     if call.out is not None:
@@ -91,6 +153,12 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     if not isinstance(saved, SavedParts) or saved.kind != kind:
         got = f"one of {saved.kind}" if isinstance(saved, SavedParts) else type(saved).__name__
         raise TypeError(f"saved must be what {kind}_forward returned, got {got}")
+    if threads is None and (doors := core.doors(x)) is not None:
+        vectors = saved.mean, saved.mean_lo, saved.invstd, saved.weight, saved.bias
+        how = saved.shape, saved.dtype, saved.axis, saved.group, saved.activation, saved.residual, saved.has_residual
+        found = doors.plain_parts_backward(kind, x, dy, vectors, how, wrt, out)
+        if found is not None:
+            return Gradients(*found)
     wanted = checks.names("wrt", wrt, GRADIENTS)
     call, given, target = on_backward(kind, dy, x, saved, wanted, out, threads, saved.group)
     return _gradients(call, given, saved, wanted, target)
@@ -173,13 +241,26 @@ def instance_norm_forward(
     return y, saved
 
 
-@default_mode
 def _instance_norm(
     x: Array, given: tuple[Any, ...], layout: Any, axis: Any, activation: Any, residual: Any, threads: Any, out: Any, keep: bool
 ) -> tuple[Array, SavedParts | Saved | None]:
-    """Check, run, and move the running statistics."""
     running_mean, running_var, weight, bias, use_input_stats, momentum, eps = given
-    call, channels = on_channels("instance_norm", x, layout, axis, activation, residual, out, threads, None)
+    plain = _Plain("instance_norm", x, (None, layout, axis), weight, bias, eps, activation, residual, threads, out)
+    if running_mean is None and running_var is None and use_input_stats is True and type(momentum) is float:
+        done = plain.forward(keep)
+        if done is not None:
+            return done
+    return _checked_instance_norm(plain, (running_mean, running_var), use_input_stats, momentum, keep)
+
+
+@default_mode
+def _checked_instance_norm(
+    given: _Plain, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
+) -> tuple[Array, SavedParts | Saved | None]:
+    """Check, run, and move the running statistics."""
+    running_mean, running_var = running
+    kind, x, (_, layout, axis), weight, bias, eps, activation, residual, threads, out = given
+    call, channels = on_channels(kind, x, layout, axis, activation, residual, out, threads, None)
     if not checks.switch("use_input_stats", use_input_stats):
         if running_mean is None or running_var is None:
             raise ValueError("running_mean and running_var must be given when use_input_stats is False")
@@ -365,6 +446,11 @@ def _group_norm(
     keep: bool,
 ) -> tuple[Array, SavedParts | None]:  # fmt: skip
     weight, bias, eps = given
+    plain = _Plain("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out)
+    if num_groups is None:
+        raise TypeError("num_groups must be an int, got None")
+    if (done := plain.forward(keep)) is not None:
+        return done
     call, channels = on_channels("group_norm", x, layout, axis, activation, residual, out, threads, num_groups)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     if call.x.size == 1:
@@ -506,11 +592,14 @@ def _layer_norm(
     kind: str, x: Array, normalized_shape: Any, given: tuple[Any, ...], activation: Any, residual: Any, threads: Any, out: Any, keep: bool
 ) -> tuple[Array, SavedParts | None]:
     weight, bias, eps = given
+    if eps is None and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
+        eps = _SMALLEST_STEP[row.storage]
+    plain = _Plain(kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out)
+    if (done := plain.forward(keep)) is not None:
+        return done
     call, shape = on_rows(kind, x, normalized_shape, activation, residual, out, threads)
     compute = call.dtype.compute
     w, b = row_vector("weight", weight, shape, compute), row_vector("bias", bias, shape, compute)
-    if eps is None:
-        eps = _SMALLEST_STEP[call.dtype.storage]
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), kind == "layer_norm", compute, call.threads)
     return _forward(call, norm, keep)
 

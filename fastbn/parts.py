@@ -176,8 +176,8 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
         made = module.parts_forward(x, y, norm.weight, norm.bias, norm.eps, shape.group, norm.centered, norm.threads, epilogue)
         if made is not None:
             found = Vectors(*(v.reshape(shape.batch, shape.parts) for v in made[0]))
-            if made[1]:  # parts at the ends of the range are left, of which nothing was written
-                _Apart.of(x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
+            if made[1]:
+                finish(module, x, y, shape, norm, found, epilogue)
             return found
     mean, low, m2 = statistics(module, x, shape, norm.threads)
     var = m2 / shape.values
@@ -197,6 +197,27 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
     if apart is not None:
         apart.finish(y, found)
     return found
+
+
+@default_mode
+def finish(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, found: Vectors, epilogue: Epilogue | None) -> None:
+    """Compute the parts that a kernel has left: their invstd is -1, and nothing of them was written.
+
+    Of planes, all that it had at once with one at the ends of the range are left; alone, the others are as they always are.
+    """
+    if shape.outer == 1 and not shape.is_rows:
+        for b, g in zip(*np.nonzero(found.invstd == -1), strict=True):
+            own = slice(g * shape.group, (g + 1) * shape.group)
+            part = x[b : b + 1, :, own].copy()
+            weight, bias = (None if v is None else v[own] for v in (norm.weight, norm.bias))
+            residual = None if epilogue is None or epilogue.residual is None else epilogue.residual[b : b + 1, :, own].copy()
+            after = None if epilogue is None else epilogue._replace(residual=residual)
+            made, left = module.parts_forward(part, part, weight, bias, norm.eps, shape.group, norm.centered, 1, after)
+            if not left:
+                y[b, :, own] = part[0]
+                for vector, value in zip(found, made, strict=True):
+                    vector[b, g] = value[0]
+    _Apart.of(x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
 
 
 def _normalize(

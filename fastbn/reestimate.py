@@ -53,11 +53,17 @@ class Estimate:
     batches: int = 0
 
     def __post_init__(self) -> None:
-        """Check what was given."""
+        """Check what was given, and keep a copy."""
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f"layers must be a mapping of names to Stats, got {type(self.layers).__name__}")
+        object.__setattr__(self, "layers", dict(self.layers))
+        object.__setattr__(self, "batches", checks.integer("batches", self.batches, 0))
         for name, stats in self.layers.items():
             if not isinstance(stats, Stats):
                 raise TypeError(f"layers must be a mapping of names to Stats, got {type(stats).__name__} for {name!r}")
-        checks.integer("batches", self.batches, 0)
+
+    def __hash__(self) -> int:
+        return hash((frozenset(self.layers.items()), self.batches))
 
     def merge(self, *others: Estimate) -> Estimate:
         """Statistics of all the data together, as `Stats.merge` finds them.
@@ -203,7 +209,7 @@ def update_bn(
 
     Each batch runs through the model with the layers in training, so that each is normalized by its own statistics; what
     comes into each layer is merged, weighted by the number of values. A layer that is frozen, or has no running
-    statistics, is left alone.
+    statistics, is left alone; one with `skip_nonfinite` passes over what is not finite.
 
     Parameters
     ----------
@@ -267,10 +273,10 @@ def update_bn(
 
 def running_of(name: str, found: Estimate, unbiased: bool) -> tuple[Array, Array]:
     """Running statistics of a layer."""
-    try:
-        return found.layers[name].to_running(unbiased=unbiased)
-    except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from None
+    stats = found.layers[name]
+    if stats.count < 1 + unbiased:
+        raise ValueError(f"layer {name!r} needs at least {1 + unbiased} values per channel, and {stats.count} came")
+    return stats.to_running(unbiased=unbiased)
 
 
 @contextmanager
@@ -282,7 +288,10 @@ def _watched(named: Mapping[str, Layer], moving: Mapping[str, Layer], recorder: 
         usual = layer.forward
 
         def forward(x: Array, residual: Array | None = None, **options: Any) -> Array:
-            recorder.saw(name, batch_norm_stats(x, layout=layer.layout, axis=layer.axis, mask=options.get("mask")))
+            stats = batch_norm_stats(x, layout=layer.layout, axis=layer.axis, mask=options.get("mask"))
+            if layer.skip_nonfinite and not np.isfinite(stats.vectors).all():
+                stats = Stats.identity(layer.num_features)
+            recorder.saw(name, stats)
             layer.training = True  # the model may have said otherwise
             y: Array = usual(x, residual, **options)
             return y

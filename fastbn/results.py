@@ -75,9 +75,10 @@ class Stats:
         channels, dtype = (m.size, f"mean has {m.size} channels"), _wider(_digits(m.dtype), _digits(v.dtype))
         given = {"mean": m, "var": v, "mean_lo": mean_lo, "var_lo": var_lo}
         rows = [np.zeros(m.size) if a is None else checks.vector(name, a, channels, dtype) for name, a in given.items()]
-        if (rows[1] < 0).any():
-            c = int(np.argmax(rows[1] < 0))
-            raise ValueError(f"var must not be negative, but var[{c}] is {rows[1][c]:g}")
+        for name, total in (("var", rows[1]), ("var + var_lo", rows[1] + rows[3])):
+            if (total < 0).any():
+                c = int(np.argmax(total < 0))
+                raise ValueError(f"{name} must not be negative, but of channel {c} it is {total[c]:g}")
         self._set(n, np.array(rows, dtype))
 
     def _set(self, count: int, vectors: Array) -> None:
@@ -92,7 +93,7 @@ class Stats:
     @property
     def vectors(self) -> Array:
         """Mean, var, mean_lo and var_lo, one below the other: of shape (4, C)."""
-        return self._vectors
+        return self._vectors[:]  # a view, which nobody can make writable
 
     @property
     def mean(self) -> Array:
@@ -117,9 +118,16 @@ class Stats:
     def __repr__(self) -> str:
         return f"Stats(count={self.count}, mean={self.mean!r}, var={self.var!r})"
 
-    def __reduce__(self) -> tuple[type[Stats], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[Stats], tuple[Any, ...], tuple[int, Array]]:
         """Only the arrays, and of the low parts only those that say something."""
-        return type(self), (self.count, self.mean, self.var, *(v if v.any() else None for v in (self.mean_lo, self.var_lo)))
+        return type(self), (0, [], []), (self.count, self._vectors[: 4 if self._vectors[2:].any() else 2])
+
+    def __setstate__(self, state: tuple[int, Array]) -> None:
+        """Without the checks of what users give: many counts, each below the limit, may have added up."""
+        count, given = state
+        vectors = np.zeros((4, given.shape[1]), given.dtype)
+        vectors[: len(given)] = given
+        self._set(count, vectors)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stats) and self._key() == other._key()
@@ -335,7 +343,7 @@ class Stats:
         """
         if self.count < 2:
             return np.full_like(self.mean, np.inf)
-        return np.sqrt(variance(self) / (self.count - 1)).astype(self.mean.dtype)
+        return np.sqrt(variance(self) / float(self.count - 1)).astype(self.mean.dtype)
 
     def to_arrays(self) -> tuple[Array, Array, Array, Array, Array]:
         """Everything as plain arrays, as MPI, Flower and Arrow carry them.

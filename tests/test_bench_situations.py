@@ -53,10 +53,22 @@ def test_a_quota_ends_with_its_situation() -> None:
     assert threads.quota() == before
 
 
+ROWS = [situations.Row("forward", size, name, {1: 2.0, 2: 1.0}, {1: 3.0, 2: 2.0}) for size in (10, 20) for name in ("loop", "busy")]
+
+
+def test_rows_are_read_back_as_they_were_written() -> None:
+    about, rows = situations.read_json(situations.as_json({"cores": 2}, ROWS))
+    assert about == {"cores": 2}
+    assert rows == ROWS
+
+
+def test_the_table_of_gains_has_a_line_for_each_situation_and_a_column_for_each_size() -> None:
+    assert situations.gains(ROWS[1:]).splitlines()[-2:] == ["| busy | forward | 2.00 | 2.00 |", "| loop | forward | - | 2.00 |"]
+
+
 def test_the_gains_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    rows = [situations.Row("forward", size, name, {1: 2.0, 2: 1.0}, {1: 3.0, 2: 2.0}) for size in (10, 20) for name in ("loop", "busy")]
-    situations.draw(rows, [1, 2], tmp_path / "gains.png")
+    situations.draw(ROWS, [1, 2], tmp_path / "gains.png")
     assert (tmp_path / "gains.png").stat().st_size > 1000
 
 

@@ -2,9 +2,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from beside import run
 
 import fastbn
 
@@ -12,19 +15,38 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).parent.parent)}  # the package that is tested, installed or not
 
 
-def test_train_digits(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    plot = tmp_path / "plot.png"
-    # NumPy's warnings come from the example itself, and it should spill none when a run diverges
-    command = [sys.executable, "-W", "error::RuntimeWarning:__main__", EXAMPLES / "train_digits.py", "--epochs", "1", "--output", plot]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+def example(name, *arguments, needs=("sklearn", "matplotlib"), plots=True):
+    """A test of what an example prints, beside other tests."""
+
+    def errand():
+        for package in needs:  # not imported: that is for the thread of the tests
+            if find_spec(package) is None:
+                pytest.skip(f"needs {package}")
+        with tempfile.TemporaryDirectory() as folder:
+            plot = Path(folder) / "plot.png"
+            # NumPy's warnings come from the example itself, and it should spill none when a run diverges
+            command = [sys.executable, "-W", "error::RuntimeWarning:__main__", EXAMPLES / f"{name}.py", *arguments]
+            done = run([*command, "--output", plot] if plots else command, ENVIRONMENT)
+            return done, plots and (plot.read_bytes() if plot.exists() else b"")
+
+    return pytest.mark.beside(errand=errand)
+
+
+def printed_by(ran):
+    done, plot = ran
+    assert done.returncode == 0, done.stderr
+    assert plot is False or plot.startswith(b"\x89PNG")
+    return done.stdout
+
+
+@example("train_digits", "--epochs", "1")
+def test_train_digits(beside):
+    printed = printed_by(beside)
     rows = re.findall(r"learning rate (\S+) +(with batch norm|without) +(\d+\.\d|diverged)", printed)
     results = {(float(rate), how): result for rate, how, result in rows}
     assert len(results) == 8
     # what the example is there to show, with room for other rounding
     assert float(results[0.1, "with batch norm"]) > 70 > 60 > float(results[0.1, "without"])
-    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--output", "/proc/nothing/plot.png"], ["--output", "plot.number"]], ids=str)
@@ -39,16 +61,13 @@ def test_train_digits_refuses_a_wrong_argument_before_it_trains(wrong, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_torch_resnet(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
+@example("torch_resnet", "--steps", "40", needs=("sklearn", "matplotlib", "torch"))
+def test_torch_resnet(beside):
     pytest.importorskip("torch", minversion="2.10")
-    command = [sys.executable, EXAMPLES / "torch_resnet.py", "--steps", "40", "--output", tmp_path / "losses.png"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
+    printed = printed_by(beside)
     found = dict(re.findall(r"^(torch|enable|convert) .* accuracy (\d+\.\d) %$", printed, re.MULTILINE))
     assert float(found["torch"]) > 60  # on another machine rounding takes another way
     assert all(abs(float(found["torch"]) - float(found[way])) < 20 for way in ("enable", "convert"))
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "forward, float32, contiguous" in printed
     assert "left to torch" not in printed
     folded = re.search(r"folded for inference: 9 of 9 batch norms; accuracy (\S+) % after (\S+) %", printed)
@@ -56,29 +75,26 @@ def test_torch_resnet(tmp_path):
     assert folded[1] == folded[2]
 
 
-def test_recalibrate(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    plot = tmp_path / "plot.png"
-    command = [sys.executable, EXAMPLES / "recalibrate.py", "--epochs", "4", "--output", plot]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
-    found = {name: (float(before), float(after)) for name, before, after in re.findall(r"^ *(\S+): +(\S+) % -> +(\S+) %$", printed, re.M)}
-    assert len(found) == 10
-    assert found["60%"][1] > found["60%"][0] + 10  # what the example is there to show, with room for other rounding
-    assert found["8"][1] > 80
-    assert plot.read_bytes().startswith(b"\x89PNG")
+@example("recalibrate", "--epochs", "3")
+def test_recalibrate(beside):
+    found, way = {}, ""
+    for line in printed_by(beside).splitlines():
+        row = re.fullmatch(r" *(\S+): +(\S+) % -> +(\S+) %", line)
+        way = way if row else line
+        if row:
+            found[way, row[1]] = float(row[2]), float(row[3])
+    assert len(found) == 13
+    for name in (("upper bits of weights kept", "5"), ("smallest weights set to zero", "60%")):
+        assert found[name][1] > found[name][0] + 15  # what the example is there to show, with room for other rounding
+    assert found["weights rounded to bits", "6"][1] > 80
 
 
-def test_small_batches(tmp_path):
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    plot = tmp_path / "plot.png"
-    command = [sys.executable, EXAMPLES / "small_batches.py", "--images", "1000", "--output", plot]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
-    found = {name: float(percent) for name, percent in re.findall(r"^two images of the same digit +(\S.*\S) +(\S+) % \(", printed, re.M)}
+@example("small_batches", "--images", "1000")
+def test_small_batches(beside):
+    rows = re.findall(r"^two images of the same digit +(\S.*\S) +(\S+) % \(", printed_by(beside), re.M)
+    found = {name: float(percent) for name, percent in rows}
     assert len(found) == 5
     assert found["group norm"] > found["batch norm"] + 10  # what the example is there to show, with room for other rounding
-    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_reestimate_dask():
@@ -92,14 +108,21 @@ def test_reestimate_dask():
     assert float(off[2]) < 1e-6
 
 
-@pytest.mark.slow
-def test_sync_gloo():
-    pytest.importorskip("sklearn")
-    torch = pytest.importorskip("torch", minversion="2.10")
-    if not torch.distributed.is_available():
-        pytest.skip("needs a PyTorch with torch.distributed")
-    command = [sys.executable, EXAMPLES / "sync_gloo.py", "--steps", "30", "--each", "4"]
+def test_federated_flower():
+    pytest.importorskip("flwr", reason="needs Flower (300 MB)")
+    command = [sys.executable, EXAMPLES / "federated_flower.py"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT).stdout  # our own file
-    found = re.findall(r"^2 processes, statistics (.*): accuracy (\S+) %$", printed, re.MULTILINE)
+    off = re.fullmatch(r" *merged: mean off by (\S+), variance by (\S+) of it\n *averaged: .*, variance by 4.*\n", printed)
+    assert off is not None
+    assert float(off[1]) < 1e-6
+    assert float(off[2]) < 1e-6
+
+
+@pytest.mark.slow
+@example("sync_gloo", "--steps", "30", "--each", "4", needs=("sklearn", "torch"), plots=False)
+def test_sync_gloo(beside):
+    if not pytest.importorskip("torch", minversion="2.10").distributed.is_available():
+        pytest.skip("needs a PyTorch with torch.distributed")
+    found = re.findall(r"^2 processes, statistics (.*): accuracy (\S+) %$", printed_by(beside), re.MULTILINE)
     assert [what for what, _ in found] == ["of the whole batch", "of each process's part"]
     assert float(found[0][1]) > 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import fuzz
 import numpy as np
 import pytest
+from beside import run
 
 import fastbn
 from fastbn.dispatch import KERNELS
@@ -37,10 +39,17 @@ def test_random_calls_with_one_kernel(kernel: str) -> None:
     finds_nothing("--calls", "5000", "--kernel", kernel, "--caches", "512", "2048", "4096")
 
 
+def with_functions() -> subprocess.CompletedProcess[str]:
+    options = ["--seed", "20260101", "--calls", "400", "--functions", "--numba", "--patience", "600"]
+    return run([sys.executable, fuzz.__file__, *options])
+
+
 @pytest.mark.slow
+@pytest.mark.beside(errand=with_functions)
 @pytest.mark.skipif(bool(KERNELS["numba"].unusable()), reason="Numba compiles the functions")
-def test_random_calls_with_functions_of_a_user() -> None:
-    finds_nothing("--calls", "400", "--functions", "--numba", "--patience", "600")
+def test_random_calls_with_functions_of_a_user(beside: subprocess.CompletedProcess[str]) -> None:
+    assert beside.returncode == 0, beside.stdout + beside.stderr
+    assert re.search(r"\b400 numbers", beside.stdout)
 
 
 # A judge that never finds anything says nothing.
@@ -141,9 +150,7 @@ def test_a_crash_is_found_and_what_follows_is_run(tmp_path: Path) -> None:
     assert "99 numbers" in result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
-def test_memory_stays_flat_over_20000_mixed_calls() -> None:
+def resident() -> subprocess.CompletedProcess[str]:
     script = (
         "import fuzz, fastbn\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
@@ -158,8 +165,12 @@ def test_memory_stays_flat_over_20000_mixed_calls() -> None:
         "print((max(sizes) - sizes[0]) / 2**20)\n"
     )
     folder = str(Path(fuzz.__file__).parent)
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, env={"PYTHONPATH": ":".join([folder, *sys.path])}
-    )
-    assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 4, f"{result.stdout.strip()} MiB more after 20,000 calls than after 8,000"
+    return run([sys.executable, "-W", "error", "-c", script], {"PYTHONPATH": ":".join([folder, *sys.path])})
+
+
+@pytest.mark.slow
+@pytest.mark.beside(errand=resident)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
+def test_memory_stays_flat_over_20000_mixed_calls(beside: subprocess.CompletedProcess[str]) -> None:
+    assert beside.returncode == 0, beside.stderr
+    assert float(beside.stdout) < 4, f"{beside.stdout.strip()} MiB more after 20,000 calls than after 8,000"

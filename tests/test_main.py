@@ -315,11 +315,19 @@ def test_onnx_writes_the_folded_model(model, tmp_path, capsys, rewrite):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["missing.onnx"], ["{model}", "--seconds", "-1"], ["{model}", "--seconds", "0", "--fold", "missing/out.onnx"]]
-)
-def test_onnx_says_in_a_line_what_is_wrong(model, capsys, arguments):
+    "arguments",
+    [
+        ["missing.onnx"], ["{model}", "--seconds", "-1"], ["{model}", "--fold", "missing/out.onnx"], ["{model}", "--fold", "."],
+        ["{model}", "--fold", "{model}"],
+    ],
+)  # fmt: skip
+def test_onnx_says_in_a_line_what_is_wrong_before_it_measures(model, capsys, arguments):
+    before = model.read_bytes()
     assert main(["onnx", *(argument.format(model=model) for argument in arguments)]) == 1
-    assert re.fullmatch(r"python -m fastbn: .*(missing|seconds).*\n", capsys.readouterr().err)
+    said = capsys.readouterr()
+    assert re.fullmatch(r"python -m fastbn: .*(missing|seconds|--fold must be).*\n", said.err)
+    assert not said.out
+    assert model.read_bytes() == before
 
 
 def test_onnx_refuses_options_that_do_nothing(model, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import reference
+from fastbn import core, reference
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -198,6 +199,87 @@ def test_what_is_no_number_stays_in_its_part_and_what_is_large_is_computed(kerne
         np.testing.assert_array_equal(np.isnan(y), np.isnan(wanted))
         fine = np.isfinite(wanted)
         np.testing.assert_allclose(y[fine], wanted[fine], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_part_at_the_end_of_the_range_changes_no_bit_of_others(norm: str, last: bool) -> None:
+    """Threads have different parts at once, and what is left of these must not depend on that."""
+    x = _random((4, 9, 9, 16) if last else (4, 16, 9, 9), "float32")
+    x.reshape(-1)[70] = 3e38
+    first, options, weight, bias = _arguments(norm, x, -1 if last else 1, 4)
+    given = (*first, *_affine(norm, weight, bias))
+    forward = getattr(fastbn, norm)
+    one = forward(x, *given, **options, threads=1)
+    for threads in (2, 3, 8):
+        np.testing.assert_array_equal(forward(x, *given, **options, threads=threads), one)
+    np.testing.assert_array_equal(forward(x, *given, **options, out=x), one)
+
+
+@pytest.mark.parametrize(("norm", "shape", "last"), CASES)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_plain_calls_equal_checked_ones(norm: str, shape: tuple[int, ...], last: bool, activation: str | None) -> None:
+    """With a number of threads all is checked; without, plain arrays take a shorter way."""
+    x, dy, residual = (_random(shape, "float32", seed=s) for s in range(3))
+    if last:
+        x, dy, residual = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy, residual))
+    first, options, weight, bias = _arguments(norm, x, -1 if last else 1)
+    wrt = ("x", "weight", *(() if norm == "rms_norm" else ("bias",)), *(("residual",) if activation else ()))
+
+    def call(threads: int | None, arrays: Any, place: str | None) -> list[Array]:
+        a = {"x": x.copy(), "dy": dy.copy(), "residual": residual.copy()}
+        out = a.get(place or "")
+        options_now = dict(options, activation=activation, residual=a["residual"], threads=threads)
+        y, saved = getattr(fastbn, f"{norm}_forward")(a["x"], *first, *arrays, **options_now, out=out if place != "dy" else None)
+        y = y.copy()
+        g = getattr(fastbn, f"{norm}_backward")(a["dy"], x, saved, wrt=wrt, threads=threads, out=out)
+        plain = getattr(fastbn, norm)(x, *first, *arrays, **options, activation=activation, residual=residual, threads=threads)
+        return [y, plain, saved.mean, saved.mean_lo, saved.invstd, *(v for v in g if v is not None)]
+
+    for arrays in (_affine(norm, weight, bias), ()):
+        for place in (None, "x", "residual", "dy"):
+            for a, b in zip(call(None, arrays, place), call(1, arrays, place), strict=True):
+                np.testing.assert_array_equal(a, b)
+                assert (a.shape, a.dtype, a.strides) == (b.shape, b.dtype, b.strides)
+
+
+def _plain(norm: str, x: Any, divided: Any, out: Any = None, vectors: tuple[Any, Any] = (None, None), eps: Any = 1e-5) -> Any:
+    """What the door for plain arrays makes of a call: None where it leaves it to the checked way."""
+    return core.doors(np.zeros(1, "f")).plain_parts_forward(norm, x, divided, out, (*vectors, eps), None, None)
+
+
+@pytest.mark.skipif(core.doors(np.zeros(1, "f")) is None, reason="no compiled kernels here")
+def test_the_door_for_plain_arrays_leaves_others_to_the_checked_way() -> None:
+    x, images = np.ones((4, 6), "f"), np.ones((2, 6, 4), "f")
+    w = np.ones(6, "f")
+    assert _plain("layer_norm", x, 6) is not None
+    assert _plain("layer_norm", images, (6, 4), None, (np.ones((6, 4), "f"), None)) is not None
+    assert _plain("group_norm", images, (3, None, None), None, (w, w)) is not None
+    for divided in (5, True, (4, 7), (), [[6]], "6", None, (2, 4, 6), np.int64(6)):
+        assert _plain("layer_norm", x, divided) is None
+    for divided in ((4, None, None), (0, None, None), (-1, None, None), (True, None, None), (2.0, None, None), (2, None, 0)):
+        assert _plain("group_norm", images, divided) is None
+    for a in (np.ones((4, 12), "f")[:, ::2], np.asfortranarray(x), x[:0], x.view(np.matrix), x.astype(">f4"), [[1.0, 2.0]], x[0]):
+        assert _plain("layer_norm", a, 6) is None
+    fixed = np.empty_like(x)
+    fixed.flags.writeable = False
+    both = np.ones((5, 6), "f")
+    for out in (fixed, both[1:, :4], np.empty((6, 4), "f"), np.empty((4, 6))):
+        assert _plain("layer_norm", x, 6, out) is None
+    assert _plain("layer_norm", both[:4], 6, both[1:]) is None
+    assert _plain("layer_norm", x, 6, x, (x[0], None)) is None
+    for v in (w[:5], w.astype(float), np.ones((1, 6), "f"), [1.0] * 6, np.ones(12, "f")[::2]):
+        assert _plain("layer_norm", x, 6, None, (v, None)) is None
+    for eps in (-1.0, 1, None, float("nan"), float("inf")):
+        assert _plain("layer_norm", x, 6, eps=eps) is None
+
+
+@pytest.mark.parametrize("change", [{"group": 0}, {"group": -1}, {"axis": 9}, {"mean": np.ones(1, "f")}, {"shape": (1,)}])
+def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any]) -> None:
+    x = _random((2, 6, 4), "float32")
+    _, saved = fastbn.group_norm_forward(x, 3)
+    with pytest.raises((ValueError, TypeError, IndexError, ZeroDivisionError)):
+        fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change))
 
 
 def test_instance_norm_moves_running_statistics_and_uses_them() -> None:

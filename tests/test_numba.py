@@ -735,3 +735,52 @@ def test_activations_are_vectorized(activation: Any) -> None:
     found = lookup(activation)
     plain, active = (vector_instructions(listing(kernel.Loop("planes", "normalize", "float32", f))) for f in (None, found))
     assert bool(set(active) - set(plain)) == (activation != fastbn.Activation(one_by_one))
+
+
+def test_a_job_begins_as_the_doors_enter_it() -> None:
+    """Two files name its first fields, and their order."""
+    jobs = pytest.importorskip("fastbn.kernels._jobs", reason="built without a compiler")
+    names = [name for name, _ in kernel.Job._fields_]
+    assert tuple(names[: len(jobs.HEAD)]) == jobs.HEAD
+    assert names[-4:] == ["eps", "momentum", "correction", "parameter"]
+
+
+@pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_plain_calls_have_the_bits_of_checked_ones(training: bool, activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients through given statistics too, in place or not, and for x alone."""
+    rng = np.random.default_rng(1)
+    x, dy = (rng.normal(1, 3, (6, 5, 4, 6)).astype(np.float32) for _ in range(2))
+    x[:, 2] *= np.float32(1e30)  # sums that leave the range of float32
+    m, v, w, b = (rng.uniform(0.5, 2, 5).astype(np.float32) for _ in range(4))
+
+    def step() -> list[bytes]:
+        running = m.copy(), v.copy()
+        y, saved = fastbn.batch_norm_forward(x, w, b, *running, training=training, activation=activation)
+        found = [y, *running, saved.mean, saved.invstd, saved.scale, saved.shift]
+        for wrt in (("x", "weight", "bias"), ("x",), ("weight",)):
+            found += [g for g in fastbn.batch_norm_backward(dy, x, saved, wrt=wrt) if g is not None]
+        return [np.asarray(a).tobytes() for a in (*found, fastbn.batch_norm_backward(dy.copy(), x, saved, out=np.empty_like(x)).dx)]
+
+    with fastbn.use_kernel("numba"):
+        plain = step()
+        monkeypatch.setattr(fastbn.core, "doors", lambda _: None)
+        assert step() == plain
+
+
+@pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
+@pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt()])
+def test_what_compiling_raises_reaches_the_caller_of_a_plain_call(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise error
+
+    x, v = np.ones((3, 7, 1), np.float32), np.ones(7, np.float32)
+    with fastbn.use_kernel("numba"):
+        expected = fastbn.batch_norm(x, v, v)
+        kernel._jobs.forget()
+        monkeypatch.setattr(kernel, "_template", broken)
+        with pytest.raises(type(error)):
+            fastbn.batch_norm(x, v, v)
+        monkeypatch.undo()
+        assert np.array_equal(fastbn.batch_norm(x, v, v), expected)

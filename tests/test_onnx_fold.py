@@ -17,6 +17,7 @@ pytest.importorskip("onnxruntime")
 from onnx_models import array, net, norm, operators, run  # noqa: E402
 
 import fastbn.onnx  # noqa: E402
+from fastbn.__main__ import main  # noqa: E402
 from fastbn.layout import Array  # noqa: E402
 
 BN = "BatchNormalization"
@@ -218,6 +219,45 @@ def test_group_normalization_takes_one() -> None:
     nodes = f"c = GroupNormalization <num_groups = 3> (x, p, q) y = {BN} (c, s, b, m, v)"
     model = net(nodes, (2, 6, 4, 4), {"p": array(6), "q": array(6), **norm(6)}, opset=21)
     assert operators(folded(model, array(2, 6, 4, 4))) == ["GroupNormalization"]
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+@pytest.mark.parametrize("where", ["graph", "function", "file"])
+def test_deprecated_operators_are_looked_at_as_others(groups: int, where: str, tmp_path: Path) -> None:
+    constants = {"w": array(6, 6, 1, 1), "p": array(groups), "q": array(groups), **norm(6), **norm(6, prefix="n")}
+    group = f"GroupNormalization <num_groups = {groups}>"
+    function = f'<domain: "local", opset_import: ["": 21]> block (a, p, q) => (r) {{ r = {group} (a, p, q) }}'
+    middle = "local.block" if where == "function" else group
+    nodes = f"c = Conv (x, w) d = {BN} (c, s, b, m, v) e = {middle} (d, p, q) y = {BN} (e, ns, nb, nm, nv)"
+    model = net(nodes, (2, 6, 4, 4), constants, opset=21, functions=function if where == "function" else "")
+    for holder in (model, *model.functions):  # which onnx.checker takes for deprecated
+        holder.opset_import[0].version = 18
+    given: Any = model
+    if where == "file":
+        given = tmp_path / "m.onnx"
+        onnx.save(model, given, save_as_external_data=True, location="w", size_threshold=0)
+        model = onnx.load(given)
+    result = fastbn.onnx.fold(given)
+    takes = groups == 6 and where != "function"
+    assert operators(result) == ["Conv", middle.split(" ")[0].split(".")[-1], *([] if takes else [BN])]
+    x = array(2, 6, 4, 4)
+    near(run(result, x)[0], run(model, x)[0])
+    model.graph.node[0].op_type = "Konv"
+    with pytest.raises(ValueError, match="No Op registered for Konv"):
+        fastbn.onnx.check(model)
+
+
+def test_a_model_too_large_for_a_file_is_written_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastbn.onnx.protos, "LARGE", 1000)
+    model = net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, {"w": array(16, 3, 3, 3), **norm(16)})
+    onnx.save(model, tmp_path / "m.onnx")
+    out = tmp_path / "out.onnx"
+    for _ in range(2):
+        assert main(["onnx", str(tmp_path / "m.onnx"), "--fold", str(out), "--seconds", "0"]) == 0
+        assert 1000 < (tmp_path / "out.onnx.data").stat().st_size < 3000
+        result = onnx.load(out)
+        assert operators(result) == ["Conv"]
+        near(run(result, IMAGES)[0], run(model, IMAGES)[0])
 
 
 def test_shared_weights_are_copied() -> None:

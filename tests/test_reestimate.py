@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -146,6 +147,26 @@ def test_layers_that_are_called_twice_frozen_or_masked() -> None:
     assert int(frozen.num_batches_tracked) == 0
 
 
+def test_an_estimate_is_a_value() -> None:
+    layers = {"a": ONE.layers["a"]}
+    estimate = Estimate(layers, np.uint8(200))
+    layers["b"] = Stats.identity(1)
+    assert estimate == Estimate({"a": ONE.layers["a"]}, 200)
+    assert len({estimate, copy.deepcopy(estimate), pickle.loads(pickle.dumps(estimate)), ONE}) == 2  # noqa: S301  our own
+    assert type(estimate.batches) is int
+    assert estimate.merge(estimate).batches == 400
+
+
+def test_a_layer_that_skips_bad_batches_does_so_here() -> None:
+    bn, x = fastbn.BatchNorm1d(3, skip_nonfinite=True), np.arange(12, dtype="f").reshape(4, 3)
+    found = fastbn.update_bn([bn], [x, np.full_like(x, np.nan), x], bn)
+    assert found.layers["0"].count == 8
+    np.testing.assert_allclose(bn.running_mean, x.mean(0))
+    assert np.isfinite(bn.running_var).all()
+    with pytest.raises(ValueError, match="and 0 came"):
+        fastbn.update_bn([bn], [np.full_like(x, np.inf)], bn)
+
+
 def test_a_line_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     net = Net()
     fastbn.update_bn(net.layers, data(), net, progress=True)
@@ -178,10 +199,14 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Net], object]]] = {
                  lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"c": Stats.identity(3)}))),
     "channels": (ValueError, "layer 'a' has 5 channels, but those of start are 3",
                  lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"a": Stats.identity(3)}))),
-    "one value": (ValueError, "layer 'a': an unbiased variance needs a count of at least 2",
+    "one value": (ValueError, "layer 'a' needs at least 2 values per channel, and 1 came",
                   lambda n: fastbn.update_bn(n.layers, [], n, start=ONE)),
+    "empty": (ValueError, "layer 'a' needs at least 2 values per channel, and 0 came",
+              lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"a": Stats.identity(5)}))),
     "one row": (ValueError, "Expected more than 1 value per channel", lambda n: fastbn.update_bn(n.layers, [data()[0][:1]], n)),
     "user": (OSError, "the disk is gone", lambda n: fastbn.update_bn(n.layers, data(), fails(n))),
+    "Estimate-list": (TypeError, "layers must be a mapping of names to Stats, got list", lambda n: Estimate([ONE])),  # type: ignore[arg-type]
+    "Estimate-batches": (TypeError, "batches must be an int, got 1.0", lambda n: Estimate({}, 1.0)),  # type: ignore[arg-type]
     "Estimate": (TypeError, "layers must be a mapping of names to Stats, got int for 'a'", lambda n: Estimate({"a": 3})),  # type: ignore[dict-item]
     "merge": (TypeError, "merge takes Estimates, got int", lambda n: ONE.merge(3)),  # type: ignore[arg-type]
     "merge-channels": (ValueError, "5 channels for layer 'a', got 3", lambda n: ONE.merge(Estimate({"a": Stats.identity(3)}))),

@@ -6,9 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+from beside import run
 
 from fastbn.dispatch import TABLE
 
@@ -107,32 +113,25 @@ print("done")
 """
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which Python imports fastbn built with sanitizers."""
-    pytest.importorskip("fastbn.kernels._pool", reason="built without a compiler")
-    for package in ("Cython", "setuptools"):
-        pytest.importorskip(package)
-    gcc = shutil.which("gcc")
-    if gcc is None or sys.platform != "linux":
-        pytest.skip("no gcc")
+SOURCE = tempfile.TemporaryDirectory()
+
+
+@cache
+def built() -> tuple[dict[str, str], str]:
+    """An environment in which Python imports fastbn built with sanitizers, or why there is none."""
+    source = Path(SOURCE.name)
     # Without forced inlining, which makes instrumented code slow to compile.
     flags = f"{FLAGS} -fno-sanitize-recover=undefined -O1 -UCYTHON_INLINE -DCYTHON_INLINE=inline"
     environment = {**os.environ, "FASTBN_CXXFLAGS": flags, "FASTBN_LDFLAGS": FLAGS}
-    source = tmp_path_factory.mktemp("sanitized")
-    built = shutil.ignore_patterns("*.so", "_*.cpp", "__pycache__")
-    shutil.copytree(ROOT / "fastbn", source / "fastbn", ignore=built)
+    shutil.copytree(ROOT / "fastbn", source / "fastbn", ignore=shutil.ignore_patterns("*.so", "_*.cpp", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "-j2"], cwd=source, env=environment, capture_output=True, text=True
-    )
-    assert build.returncode == 0, build.stderr
+    build = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace", "-j2"], environment, source)
     runtimes = [
-        subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        subprocess.run([str(shutil.which("gcc")), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    return {
+    found = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(source), str(TESTS)]),
         "PYTHONMALLOC": "malloc",
@@ -140,67 +139,91 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
+    return found, build.stderr if build.returncode else ""
 
 
-def clean(environment: dict[str, str], *arguments: str) -> None:
-    """Run Python; it must import the sanitized modules, say "done", and its sanitizers nothing."""
-    where = Path(environment["PYTHONPATH"].partition(os.pathsep)[0])
-    # Not from the clone, where other modules lie.
-    result = subprocess.run([sys.executable, *arguments], cwd=where, capture_output=True, text=True, env=environment)
+def sanitized(*arguments: str) -> pytest.MarkDecorator:
+    """Python with these arguments and the sanitized modules, beside other tests."""
+
+    def errand() -> CompletedProcess[str]:
+        for module in ("fastbn.kernels._pool", "Cython", "setuptools"):  # not imported: that is for the thread of the tests
+            if find_spec(module) is None:
+                pytest.skip(f"needs {module}")
+        if shutil.which("gcc") is None or sys.platform != "linux":
+            pytest.skip("no gcc")
+        environment, wrong = built()
+        assert not wrong, wrong
+        return run([sys.executable, *arguments], environment)
+
+    return pytest.mark.beside(errand=errand)
+
+
+def clean(result: CompletedProcess[str]) -> None:
+    """It must import the sanitized modules, say "done", and its sanitizers nothing."""
     assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]
     assert "runtime error" not in result.stderr, result.stderr[-5000:]
     assert result.stdout.splitlines()[-1] == "done"
 
 
-def test_every_kernel_of_this_machine_is_built_with_sanitizers(sanitized: dict[str, str]) -> None:
-    script = (
-        "import fastbn.kernels._pool, fastbn.kernels._cpu, fastbn.kernels._plan, fastbn.kernels._calls\n"
-        "from fastbn.dispatch import TABLE\n"
-        "usable = [k.name for k in TABLE if k.level is not None and not k.unusable()]\n"
-        f"assert usable == {KERNELS!r}, usable\n"
-        "import sys\n"
-        "files = [m.__file__ for name, m in sys.modules.items() if name.startswith('fastbn.kernels._') and m.__file__.endswith('.so')]\n"
-        "assert len(files) == len(usable) + 4, files\n"
-        "assert all(b'__asan_report_load' in open(f, 'rb').read() for f in files), files\n"
-        "print('done')\n"
-    )
-    clean(sanitized, "-c", script)
+IMPORT = f"""
+import fastbn.kernels._pool, fastbn.kernels._cpu, fastbn.kernels._plan, fastbn.kernels._calls
+from fastbn.dispatch import TABLE
+usable = [k.name for k in TABLE if k.level is not None and not k.unusable()]
+assert usable == {KERNELS!r}, usable
+import sys
+files = [m.__file__ for name, m in sys.modules.items() if name.startswith('fastbn.kernels._') and m.__file__.endswith('.so')]
+assert len(files) == len(usable) + 4, files
+assert all(b'__asan_report_load' in open(f, 'rb').read() for f in files), files
+print('done')
+"""
+
+# The Python callers check; so a shape that the memory does not have is what is left.
+BEYOND = """
+import sys
+import numpy as np
+from fastbn.dispatch import KERNELS
+x = np.lib.stride_tricks.as_strided(np.ones(1024, np.float32), (1, 1, 1088), (4352, 4352, 4))
+KERNELS[sys.argv[1]].module().stats(x, 1)
+"""
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_operations(sanitized: dict[str, str], kernel: str) -> None:
-    clean(sanitized, "-c", OPERATIONS, kernel)
-
-
-@pytest.mark.parametrize("kernel", [*KERNELS, ""])
-def test_calls_at_the_ends_of_memory(sanitized: dict[str, str], kernel: str) -> None:
-    clean(sanitized, str(TESTS / "test_guard_pages.py"), kernel, DTYPES)
-
-
-def test_vectors_at_odd_addresses(sanitized: dict[str, str]) -> None:
-    clean(sanitized, "-c", VECTORS)
-
-
-@pytest.mark.parametrize("kernel", [*KERNELS, ""])
-def test_random_calls(sanitized: dict[str, str], kernel: str) -> None:
+def random_calls(kernel: str) -> str:
     pin = ["--kernel", kernel, "--caches", "512", "2048", "4096"] if kernel else []
-    script = f"import fuzz, sys; sys.exit(fuzz.main(['--seed', '1', '--calls', '1500', '--tight', *{pin!r}]) or print('done'))"
-    clean(sanitized, "-c", script)
+    return f"import fuzz, sys; sys.exit(fuzz.main(['--seed', '1', '--calls', '1500', '--tight', *{pin!r}]) or print('done'))"
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_a_read_beyond_an_array_would_be_seen(sanitized: dict[str, str], kernel: str) -> None:
-    """The Python callers check; so a shape that the memory does not have is what is left.
+def each(kernels: Sequence[str], *arguments: str) -> pytest.MarkDecorator:
+    """A test for each kernel, whose name follows the arguments."""
+    return pytest.mark.parametrize("kernel", [pytest.param(k, marks=sanitized(*arguments, k, DTYPES), id=k) for k in kernels])
 
-    Of whole vectors: GCC does not watch masked loads, as of AVX-512's tails. Guard pages do.
-    """
-    script = (
-        "import numpy as np\n"
-        "from fastbn.dispatch import KERNELS\n"
-        f"m = KERNELS[{kernel!r}].module()\n"
-        "x = np.lib.stride_tricks.as_strided(np.ones(1024, np.float32), (1, 1, 1088), (4352, 4352, 4))\n"
-        "m.stats(x, 1)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=sanitized)
-    assert result.returncode != 0
-    assert "heap-buffer-overflow" in result.stderr
+
+@sanitized("-c", IMPORT)
+def test_every_kernel_of_this_machine_is_built_with_sanitizers(beside: CompletedProcess[str]) -> None:
+    clean(beside)
+
+
+@each(KERNELS, "-c", OPERATIONS)
+def test_operations(beside: CompletedProcess[str], kernel: str) -> None:
+    clean(beside)
+
+
+@each([*KERNELS, ""], str(TESTS / "test_guard_pages.py"))
+def test_calls_at_the_ends_of_memory(beside: CompletedProcess[str], kernel: str) -> None:
+    clean(beside)
+
+
+@sanitized("-c", VECTORS)
+def test_vectors_at_odd_addresses(beside: CompletedProcess[str]) -> None:
+    clean(beside)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(k, marks=sanitized("-c", random_calls(k)), id=k) for k in [*KERNELS, ""]])
+def test_random_calls(beside: CompletedProcess[str], kernel: str) -> None:
+    clean(beside)
+
+
+@each(KERNELS, "-c", BEYOND)
+def test_a_read_beyond_an_array_would_be_seen(beside: CompletedProcess[str], kernel: str) -> None:
+    """Of whole vectors: GCC does not watch masked loads, as of AVX-512's tails. Guard pages do."""
+    assert beside.returncode != 0
+    assert "heap-buffer-overflow" in beside.stderr

@@ -7,13 +7,18 @@ a test says so.
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
+from subprocess import CompletedProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from beside import run
 from hypothesis import given
 from hypothesis import strategies as st
 from truth import SHAPES, axis_of, backward, near, near_gradient, near_gradients, problem, rng, same_bits
@@ -144,9 +149,15 @@ def test_ten_thousand_merges_in_a_row_lose_nothing(dtype: Any) -> None:
     in_a_row(10**4, dtype, 1e-9)
 
 
+def a_million() -> CompletedProcess[str]:
+    script = "import numpy; from test_stats import in_a_row; in_a_row(10**6, numpy.float32, 1e-6); print('done')"
+    return run([sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+
+
 @pytest.mark.slow
-def test_a_million_merges_in_a_row_stay_within_1e_6() -> None:
-    in_a_row(10**6, np.float32, 1e-6)
+@pytest.mark.beside(errand=a_million)
+def test_a_million_merges_in_a_row_stay_within_1e_6(beside: CompletedProcess[str]) -> None:
+    assert beside.stdout == "done\n", beside.stderr
 
 
 def test_a_shift_of_all_values_leaves_the_variance_alone() -> None:
@@ -200,6 +211,15 @@ def test_counts_of_any_integer_type_become_ints_that_do_not_overflow(integer: An
     assert pickle.loads(pickle.dumps(merged)) == merged  # noqa: S301  our own
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.uint8])
+def test_counts_without_axes_are_ints_and_booleans_are_none(integer: Any) -> None:
+    assert type(Stats(np.array(3, integer), [0.0], [1.0]).count) is int  # type: ignore[arg-type]
+    assert type(Stats.running([0.0], [1.0], np.array(3, integer)).count) is int  # type: ignore[arg-type]
+    for wrong in (np.array([3], integer), np.array(True), np.bool_(True), np.timedelta64(3), "3", None):
+        with pytest.raises(TypeError, match="count must be an int"):
+            Stats(wrong, [0.0], [1.0])
+
+
 def test_merging_float32_with_float64_gives_float64_in_any_order() -> None:
     a, b = Stats(2, np.float32([1]), np.float32([1])), Stats(2, [1 + 1e-12], [1.0])
     assert a.merge(b) == b.merge(a)
@@ -238,6 +258,13 @@ def test_copies_are_equal_and_hash_alike(s: Stats) -> None:
     assert len({s, *copies}) == 1
 
 
+def test_counts_that_have_added_up_can_be_carried() -> None:
+    most = Stats(10**30, [1.0], [4.0])
+    merged = most.merge(most, most)
+    assert pickle.loads(pickle.dumps(merged)) == copy.deepcopy(merged) == merged  # noqa: S301  our own
+    np.testing.assert_allclose(merged.standard_error, 2 / np.sqrt(3e30))
+
+
 def test_what_differs_is_not_equal() -> None:
     s = Stats(2, [1.0], [0.5])
     others = [Stats(3, [1.0], [0.5]), Stats(2, [1.5], [0.5]), Stats(2, [1.0], [0.0]), Stats(2, [1.0], [0.5], [1e-20])]
@@ -265,6 +292,9 @@ def test_stats_cannot_be_changed_and_share_no_memory() -> None:
             getattr(s, name)[0] = 7
         with pytest.raises(AttributeError):
             setattr(s, name, mean)
+    for a in (s.mean, s.vectors):
+        with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+            a.setflags(write=True)
     assert not hasattr(s, "__dict__")
     for a in (*s.to_arrays(), *s.to_running()):
         a[...] = 9  # these are new
@@ -493,9 +523,11 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "mean-axes": (ValueError, r"mean must have shape \(C,\), got \(1, 1\)", lambda: Stats(1, [[1.0]], [1.0])),
     "mean-number": (ValueError, r"mean must have shape \(C,\), got \(\)", lambda: Stats(1, 1.0, 1.0)),
     "var-shape": (ValueError, r"mean has 1 channels but var has shape \(2,\)", lambda: Stats(1, [1.0], [1.0, 2.0])),
-    "var-negative": (ValueError, r"var must not be negative, but var\[1\] is -2", lambda: Stats(1, [1.0, 1.0], [1.0, -2.0])),
+    "var-negative": (ValueError, "var must not be negative, but of channel 1 it is -2", lambda: Stats(1, [1.0, 1.0], [1.0, -2.0])),
     "var-none": (TypeError, "var must hold real numbers, got None", lambda: Stats(1, [1.0], None)),  # type: ignore[arg-type]
     "mean_lo-shape": (ValueError, r"mean has 1 channels but mean_lo has shape \(2,\)", lambda: Stats(1, [1.0], [1.0], [1.0, 2.0])),
+    "var_lo-negative": (ValueError, r"var \+ var_lo must not be negative, but of channel 0 it is -1",
+                        lambda: Stats(1, [1.0], [0.0], None, [-1.0])),
     "var_lo-text": (TypeError, "var_lo must hold real numbers", lambda: Stats(1, [1.0], [1.0], None, ["a"])),  # type: ignore[list-item]
     "identity-channels": (ValueError, "channels must be at least 0, got -1", lambda: Stats.identity(-1)),
     "identity-dtype": (TypeError, "dtype must be one of", lambda: Stats.identity(1, np.int32)),

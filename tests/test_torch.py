@@ -350,7 +350,7 @@ LEFT = {
     ),
     "dimensions": (
         lambda x, v: native(x.reshape(2, 3, *[1] * 14, 20), None, None, None, None, True, 0.1, 1e-5),
-        "x has fewer than 2 dimensions or more than 16, or another tensor is unlike x",
+        "x has too few dimensions or more than 16, or another tensor is unlike x",
     ),
     "far": (lambda x, v: native_backward(x, x, v, v, v, v, v * 1e38, True, 1e-5, [True] * 3), "values are at the ends of the range"),
 }
@@ -636,7 +636,7 @@ def test_explain_says_what_would_happen() -> None:
         fastbn.torch.explain(x[:0]): "left to torch: it is empty",
         fastbn.torch.explain(x.to("meta")): "left to torch: it lies on meta",
         fastbn.torch.explain(x.to_sparse()): "left to torch: its layout is sparse_coo",
-        fastbn.torch.explain(torch.nn.ReLU()): "the model has no batch norm",
+        fastbn.torch.explain(torch.nn.ReLU()): "the model has no normalization layers",
         fastbn.torch.explain(torch.nn.BatchNorm1d(3).double()): "the model: BatchNorm1d(3): taken, float64",
         fastbn.torch.explain(torch.nn.BatchNorm1d(3, device="meta")): "the model: BatchNorm1d(3): left to torch: it lies on meta",
         fastbn.torch.explain(torch.nn.InstanceNorm1d(3)): "the model: InstanceNorm1d(3): taken",

@@ -103,6 +103,31 @@ def test_it_is_reversible_and_training_is_as_ever() -> None:
     assert type(model[0]) is nn.BatchNorm2d
 
 
+def test_what_was_reverted_by_another_is_left_alone() -> None:
+    model = layer()
+    first = adapt(model)
+    fastbn.torch.Adaptation(model).revert()
+    second = adapt(model, prior=0)
+    first.revert()  # which is of layers that adapt anew since
+    assert first.skipped == 0
+    assert list(second.layers) == ["0"]
+    assert type(model[0]) is not nn.BatchNorm2d
+    second.revert()
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_of_wrong_inputs_torch_says_what_is_wrong() -> None:
+    plain, model = layer(), layer()
+    adapt(model, memory=9)
+    for x in (torch.ones(2, 3), torch.ones(2, 4, 3, 3), torch.ones(2, 3, 3, 3, dtype=torch.int32)):
+        errors = []
+        for m in (plain, model):
+            with pytest.raises((ValueError, RuntimeError)) as error:
+                m(x)
+            errors.append((type(error.value), str(error.value)))
+        assert errors[0] == errors[1]
+
+
 def test_copies_and_pickles_adapt_too() -> None:
     model, x = layer(), drawn()
     adapt(model, prior=2, memory=20)

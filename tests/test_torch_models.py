@@ -271,7 +271,7 @@ def test_the_verdict_of_a_benchmark() -> None:
     assert of(12, 10, 0.05) == "a step is 1.20 times as fast with fastbn"
     assert of(10, 12, 0.05) == "a step is 0.83 times as fast with fastbn: leave it to torch"
     assert of(10, 10.2, 0.05) == "no difference beyond the noise of 5 %"
-    assert of(10, 5, 0.05, 0.0) == "no batch norm ran on the CPU"
+    assert of(10, 5, 0.05, 0.0) == "no normalization ran on the CPU"
 
 
 @needs_kernels

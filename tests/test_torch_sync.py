@@ -94,6 +94,18 @@ def test_converted_layers_keep_what_they_had() -> None:
     assert type(fastbn.torch.convert_sync_batchnorm(alone)) is fastbn.torch.SyncBatchNorm
 
 
+def test_frozen_layers_stay_frozen_until_they_are_unfrozen() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    fastbn.torch.freeze(model)
+    fastbn.torch.convert(model)
+    fastbn.torch.convert_sync_batchnorm(model).train()(torch.randn(5, 3))
+    assert not model[0].running_mean.any()
+    assert fastbn.torch.unfreeze(model) == 1
+    assert model[0].weight.requires_grad
+    model.train()(torch.randn(5, 3))
+    assert model[0].running_mean.all()
+
+
 class Active(nn.BatchNorm2d):
     def forward(self, input: Any) -> Any:  # noqa: A002  torch's name
         return super().forward(input).relu()

@@ -6,6 +6,7 @@ adds to it, takes what users give and does all of a call, as long as nothing abo
 """
 
 cimport numpy as cnp
+from cpython.exc cimport PyErr_Occurred
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport isfinite
 from libc.stdint cimport uint32_t
@@ -178,7 +179,7 @@ cdef Status run(call_fn function, Call* call) except *:
     cdef Status status
     with nogil:
         status = function(call)
-    if status != DONE and status != LEFT:
+    if status != DONE and status != LEFT and PyErr_Occurred() == NULL:  # what compiles its functions may have raised
         raise MemoryError("no memory for the partial sums")
     return status
 
@@ -251,3 +252,4 @@ cdef object in_memory(cnp.ndarray a, tuple dims):
 
 include "parts_door.pxi"
 include "plain.pxi"
+include "plain_parts.pxi"

@@ -64,21 +64,24 @@ SUMMING, MAPPING, BOTH = range(3)  # phases
 # ---- A call, as compiled code sees it ----
 
 _INTEGERS = (
+    # What differs from call to call of a kind; _jobs.pyx knows these, and the numbers below.
     # Arrays like x, or 0; dz is what the map of a gradient reads: dy, or what its sums kept, dy before the activation.
     "x", "dy", "dz", "out", "residual", "dresidual", "kept",
     # Vectors of channels, in the type of the arithmetic, or 0.
     "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift", "offset", "slope", "running_mean", "running_var",
-    # The same, in float64: merged sums; and those of the tiles.
-    "first", "second", "low", "pivots", "sums", "dots",
+    # The same, in float64: merged sums. Memory of this call, whether running statistics are float64, and what came out.
+    "first", "second", "low", "scratch", "wide_mean", "wide_var", "unusual",
+    # Sums of the tiles, in float64.
+    "pivots", "sums", "dots",
     # Vectors of columns; how often a function of the user's raised, how many values it had been applied to, and these.
-    "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures", "scratch",
+    "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures",
     # C functions.
     "sum", "map", "settle", "unit_of", "parallel",
     # The shape, the tiles, and the units of work.
     "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "rest",
     "group", "sum_units", "sum_bytes", "map_group", "map_piece", "map_units", "map_bytes", "threads",
-    # What to do, and what came out.
-    "kind", "phase", "by_columns", "together", "nontemporal", "wide", "wide_mean", "wide_var", "unusual", "raised",
+    # What to do, and whether a function raised.
+    "kind", "phase", "by_columns", "together", "nontemporal", "wide", "raised",
 )  # fmt: skip
 FAILURES = 16 + 8192  # bytes
 _NUMBERS = ("eps", "momentum", "correction", "parameter")
@@ -851,10 +854,15 @@ def _loop(loop: Loop) -> int:
 
 
 @cache
-def _around(number: Any) -> tuple[int, int, Any]:
-    """Addresses of `settle` and `unit`, and `run` as a function of Python's."""
-    settle, unit = (_compile(make(number), f"{make.__name__}_{number}", n) for make, n in ((_settle, 3), (_unit, 2)))
-    return settle, unit, _ENTRY(_compile(_run(number), f"run_{number}", 1))
+def _around(number: Any) -> tuple[int, ...]:
+    """Addresses of `settle`, `unit` and `run`."""
+    return tuple(_compile(make(number), f"{make.__name__}_{number}", n) for make, n in ((_settle, 3), (_unit, 2), (_run, 1)))
+
+
+@cache
+def _entry(run: int) -> Any:
+    """A `run` as a function of Python's."""
+    return _ENTRY(run)
 
 
 # ---- How a call is cut ----
@@ -874,6 +882,8 @@ def set_caches(l1: int, l2: int, l3: int) -> None:
     global L2, L3
     L2, L3 = l2, min(l3, 32 << 20)
     _template.cache_clear()
+    if _jobs is not None:
+        _jobs.forget()
 
 
 def by_columns(shape: tuple[int, int, int], lanes: int) -> bool:
@@ -950,7 +960,7 @@ class _Template(NamedTuple):
     """All of a call that does not depend on the arrays; an address in its scratch memory is -1 less the offset."""
 
     job: Job
-    run: Any
+    run: int
     scratch: int
 
 
@@ -962,11 +972,10 @@ def _storage(dtype: np.dtype[Any]) -> str:
 
 @lru_cache(maxsize=512)
 def _template(
-    kind: int, shape: tuple[int, int, int], dtype: np.dtype[Any], threads: int, fresh: bool, kept: bool,
+    kind: int, shape: tuple[int, int, int], storage: str, threads: int, fresh: bool, kept: bool,
     activation: Any, residual: bool, dresidual: bool, undone: bool,
 ) -> _Template:  # fmt: skip
-    job, storage = Job(), _storage(dtype)
-    m = STORAGE[storage]
+    job, m = Job(), STORAGE[storage]
     job.parameter = 0.0 if activation is None else activation.parameter
     if activation is not None and not activation.custom:
         activation = activation._replace(parameter=0.0)  # one loop for all
@@ -1027,10 +1036,11 @@ class _Call:
         if kind == BACKWARD and x.itemsize >= 4 and activation is not None and activation.costly and fresh:
             after = second or to
         template = _template(
-            kind, x.shape, x.dtype, threads, fresh, bool(after), activation, residual is not None, dresidual is not None, bool(undone),
+            kind, x.shape, _storage(x.dtype), threads, fresh, bool(after), activation, residual is not None, dresidual is not None,
+            bool(undone),
         )  # fmt: skip
         self.job = job = Job.from_buffer_copy(template.job)
-        self.activation, self.function = activation, template.run
+        self.activation, self.function = activation, _entry(template.run)
         self.scratch = scratch = np.empty(template.scratch, np.uint8)
         job.x, job.dy, job.dz, job.out, job.residual, job.dresidual = source, gradient, after or gradient, to, other, second
         job.kept = after
@@ -1111,10 +1121,52 @@ def grad_input(
 _composed: Any = None  # what computes channels at the ends of the range, from the operations
 
 
-def connect(*, composed: Any, **_: Any) -> None:
+def connect(**known: Any) -> None:
     """Bring what the calls need of the library: kernels know nothing of it."""
     global _composed
-    _composed = composed
+    _composed = known["composed"]
+    if _jobs is not None:
+        _doors.connect(**known)
+
+
+# The doors for plain arrays are those of the SIMD kernels, which run jobs as they run calls.
+
+_STORAGES = ("float32", "float64", "bfloat16", "float16")  # as call.hpp numbers them
+
+
+class _BuiltIn(NamedTuple):
+    """As the library's own, to which it is equal."""
+
+    name: str
+    parameter: float
+    code: int
+
+    custom = False
+
+
+def _job_for(
+    kind: int, dtype: int, outer: int, channels: int, inner: int, threads: int, activation: int, fresh: bool, kept: bool, residual: bool,
+    dresidual: bool, undone: bool,
+) -> tuple[bytes, int, int]:  # fmt: skip
+    after = _BuiltIn(tuple(FUNCTIONS)[activation - 1], 0.0, activation) if activation else None
+    shape, flags = (outer, channels, inner), map(bool, (residual, dresidual, undone))
+    found = _template(kind, shape, _STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
+    return bytes(found.job), found.run, found.scratch
+
+
+try:
+    from fastbn.kernels import _calls, _jobs
+except ImportError:  # built without a compiler
+    _jobs = None
+else:
+    _doors = _calls.Doors(_jobs.kernels(_job_for))
+    plain_stats, plain_inference, plain_forward, plain_backward = (
+        _doors.plain_stats, _doors.plain_inference, _doors.plain_forward, _doors.plain_backward,
+    )  # fmt: skip
+
+    def prepared(mean: Array, scale: Array, shift: Array, activation: Any, sample: Array, axis: int) -> Any:
+        """A call of `normalize` with fixed parameters; None for a function of the user's."""
+        return None if activation is not None and activation.custom else _doors.prepared(mean, scale, shift, activation, sample, axis)
 
 
 def inference(

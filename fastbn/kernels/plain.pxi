@@ -333,6 +333,14 @@ cdef class Doors(Calls):
             return None
         return dx, dweight, dbias, dresidual
 
+    def plain_parts_forward(self, str kind not None, x, divided, out, tuple given not None, activation, residual):
+        """Normalize parts of images, or rows; `given` is weight, bias and eps. See plain_parts.pxi."""
+        return plain_parts_forward(self, kind, x, divided, out, given, activation, residual)
+
+    def plain_parts_backward(self, str kind not None, x, dy, tuple vectors not None, tuple how not None, wrt, out):
+        """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
+        return plain_parts_backward(self, kind, x, dy, vectors, how, wrt, out)
+
 
 cdef double LARGE_M2 = 2.0 ** 1000  # as in extremes.py
 

@@ -29,9 +29,9 @@
 //
 // - Step back on a busy machine. With another process on the processors, spinning and claiming lead to waits of a
 //   scheduler's time slice, milliseconds for a call of 100 microseconds. The sign of it is a caller that waited long for
-//   the last units, so long that it had better done them itself. After such a sign calls stay on their own thread for a
-//   while, which doubles with each sign that follows soon and starts again after a quiet time. A worker that loses its
-//   processor while it spins costs nothing, and goes to sleep.
+//   the last units, so long that it had better done them itself. After such a sign, where workers have cost more than they
+//   saved of late, calls stay on their own thread for a while, which doubles with each sign that follows soon and starts
+//   again after a quiet time. A worker that loses its processor while it spins costs nothing, and goes to sleep.
 //
 // - Survive fork. The child has the memory of the pool but none of its threads, so it forgets the pool and makes a new
 //   one when it needs one. No lock is shared between the two pools.
@@ -161,8 +161,9 @@ public:
         state_.fetch_and(~OPEN, std::memory_order_seq_cst);
         wait_until_left(helpers);
         last_end_ = Clock::now();
-        const Time alone = mine > 0 ? (done - start) * units / mine : done - start;
-        if (last_end_ - done > LONG_WAIT && last_end_ - start > alone) back_off();
+        const Time took = last_end_ - start, alone = mine > 0 ? (done - start) * units / mine : done - start;
+        gain_ += (static_cast<double>((alone - took).count()) - gain_) / 8;
+        if (last_end_ - done > LONG_WAIT && took > alone && gain_ < 0) back_off();
         taken_.store(false, std::memory_order_release);
         return true;
     }
@@ -188,6 +189,7 @@ private:
     Job job_;  // the open one
     Clock::time_point last_end_{};
     double pace_ = 0;              // of callers without workers, in nanoseconds for a byte; 0 until it was measured
+    double gain_ = 0;              // what the workers saved a call of late, in nanoseconds
     std::int64_t not_shared_ = 0;  // time of calls up to then that might have been shared with workers that slept
 
     struct alignas(64) Worker {

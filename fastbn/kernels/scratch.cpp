@@ -1,3 +1,5 @@
+// Memory that a thread keeps from call to call: kept by thread, given back when asked.
+
 #include "scratch.hpp"
 
 #include <pthread.h>

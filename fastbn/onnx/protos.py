@@ -13,6 +13,8 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from fastbn import checks
 
 DEFAULT = ("", "ai.onnx")  # the names of ONNX's own domain
+LARGE = 2_000_000_000  # bytes: protobuf writes messages below 2 GiB, and there is more in a model than tensors
+_ELSEWHERE = "fastbn.deprecated"  # a domain whose operators onnx.checker does not know
 Key = tuple[object, ...]  # of a body: the indices of the nodes and subgraphs it lies in; of a function, behind its name
 Body = GraphProto | FunctionProto
 
@@ -144,7 +146,47 @@ def load(model: object) -> tuple[ModelProto, str]:
     else:
         raise TypeError(f"model must be an onnx.ModelProto or a path, got {type(model).__name__}")
     try:
-        onnx.checker.check_model(given)
+        _check(given, proto)
     except Exception as error:  # of several classes, that of the checker itself among them
         raise ValueError(f"model must be one that onnx.checker lets pass: {said(error)}") from error
     return proto, folder
+
+
+def _check(given: ModelProto | str, proto: ModelProto) -> None:
+    """Let onnx.checker look, but not at operators that are deprecated in their opset: runtimes run them all the same."""
+    try:
+        onnx.checker.check_model(given)
+        return
+    except onnx.checker.ValidationError as error:
+        if "is deprecated in domain_version" not in str(error):
+            raise
+    twin = ModelProto()
+    twin.CopyFrom(proto)
+    for holder, root in ((twin, twin.graph), *((function, function) for function in twin.functions)):
+        version = opset(holder.opset_import)
+        for _, body in walk(root, ()):
+            for node in body.node:
+                if node.domain in DEFAULT and _is_deprecated(node.op_type, version):
+                    node.domain = _ELSEWHERE
+        holder.opset_import.append(onnx.helper.make_opsetid(_ELSEWHERE, 1))
+    for tensor in _tensors(twin):
+        if onnx.external_data_helper.uses_external_data(tensor):  # the copy lies in no folder; whoever reads the file says what is wrong
+            tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0]))
+    onnx.checker.check_model(twin)
+
+
+def _is_deprecated(op: str, version: int) -> bool:
+    try:
+        return bool(onnx.defs.get_schema(op, version, "").deprecated)
+    except onnx.defs.SchemaError:  # there is no such operator, and the checker says so
+        return False
+
+
+def write(proto: ModelProto, path: Path) -> None:
+    """Write a model; where it is too large for one file, its tensors into another beside it, of the same name and ".data"."""
+    if sum(tensor.ByteSize() for tensor in _tensors(proto)) < LARGE:
+        path.write_bytes(proto.SerializeToString())
+        return
+    beside = path.with_name(f"{path.name}.data")
+    beside.unlink(missing_ok=True)  # onnx.save would write behind what is there
+    onnx.save(proto, str(path), save_as_external_data=True, location=beside.name)

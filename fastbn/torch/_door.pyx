@@ -14,8 +14,8 @@ cdef extern from "call.hpp" namespace "fastbn" nogil:
 
 cdef extern from "door.hpp" namespace "fastbn::torch" nogil:
     cppclass Counts:
-        uint64_t[4][4][2] taken
-        uint64_t[4][12] declined
+        uint64_t[8][4][2] taken
+        uint64_t[8][13] declined
     enum:
         OPERATIONS
         ANSWERS
@@ -28,10 +28,14 @@ cdef extern from "door.hpp" namespace "fastbn::torch" nogil:
     void stop_taking "fastbn::torch::stop"(bint withdraw) except +
     cbool define_own_operators "fastbn::torch::define_operators"() except +
     cbool is_taking "fastbn::torch::is_on"() noexcept
+    cbool takes_parts_too "fastbn::torch::takes_parts"() noexcept
 
 
 # The names of what door.hpp numbers.
-OPERATIONS_OF_TORCH = ("forward", "inference", "backward", "frozen backward")
+OPERATIONS_OF_TORCH = (
+    "forward", "inference", "backward", "frozen backward",
+    "layer norm forward", "layer norm backward", "group norm forward", "group norm backward",
+)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 ORDERS = ("contiguous", "channels last", "other")
 REASONS = [TEXTS[i].decode() for i in range(ANSWERS)]
@@ -56,7 +60,7 @@ def attach(kernels):
 
 
 def start():
-    """Take ATen's batch norm from here on.
+    """Take ATen's normalizations from here on.
 
     Returns
     -------
@@ -96,6 +100,17 @@ def is_on():
     bool
     """
     return is_taking()
+
+
+def takes_parts():
+    """Whether layer and group norm are taken, too, where the kernels are attached.
+
+    Returns
+    -------
+    bool
+        False if this torch lacks what is needed to leave calls to it.
+    """
+    return takes_parts_too()
 
 
 def counts():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.results import Stats
-from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.sync import unusual
 
@@ -79,7 +79,9 @@ class _Adapted:
             found: Tensor = super().forward(input)  # type: ignore[misc]
             return found
         self._check_input_dim(input)
-        mean, var = eagerly(_mixed, self, input)
+        usual = self.running_mean, self.running_var
+        known = input.dtype in TYPES and input.layout is torch.strided and input.shape[1] == usual[0].numel()
+        mean, var = eagerly(_mixed, self, input) if known else usual  # torch says what is wrong with another
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -130,6 +132,7 @@ class Adaptation:
     def __init__(self, model: nn.Module):
         check(model)
         self.layers: dict[str, Any] = {path: layer for path, layer in norms(model) if isinstance(layer, _Adapted)}
+        self._memories = {path: layer.__dict__[STATE] for path, layer in self.layers.items()}
 
     def __enter__(self) -> Adaptation:
         return self
@@ -140,21 +143,21 @@ class Adaptation:
     @property
     def skipped(self) -> int:
         """How many times a layer met data that were not finite, and did not learn from them."""
-        return sum(layer.__dict__[STATE].skipped for layer in self.layers.values())
+        return sum(memory.skipped for memory in self._memories.values())
 
     def reset(self) -> None:
         """Forget the stream: the next call begins with the running statistics, as the first one did."""
-        for layer in self.layers.values():
-            memory = layer.__dict__[STATE]
+        for memory in self._memories.values():
             with _lock:
                 memory.known, memory.skipped = None, 0
 
     def revert(self) -> None:
-        """Make the layers what they were. It may be called again."""
-        for layer in self.layers.values():
-            layer.__class__ = type(layer).__bases__[1]
-            del layer.__dict__[STATE]
-        self.layers = {}
+        """Make the layers what they were, but for those that adapt anew since. It may be called again."""
+        for path, layer in self.layers.items():
+            if layer.__dict__.get(STATE) is self._memories[path]:
+                layer.__class__ = type(layer).__bases__[1]
+                del layer.__dict__[STATE]
+        self.layers, self._memories = {}, {}
 
 
 def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> Adaptation:

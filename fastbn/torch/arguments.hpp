@@ -1,4 +1,4 @@
-// The arguments of a call, checked: x and what is like it, vectors of channels, what is saved and returned.
+// The arguments of a call, checked: x and what is like it, vectors of channels or of parts, what is saved and returned.
 //
 // - As torch's own kernel seen from outside: the same shapes, dtypes, strides, undefined tensors. An input in one of
 //   torch's two orders of memory is used where it lies; one in any other is copied to the first, as torch's output is.
@@ -42,22 +42,35 @@ private:
     char* more_ = nullptr;
 };
 
+// The shape of a vector: of one dimension, or of several that lie densely one behind the other.
+struct Sizes {
+    std::int64_t dim = 0, count = 1, sizes[MOST_DIMENSIONS], strides[MOST_DIMENSIONS];
+
+    void add(std::int64_t size) noexcept {
+        for (std::int64_t d = 0; d < dim; ++d) strides[d] *= size;
+        sizes[dim] = size, strides[dim++] = 1;
+        count *= size;
+    }
+
+    bool are_of(const View& view) const noexcept {
+        return view.dim == dim && std::memcmp(view.sizes, sizes, static_cast<std::size_t>(dim) * sizeof *sizes) == 0;
+    }
+};
+
 // x of a call, and what lies in memory as its output does.
 struct Input {
     Tensor tensor;
     View view;
-    Dtype dtype;
-    bool last;  // channels
-    bool direct;  // its memory can be used as it is
+    Dtype dtype = DTYPES;
+    bool last = false;  // channels
+    bool direct = false;  // its memory can be used as it is
     std::ptrdiff_t outer, channels, inner;
     std::int64_t strides[MOST_DIMENSIONS];  // of the output
 
+    // Images with channels.
     Answer of(Tensor x) noexcept {
-        tensor = x;
-        if (!view.of(x)) return DEVICE;
-        dtype = dtype_of(view.number);
-        if (dtype == DTYPES) return DTYPE;
-        if (view.dim < 2 || view.dim > MOST_DIMENSIONS) return SHAPE;
+        if (const Answer no = see(x)) return no;
+        if (view.dim < 2) return SHAPE;
         std::int64_t rest = 1;
         for (std::int64_t d = 2; d < view.dim; ++d) rest *= view.sizes[d];
         const std::int64_t images = view.sizes[0];
@@ -71,6 +84,20 @@ struct Input {
         strides[1] = last ? 1 : step;
         strides[0] = last ? step : step * channels;
         return TAKEN;
+    }
+
+    // Rows of so many channels, which are the last axes.
+    Answer of_rows(Tensor x, std::int64_t axes) noexcept {
+        if (const Answer no = see(x)) return no;
+        if (axes < 1 || view.dim < axes) return SHAPE;
+        outer = channels = inner = 1;
+        std::int64_t step = 1;
+        for (std::int64_t d = view.dim - 1; d >= 0; --d) {
+            strides[d] = step, step *= view.sizes[d];
+            (d < view.dim - axes ? outer : channels) *= view.sizes[d];
+        }
+        last = false, direct = order_of(view.dim, view.sizes, view.strides) == CONTIGUOUS;
+        return step == 0 ? EMPTY : TAKEN;
     }
 
     std::int64_t bytes() const noexcept { return outer * channels * inner * SIZES[dtype]; }
@@ -98,42 +125,56 @@ struct Input {
         if (made.tensor == nullptr && !make_like(made)) return nullptr;
         return torch.aoti_torch_copy_(made.tensor, given, 0) == 0 ? memory_of(made.tensor) : nullptr;
     }
+
+private:
+    Answer see(Tensor x) noexcept {
+        tensor = x;
+        if (!view.of(x)) return DEVICE;
+        dtype = dtype_of(view.number);
+        return dtype == DTYPES ? DTYPE : view.dim > MOST_DIMENSIONS ? SHAPE : TAKEN;
+    }
 };
 
-// A vector of channels among the arguments, or none.
+// A vector among the arguments, or none.
 struct Vector {
     Tensor tensor = nullptr;
-    std::int64_t stride = 1;
+    std::int64_t stride = 1, count = 0;
 };
 
 // All of them: they share one dtype, that of x, or float32 beside 16 bits.
 struct Parameters {
     const Input& x;
+    Sizes channels;
     Dtype dtype;
     Dtype arithmetic;
     bool any = false;
     Room& room;
 
     Parameters(const Input& input, Room& memory) noexcept
-        : x(input), dtype(input.dtype), arithmetic(input.dtype == FLOAT64 ? FLOAT64 : FLOAT32), room(memory) {}
+        : x(input), dtype(input.dtype), arithmetic(input.dtype == FLOAT64 ? FLOAT64 : FLOAT32), room(memory) {
+        channels.add(input.channels);
+    }
 
-    Answer of(Tensor tensor, Vector& v) noexcept {
+    Answer of(Tensor tensor, Vector& v) noexcept { return of(tensor, v, channels); }
+    Answer of(Tensor tensor, Vector& v, const Sizes& sizes) noexcept {
         if (tensor == nullptr) return TAKEN;
         View view;
         if (!view.of(tensor)) return DEVICE;
         const Dtype found = dtype_of(view.number);
-        if (found == DTYPES || view.dim != 1 || view.sizes[0] != x.channels) return PARAMETERS;
+        if (found == DTYPES || !sizes.are_of(view)) return PARAMETERS;
         if (any ? found != dtype : found != x.dtype && !(found == FLOAT32 && SIZES[x.dtype] == 2)) return PARAMETERS;
-        v.tensor = tensor, v.stride = view.strides[0];
+        if (view.dim > 1 && order_of(view.dim, view.sizes, view.strides) != CONTIGUOUS) return PARAMETERS;
+        v.tensor = tensor, v.stride = view.dim == 1 ? view.strides[0] : 1, v.count = sizes.count;
         dtype = found, any = true;
         return TAKEN;
     }
 
     bool is_plain(const Vector& v, const void* data) const noexcept {
-        return dtype == arithmetic && (v.stride == 1 || x.channels == 1) && is_aligned(data, dtype);
+        return dtype == arithmetic && (v.stride == 1 || v.count == 1) && is_aligned(data, dtype);
     }
 
-    void* take() const noexcept { return room.take(static_cast<std::size_t>(x.channels * SIZES[arithmetic])); }
+    void* take() const noexcept { return take(channels.count); }
+    void* take(std::int64_t count) const noexcept { return room.take(static_cast<std::size_t>(count * SIZES[arithmetic])); }
 
     // A vector in the type of the arithmetic, where it lies or in the room; false if there is no memory.
     template <class P>
@@ -144,9 +185,9 @@ struct Parameters {
             found = const_cast<void*>(data);
             return true;
         }
-        void* copy = take();
+        void* copy = take(v.count);
         if (data == nullptr || copy == nullptr) return false;
-        convert(data, dtype, v.stride, copy, arithmetic, 1, x.channels);
+        convert(data, dtype, v.stride, copy, arithmetic, 1, v.count);
         found = copy;
         return true;
     }
@@ -166,7 +207,7 @@ struct Parameters {
     void write_back(const Vector& v, const Running& moved) const noexcept {
         if (v.tensor == nullptr) return;
         void* data = writable_memory_of(v.tensor);
-        if (data != moved.data) convert(moved.data, arithmetic, 1, data, dtype, v.stride, x.channels);
+        if (data != moved.data) convert(moved.data, arithmetic, 1, data, dtype, v.stride, v.count);
     }
 
     // Whether the memory of a vector that is written overlaps that of another one.
@@ -181,22 +222,20 @@ struct Parameters {
     std::int64_t extent(std::int64_t stride) const noexcept { return ((x.channels - 1) * stride + 1) * SIZES[dtype]; }
 };
 
-// What a forward saves for the backward, a vector of channels; or what a backward returns.
+// What a forward saves for the backward, a vector; or what a backward returns.
 struct Output {
     Owned made;
     void* data = nullptr;  // in the type of the arithmetic
     void* low = nullptr;
+    std::int64_t count = 0;
 
     // With what rounding takes away behind it, where that is `wanted`.
-    bool make(const Parameters& p, bool wanted) noexcept {
-        if (!wanted) {
-            if (!make_vector(made, p.x.channels, p.dtype)) return false;
-        } else if (!make_longer(p)) {
-            return false;
-        }
+    bool make(const Parameters& p, const Sizes& sizes, bool wanted) noexcept {
+        count = sizes.count;
+        if (!(wanted ? make_longer(p, sizes) : fastbn::torch::make(made, sizes.dim, sizes.sizes, sizes.strides, p.dtype))) return false;
         void* memory = writable_memory_of(made.tensor);
-        data = p.dtype == p.arithmetic ? memory : p.take();
-        if (wanted) low = static_cast<char*>(memory) + rest_of_saved(p.x.channels, p.dtype);
+        data = p.dtype == p.arithmetic ? memory : p.take(count);
+        if (wanted) low = static_cast<char*>(memory) + rest_of_saved(count, p.dtype);
         return memory != nullptr && data != nullptr;
     }
 
@@ -204,19 +243,19 @@ struct Output {
     void finish(const Parameters& p) noexcept {
         void* memory = writable_memory_of(made.tensor);
         if (p.dtype != p.arithmetic) {
-            convert(data, p.arithmetic, 1, memory, p.dtype, 1, p.x.channels);
-            if (low != nullptr) subtract(static_cast<const float*>(data), memory, p.dtype, static_cast<float*>(low), p.x.channels);
+            convert(data, p.arithmetic, 1, memory, p.dtype, 1, count);
+            if (low != nullptr) subtract(static_cast<const float*>(data), memory, p.dtype, static_cast<float*>(low), count);
         }
-        if (low != nullptr) seal_saved(memory, p.x.channels, p.dtype);
+        if (low != nullptr) seal_saved(memory, count, p.dtype);
     }
 
 private:
     // A vector whose storage is longer than it is.
-    bool make_longer(const Parameters& p) noexcept {
-        const std::int64_t bytes = bytes_of_saved(p.x.channels, p.dtype, p.arithmetic), size = p.x.channels, one = 1;
+    bool make_longer(const Parameters& p, const Sizes& sizes) noexcept {
+        const std::int64_t bytes = bytes_of_saved(sizes.count, p.dtype, p.arithmetic);
         Owned storage;
         return make_vector(storage, (bytes + SIZES[p.dtype] - 1) / SIZES[p.dtype], p.dtype) &&
-               torch.aoti_torch__reinterpret_tensor(storage.tensor, 1, &size, &one, 0, &made.tensor) == 0;
+               torch.aoti_torch__reinterpret_tensor(storage.tensor, sizes.dim, sizes.sizes, sizes.strides, 0, &made.tensor) == 0;
     }
 };
 
@@ -225,9 +264,9 @@ inline const void* rest_of(const Vector& v, const Parameters& p) noexcept {
     std::int64_t offset = 0, bytes = 0;
     if (v.stride != 1 || torch.aoti_torch_get_storage_offset(v.tensor, &offset) != 0 || offset != 0) return nullptr;
     if (torch.aoti_torch_get_storage_size(v.tensor, &bytes) != 0) return nullptr;
-    if (bytes < bytes_of_saved(p.x.channels, p.dtype, p.arithmetic)) return nullptr;
+    if (bytes < bytes_of_saved(v.count, p.dtype, p.arithmetic)) return nullptr;
     const char* data = static_cast<const char*>(memory_of(v.tensor));
-    return is_sealed(data, p.x.channels, p.dtype) ? data + rest_of_saved(p.x.channels, p.dtype) : nullptr;
+    return is_sealed(data, v.count, p.dtype) ? data + rest_of_saved(v.count, p.dtype) : nullptr;
 }
 
 // Read a vector that a forward saved.
@@ -236,7 +275,7 @@ inline bool read_saved(const Vector& v, const Parameters& p, void*& found, void*
     const void* rest = rest_of(v, p);
     if (rest == nullptr) return true;
     if (p.dtype != p.arithmetic) {
-        add(static_cast<float*>(found), static_cast<const float*>(rest), p.x.channels);
+        add(static_cast<float*>(found), static_cast<const float*>(rest), v.count);
     } else if (low != nullptr) {
         *low = const_cast<void*>(rest);
     }

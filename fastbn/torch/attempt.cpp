@@ -11,7 +11,7 @@ namespace fastbn::torch {
 namespace {
 
 // Bytes of x from which torch's threads are worth calling.
-constexpr std::int64_t WORTH_THREADS[OPERATIONS] = {192 << 10, 256 << 10, 96 << 10, 96 << 10};
+constexpr std::int64_t WORTH_THREADS[OPERATIONS] = {192 << 10, 256 << 10, 96 << 10, 96 << 10, 192 << 10, 96 << 10, 192 << 10, 96 << 10};
 
 void run_on_team(void*, int threads, member_fn member, void* data) {
     struct Members {
@@ -28,6 +28,8 @@ void run_on_team(void*, int threads, member_fn member, void* data) {
         &members);
 }
 const Host team{run_on_team, nullptr};
+
+}  // namespace
 
 Call begin(const Input& x, Operation operation) noexcept {
     Call call{};
@@ -48,8 +50,7 @@ Answer run(Status (*function)(Call*), Call& call) noexcept {
     return status == DONE ? TAKEN : status == LEFT ? RANGE : MEMORY;
 }
 
-// Which gradients are wanted.
-bool read_mask(Slot slot, bool (&wanted)[3]) noexcept {
+bool read_mask(Slot slot, Mask& wanted) noexcept {
     Opaque* list = reinterpret_cast<Opaque*>(slot);
     std::size_t size = 0;
     if (torch.torch_list_size(list, &size) != 0 || size != 3) return false;
@@ -60,6 +61,8 @@ bool read_mask(Slot slot, bool (&wanted)[3]) noexcept {
     }
     return true;
 }
+
+namespace {
 
 // What an activation's gradient needs; false if there is no memory.
 bool read_pre_activation(const Input& x, const Parameters& p, const Epilogue& after, const Vector& bias, Call& call, Owned& copy,
@@ -121,7 +124,7 @@ Answer try_forward(const Slot* stack, Attempt& attempt, Epilogue after) noexcept
     if (p.overlaps(running_mean, running_var) || (x.channels > 1 && running_mean.stride * running_var.stride == 0)) return OVERLAP;
     call.momentum = double_in(stack[6]), call.correction = 1;
     Output mean, invstd;
-    if (!mean.make(p, true) || !invstd.make(p, p.dtype != p.arithmetic)) return MEMORY;
+    if (!mean.make(p, p.channels, true) || !invstd.make(p, p.channels, p.dtype != p.arithmetic)) return MEMORY;
     call.mean = mean.data, call.invstd = invstd.data;
     call.mean_lo = p.dtype == p.arithmetic ? mean.low : nullptr;  // 16 bits have fewer digits than the arithmetic
     if (!p.read(running_mean, call.running_mean) || !p.read(running_var, call.running_var)) return MEMORY;
@@ -138,7 +141,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after) noexcep
     const FloatMode mode;
     Input x;
     View dy;
-    bool wanted[3];
+    Mask wanted;
     if (const Answer no = x.of(tensor_in(stack[1]))) return no;
     attempt.found(x);
     if (!dy.of(tensor_in(stack[0]))) return DEVICE;
@@ -178,8 +181,8 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after) noexcep
     } else if (!read_saved(center, p, call.mean, &call.mean_lo) || !read_saved(spread, p, call.invstd, nullptr)) {
         return MEMORY;
     }
-    if (wanted[1] && !dweight.make(p, false)) return MEMORY;
-    if (wanted[2] && !dbias.make(p, false)) return MEMORY;
+    if (wanted[1] && !dweight.make(p, p.channels, false)) return MEMORY;
+    if (wanted[2] && !dbias.make(p, p.channels, false)) return MEMORY;
     call.dweight = dweight.data, call.dbias = dbias.data;
     if (!read_pre_activation(x, p, after, bias, call, copy_of_residual, dresidual)) return MEMORY;
     Owned* results[] = {&dx, &dweight.made, &dbias.made, &dresidual};

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "arguments.hpp"
+#include "stock.hpp"
 
 namespace fastbn::torch {
 
@@ -25,5 +26,26 @@ Answer try_forward(const Slot* stack, Attempt& attempt, Epilogue after = {}) noe
 
 // grad_out, input, weight?, running_mean?, running_var?, save_mean?, save_invstd?, train, eps, output_mask
 Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after = {}) noexcept;
+
+// input, normalized_shape, weight?, bias?, eps
+Answer try_layer_norm(const Slot* stack, Attempt& attempt) noexcept;
+
+// grad_out, input, normalized_shape, mean, rstd, weight?, bias?, output_mask
+Answer try_layer_norm_backward(const Slot* stack, Attempt& attempt) noexcept;
+
+// input, weight?, bias?, N, C, HxW, group, eps
+Answer try_group_norm(const Slot* stack, Attempt& attempt) noexcept;
+
+// grad_out, input, mean, rstd, weight?, N, C, HxW, group, output_mask
+Answer try_group_norm_backward(const Slot* stack, Attempt& attempt) noexcept;
+
+// A call on x, on torch's team where that is worth while.
+Call begin(const Input& x, Operation operation) noexcept;
+
+// What became of a call.
+Answer run(Status (*function)(Call*), Call& call) noexcept;
+
+// Which gradients are wanted.
+bool read_mask(Slot slot, Mask& wanted) noexcept;
 
 }  // namespace fastbn::torch

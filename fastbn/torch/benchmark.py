@@ -15,7 +15,8 @@ from fastbn.torch.conversion import convert
 from fastbn.torch.graph import check
 from fastbn.torch.override import either, report
 
-OPERATORS = tuple(f"{kind}batch_norm{way}" for kind in ("aten::native_", "fastbn::") for way in ("", "_forward", "_backward"))
+KINDS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm", "fastbn::batch_norm")
+OPERATORS = tuple(kind + way for kind in KINDS for way in ("", "_forward", "_backward"))
 SIDES = ("torch", "fastbn")
 TURN = 3  # steps of one side in a row, of which the first does not count: it finds the other's data in the caches
 LEAST = 3  # turns of each side
@@ -30,7 +31,8 @@ class Benchmark(NamedTuple):
     step : dict of str to float
         Milliseconds of a step by "torch" and by "fastbn": the median.
     batch_norm : dict of str to float
-        Milliseconds of a step that batch norm takes, by torch's profiler.
+        Milliseconds of a step that batch norm takes: its share by torch's profiler, of the median; instance, group and layer norm
+        are in it.
     noise : float
         Half of what lies between the quartiles of a step, over the median; of the noisier side.
     steps : int
@@ -54,7 +56,7 @@ class Benchmark(NamedTuple):
     def verdict(self) -> str:
         """One sentence."""
         if not self.batch_norm["torch"]:
-            return "no batch norm ran on the CPU"
+            return "no normalization ran on the CPU"
         if abs(self.ratio - 1) <= self.noise:
             return f"no difference beyond the noise of {100 * self.noise:.0f} %"
         return f"a step is {self.ratio:.2f} times as fast with fastbn" + ("" if self.ratio > 1 else ": leave it to torch")
@@ -62,7 +64,7 @@ class Benchmark(NamedTuple):
     def __str__(self) -> str:
         """A line for each side, the verdict, and what was left to torch."""
         lines = [
-            f"{side:7} {self.step[side]:9.2f} ms a step, of which batch norm {self.batch_norm[side]:8.2f} ms "
+            f"{side:7} {self.step[side]:9.2f} ms a step, of which normalization {self.batch_norm[side]:8.2f} ms "
             f"({100 * self.batch_norm[side] / self.step[side]:.0f} %)"
             for side in SIDES
         ]
@@ -132,10 +134,11 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
                 samples[side] += list(_times(steps[side], TURN))[1:]
         for side in SIDES:
             choose(side == "fastbn")
-            spent[side] = _profiled(steps[side])
+            spent[side] = _share(steps[side])
     noise = max((high - low) / 2 / middle for low, middle, high in (quantiles(times, n=4) for times in samples.values()))
     medians = {side: 1000 * median(times) for side, times in samples.items()}
-    return Benchmark(medians, spent, noise, len(samples["fastbn"]), declined)
+    batch_norm = {side: medians[side] * spent[side] for side in SIDES}
+    return Benchmark(medians, batch_norm, noise, len(samples["fastbn"]), declined)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -172,9 +175,11 @@ def _times(step: Callable[[], None], count: int) -> Iterator[float]:
         yield perf_counter() - start
 
 
-def _profiled(step: Callable[[], None]) -> float:
-    """Milliseconds of batch norm in one step."""
+def _share(step: Callable[[], None]) -> float:
+    """The part of a step that is normalization; of the very steps that are profiled, which take longer and may be disturbed."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
+        start = perf_counter()
         for _ in range(PROFILED):
             step()
-    return float(sum(event.cpu_time_total for event in found.key_averages() if event.key in OPERATORS)) / 1000 / PROFILED
+        end = perf_counter()
+    return float(sum(event.cpu_time_total for event in found.key_averages() if event.key in OPERATORS)) / 1e6 / (end - start)

@@ -27,7 +27,7 @@ from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, bui
 from fastbn.torch.derived import Derived, derive
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import AROUND, Part, check, parts, traced
+from fastbn.torch.graph import AROUND, STEPS, Part, check, parts, size, traced
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import Parts
@@ -35,7 +35,6 @@ from fastbn.torch.parts import Parts
 F = torch.nn.functional
 jit: Any = torch.jit  # it has no types
 KINDS = (_NormBase, nn.GroupNorm)
-STATE = "_fastbn_steps"  # of a converted layer: what is expected to follow
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FUNCTIONS = {
     F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
@@ -53,7 +52,7 @@ class Converted(Derived):
 
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
         """Normalize, or return what stands for that."""
-        steps: Steps | None = self.__dict__.get(STATE)
+        steps: Steps | None = self.__dict__.get(STEPS)
         if steps is None:  # somebody has made another layer of the same class
             return super().forward(input)  # type: ignore[misc]
         if not steps.plain or type(input) is not Tensor or torch.compiler.is_compiling():
@@ -72,7 +71,7 @@ class Converted(Derived):
         """What an activation makes of the output for an x that is the operators'."""
         me: Any = self
         modules: Any = torch_module  # it has no types
-        after, steps = builtin(activation), self.__dict__.get(STATE)
+        after, steps = builtin(activation), self.__dict__.get(STEPS)
         if after is None or steps is None or type(x) is not Tensor or type(self).forward is not Converted.forward:
             return activation(me(x))
         if has_hooks(self) or has_hooks(activation) or modules._has_any_global_hook() or me._compiled_call_impl is not None:
@@ -109,7 +108,7 @@ class Converted(Derived):
     def extra_repr(self) -> str:
         """As the layer's own, and what is expected to follow."""
         of_layer: str = super().extra_repr()  # type: ignore[misc]
-        state: Steps = self.__dict__.get(STATE, Steps())
+        state: Steps = self.__dict__.get(STEPS, Steps())
         names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
         kind = "group_norm" if isinstance(self, ConvertedParts) else "batch_norm"
         return f"{of_layer}, fastbn={' + '.join([kind, *names])}"
@@ -120,7 +119,7 @@ class ConvertedParts(Converted):
 
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.GroupNorm
         """Normalize, or return what stands for that."""
-        steps: Steps | None = self.__dict__.get(STATE)
+        steps: Steps | None = self.__dict__.get(STEPS)
         visit = None if steps is None or self._is_watched() else steps.visit()
         a = None if visit is None else _parts(self, input)
         return self._original(input) if steps is None or a is None else deferred(a, steps, visit)
@@ -304,11 +303,10 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
                 scope = scopes.setdefault(plan.within, Scope())
                 scope.places += plan.places
                 steps = steps._replace(scope=scope)
-            layer.__dict__[STATE] = steps
+            layer.__dict__[STEPS] = steps
             layer.__class__ = derive(mixin, type(layer))
         keeps = "output" if not why and keeps_output else "input"
-        channels = layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features
-        found.append(Layer(path, type(layer).__name__, channels, plan.names, plan.why, isinstance(layer, Converted), keeps))
+        found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, isinstance(layer, Converted), keeps))
     for module, scope in scopes.items():
         if type(module).forward is nn.Sequential.forward:
             scope.pairs = _pairs(module, scope)
@@ -346,7 +344,7 @@ def revert(model: nn.Module) -> int:
     layers = [layer for layer in model.modules() if isinstance(layer, Converted)]
     for module in (*layers, *(module for module in model.modules() if isinstance(module, Scoped))):
         module.__class__ = type(module).__bases__[1]
-        for name in (STATE, SCOPE):
+        for name in (STEPS, SCOPE):
             module.__dict__.pop(name, None)
     return len(layers)
 
@@ -355,7 +353,7 @@ def _pairs(module: Any, scope: Scope) -> set[str]:
     """Names of batch norms of an nn.Sequential that run with the activation that comes next."""
     found, children = set(), [*module._modules.items()]
     for (name, layer), (_, after) in pairwise(children):
-        steps = layer.__dict__.get(STATE)
+        steps = layer.__dict__.get(STEPS)
         if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS:
             found.add(name)
     return found
@@ -407,7 +405,7 @@ def _plans(model: nn.Module) -> dict[int, _Plan]:
     """What follows each layer that traced code calls, by the layer's id."""
     found: dict[int, _Plan] = {}
     calls: Counter[int] = Counter()
-    for part in parts(model, defaults=True, kinds=KINDS):
+    for part in parts(model, defaults=True):
         taken: set[fx.Node] = set()
         for node in part.nodes:
             layer = _module(part, node)

@@ -1,12 +1,13 @@
-// The CPU kernels of aten::native_batch_norm and aten::native_batch_norm_backward.
+// The CPU kernels of aten::native_batch_norm, native_layer_norm, native_group_norm and their backwards.
 //
-// - What is not taken is passed on. _native_batch_norm_legit and batch_norm_backward are torch's own kernels under other
-//   names, which nobody overrides: torch computes, or says what is wrong, as it always does.
+// - What is not taken is passed on: torch computes, or says what is wrong, as it always does. _native_batch_norm_legit and
+//   batch_norm_backward are torch's own kernels under other names, which nobody overrides; stock.hpp has the others.
 // - fastbn's own operators are the same with an epilogue, and an error in place of torch's kernel.
 #include "door.hpp"
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <utility>
@@ -79,6 +80,95 @@ void native_batch_norm_backward(Slot* stack, std::uint64_t, std::uint64_t) {
     }
 }
 
+// Torch's tensor as a handle: what a new one held, which is none, is nobody's.
+Slot handed(const Held& result) {
+    Tensor made = nullptr;
+    if (torch.aoti_torch_new_uninitialized_tensor(&made) != 0) throw std::bad_alloc();
+    reinterpret_cast<Held*>(made)->tensor = result.tensor;
+    return reinterpret_cast<Slot>(made);
+}
+
+Mask mask_in(Slot slot) {
+    Mask wanted{};
+    if (!read_mask(slot, wanted)) throw std::runtime_error("output_mask must have 3 elements");
+    return wanted;
+}
+
+// The operators of parts: their arguments (a tensor, one that may be absent, a list, a number), and both ways to compute.
+struct LayerNorm {
+    static constexpr Operation OPERATION = LAYER_FORWARD;
+    static constexpr char ARGUMENTS[] = "tloo-";
+    static constexpr auto attempt = try_layer_norm;
+    static Three left(const Slot* s) {
+        const List shape(s[1]);
+        return stock.layer_norm(held(s[0]), shape, maybe(s[2]), maybe(s[3]), double_in(s[4]));
+    }
+};
+
+struct LayerNormBackward {
+    static constexpr Operation OPERATION = LAYER_BACKWARD;
+    static constexpr char ARGUMENTS[] = "ttlttool";
+    static constexpr auto attempt = try_layer_norm_backward;
+    static Three left(const Slot* s) {
+        const List shape(s[2]);
+        return stock.layer_norm_backward(held(s[0]), held(s[1]), shape, held(s[3]), held(s[4]), maybe(s[5]), maybe(s[6]), mask_in(s[7]));
+    }
+};
+
+struct GroupNorm {
+    static constexpr Operation OPERATION = GROUP_FORWARD;
+    static constexpr char ARGUMENTS[] = "too-----";
+    static constexpr auto attempt = try_group_norm;
+    static Three left(const Slot* s) {
+        return stock.group_norm(held(s[0]), maybe(s[1]), maybe(s[2]), long_in(s[3]), long_in(s[4]), long_in(s[5]), long_in(s[6]), double_in(s[7]));
+    }
+};
+
+struct GroupNormBackward {
+    static constexpr Operation OPERATION = GROUP_BACKWARD;
+    static constexpr char ARGUMENTS[] = "tttto----l";
+    static constexpr auto attempt = try_group_norm_backward;
+    static Three left(const Slot* s) {
+        return stock.group_norm_backward(
+            held(s[0]), held(s[1]), held(s[2]), held(s[3]), maybe(s[4]), long_in(s[5]), long_in(s[6]), long_in(s[7]), long_in(s[8]), mask_in(s[9])
+        );
+    }
+};
+
+// A call's arguments, which end with it, whatever happens.
+template <class Operator>
+struct Arguments {
+    static constexpr int COUNT = sizeof Operator::ARGUMENTS - 1;
+    Slot slots[COUNT];
+
+    explicit Arguments(const Slot* stack) noexcept { std::copy(stack, stack + COUNT, slots); }
+    Arguments(const Arguments&) = delete;
+    Arguments& operator=(const Arguments&) = delete;
+    ~Arguments() {
+        for (int i = 0; i < COUNT; ++i) {
+            const char kind = Operator::ARGUMENTS[i];
+            if (kind == 't') delete_tensor(slots[i]);
+            if (kind == 'o') delete_optional(slots[i]);
+            if (kind == 'l') (void)torch.torch_delete_list(reinterpret_cast<Opaque*>(slots[i]));
+        }
+    }
+};
+
+template <class Operator>
+void native(Slot* stack, std::uint64_t, std::uint64_t) {
+    const Arguments<Operator> arguments(stack);
+    Attempt attempt{};
+    attempt.operation = Operator::OPERATION;
+    const Answer answer = on.load(std::memory_order_relaxed) ? Operator::attempt(stack, attempt) : OFF;
+    count(attempt, answer);
+    if (answer == TAKEN) {
+        for (int i = 0; i < 3; ++i) stack[i] = reinterpret_cast<Slot>(attempt.results[i]);
+    } else {
+        const Three results = Operator::left(arguments.slots);
+        stack[0] = handed(std::get<0>(results)), stack[1] = handed(std::get<1>(results)), stack[2] = handed(std::get<2>(results));
+    }
+}
+
 Activation activation_in(Slot kind, Slot parameter) noexcept {
     const auto known = static_cast<std::int64_t>(kind) >= IDENTITY && static_cast<std::int64_t>(kind) <= GELU_TANH;
     return {known ? static_cast<int>(kind) : IDENTITY, double_in(parameter)};
@@ -131,13 +221,14 @@ const char* const REASONS[ANSWERS] = {
     "fastbn is disabled",
     "a tensor does not lie in this processor's memory",
     "x has another dtype than float32, float64, bfloat16 and float16",
-    "x has fewer than 2 dimensions or more than 16, or another tensor is unlike x",
+    "x has too few dimensions or more than 16, or another tensor is unlike x",
     "x is empty",
     "a parameter has another dtype or shape than torch takes",
     "a tensor that is needed is absent",
     "running statistics share memory with another tensor",
     "eps is not positive",
     "values are at the ends of the range",
+    "values are at the ends of the range, a weight is nearly 0, or rows have one element or more than a million",
     "memory ran out",
 };
 
@@ -191,9 +282,12 @@ std::string attach(const Kernels* given, void (*end)()) {
 bool start() {
     if (library == nullptr) {
         if (torch.aoti_torch_library_init_impl("aten", "CPU", "fastbn", 0, &library) != 0) return false;
-        const bool both = torch.torch_library_impl(library, "native_batch_norm", native_batch_norm, VERSION) == 0 &&
-                          torch.torch_library_impl(library, "native_batch_norm_backward", native_batch_norm_backward, VERSION) == 0;
-        if (!both) {
+        const auto put = [](const char* name, kernel_fn kernel) { return torch.torch_library_impl(library, name, kernel, VERSION) == 0; };
+        bool all = put("native_batch_norm", native_batch_norm) && put("native_batch_norm_backward", native_batch_norm_backward);
+        if (takes_parts())
+            all = all && put("native_layer_norm", native<LayerNorm>) && put("native_layer_norm_backward", native<LayerNormBackward>) &&
+                  put("native_group_norm", native<GroupNorm>) && put("native_group_norm_backward", native<GroupNormBackward>);
+        if (!all) {
             withdraw_library();
             return false;
         }
@@ -208,6 +302,8 @@ void stop(bool withdraw) {
 }
 
 bool is_on() noexcept { return on.load(std::memory_order_relaxed); }
+
+bool takes_parts() noexcept { return stock.layer_norm != nullptr; }
 
 bool define_operators() {
     static bool defined = false;

@@ -1,4 +1,4 @@
-// PyTorch's door to the kernels: what ATen's batch norm operators run on the CPU while fastbn is enabled. See door.cpp.
+// PyTorch's door to the kernels: what ATen's operators of normalization run on the CPU while fastbn is enabled. See door.cpp.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,17 @@
 
 namespace fastbn::torch {
 
-enum Operation : int { FORWARD, INFERENCE, BACKWARD, FROZEN_BACKWARD, OPERATIONS };
+enum Operation : int {
+    FORWARD,
+    INFERENCE,
+    BACKWARD,
+    FROZEN_BACKWARD,
+    LAYER_FORWARD,
+    LAYER_BACKWARD,
+    GROUP_FORWARD,
+    GROUP_BACKWARD,
+    OPERATIONS
+};
 
 // What becomes of a call: it is taken, or left to torch's own kernel for a reason.
 enum Answer : int {
@@ -16,13 +26,14 @@ enum Answer : int {
     OFF,         // fastbn is disabled, and other threads may be on their way to its kernels
     DEVICE,      // something does not lie in ordinary memory
     DTYPE,       // of x
-    SHAPE,       // fewer than two dimensions, too many, or dy unlike x
+    SHAPE,       // too few dimensions, too many, or dy unlike x
     EMPTY,
     PARAMETERS,  // a dtype or a shape
     ABSENT,      // something that the call needs
     OVERLAP,     // running statistics that share memory with something else
     EPS,         // not positive
     RANGE,       // channels at the ends of the range
+    PARTS,       // parts that the kernels leave
     MEMORY,      // there is none, or torch refused a request
     ANSWERS
 };
@@ -52,6 +63,9 @@ bool start();
 void stop(bool withdraw);
 
 bool is_on() noexcept;
+
+// Whether layer and group norm are among them: torch's own kernels were found, to which a call can be left.
+bool takes_parts() noexcept;
 
 // Define fastbn's own operators, once: batch norm with what may follow it, a residual and an activation. They are not
 // switched, and what they do not take is an error. False if torch refused.

@@ -86,7 +86,7 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
     layer: Any = model.get_submodule(path)
     place = graph.places[path]
     if not is_batch_norm(layer):
-        return "", "it normalizes each image by itself"
+        return "", f"it normalizes each {'row' if isinstance(layer, nn.LayerNorm) else 'image'} by itself"
     if layer.running_mean is None or layer.running_var is None:
         return "", "it has no running statistics"
     if nn.parameter.is_lazy(layer.running_mean):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastbn import checks
-from fastbn.activations import Builtin
-from fastbn.functional import ActivationName
+from fastbn.activations import Activation
+from fastbn.functional import ActivationLike
+from fastbn.torch import own
 from fastbn.torch.operators import IDENTITY, Arguments, attempt, gradients, gradients_from_output, in_graph, keep, kept
 from fastbn.torch.override import is_enabled
 
@@ -82,7 +83,7 @@ def run(a: Arguments) -> Tensor:
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,  # noqa: A002
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *,
-    activation: ActivationName | tuple[str, float | str] | None = None, residual: Tensor | None = None,
+    activation: ActivationLike = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As `torch.nn.functional.batch_norm`, with a sum and an activation in the same pass over memory.
 
@@ -92,8 +93,9 @@ def batch_norm(
     running_mean, running_var, weight, bias : Tensor of shape (C,), optional
     training : bool
     momentum, eps : float
-    activation : str or tuple, optional
-        "relu", "relu6", "leaky_relu" or ("leaky_relu", slope), "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh".
+    activation : str, tuple, fastbn.Activation or function compiled by Numba, optional
+        "relu", "relu6", "leaky_relu" or ("leaky_relu", slope), "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"; or one of
+        your own, as `fastbn.batch_norm` takes it.
     residual : Tensor of the shape of input, optional
         Added before the activation.
 
@@ -101,11 +103,13 @@ def batch_norm(
     -------
     Tensor
         ``activation(batch_norm(input) + residual)``. Small tensors, and what fastbn does not take, are computed like that.
+        A function of your own has no such way: it runs in the Numba kernels alone, and has no second derivative.
 
     Raises
     ------
     TypeError, ValueError
-        If there is no such activation, or the residual has another shape or dtype than the input.
+        If there is no such activation, or the residual has another shape or dtype than the input. With a function of your own,
+        also for what is no strided tensor in the CPU's memory, and where a gradient needs a derivative that was not given.
     RuntimeError
         As `torch.nn.functional.batch_norm`.
 
@@ -117,15 +121,15 @@ def batch_norm(
     tensor([[0.0000],
             [1.0000]])
     """
-    found = IDENTITY if activation is None else checks.activation(activation)
-    if not isinstance(found, Builtin):
-        raise TypeError(f"activation must be a name, or a name and a number, got {activation!r}")
+    found = checks.activation(activation) or IDENTITY
     for name, t in (("input", input), ("residual", residual)):
         if not (isinstance(t, Tensor) or (t is None and name == "residual")):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
         mine, its = (f"{tuple(t.shape)}, {t.dtype}, {t.device}" for t in (input, residual))
         raise ValueError(f"residual must have the shape, dtype and device of input, {mine}, got {its}")
+    if isinstance(found, Activation):
+        return own.batch_norm(Arguments(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY), found)
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, found)
     ours = (found is not IDENTITY or residual is not None) and is_ours(input) and a.is_usual()
     return run(a) if ours and (residual is None or residual.layout is torch.strided) else a.composed()

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import checkpoint
 
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
+STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def check(model: object) -> None:
@@ -174,23 +177,37 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
     return None
 
 
-def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False, kinds: Any = _NormBase) -> Iterator[Part]:
-    """The largest parts of a model that can be traced and have normalization layers, of some kinds."""
-    if isinstance(model, kinds) or not any(isinstance(layer, kinds) for layer in model.modules()):
+def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Part]:
+    """The largest parts of a model that can be traced and have normalization layers."""
+    if not any(True for _ in all_norms(model)) or isinstance(model, NORMS):
         return
     part = traced(model, prefix, defaults=defaults)
     if part is not None:
         yield part
         return
     for name, child in model.named_children():
-        yield from parts(child, f"{prefix}{name}.", defaults=defaults, kinds=kinds)
+        yield from parts(child, f"{prefix}{name}.", defaults=defaults)
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every normalization layer with its path: batch norm and instance norm."""
+    """Every batch norm and instance norm with its path."""
     for path, layer in model.named_modules():
         if isinstance(layer, _NormBase):
             yield path, layer
+
+
+def all_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every normalization layer that `enable` knows with its path: layer norm and group norm, too."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, NORMS):
+            yield path, layer
+
+
+def size(layer: Any) -> int:
+    """How many channels a normalization layer has."""
+    if isinstance(layer, nn.LayerNorm):
+        return prod(layer.normalized_shape)
+    return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features)
 
 
 def is_batch_norm(layer: nn.Module) -> bool:
@@ -201,11 +218,11 @@ def is_batch_norm(layer: nn.Module) -> bool:
 def trace(model: nn.Module) -> Graph:
     """Find the place of every normalization layer."""
     whole = Graph({}, {}, set())
-    if isinstance(model, _NormBase):
+    if isinstance(model, NORMS):
         whole.places[""] = Place(1, before_is="the input", after_is="the output")
     for part in parts(model):
         _read(part, whole)
-    return Graph({path: whole.places.get(path, Place()) for path, _ in norms(model)}, whole.calls, whole.read)
+    return Graph({path: whole.places.get(path, Place()) for path, _ in all_norms(model)}, whole.calls, whole.read)
 
 
 def _read(part: Part, whole: Graph) -> None:
@@ -216,7 +233,7 @@ def _read(part: Part, whole: Graph) -> None:
         elif node.op == "get_attr":
             whole.read.add(part.prefix + str(node.target))
     for node in part.nodes:
-        if node.op == "call_module" and isinstance(part.module.get_submodule(str(node.target)), _NormBase):
+        if node.op == "call_module" and isinstance(part.module.get_submodule(str(node.target)), NORMS):
             path = part.prefix + str(node.target)
             whole.places[path] = _place(part.module, node, part.prefix, whole.calls[path])
 

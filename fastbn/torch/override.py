@@ -1,4 +1,4 @@
-"""Switching ATen's batch norm to fastbn and back, and what became of the calls.
+"""Switching ATen's normalizations to fastbn and back, and what became of the calls.
 
 The state is the process's. Kernels are registered by the first `enable` and withdrawn by a `disable` that no other Python
 thread can see; between, a flag in C decides. A kernel that is withdrawn while another thread is on its way to it would be
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastbn import dispatch
-from fastbn.torch.graph import dtype_name, norms
+from fastbn.torch.graph import all_norms, dtype_name, size
 
 OLDEST = (2, 10)
 _lock = threading.RLock()
@@ -117,10 +117,10 @@ def either() -> Iterator[Callable[[bool], None]]:
 
 
 def enable() -> None:
-    """Run ATen's batch norm on the CPU by fastbn's kernels, in the whole process, until `disable`.
+    """Run ATen's batch, layer and group norm on the CPU by fastbn's kernels, in the whole process, until `disable`.
 
-    It holds for every model and call: `torch.nn.BatchNorm2d` and its siblings, `torch.nn.functional.batch_norm`,
-    instance norm, training, inference and backward. Calls that fastbn does not take run as before; `report` counts them.
+    It holds for every model and call: `torch.nn.BatchNorm2d` and its siblings, `LayerNorm`, `GroupNorm`, the functions behind
+    them, instance norm, training, inference and backward. Calls that fastbn does not take run as before; `report` counts them.
     Work runs on torch's own threads (`torch.set_num_threads`). It may be called again, from any thread.
 
     Raises
@@ -151,7 +151,7 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Give ATen's batch norm back to torch: undo `enable`. Blocks of `enabled` last to their end.
+    """Give ATen's normalizations back to torch: undo `enable`. Blocks of `enabled` last to their end.
 
     Where no other Python thread exists, torch's kernels are called at once, as if fastbn had never been enabled. Else the
     calls still come to fastbn, which passes them on.
@@ -202,7 +202,7 @@ def enabled() -> Iterator[None]:
 
 
 def is_enabled() -> bool:
-    """Whether ATen's batch norm runs by fastbn.
+    """Whether ATen's normalizations run by fastbn.
 
     Returns
     -------
@@ -273,7 +273,7 @@ def report(*, reset: bool = False) -> Report:
 
 
 def explain(x: torch.Tensor | torch.nn.Module) -> str:
-    """Say what `enable` does for a tensor, or for each batch norm of a model.
+    """Say what `enable` does for a tensor, or for each normalization layer of a model.
 
     Parameters
     ----------
@@ -289,6 +289,8 @@ def explain(x: torch.Tensor | torch.nn.Module) -> str:
     ------
     TypeError
         If x is neither.
+    RuntimeError
+        If a layer or group norm is asked for where `enable` would fail.
 
     Examples
     --------
@@ -302,8 +304,8 @@ def explain(x: torch.Tensor | torch.nn.Module) -> str:
         return _explain_tensor(x)
     if not isinstance(x, torch.nn.Module):
         raise TypeError(f"x must be a torch.Tensor or a torch.nn.Module, got {type(x).__name__}")
-    lines = [f"{path or 'the model'}: {_explain_layer(layer)}" for path, layer in norms(x)]
-    return "\n".join(lines) or "the model has no batch norm"
+    lines = [f"{path or 'the model'}: {_explain_layer(layer)}" for path, layer in all_norms(x)]
+    return "\n".join(lines) or "the model has no normalization layers"
 
 
 def _explain_tensor(x: torch.Tensor) -> str:
@@ -327,9 +329,12 @@ def _explain_tensor(x: torch.Tensor) -> str:
 
 
 def _explain_layer(layer: Any) -> str:
-    name = f"{type(layer).__name__}({layer.num_features})"
+    groups = f"{layer.num_groups}, " if isinstance(layer, torch.nn.GroupNorm) else ""
+    name = f"{type(layer).__name__}({groups}{size(layer)})"
     if isinstance(layer, torch.nn.SyncBatchNorm):
         return f"{name}: left to torch, which synchronizes it"
+    if isinstance(layer, (torch.nn.LayerNorm, torch.nn.GroupNorm)) and not ready().takes_parts():
+        return f"{name}: left to torch: PyTorch {torch.__version__} lacks the functions that fastbn would leave calls to"
     tensors = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if t.is_floating_point()]
     if any(torch.nn.parameter.is_lazy(t) for t in tensors):
         return f"{name}: unknown before its first call"

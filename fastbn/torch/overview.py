@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from fastbn.tables import table
 from fastbn.torch.folding import target
 from fastbn.torch.freezing import is_frozen
-from fastbn.torch.graph import check, norms, trace
+from fastbn.torch.graph import all_norms, check, size, trace
 
 DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
 
@@ -25,11 +26,12 @@ class Layer(NamedTuple):
     kind : str
         Its class.
     channels : int
+        Of a layer norm, the values of a row.
     eps : float
     momentum : float or None
-        Weight of the new value; None is the cumulative average.
+        Weight of the new value; None is the cumulative average, or a layer without one.
     mode : str
-        "train", "eval" or "frozen".
+        "train", "eval" or "frozen"; "-" where all are the same.
     variance : tuple of float, or None
         The smallest and the largest running variance.
     dead : int
@@ -55,7 +57,7 @@ class Layer(NamedTuple):
     def cells(self) -> tuple[str, ...]:
         """Its line of the table."""
         variance = "-" if self.variance is None else f"{self.variance[0]:.3g} to {self.variance[1]:.3g}"
-        momentum = "average" if self.momentum is None else f"{self.momentum:g}"
+        momentum = "-" if self.mode == "-" else "average" if self.momentum is None else f"{self.momentum:g}"
         numbers = str(self.channels), f"{self.eps:g}", momentum, self.mode, variance, str(self.dead)
         return self.path or "(the model)", self.kind, *numbers, self.before, self.after, self.fold
 
@@ -107,12 +109,12 @@ def summary(model: nn.Module) -> Summary:
     check(model)
     graph = trace(model)
     found = []
-    for path, layer in norms(model):
+    for path, layer in all_norms(model):
         into, why = target(model, graph, path, inference=False)
         place = graph.places[path]
         found.append(
             Layer(
-                path, type(layer).__name__, layer.num_features, layer.eps, layer.momentum, _mode(layer), _variance(layer), _dead(layer),
+                path, type(layer).__name__, size(layer), layer.eps, getattr(layer, "momentum", None), _mode(layer), _variance(layer), _dead(layer),
                 place.before_is, place.after_is, f"folds into {into}" if into else why,
             )
         )  # fmt: skip
@@ -120,6 +122,8 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _mode(layer: Any) -> str:
+    if not isinstance(layer, _NormBase):
+        return "-"
     return "frozen" if is_frozen(layer) else "train" if layer.training else "eval"
 
 
@@ -128,7 +132,7 @@ def _known(vector: Any) -> bool:
 
 
 def _variance(layer: Any) -> tuple[float, float] | None:
-    if not _known(layer.running_var):
+    if not _known(getattr(layer, "running_var", None)):
         return None
     low, high = torch.aminmax(layer.running_var.detach().double())
     return float(low), float(high)

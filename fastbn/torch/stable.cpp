@@ -1,5 +1,7 @@
 #include "stable.hpp"
 
+#include "stock.hpp"
+
 #include <dlfcn.h>
 #include <link.h>
 
@@ -8,6 +10,7 @@
 namespace fastbn::torch {
 
 Functions torch;
+Stock stock;
 
 namespace {
 
@@ -44,6 +47,12 @@ std::string find_torch() {
 #define FASTBN_FIND(name, result, arguments) find(library, #name, found.name);
     FASTBN_TORCH_NEWER_FUNCTIONS(FASTBN_FIND)
 #undef FASTBN_FIND
+    Stock kernels{};
+    bool all = true;
+#define FASTBN_FIND(name, full, arguments) all = find(library, full, kernels.name) && all;
+    FASTBN_TORCH_STOCK(FASTBN_FIND)
+#undef FASTBN_FIND
+    if (all) stock = kernels;
     dlclose(library);
     if (missing.empty()) torch = found;
     return missing;

@@ -20,7 +20,7 @@ from fastbn import sync
 from fastbn.layout import Array
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
 from fastbn.torch.derived import own_class
-from fastbn.torch.graph import check, is_batch_norm
+from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
 
@@ -287,7 +287,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     def converted(layer: nn.Module) -> SyncBatchNorm:
         if layer not in made:
             new = made[layer] = SyncBatchNorm.__new__(SyncBatchNorm)
-            new.__dict__.update({key: value for key, value in layer.__dict__.items() if not key.startswith("_fastbn")})
+            new.__dict__.update({key: value for key, value in layer.__dict__.items() if key != STEPS})
             new.process_group, new.synchronize = process_group, True
         return made[layer]
 

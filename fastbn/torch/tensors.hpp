@@ -32,6 +32,7 @@ public:
 inline Tensor tensor_in(Slot slot) noexcept { return reinterpret_cast<Tensor>(slot); }
 inline Slot* box_in(Slot slot) noexcept { return reinterpret_cast<Slot*>(slot); }
 inline bool bool_in(Slot slot) noexcept { return (slot & 0xff) != 0; }
+inline std::int64_t long_in(Slot slot) noexcept { return static_cast<std::int64_t>(slot); }
 inline double double_in(Slot slot) noexcept {
     double value;
     std::memcpy(&value, &slot, sizeof value);

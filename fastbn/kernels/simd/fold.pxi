@@ -1,6 +1,7 @@
 """From the sums of tiles to the parameters of a map: merging, folding, and the running statistics.
 
-The one place of the kernels that knows eps and momentum.
+The one place of the kernels that knows eps and momentum. Channels are folded a few at a time, in vectors that are known to be
+apart: so that roots and quotients of several are computed at once, which on few rows take as long as all that is read.
 """
 
 cdef void merge_stats(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -50,65 +51,131 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
                 job.second[c] += job.dots[at + c]
 
 
-cdef inline double fold_channel(TypedCall[Map, T]* job, Py_ssize_t c, double low, double invstd) noexcept nogil:
-    """Scale and shift of one channel; `composed.fold` is the same in NumPy. The result is the scale before it is rounded."""
-    cdef double scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, c)
-    cdef double shift = 0 if job.bias == NULL else Block[T].value(job.bias, c)
+cdef inline void get_vector(double* to, const void* vector, Py_ssize_t first, Py_ssize_t n, double otherwise, T* tag) noexcept nogil:
+    """Some elements of a vector of channels, in double; or a number where there is no vector."""
+    cdef Py_ssize_t i
+    if vector == NULL:
+        for i in range(n):
+            to[i] = otherwise
+    else:
+        for i in range(n):
+            to[i] = Block[T].value(vector, first + i)
+
+
+cdef inline void put_vector(void* vector, Py_ssize_t first, Py_ssize_t n, const double* values, T* tag) noexcept nogil:
+    """Round a few numbers to elements of a vector of channels."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        Block[T].set_value(vector, first + i, values[i])
+
+
+cdef void fold_few(
+    Work* job, Py_ssize_t first, Py_ssize_t n, const double* low, const double* invstd, double* scale, T* tag
+) noexcept nogil:
+    """Scale and shift of a few channels; `composed.fold` is the same in NumPy. What is left in `scale` is not rounded."""
+    cdef double shift[FOLDED]
+    cdef double kept[FOLDED]
     cdef double most = Block[T].largest()
-    # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
-    Block[T].set_value(job.scale, c, min(max(scale, -most), most) if isfinite(scale) else scale)
-    Block[T].set_value(job.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
-    return scale
+    cdef Py_ssize_t i
+    get_vector(scale, job.weight, first, n, 1, tag)
+    get_vector(shift, job.bias, first, n, 0, tag)
+    for i in range(n):
+        scale[i] = invstd[i] * scale[i]
+        # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
+        kept[i] = min(max(scale[i], -most), most) if isfinite(scale[i]) else scale[i]
+        shift[i] = shift[i] if low[i] == 0 else shift[i] - low[i] * scale[i]  # the scale may be infinite
+    put_vector(job.scale, first, n, kept, tag)
+    put_vector(job.shift, first, n, shift, tag)
 
 
 cdef inline bint is_unusual(TypedCall[Forward, T]* job, double m2, double invstd, double scale) noexcept nogil:
     """Whether squares, differences or factors leave the range of a number; `extremes.are_usual` is the same in NumPy."""
     if T is double:  # what is not finite in any other type was so in x
-        return not m2 < LARGE_M2 or invstd >= LARGE_INVSTD or fabs(scale) > Block[T].largest()
+        return (not m2 < LARGE_M2) | (invstd >= LARGE_INVSTD) | (fabs(scale) > Block[T].largest())
     else:
-        return m2 >= Block[T].largest() / 4 * (Block[T].largest() / 4) or fabs(scale) > Block[T].largest()
+        return (m2 >= Block[T].largest() / 4 * (Block[T].largest() / 4)) | (fabs(scale) > Block[T].largest())
+
+
+cdef void fold_given(Work* job, T* tag) noexcept nogil:
+    """Scales and shifts by given means and variances, or what was made of these before."""
+    cdef double low[FOLDED]
+    cdef double invstd[FOLDED]
+    cdef double scale[FOLDED]
+    cdef double eps = job.eps
+    cdef Py_ssize_t first = 0, n, i
+    while first < job.channels:
+        n = min(<Py_ssize_t> FOLDED, job.channels - first)
+        get_vector(low, job.mean_lo, first, n, 0, tag)
+        if job.var == NULL:
+            get_vector(invstd, job.invstd, first, n, 0, tag)
+        else:
+            get_vector(invstd, job.var, first, n, 0, tag)
+            for i in range(n):
+                invstd[i] = 1 / sqrt(invstd[i] + eps)
+            put_vector(job.invstd, first, n, invstd, tag)
+        fold_few(job, first, n, low, invstd, scale, tag)
+        first += n
 
 
 cdef bint fold_batch(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged statistics to the parameters of the map; whether the channels may be mapped."""
-    cdef double high, low, scale, count = job.count, eps = job.eps
-    cdef double* m2 = job.second
-    cdef double* invstd = job.invstds
-    cdef Py_ssize_t c
+    cdef double low[FOLDED]
+    cdef double invstd[FOLDED]
+    cdef double scale[FOLDED]
+    cdef double count = job.count, eps = job.eps, high
+    cdef const double* mean
+    cdef const double* m2
+    cdef Py_ssize_t at = first, n, i
     cdef bint unusual = False
-    for c in range(first, last):  # a loop of its own: roots and quotients of several channels at once
-        invstd[c] = 1 / sqrt(m2[c] / count + eps)
-    for c in range(first, last):
-        Block[T].set_value(job.mean, c, job.first[c])
-        high = Block[T].value(job.mean, c)
-        low = (job.first[c] - high if isfinite(high) else 0) + job.low[c]
-        scale = fold_channel(job, c, low, invstd[c])
-        unusual = unusual or is_unusual(job, m2[c], invstd[c], scale)
-        Block[T].set_value(job.mean_lo, c, low)
-        Block[T].set_value(job.invstd, c, invstd[c])
+    while at < last:
+        n = min(<Py_ssize_t> FOLDED, last - at)
+        mean, m2 = job.first + at, job.second + at
+        put_vector(job.mean, at, n, mean, <T*> NULL)
+        for i in range(n):
+            invstd[i] = 1 / sqrt(m2[i] / count + eps)
+            high = Block[T].rounded(mean[i])
+            low[i] = (mean[i] - high if isfinite(high) else 0) + job.low[at + i]
+        fold_few(job, at, n, low, invstd, scale, <T*> NULL)
+        for i in range(n):
+            unusual |= is_unusual(job, m2[i], invstd[i], scale[i])
+        put_vector(job.mean_lo, at, n, low, <T*> NULL)
+        put_vector(job.invstd, at, n, invstd, <T*> NULL)
+        at += n
     memset(job.left + first, unusual, last - first)
     return not unusual
 
 
 cdef void fold_gradient(TypedCall[GradSums, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged sums to the parameters of the map; `composed.input_gradient` is the same in NumPy."""
-    cdef double low, invstd, g0, g1
-    cdef Py_ssize_t c
-    for c in range(first, last):
-        low = 0
+    cdef double low[FOLDED]
+    cdef double invstd[FOLDED]
+    cdef double g0[FOLDED]
+    cdef double g1[FOLDED]
+    cdef double count = job.count
+    cdef double* sums
+    cdef double* dots
+    cdef Py_ssize_t n, i
+    while first < last:
+        n = min(<Py_ssize_t> FOLDED, last - first)
+        sums, dots = job.first + first, job.second + first
+        get_vector(low, job.mean_lo, first, n, 0, <T*> NULL)
+        get_vector(invstd, job.invstd, first, n, 0, <T*> NULL)
         if job.mean_lo != NULL:
-            low = Block[T].value(job.mean_lo, c)
-            job.second[c] -= low * job.first[c]
+            for i in range(n):
+                dots[i] -= low[i] * sums[i]
         if job.out != NULL and not job.frozen:
-            invstd = Block[T].value(job.invstd, c)
-            g1 = invstd * (invstd * job.second[c] / job.count)  # the square alone may leave the range
-            g0 = job.first[c] / job.count - low * g1
-            Block[T].set_value(job.grad_offset, c, g0)
-            Block[T].set_value(job.grad_slope, c, -g1)
+            for i in range(n):
+                g1[i] = -(invstd[i] * (invstd[i] * dots[i] / count))  # the square alone may leave the range
+                g0[i] = sums[i] / count + low[i] * g1[i]
+            put_vector(job.grad_offset, first, n, g0, <T*> NULL)
+            put_vector(job.grad_slope, first, n, g1, <T*> NULL)
         if job.dweight != NULL:
-            Block[T].set_value(job.dweight, c, job.second[c] * Block[T].value(job.invstd, c))
+            for i in range(n):
+                g1[i] = dots[i] * invstd[i]
+            put_vector(job.dweight, first, n, g1, <T*> NULL)
         if job.dbias != NULL:
-            Block[T].set_value(job.dbias, c, job.first[c])
+            put_vector(job.dbias, first, n, sums, <T*> NULL)
+        first += n
 
 
 cdef void move_towards(C* running, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:

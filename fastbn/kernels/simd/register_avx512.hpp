@@ -60,8 +60,21 @@ inline half_register truncate(u32r r) {
 }
 
 // bf16: the upper half of a float, rounded to nearest even; a NaN keeps its sign and stays a NaN
-inline f32r widen_half(half_register h, bf16) { return (f32r)(zero_extend(h) << 16); }
-inline half_register narrow_half(f32r r, bf16) { return truncate(rounded_upper(r) >> 16); }
+inline f32r widen_half(half_register h, bf16) {
+    alignas(64) static constexpr uint16_t upper[32] = {0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7,
+                                                       0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+    return (f32r)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, read<__m512i>(upper), _mm512_castsi256_si512(h));
+}
+// As `rounded_upper`, in fewer instructions.
+inline u32r rounded(f32r r) {
+    const __m512i bits = (__m512i)r;
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
+    const __m512i down = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    const __m512i nearest = _mm512_mask_add_epi32(down, odd, bits, _mm512_set1_epi32(0x8000));
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)r, (__m512)r, _CMP_UNORD_Q);
+    return (u32r)_mm512_mask_or_epi32(nearest, nan, bits, _mm512_set1_epi32(0x400000));
+}
+inline half_register narrow_half(f32r r, bf16) { return truncate(rounded(r) >> 16); }
 
 // f16
 inline f32r widen_half(half_register h, f16) { return (f32r)_mm512_cvtph_ps(h); }
@@ -72,7 +85,7 @@ inline half_register narrow_half(f32r r, f16) { return _mm512_cvtps_ph((__m512)r
 inline f32r narrow_two(f32r a, f32r b, bf16) {
     alignas(64) static constexpr uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
-    return (f32r)_mm512_permutex2var_epi16((__m512i)rounded_upper(a), read<__m512i>(upper), (__m512i)rounded_upper(b));
+    return (f32r)_mm512_permutex2var_epi16((__m512i)rounded(a), read<__m512i>(upper), (__m512i)rounded(b));
 }
 inline f32r narrow_two(f32r a, f32r b, f16) {
     return (f32r)_mm512_inserti64x4(_mm512_castsi256_si512(narrow_half(a, f16())), narrow_half(b, f16()), 1);

@@ -1,8 +1,11 @@
-"""Rows, along which the weights run: layer normalization. Sums are those of planes; the map is of its own."""
+"""Rows, along which the weights run: layer normalization. Sums are those of planes, in a loop without their cases; the map is its own."""
 
 cdef enum:
-    ROWS = 32            # rows that are summed before they are mapped
+    ROWS = 8             # rows at most that are summed before they are mapped: the last steps of their sums go on at once
+    ROW_BYTES = 4096     # of floats at most so many bytes, and of shorter types, whose arithmetic takes longer, more
+    BACK_BYTES = 16384   # of each array of a backward
     ROW_TILE = 64        # rows whose columns are summed before they are merged in double
+    FEW_COLUMNS = 128    # that are merged together
     MOST_TILES = 64      # of a row, and of the rows that are summed together
 
 
@@ -53,9 +56,9 @@ cdef inline void map_row(
 
 
 cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t number, Py_ssize_t ahead) noexcept nogil:
-    """Map rows whose mean and scale are their own, and along which weight and bias run; `number` is that of the first row.
+    """Map rows that are not left, with a mean and a scale of each, and weight and bias along them; `number` is that of the first.
 
-    So many rows ahead are asked for meanwhile: their pivots, which come first, would each wait for memory.
+    So many rows ahead are asked for meanwhile, of long ones the beginning: the processor foresees no row by itself.
     """
     cdef Py_ssize_t k = job.inner, r, j
     cdef Arrays[T] a = job.arrays()
@@ -66,7 +69,9 @@ cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t numb
     cdef bint nontemporal = job.nontemporal and k * <Py_ssize_t> sizeof(T) % LINE == 0 and Block[T].to_line(a.out, 1) == 0
     for r in range(rows):
         if r < ahead:
-            Block[T].prefetch(a.x + (rows + r) * k, k)
+            Block[T].prefetch_near(a.x + (rows + r) * k, min(k, ROW_BYTES // <Py_ssize_t> sizeof(T)))
+        if Block[T].value(job.invstd, r) < 0:
+            continue  # it is left
         mean, scale, shift = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
         j = (number + r) * k % job.period
         if not affine:
@@ -77,24 +82,68 @@ cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t numb
             map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight, bias, False)
 
 
-cdef void sum_squares(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogil:
-    """The sums of the squares of rows."""
-    cdef TypedCall[GradSums, T] sums = (<TypedCall[GradSums, T]*> job)[0]
-    sums.dy, sums.at_mean = job.x, job.at_mean
-    sum_channels(&sums, 0, rows)
-    merge_sums(job, 0, rows)
+cdef inline void sum_row(TypedCall[Forward, T]* job, const T* x, Py_ssize_t c) noexcept nogil:
+    """The sums over a row around its pivot, which is 0 where the mean is taken to be."""
+    cdef Py_ssize_t W = Block[T].width(), j = 0, end
+    cdef Block[T] zero = Block[T].constant(0), pivot = Block[T].constant(job.pivots[c]), sum, dot, d
+    job.sums[c] = job.dots[c] = 0
+    while j < job.inner:
+        sum = dot = zero
+        end = min(job.inner, j + CHAIN * W)
+        while j + W <= end:
+            d = Block[T].load(x + j) - pivot
+            sum = sum + d
+            dot = Block[T].fma(d, d, dot)
+            j += W
+        if j < end:
+            d = load(x + j, end - j, pivot) - pivot
+            sum = sum + d
+            dot = Block[T].fma(d, d, dot)
+            j = end
+        job.sums[c] += sum.total()
+        job.dots[c] += dot.total()
+
+
+cdef void sum_few_rows(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nogil:
+    """The merged sums of rows. What is not of one tile, with a pivot that is near and sums in range, is summed as planes are."""
+    cdef TypedCall[GradSums, T] squares
+    cdef Py_ssize_t c, tile
+    if job.uncentered:
+        squares = (<TypedCall[GradSums, T]*> job)[0]
+        squares.dy, squares.at_mean = job.x, job.at_mean
+        memset(job.pivots, 0, rows * sizeof(double))
+    else:
+        for tile in range(job.tiles):
+            find_pivots(<TypedCall[Stats, T]*> job, 0, rows, tile)
+    if job.tiles == 1:
+        for c in range(rows):
+            sum_row(job, job.arrays().x + c * job.inner, c)
+        for c in range(rows):
+            if job.uncentered:
+                if out_of_range(&squares, c):
+                    sum_planes(&squares, c, c + 1, 0)
+            elif out_of_range(<TypedCall[Stats, T]*> job, c) or not is_near(job.sums[c], job.dots[c], job.inner):
+                sum_planes(<TypedCall[Stats, T]*> job, c, c + 1, 0)
+    elif job.uncentered:
+        sum_channels(&squares, 0, rows)
+    else:
+        sum_channels(<TypedCall[Stats, T]*> job, 0, rows)
+    if job.uncentered:
+        merge_sums(job, 0, rows)
+    else:
+        merge_stats(job, 0, rows)
 
 
 cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows: a few at a time, statistics, then the map."""
-    cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, n, c, size
-    cdef Py_ssize_t together = max(<Py_ssize_t> 1, min(min(job.channels_per_pass // 2, <Py_ssize_t> ROWS), MOST_TILES // job.tiles))
+    cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), n, c, size
+    cdef Py_ssize_t together = min(<Py_ssize_t> ROWS, ROW_BYTES * 4 // (job.inner * <Py_ssize_t> (sizeof(T) * sizeof(T))))
     cdef Py_ssize_t number = BLOCK // Block[T].width()
     cdef double partial[3 * MOST_TILES]
     cdef double vectors[7 * ROWS]
     cdef double low, invstd
-    cdef bint unusual
     cdef TypedCall[Forward, T] own = job[0]
+    together = max(<Py_ssize_t> 1, min(together, MOST_TILES // job.tiles))
     own.pivots, own.sums, own.dots = partial, partial + MOST_TILES, partial + 2 * MOST_TILES
     own.first, own.second, own.low = vectors, vectors + ROWS, vectors + 2 * ROWS
     own.scale, own.shift = vectors + 3 * ROWS, vectors + 4 * ROWS
@@ -107,24 +156,15 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
         own.mean, own.mean_lo = further(job.mean, first * number), further(job.mean_lo, first * number)
         own.invstd = further(job.invstd, first * number)
         own.channels = own.width = n
-        if job.uncentered:
-            sum_squares(&own, n)
-        else:
-            for tile in range(own.tiles):
-                find_pivots(<TypedCall[Stats, T]*> &own, 0, n, tile)
-            sum_channels(<TypedCall[Stats, T]*> &own, 0, n)
-            merge_stats(&own, 0, n)
-        unusual = False
+        sum_few_rows(&own, n)
         for c in range(n):
             fold_part(&own, c, &low, &invstd)
             Block[T].set_value(own.scale, c, narrow(invstd, Block[T].largest()))
             Block[T].set_value(own.shift, c, 0 if low == 0 else -low * invstd)
-            unusual = unusual or is_unusual(&own, own.second[c], invstd, invstd)
-        if unusual:
-            leave(&own, 0, n)
-            job.any_left = True
-        else:
-            map_along(&own, n, first, min(n, last - first - n))
+            if is_unusual(&own, own.second[c], invstd, invstd):
+                leave(&own, c, c + 1)
+                job.any_left = True
+        map_along(&own, n, first, min(n, last - first - n))
         first += n
     if own.nontemporal:
         fence()
@@ -205,33 +245,37 @@ cdef inline void sum_along(
     of_bias.put(dbias, j)
 
 
-cdef inline void map_row_gradient(TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T]* row) noexcept nogil:
-    """Map a row; `row` is mean, scale, offset and slope."""
-    cdef Py_ssize_t W = Block[T].width(), j = 0, n
+cdef inline void map_row_gradient(
+    TypedCall[GradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T] mean, Block[T] scale, Block[T] offset, Block[T] slope
+) noexcept nogil:
+    """Map a row. What the loop needs is in variables: stores may be anywhere."""
+    cdef Py_ssize_t W = Block[T].width(), k = job.inner, j = 0
+    cdef const T* x = a.x + at
+    cdef const T* dy = a.dy + at
+    cdef T* out = a.out + at
+    cdef const void* weight = job.at_scale
     cdef Block[T] g
-    while j + W <= job.inner:
-        g = Block[T].load(a.dy + at + j) * Block[T].get(job.at_scale, j)
-        store(a.out + at + j, row[1] * Block[T].fma(Block[T].load(a.x + at + j) - row[0], row[3], g - row[2]), W, False)
+    while j + W <= k:
+        g = Block[T].fma(Block[T].load(x + j) - mean, slope, Block[T].load(dy + j) * Block[T].get(weight, j) - offset)
+        store(out + j, scale * g, W, False)
         j += W
-    if j < job.inner:
-        n = job.inner - j
-        g = load(a.dy + at + j, n, row[0]) * Block[T].get(job.at_scale, j)
-        g = row[1] * Block[T].fma(load(a.x + at + j, n, row[0]) - row[0], row[3], g - row[2])
-        g.store_part(a.out + at + j, n)
+    if j < k:
+        g = Block[T].fma(load(x + j, k - j, mean) - mean, slope, load(dy + j, k - j, mean) * Block[T].get(weight, j) - offset)
+        store(out + j, scale * g, k - j, False)
 
 
 cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noexcept nogil:
     """A tile of rows, a few at a time: sums along each, sums of each column, and then, because dx may be dy, the map."""
+    cdef Py_ssize_t together = max(<Py_ssize_t> 2, min(<Py_ssize_t> ROWS, BACK_BYTES // (job.inner * <Py_ssize_t> sizeof(T))))
     cdef Py_ssize_t first = unit * ROW_TILE, last = min(first + ROW_TILE, job.channels), W = Block[T].width(), n, r, j
     cdef Py_ssize_t size = job.inner * (BLOCK // W) + BLOCK
     cdef char* dweight = <char*> job.expanded + 2 * unit * size
     cdef double sums[2 * ROWS]
     cdef double g0, g1, invstd, low
     cdef Arrays[T] a = job.arrays()
-    cdef Block[T] row[4]
     memset(dweight, 0, 2 * size)
     while first < last:
-        n = min(<Py_ssize_t> ROWS // 2, last - first)
+        n = min(together, last - first)
         for r in range(n):
             sum_row_gradient(job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), sums + 2 * r)
         j = 0
@@ -244,18 +288,40 @@ cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noex
             low, invstd = Block[T].value(job.mean_lo, first + r), Block[T].value(job.invstd, first + r)
             g1 = invstd * (invstd * (sums[2 * r + 1] - low * sums[2 * r]) / job.inner)
             g0 = (0 if job.uncentered else sums[2 * r] / job.inner) - low * g1
-            row[0], row[1] = Block[T].splat(job.mean, first + r), Block[T].splat(job.invstd, first + r)
-            row[2], row[3] = Block[T].constant(g0), Block[T].constant(-g1)
-            map_row_gradient(job, &a, (first + r) * job.inner, row)
+            map_row_gradient(
+                job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), Block[T].splat(job.invstd, first + r),
+                Block[T].constant(g0), Block[T].constant(-g1)
+            )
+        first += n
+
+
+cdef void merge_columns(TypedCall[GradInput, T]* job, Py_ssize_t tiles, Py_ssize_t size) noexcept nogil:
+    """The gradients of weight and bias, from those of tiles, in double; a few columns of all tiles at a time."""
+    cdef char* room = <char*> job.expanded
+    cdef double dweight[FEW_COLUMNS]
+    cdef double dbias[FEW_COLUMNS]
+    cdef Py_ssize_t first = 0, tile, n, c
+    while first < job.inner:
+        n = min(<Py_ssize_t> FEW_COLUMNS, job.inner - first)
+        memset(dweight, 0, sizeof(dweight))
+        memset(dbias, 0, sizeof(dbias))
+        for tile in range(tiles):
+            for c in range(n):
+                dweight[c] += Block[T].value(room + 2 * tile * size, first + c)
+            for c in range(n):
+                dbias[c] += Block[T].value(room + 2 * tile * size + size, first + c)
+        for c in range(n):
+            Block[T].set_value(job.dweight, first + c, dweight[c])
+            Block[T].set_value(job.dbias, first + c, dbias[c])
         first += n
 
 
 cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
     """Gradients of rows along which the weights run."""
     cdef Py_ssize_t rows = job.batch, k = job.channels, number = BLOCK // Block[T].width(), size = k * number + BLOCK
-    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), tile, c, bytes
+    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), c, bytes
     cdef char* room = <char*> scratch(size + rows * number + BLOCK + 2 * tiles * size)
-    cdef double dweight, dbias, low
+    cdef double low
     if room == NULL:
         return NO_MEMORY
     job.at_scale = padded(job.weight, 1, k, room, <T*> NULL)
@@ -267,12 +333,5 @@ cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
     job.channels, job.inner = rows, k
     bytes = (2 + (job.out != NULL)) * rows * k * sizeof(T)
     parallel(<unit_fn> backward_rows_unit[T], job, tiles, job.threads, False, bytes, job.host)
-    room = <char*> job.expanded
-    for c in range(k):
-        dweight = dbias = 0
-        for tile in range(tiles):
-            dweight += Block[T].value(room + 2 * tile * size, c)
-            dbias += Block[T].value(room + 2 * tile * size + size, c)
-        Block[T].set_value(job.dweight, c, dweight)
-        Block[T].set_value(job.dbias, c, dbias)
+    merge_columns(job, tiles, size)
     return DONE

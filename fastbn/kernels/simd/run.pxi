@@ -157,7 +157,7 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     cdef Py_ssize_t size = job.tiles * job.width * sizeof(double) if sums else 0, vector = job.channels * sizeof(double)
     cdef Py_ssize_t for_columns = 5 * (job.columns + 2 * Block[T].width()) * sizeof(double)
     cdef Py_ssize_t for_planes = job.planes * sizeof(double)
-    cdef char* free = <char*> scratch(3 * size + 11 * vector + for_columns + 3 * for_planes + job.channels)
+    cdef char* free = <char*> scratch(3 * size + 10 * vector + for_columns + 3 * for_planes + job.channels)
     if free == NULL:
         return False
     job.pivots, job.sums, job.dots = <double*> free, <double*> (free + size), <double*> (free + 2 * size)
@@ -165,7 +165,6 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     free += 3 * size + for_columns
     job.plane_mean, job.plane_scale, job.plane_shift = free, free + for_planes, free + 2 * for_planes
     free += 3 * for_planes
-    job.invstds = <double*> room(&free, NULL, vector)
     job.grad_offset, job.grad_slope = room(&free, NULL, vector), room(&free, NULL, vector)
     # What the caller did not bring.
     job.first, job.second = <double*> room(&free, job.first, vector), <double*> room(&free, job.second, vector)
@@ -279,19 +278,10 @@ cdef Status map_call(TypedCall[Map, T]* job) noexcept nogil:
 
 cdef Status inference_call(TypedCall[Forward, T]* job) noexcept nogil:
     cdef Plan p
-    cdef double invstd
-    cdef Py_ssize_t c
     cdef int arrays = 2 + (job.residual != NULL)
-    cdef const void* low = job.mean_lo
     if not plan(job, &p, 0, arrays, arrays):
         return NO_MEMORY
-    for c in range(job.channels):
-        if job.var != NULL:
-            invstd = 1 / sqrt(Block[T].value(job.var, c) + job.eps)
-            Block[T].set_value(job.invstd, c, invstd)
-        else:
-            invstd = Block[T].value(job.invstd, c)
-        fold_channel(job, c, 0 if low == NULL else Block[T].value(low, c), invstd)
+    fold_given(job, <T*> NULL)
     run_map(job, &p)
     return DONE
 
@@ -355,8 +345,7 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
     if not plan(job, &p, reads if sums else 0, arrays if job.out != NULL else 0, touched):
         return NO_MEMORY
     if not given and job.invstd != NULL:
-        for c in range(job.channels):
-            fold_channel(job, c, 0 if job.mean_lo == NULL else Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c))
+        fold_given(job, <T*> NULL)
     if job.frozen:
         for c in range(job.channels):
             Block[T].set_value(job.grad_offset, c, 0)

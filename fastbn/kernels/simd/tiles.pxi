@@ -7,6 +7,7 @@ cdef enum:
     BATCH = 8            # rows summed before they are added to the accumulators
     MAP_PIECE = 2048     # elements of a long plane mapped before those that lie before them
     FEW = 4              # blocks that a smooth activation takes at once
+    FOLDED = 64          # channels whose parameters are made at once
     FEW_VALUES = 64      # values of a channel in a tile up to which its sums round so seldom that the pivot may be farther away
 
 # The ends of the range, as in extremes.py.

@@ -25,7 +25,6 @@ struct Work : fastbn::Call, fastbn::Tiles, fastbn::Units {
     void* dz;  // where the sums of a fused gradient leave dy before the activation, for the map to read; or NULL
     double *pivots, *sums, *dots;  // the partial sums, of each tile
     void *grad_offset, *grad_slope;   // of the map of a backward: the gradients through the mean and the deviation
-    double* invstds;                  // of the batch, before they are rounded
     double* expanded;                 // room for a vector for each column
     std::ptrdiff_t planes, period;    // of calls over parts: channels of all images, and of one
     void *plane_mean, *plane_scale, *plane_shift;  // one for each of these planes

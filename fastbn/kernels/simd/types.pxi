@@ -30,6 +30,8 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         void prefetch(const T*, Py_ssize_t)
         @staticmethod
+        void prefetch_near(const T*, Py_ssize_t)
+        @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
         Block[T] tail_mask(Py_ssize_t)
@@ -98,7 +100,6 @@ cdef extern from "simd/types.hpp" nogil:
         double *dots
         void *grad_offset
         void *grad_slope
-        double *invstds
         double *expanded
         Py_ssize_t planes, period
         void *plane_mean
