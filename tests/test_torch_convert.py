@@ -178,7 +178,7 @@ LEFT = {
     "a hooked activation": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "2"), "2 has hooks"),
     "hooks around": (lambda: hooked(nn.Sequential(sequential(nn.BatchNorm2d(4)), nn.ReLU()), "0"), "0 has hooks"),
     "synchronized": (lambda: sequential(nn.SyncBatchNorm(4), nn.ReLU()).eval(), "it is synchronized"),
-    "instance norm": (lambda: sequential(nn.InstanceNorm2d(4), nn.ReLU()), "it normalizes each image by itself"),
+    "running statistics": (lambda: sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()), "it has running statistics"),
     "untraceable": (lambda: Body(lambda m, x: m.bn(m.conv(x)).relu() if x.sum() < 1e9 else x), "what calls it cannot be traced"),
 }  # fmt: skip
 
@@ -584,7 +584,7 @@ def test_the_table() -> None:
         "path  kind            channels  keeps  fused with  why not",
         "1     BatchNorm2d     8         input  ReLU",
         "3     BatchNorm2d     8         input  alone       InstanceNorm2d follows",
-        "4     InstanceNorm2d  8         input  left        it normalizes each image by itself",
+        "4     InstanceNorm2d  8         input  left        the model's output follows",
         "3 layers, 2 converted, 1 fused",
     ]
     assert str(fastbn.torch.convert(nn.ReLU())) == "the model has no normalization layers"
@@ -1039,3 +1039,74 @@ def test_layers_that_are_frozen_later_are_fused() -> None:
         fastbn.torch.freeze(m)
     torch.testing.assert_close(step(model, x), step(own, x))
     assert taken() == 2
+
+
+def test_parts_of_a_converted_sequence_are_whole_by_themselves() -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh()), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for part in (lambda m: m[:2], lambda m: m[:3], lambda m: type(m)(*m[2:]), lambda m: nn.Sequential(*m, nn.Sigmoid())):
+        got, want = (step(part(m), x if part(m)[0] is m[0] else m[0](x)) for m in (model, own))
+        agree(got, want)
+    assert type(type(model[1])(4)(model[0](x))) is torch.Tensor
+    agree(pickle.loads(pickle.dumps(model[:2]))(x), own[:2](x))  # noqa: S301  our own
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.insert(2, nn.Tanh()),
+        lambda m: m.__setitem__(1, nn.BatchNorm2d(4)),
+        lambda m: m.__setitem__(1, nn.InstanceNorm2d(4)),
+        lambda m: m.__delitem__(2),
+        lambda m: m._modules.update({"1": m._modules.pop("1")}),
+        lambda m: setattr(m[2], "negative_slope", 2),
+        lambda m: fastbn.torch.freeze(m),
+        lambda m: setattr(m[2], "forward", torch.tanh),
+        lambda m: m.append(nn.Dropout(0.0)),
+    ],
+)
+def test_a_sequence_that_was_changed_is_what_it_is_now(change: Callable[..., Any]) -> None:
+    model, x = sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.5)), image()
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    for m in (model, own):
+        change(m)
+    x = torch.randn(2, 4, 5, 6) if type(own[0]) is not nn.Conv2d else x
+    agree(step(model, x), step(own, x))
+
+
+def test_graphs_are_converted_and_may_be_changed() -> None:
+    model, x = torch.fx.symbolic_trace(Body(lambda m, x: F.relu(m.bn(m.conv(x)))).train()), image()
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    before = taken()
+    agree(step(model, x), step(own, x))
+    model(x)
+    assert taken() == before + 3  # in the copy, a graph of torch's own, batch norm alone
+    for m in (model, own):
+        next(node for node in m.graph.nodes if node.target is F.relu).target = torch.tanh
+        next(node for node in m.graph.nodes if node.target is torch.tanh).kwargs = {}
+        m.recompile()
+    own.bn.load_state_dict(model.bn.state_dict())
+    agree(model(x), own(x))
+    fastbn.torch.revert(model)
+    own.bn.load_state_dict(model.bn.state_dict())
+    agree(model(x), own(x))
+
+
+def test_a_model_that_makes_itself_in_pickles_and_lists_its_classes() -> None:
+    classes = []
+
+    class Model(Body):
+        def __init_subclass__(cls, *, name: str) -> None:
+            classes.append(name)
+
+        def __reduce__(self) -> Any:
+            return sequential, (nn.Identity(),)
+
+    model = Model(common, act=nn.ReLU())
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    assert (classes, type(model).__name__, type(pickle.loads(pickle.dumps(model)))) == ([], "Model", nn.Sequential)  # noqa: S301
+    fastbn.torch.revert(model)
+    assert type(model) is Model

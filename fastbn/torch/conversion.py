@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import has_torch_function
 
 from fastbn.tables import table
@@ -25,12 +27,14 @@ from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, bui
 from fastbn.torch.derived import Derived, derive
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import AROUND, STEPS, Part, check, norms, parts, traced
+from fastbn.torch.graph import AROUND, STEPS, Part, check, parts, size, traced
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
+from fastbn.torch.parts import Parts
 
 F = torch.nn.functional
 jit: Any = torch.jit  # it has no types
+KINDS = (_NormBase, nn.GroupNorm)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FUNCTIONS = {
     F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
@@ -106,7 +110,49 @@ class Converted(Derived):
         of_layer: str = super().extra_repr()  # type: ignore[misc]
         state: Steps = self.__dict__.get(STEPS, Steps())
         names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
-        return f"{of_layer}, fastbn={' + '.join(['batch_norm', *names])}"
+        kind = "group_norm" if isinstance(self, ConvertedParts) else "batch_norm"
+        return f"{of_layer}, fastbn={' + '.join([kind, *names])}"
+
+
+class ConvertedParts(Converted):
+    """The same of instance and group norm, which are converted where an activation follows."""
+
+    def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.GroupNorm
+        """Normalize, or return what stands for that."""
+        steps: Steps | None = self.__dict__.get(STEPS)
+        visit = None if steps is None or self._is_watched() else steps.visit()
+        a = None if visit is None else _parts(self, input)
+        return self._original(input) if steps is None or a is None else deferred(a, steps, visit)
+
+    def _original(self, input: Tensor) -> Tensor:  # noqa: A002
+        own: Any = type(self).__bases__[1]
+        y: Tensor = own.forward(self, input)
+        return y
+
+    def followed(self, x: Tensor, activation: Any) -> Any:
+        """What an activation makes of the output."""
+        me: Any = self
+        modules: Any = torch_module  # it has no types
+        after = builtin(activation)
+        known = after is not None and type(self).forward is ConvertedParts.forward and me._compiled_call_impl is None
+        hooked = has_hooks(self) or has_hooks(activation) or modules._has_any_global_hook()
+        a = _parts(self, x) if known and not hooked else None
+        return activation(me(x)) if a is None or after is None else a._replace(activation=after).run()
+
+
+def _parts(layer: Any, x: Any) -> Parts | None:
+    """What a layer's own code calls instance or group norm with; None for all that is unusual."""
+    if not isinstance(x, Tensor) or (type(x) is not Tensor and not torch.compiler.is_compiling()):
+        return None
+    if isinstance(layer, nn.GroupNorm):
+        channels, groups, dims = layer.num_channels, layer.num_groups, x.dim()
+    else:
+        channels = groups = layer.num_features
+        dims = layer._get_no_batch_dim() + 1
+        if layer.running_mean is not None or layer.running_var is not None:
+            return None
+    a = Parts(x, layer.weight, layer.bias, groups, layer.eps)
+    return a if x.dim() == dims >= 2 and x.shape[1] == channels and a.is_usual() else None
 
 
 def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
@@ -239,24 +285,28 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
     plans = _plans(model)
     scopes: dict[nn.Module, Scope] = {}
     found = []
-    for path, layer in norms(model):
+    for path, layer in _layers(model):
         why, inner = _refuses(layer)
         plan = _Plan(why=why)
+        mixin = Converted if isinstance(layer, _BatchNorm) else ConvertedParts
+        if not why and mixin is ConvertedParts:
+            plan = plans.get(id(layer), _NOBODY) if fuse else _Plan(why="it was not asked for")
+            why = plan.why
         if not why:
             plan = plans.get(id(layer), _NOBODY) if inner.fits_outside else inner
             plain = inner.steps.plain
             if not fuse:
                 plan = _Plan(why="it was not asked for", steady=plan.steady and not plan.names)
-            keeps_output = inplace_abn and plan.steady and inner.fits_outside
+            keeps_output = inplace_abn and mixin is Converted and plan.steady and inner.fits_outside
             steps = plan.steps._replace(from_output=keeps_output, plain=plain)
             if steps.outside and plan.within is not None:
                 scope = scopes.setdefault(plan.within, Scope())
                 scope.places += plan.places
                 steps = steps._replace(scope=scope)
             layer.__dict__[STEPS] = steps
-            layer.__class__ = derive(Converted, type(layer))
+            layer.__class__ = derive(mixin, type(layer))
         keeps = "output" if not why and keeps_output else "input"
-        found.append(Layer(path, type(layer).__name__, layer.num_features, plan.names, plan.why, isinstance(layer, Converted), keeps))
+        found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, isinstance(layer, Converted), keeps))
     for module, scope in scopes.items():
         if type(module).forward is nn.Sequential.forward:
             scope.pairs = _pairs(module, scope)
@@ -291,7 +341,7 @@ def revert(model: nn.Module) -> int:
     (1, True)
     """
     check(model)
-    layers = [layer for _, layer in norms(model) if isinstance(layer, Converted)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Converted)]
     for module in (*layers, *(module for module in model.modules() if isinstance(module, Scoped))):
         module.__class__ = type(module).__bases__[1]
         for name in (STEPS, SCOPE):
@@ -307,6 +357,10 @@ def _pairs(module: Any, scope: Scope) -> set[str]:
         if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS:
             found.add(name)
     return found
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, layer) for path, layer in model.named_modules() if isinstance(layer, KINDS))
 
 
 class _Plan(NamedTuple):
@@ -327,14 +381,17 @@ _NOBODY = _Plan(why="what calls it cannot be traced")
 def _refuses(layer: Any) -> tuple[str, _Plan]:
     """Why a layer cannot be converted, or nothing; and what its own code does with what it has normalized."""
     if not isinstance(layer, _BatchNorm):
-        return "it normalizes each image by itself", _NOBODY
+        if type(layer).forward not in (_InstanceNorm.forward, nn.GroupNorm.forward):
+            return f"the code of {type(layer).__name__} is not understood", _NOBODY
+        if isinstance(layer, _InstanceNorm) and (layer.running_mean is not None or layer.running_var is not None):
+            return "it has running statistics", _NOBODY
     if isinstance(layer, nn.SyncBatchNorm):
         return "it is synchronized", _NOBODY
     if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
         return "it was never called", _NOBODY
     if why := changed(layer):
         return f"it {why}", _NOBODY
-    if type(layer).forward is _BatchNorm.forward:
+    if type(layer).forward is _BatchNorm.forward or not isinstance(layer, _BatchNorm):
         return "", _Plan(steps=Steps(plain=True), fits_outside=True)
     part = traced(layer)
     inside = [node for node in part.nodes if node.target is F.batch_norm] if part else []
@@ -352,9 +409,9 @@ def _plans(model: nn.Module) -> dict[int, _Plan]:
         taken: set[fx.Node] = set()
         for node in part.nodes:
             layer = _module(part, node)
-            if isinstance(layer, _BatchNorm):
+            if isinstance(layer, KINDS):
                 calls[id(layer)] += 1
-                found[id(layer)] = _follow(part, node, taken)
+                found[id(layer)] = _follow(part, node, taken, sums=isinstance(layer, _BatchNorm))
     return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}
 
 
@@ -450,7 +507,7 @@ def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
 _OUTPUT = "the model's output follows"
 
 
-def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
+def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = True) -> _Plan:
     """What follows a node, and can be computed with it."""
     names: list[str] = []
     steps = Steps(outside=True)
@@ -469,7 +526,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node]) -> _Plan:
             passed.append(user)
             continue
         kind = _activation(part, user)
-        is_sum = _is_sum(user, node) and not steps.sum
+        is_sum = sums and _is_sum(user, node) and not steps.sum
         if user.op == "output":
             why = _OUTPUT
         elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):

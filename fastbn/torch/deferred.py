@@ -33,6 +33,7 @@ from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import function_codes, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
+from fastbn.torch.parts import Parts
 
 F = torch.nn.functional
 SCOPE = "_fastbn_scope"  # of a module: its Scope
@@ -191,6 +192,19 @@ class Scope:
         return settled(output)
 
 
+def _as_own(kind: Any, name: str) -> Callable[..., Any]:
+    """A method that finds the object of its own class."""
+
+    def method(self: Any, *args: Any) -> Any:
+        derived, self.__class__ = self.__class__, kind
+        try:
+            return getattr(self, name)(*args)
+        finally:
+            self.__class__ = derived
+
+    return method
+
+
 class Scoped(Derived):
     """Modules whose code is a scope: nothing that waits leaves a call, whatever the code does."""
 
@@ -222,15 +236,9 @@ class Scoped(Derived):
                 settled(part.__dict__)
             return settled(output)
 
-        def recompile(self: Any) -> Any:
-            derived, self.__class__ = self.__class__, kind
-            try:
-                return self.recompile()
-            finally:
-                self.__class__ = derived
-
-        # A graph that is changed writes a new forward into its class.
-        return {"forward": forward} | ({"recompile": recompile} if issubclass(kind, fx.GraphModule) else {})
+        # A graph that is changed writes a new forward into its class; one that is copied makes a class for the copy.
+        names = ("recompile", "__deepcopy__") if issubclass(kind, fx.GraphModule) else ()
+        return {"forward": forward} | {name: _as_own(kind, name) for name in names}
 
 
 def _line(visit: Any, x: Any) -> Any:
@@ -400,31 +408,33 @@ class Input(Standing):
 
 
 class _Call:
-    """A batch norm that waits."""
+    """A normalization that waits."""
 
     __slots__ = "arguments", "counted", "recorded", "version"
 
-    def __init__(self, arguments: Arguments):
+    def __init__(self, arguments: Arguments | Parts):
         self.arguments = arguments
         self.recorded = torch.is_grad_enabled()
         self.version = _version(arguments.x)
         self.counted = False  # running statistics were moved
 
     def run(self, residual: Tensor | None, activation: Builtin) -> Tensor:
-        x, _, weight, bias, mean, var, training, momentum, eps, _, from_output = self.arguments
-        if self.version != _version(x):
+        if self.version != _version(self.arguments.x):
             raise RuntimeError(
-                "the input of a batch norm was changed in place before what follows it was computed; "
+                "the input of a normalization was changed in place before what follows it was computed; "
                 "fastbn.torch.revert(model) makes it a layer of torch's again"
             )
-        if self.counted and training:
-            mean = var = None
+        a: Any = self.arguments
+        a = a.followed(residual, activation, self.counted)
         self.counted = True
-        a = Arguments(x, residual, weight, bias, mean, var, training, momentum, eps, activation, from_output)
         if torch.is_grad_enabled() == self.recorded:
-            return run(a)
+            return _run(a)
         with torch.set_grad_enabled(self.recorded):
-            return run(a)
+            return _run(a)
+
+
+def _run(a: Arguments | Parts) -> Tensor:
+    return a.run() if type(a) is Parts else run(a)  # type: ignore[arg-type]
 
 
 def _version(x: Tensor) -> int:
@@ -496,9 +506,9 @@ class Pending(Standing):
         return y
 
 
-def deferred(a: Arguments, steps: Steps, visit: Any) -> Any:
-    """What stands for a batch norm, or its output where nothing may follow."""
-    return Pending(_Call(a), steps, visit) if steps.sum or steps.activation else run(a)
+def deferred(a: Arguments | Parts, steps: Steps, visit: Any) -> Any:
+    """What stands for a normalization, or its output where nothing may follow."""
+    return Pending(_Call(a), steps, visit) if steps.sum or steps.activation else _run(a)
 
 
 def _refuse_functions() -> None:

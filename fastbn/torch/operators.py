@@ -64,6 +64,13 @@ class Arguments(NamedTuple):
         """All but x."""
         return [t for t in self[1:6] if t is not None]
 
+    def followed(self, residual: Tensor | None, activation: Builtin, counted: bool) -> Arguments:
+        """The same with what follows; running statistics do not move a second time."""
+        x, _, weight, bias, mean, var, training, momentum, eps, _, from_output = self
+        if counted and training:
+            mean = var = None
+        return Arguments(x, residual, weight, bias, mean, var, training, momentum, eps, activation, from_output)
+
     def is_usual(self) -> bool:
         """Whether the arguments are such as the operators take, for an x that they take; else torch says what is wrong, or does it."""
         x, channels = self.x, self.x.shape[1]

@@ -1,0 +1,223 @@
+"""Instance and group norms of models that are converted: one operation with the activation after them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+
+import fastbn.torch  # noqa: E402
+from fastbn.torch import fused, parts  # noqa: E402
+
+nn = torch.nn
+F = torch.nn.functional
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(fused, "SMALLEST", 0)
+    monkeypatch.setattr(parts, "SMALLEST", 0)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the fused operation was called with."""
+    calls: list[Any] = []
+    normalize = parts.normalize
+    monkeypatch.setattr(parts, "normalize", lambda a, keep: calls.append(a) or normalize(a, keep=keep))
+    return calls
+
+
+def step(model: Any, x: Any) -> list[Any]:
+    """Output and gradients of one step of a copy."""
+    twin, leaf = copy.deepcopy(model), x.detach().clone().requires_grad_()
+    y = twin(leaf)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape))
+    return [y.detach(), leaf.grad, *(p.grad for p in twin.parameters())]
+
+
+def same(model: Any, x: Any) -> Any:
+    """Convert a model, whose step must stay as near to that in float64; return what became of its layers."""
+    true, want = step(copy.deepcopy(model).double(), x.double()), step(model, x)
+    found = fastbn.torch.convert(model)
+    for a, b, c in zip(step(model, x), want, true, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        few = (256 if a.dtype == torch.float64 else 16) * torch.finfo(a.dtype).eps
+        assert (a.double() - c).abs().max() <= 1.5 * (b.double() - c).abs().max() + few * max(1.0, c.abs().max())
+    return found
+
+
+LAYERS: dict[str, Callable[[], Any]] = {
+    "InstanceNorm": lambda: nn.InstanceNorm2d(6),
+    "affine InstanceNorm": lambda: nn.InstanceNorm2d(6, affine=True),
+    "GroupNorm": lambda: nn.GroupNorm(3, 6, eps=1e-3),
+    "GroupNorm of all": lambda: nn.GroupNorm(1, 6, affine=False),
+}
+ACTIVATIONS: dict[str, Callable[[], Any]] = {
+    "ReLU": nn.ReLU, "ReLU6": nn.ReLU6, "LeakyReLU": lambda: nn.LeakyReLU(0.3, inplace=True), "Hardswish": nn.Hardswish, "SiLU": nn.SiLU,
+    "GELU": nn.GELU, "GELU tanh": lambda: nn.GELU(approximate="tanh"), "Sigmoid": nn.Sigmoid, "Tanh": nn.Tanh,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_norm_is_fused_with_the_activation_after_it(layer: str, act: str, ran: list[Any]) -> None:
+    for order, dtype in itertools.product((torch.contiguous_format, torch.channels_last), (torch.float32, torch.float64)):
+        model = nn.Sequential(nn.Conv2d(3, 6, 1), LAYERS[layer](), ACTIVATIONS[act](), nn.Conv2d(6, 2, 1)).to(dtype)
+        found = same(model, torch.randn(2, 3, 5, 7).to(dtype).contiguous(memory_format=order))
+        assert (found[0].fused, found[0].why, found[0].converted) == ((type(model[2]).__name__,), "", True)
+    assert len(ran) == 4
+
+
+def test_functions_and_code_of_ones_own_are_fused(ran: list[Any]) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.flag = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), False
+
+        def forward(self, x: Any) -> Any:
+            z = self.norm(self.conv(x))
+            return z if self.flag else F.silu(z, inplace=True)
+
+    model, x = Block(), torch.randn(2, 3, 4, 4)
+    assert same(model, x)[0].fused == ("silu",)
+    assert len(ran) == 1
+    model.flag = True
+    assert type(model(x)) is torch.Tensor
+    torch.testing.assert_close(model(x), F.group_norm(model.conv(x), 2))
+    assert len(ran) == 3  # where nothing follows, alone
+
+
+def test_volumes_in_channels_last_stay_where_they_lie(ran: list[Any]) -> None:
+    model = nn.Sequential(nn.InstanceNorm3d(4, affine=True), nn.LeakyReLU(inplace=True))
+    x = torch.randn(2, 4, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    same(model, x)
+    y = model(x)
+    y.square().sum().backward()
+    for tensor in (ran[0].x, y, x.grad):
+        assert tensor.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_sixteen_bits_with_parameters_of_thirty_two(ran: list[Any]) -> None:
+    model, x = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), torch.randn(2, 4, 5, 5).half()
+    want = model.double()(x.double())
+    model.float()
+    fastbn.torch.convert(model)
+    y = model(x)
+    assert (y.dtype, len(ran)) == (torch.float16, 1)
+    assert (y.double() - want).abs().max() < 2e-3
+
+
+LEFT: dict[str, tuple[Callable[[], Any], str]] = {
+    "nothing": (lambda: nn.Sequential(nn.InstanceNorm2d(4)), "the model's output follows"),
+    "another layer": (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.MaxPool2d(2)), "MaxPool2d follows"),
+    "running statistics": (lambda: nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()), "it has running statistics"),
+    "a hook": (lambda: hooked(nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU())), "it has hooks"),
+    "own code": (lambda: nn.Sequential(Twice(2, 4), nn.ReLU()), "the code of Twice is not understood"),
+}
+
+
+def hooked(model: Any) -> Any:
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+class Twice(nn.GroupNorm):
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(("make", "why"), LEFT.values(), ids=LEFT.keys())
+def test_what_is_left_has_a_reason(make: Callable[[], Any], why: str, ran: list[Any]) -> None:
+    model = make()
+    (layer,) = same(model, torch.randn(2, 4, 4, 4))
+    assert (layer.fused, layer.why, layer.converted, ran) == ((), why, False, [])
+
+
+def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
+    bad = torch.randn(2, 5, 4, 4), torch.randn(1, 4, 1, 1), torch.randn(4), torch.randn(2, 4, 4, 4).double(), torch.ones(2, 4, 3, 3).long()
+    good = torch.randn(4, 3, 3), torch.randn(2, 4, 3, 3).to_sparse(), torch.randn(0, 4, 3, 3)
+    for layer, x in itertools.product((nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(4, 4)), (*bad, *good)):
+        model = nn.Sequential(layer, nn.ReLU())
+        own, found = copy.deepcopy(model), []
+        fastbn.torch.convert(model)
+        for m in (model, own):
+            try:
+                found.append(m(x))
+            except Exception as error:  # noqa: PERF203
+                found.append((type(error), str(error).splitlines()[:1]))
+        assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(*found)
+    assert ran == []
+
+
+def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
+    for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True)):
+        model = nn.Sequential(layer, nn.SiLU()).double()
+        fastbn.torch.convert(model)
+        x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(model, (x,))
+        assert torch.autograd.gradgradcheck(model, (x,))
+
+
+def test_reverted_copied_and_pickled(ran: list[Any]) -> None:
+    model, x = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), torch.randn(2, 4, 4, 4)
+    want, shown, keys = model(x), repr(model), list(model.state_dict())
+    fastbn.torch.convert(model)
+    assert "fastbn=group_norm + activation" in repr(model)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  our own
+        before = len(ran)
+        torch.testing.assert_close(twin(x), want)
+        assert (len(ran), list(twin.state_dict())) == (before + 1, keys)
+        assert fastbn.torch.revert(twin) == 1
+        assert (repr(twin), type(twin), type(twin[0])) == (shown, nn.Sequential, nn.GroupNorm)
+        assert torch.equal(twin(x), want)
+
+
+def test_the_operator_passes_torchs_check() -> None:
+    x, w, b = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch itself deprecates
+        for given in (
+            (x, w, b, 4, 1e-5, "leaky_relu", 0.1),
+            (last, None, None, 2, 1e-5, "silu", 0.0),
+            (x, w, None, 1, 1e-3, "identity", 0.0),
+        ):
+            torch.library.opcheck(torch.ops.fastbn.group_norm.default, given)
+
+
+def test_compiled_and_exported_models_hold_one_node() -> None:
+    model, x, graphs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()), torch.randn(2, 3, 5, 5), []
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+
+    def backend(graph: Any, given: Any) -> Any:
+        graphs.append(graph.graph)
+        return torch._dynamo.backends.debugging.aot_eager(graph, given)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        got, want = compiled(x), own(x)
+        torch.testing.assert_close(got, want)
+        for y in (got, want):
+            y.square().sum().backward()
+        exported = torch.export.export(model, (x,))
+        torch.testing.assert_close(exported.module()(x), want)
+    for p, q in zip(model.parameters(), own.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+    for graph in (graphs[0], exported.graph):
+        assert sum("fastbn.group_norm" in str(node.target) for node in graph.nodes) == 1
+    torch._dynamo.reset()
