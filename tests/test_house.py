@@ -143,7 +143,7 @@ DOORS = {"bind_plain", "plain_inference", "plain_forward", "plain_training", "fo
 DOORS |= {"_instance_norm", "_group_norm", "_layer_norm", "_backward_of_rows"}
 INLINED = {"sum_blocks", "sum_rows", "store_totals", "along", "map_row"}
 OPERATIONS = {f.name for f in functions_of(LIBRARY / "kernels" / "protocol.py")}
-REGISTERED = {"torch/operators.py"}
+REGISTERED = {"torch/operators.py", "torch/parts.py"}
 
 
 def name_of(path: Path) -> str:

@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import sys
@@ -34,6 +33,7 @@ from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import function_codes, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 from fastbn.torch.parts import Parts
+from fastbn.torch.standing import RULES, Standing, tensor_of
 
 F = torch.nn.functional
 SCOPE = "_fastbn_scope"  # of a module: its Scope
@@ -289,81 +289,6 @@ def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     return (type(module) is kind or own_class(module) is kind) and "forward" not in module.__dict__
 
 
-class Standing:
-    """Something in place of a tensor: functions, methods and operators of torch that meet it come to `__torch_function__`."""
-
-    __array_priority__ = Tensor.__array_priority__  # NumPy leaves sums to it
-    __hash__ = object.__hash__
-
-    def tensor(self) -> Tensor:
-        """The tensor."""
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do what a rule says, or let torch do it with tensors."""
-        kwargs = kwargs or {}
-        rule = RULES.get(func)
-        if rule is not None:
-            found = rule(*args, **kwargs)
-            if found is not None:
-                return found
-        return func(*(_tensor(a) for a in args), **{name: _tensor(a) for name, a in kwargs.items()})
-
-    def __getattr__(self, name: str) -> Any:
-        """An attribute of the tensor; a method goes through the rules."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        method = getattr(Tensor, name, None)
-        if callable(method):
-            return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
-        return getattr(self.tensor(), name)
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        """A copy of the tensor."""
-        return copy.deepcopy(self.tensor(), memo)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A pickle holds the tensor."""
-        tensor: Any = self.tensor()  # it has no types
-        return tensor.__reduce_ex__(protocol)
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    function = getattr(Tensor, name)
-
-    def operator(self: Standing, *args: Any, **kwargs: Any) -> Any:
-        return self.__torch_function__(function, (), (self, *args), kwargs)
-
-    return operator
-
-
-def _attribute(name: str) -> property:
-    return property(lambda self: getattr(self.tensor(), name), lambda self, value: setattr(self.tensor(), name, value))
-
-
-_OPERATORS = (
-    "abs add and bool complex contains eq float floordiv ge getitem gt iadd iand idiv ifloordiv ilshift imod imul index int invert ior "
-    "ipow irshift isub iter itruediv ixor le len lshift lt matmul mod mul ne neg or pos pow radd rand rdiv rfloordiv rlshift rmatmul "
-    "rmod rmul ror rpow rrshift rshift rsub rtruediv rxor setitem sub truediv xor array array_wrap dlpack dlpack_device repr format "
-    "reversed"
-)
-for _name in (f"__{name}__" for name in _OPERATORS.split()):
-    if hasattr(Tensor, _name):
-        setattr(Standing, _name, _operator(_name))
-for _name in ("data", "grad", "requires_grad", "real", "imag"):
-    setattr(Standing, _name, _attribute(_name))
-
-
-def _tensor(a: Any) -> Any:
-    """An argument with tensors for what stands for them."""
-    if isinstance(a, Standing):
-        return a.tensor()
-    if type(a) in (list, tuple):
-        return type(a)(_tensor(item) for item in a)
-    return a
-
-
 def settled(output: Any) -> Any:
     """What a module returns, with tensors for what waits no longer."""
     if isinstance(output, Pending):
@@ -480,7 +405,7 @@ class Pending(Standing):
         x = self.call.arguments.x
         if not (self._waits() and self.steps.sum and self.residual is None):
             return None
-        other = _tensor(other)
+        other = tensor_of(other)
         if type(other) not in (Tensor, Parameter) and not (torch.compiler.is_compiling() and isinstance(other, Tensor)):
             return None
         if (other.shape, other.dtype, other.device, other.layout) != (x.shape, x.dtype, x.device, x.layout):
@@ -580,7 +505,7 @@ def _add_(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any
     return input.plus(other, True)
 
 
-RULES: dict[Any, Callable[..., Any]] = {
+_RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
@@ -599,3 +524,4 @@ RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
     **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
 }
+RULES.update(_RULES)
