@@ -367,7 +367,10 @@ def a_process_that_never_calls(rank: int, ranks: int) -> None:
 
 @contextmanager
 def group(rank: int, ranks: int, file: str, seconds: float) -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.FileStore(file, ranks), rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
+    store = dist.FileStore(file, ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    dist.barrier()  # on a busy machine processes find each other late; only then does time count
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
     yield
     dist.destroy_process_group()
 
