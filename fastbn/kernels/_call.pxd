@@ -18,6 +18,8 @@ cdef extern from "call.hpp" namespace "fastbn" nogil:
         void *data
         bint is_double
 
+    bint are_parts(Py_ssize_t outer, Py_ssize_t inner, Py_ssize_t group)
+
     cdef cppclass Call:
         Dtype dtype
         Py_ssize_t outer, channels, inner

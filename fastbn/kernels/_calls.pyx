@@ -12,7 +12,7 @@ from libc.math cimport isfinite
 from libc.stdint cimport uint32_t
 from libc.string cimport memcpy, memset
 
-from fastbn.kernels._call cimport DONE, LEFT, Call, Dtype, Kernels, Running, Status, call_fn
+from fastbn.kernels._call cimport DONE, LEFT, Call, Dtype, Kernels, Running, Status, are_parts, call_fn
 from fastbn.kernels._plan cimport thread_count
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode
 

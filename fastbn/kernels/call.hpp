@@ -73,6 +73,13 @@ struct Call {
     bool uncentered;  // the mean is taken to be 0
 };
 
+constexpr std::ptrdiff_t LONGEST_ROW = 1 << 20;  // elements
+
+// Whether the kernels take calls over parts of such memory: planes, columns, or rows of several elements and not too many.
+inline bool are_parts(std::ptrdiff_t outer, std::ptrdiff_t inner, std::ptrdiff_t group) {
+    return outer == 1 && inner == 1 ? group > 1 && group <= LONGEST_ROW : outer == 1 || inner == 1;
+}
+
 // Each runs a call in the default floating-point mode. The first four are single operations, of which `core` makes the
 // calls that are not here: `normalize` maps with mean, scale and shift, `grad_input` with mean, scale, g0 and g1; the sums
 // go to first, second and low.

@@ -102,9 +102,14 @@ WORDS = len(_INTEGERS)
 # ---- Activations ----
 
 
+def _known(activation: Any) -> Any:
+    """The name of one of the library's, whose parameter differs from call to call; a user's as it is; or None."""
+    return activation if activation is None or activation.custom else activation.name
+
+
 def _functions(activation: Any) -> tuple[Any, Any]:
-    """An activation and its derivative, of the normalized value and a parameter."""
-    return _custom(activation) if activation.custom else FUNCTIONS[activation.name]
+    """An activation, or the library's by its name, and its derivative, of the normalized value and a parameter."""
+    return FUNCTIONS[activation] if isinstance(activation, str) else _custom(activation)
 
 
 @cache
@@ -143,8 +148,8 @@ _customs: list[Any] = []
 
 
 def _name(activation: Any) -> str:
-    if activation is None or not activation.custom:
-        return activation.name if activation else "plain"
+    if activation is None or isinstance(activation, str):
+        return activation or "plain"
     if activation not in _customs:
         _customs.append(activation)
     return f"custom{_customs.index(activation)}"
@@ -160,7 +165,8 @@ class Loop(NamedTuple):
     operation : str
         "stats", "grad_sums", "normalize" or "grad_input".
     storage : str
-    activation : Builtin, Activation or None
+    activation : str, Activation or None
+        The name of one of the library's, or a user's.
     residual : bool
     second : bool
         Whether a gradient before the activation is written, too.
@@ -189,7 +195,7 @@ def _evaluator(loop: Loop) -> Any:
     if loop.activation is None:
         return None
     apply = _applied(_functions(loop.activation)[loop.operation.startswith("grad")], number, loop.name)
-    if not loop.activation.custom:
+    if isinstance(loop.activation, str):
 
         @_helper(loop.name)
         def evaluate(j: Any, source: int, to: int, n: int) -> None:
@@ -843,7 +849,7 @@ def _compile(function: Any, name: str, arguments: int, keep: bool = True) -> int
 def _loop(loop: Loop) -> int:
     """The address of a loop."""
     sums = loop.operation in ("stats", "grad_sums")
-    custom = loop.activation is not None and loop.activation.custom
+    custom = loop.activation is not None and not isinstance(loop.activation, str)
     try:
         return _compile(_LOOPS[loop.pattern, sums](loop), loop.name, 4 if sums else 5, not custom)
     except NumbaError as error:
@@ -976,9 +982,6 @@ def _template(
     activation: Any, residual: bool, dresidual: bool, undone: bool,
 ) -> _Template:  # fmt: skip
     job, m = Job(), STORAGE[storage]
-    job.parameter = 0.0 if activation is None else activation.parameter
-    if activation is not None and not activation.custom:
-        activation = activation._replace(parameter=0.0)  # one loop for all
     gradient, sums, maps = kind >= GRAD_SUMS, kind in _SUMMING, kind not in (STATS, GRAD_SUMS)
     reads = (1 + gradient + (residual and gradient)) if sums else 0
     arrays = (2 + gradient + residual + dresidual) if maps else 0
@@ -1002,7 +1005,7 @@ def _template(
     for names, length in (
         (("columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope"), columns),
         (("pivots", "sums", "dots"), partials), (("first", "second", "low", "offset", "slope", "scale", "shift"), vector),
-        (("failures",), FAILURES if activation is not None and activation.custom else 0),
+        (("failures",), 0 if activation is None or isinstance(activation, str) else FAILURES),
     ):  # fmt: skip
         for name in names:
             setattr(job, name, -1 - size)
@@ -1036,14 +1039,14 @@ class _Call:
         if kind == BACKWARD and x.itemsize >= 4 and activation is not None and activation.costly and fresh:
             after = second or to
         template = _template(
-            kind, x.shape, _storage(x.dtype), threads, fresh, bool(after), activation, residual is not None, dresidual is not None,
-            bool(undone),
+            kind, x.shape, _storage(x.dtype), threads, fresh, bool(after), _known(activation), residual is not None,
+            dresidual is not None, bool(undone),
         )  # fmt: skip
         self.job = job = Job.from_buffer_copy(template.job)
         self.activation, self.function = activation, _entry(template.run)
         self.scratch = scratch = np.empty(template.scratch, np.uint8)
         job.x, job.dy, job.dz, job.out, job.residual, job.dresidual = source, gradient, after or gradient, to, other, second
-        job.kept = after
+        job.kept, job.parameter = after, 0.0 if activation is None else activation.parameter
         job.scratch = _address(scratch)
         if activation is not None and activation.custom:
             scratch[-FAILURES:][:16] = 0
@@ -1059,7 +1062,7 @@ class _Call:
     def _raise(self) -> None:
         """Raise here what a function of the user's raised in some thread."""
         activation: Any = self.activation
-        function = _functions(activation)[self.job.kind >= GRAD_SUMS]
+        function = _functions(_known(activation))[self.job.kind >= GRAD_SUMS]
         number = np.float64 if self.job.wide else np.float32
         count = int(self.scratch[8 - FAILURES :][:8].view(np.float64)[0])
         for z in self.scratch[-8192:].view(number)[:count]:
@@ -1134,24 +1137,11 @@ def connect(**known: Any) -> None:
 _STORAGES = ("float32", "float64", "bfloat16", "float16")  # as call.hpp numbers them
 
 
-class _BuiltIn(NamedTuple):
-    """As the library's own, to which it is equal."""
-
-    name: str
-    parameter: float
-    code: int
-
-    @property
-    def custom(self) -> bool:
-        """False: a function of the user's has no code."""
-        return False
-
-
 def _job_for(
     kind: int, dtype: int, outer: int, channels: int, inner: int, threads: int, activation: int, fresh: bool, kept: bool, residual: bool,
     dresidual: bool, undone: bool,
 ) -> tuple[bytes, int, int]:  # fmt: skip
-    after = _BuiltIn(tuple(FUNCTIONS)[activation - 1], 0.0, activation) if activation else None
+    after = tuple(FUNCTIONS)[activation - 1] if activation else None
     shape, flags = (outer, channels, inner), map(bool, (residual, dresidual, undone))
     found = _template(kind, shape, _STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
     return bytes(found.job), found.run, found.scratch
@@ -1255,12 +1245,11 @@ def warmup(storage: str, patterns: Iterable[str], activation: Any = None) -> Non
     """
     _around(STORAGE[storage].number)
     loops = {"ncsp": ("planes", "columns"), "nspc": ("columns",)}  # small planes of many images are columns
-    if activation is not None and not activation.custom:
-        activation = activation._replace(parameter=0.0)
+    known = _known(activation)
     for pattern in sorted({p for given in patterns for p in loops[given]}):
         _loop(Loop(pattern, "stats", storage))
-        _loop(Loop(pattern, "normalize", storage, activation))
+        _loop(Loop(pattern, "normalize", storage, known))
         if activation is None or not activation.custom or activation.derivative is not None:
             keeps = activation is not None and activation.costly and STORAGE[storage].size >= 4
-            _loop(Loop(pattern, "grad_sums", storage, activation, second=keeps))
-            _loop(Loop(pattern, "grad_input", storage, None if keeps else activation))
+            _loop(Loop(pattern, "grad_sums", storage, known, second=keeps))
+            _loop(Loop(pattern, "grad_input", storage, None if keeps else known))

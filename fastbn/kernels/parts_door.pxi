@@ -1,9 +1,5 @@
 """The door for calls over parts of images: (batch, outer, channels, inner) arrays, of which outer or inner is 1."""
 
-cdef enum:
-    LONGEST_ROW = 1 << 20  # elements
-
-
 cdef int bind_parts(Call* call, cnp.ndarray x, Py_ssize_t group, threads) except -1:
     """Enter the input; return NumPy's number of the type of the arithmetic."""
     if (
@@ -50,7 +46,7 @@ cdef object forward_of_parts(
     cdef cnp.npy_intp[2] shape = [3, call.batch * (call.channels // group)]
     cdef cnp.ndarray made
     cdef bint rows = call.outer == 1 and call.inner == 1
-    if (rows and (group == 1 or group > LONGEST_ROW)) or (not rows and not centered):
+    if not are_parts(call.outer, call.inner, group) or (not rows and not centered):
         return None
     bind_epilogue_of_parts(&call, x, epilogue)
     call.out = twin(x, y, True)
@@ -73,7 +69,7 @@ cdef object backward_of_parts(
     cdef bint rows = call.outer == 1 and call.inner == 1
     cdef cnp.npy_intp[2] planes = [2, 0 if rows else call.batch * call.channels]
     cdef cnp.ndarray sums, made
-    if rows and (group == 1 or group > LONGEST_ROW):
+    if not are_parts(call.outer, call.inner, group):
         return None
     bind_epilogue_of_parts(&call, x, epilogue)
     call.dy = twin(x, dy, False)

@@ -23,13 +23,12 @@ cdef bint bind_rows(Call* call, cnp.ndarray x, int at) noexcept:
     for i in range(at, cnp.PyArray_NDIM(x)):
         k *= cnp.PyArray_DIM(x, i)
     call.batch, call.outer, call.channels, call.inner, call.group = cnp.PyArray_SIZE(x) // k, 1, k, 1, k
-    return cnp.PyArray_IS_C_CONTIGUOUS(x) and 1 < k <= LONGEST_ROW
+    return cnp.PyArray_IS_C_CONTIGUOUS(x) and are_parts(1, 1, k)
 
 
 cdef bint bind_images(Call* call, cnp.ndarray x, int at, Py_ssize_t group) noexcept:
     """Enter images of a dense array that was laid out, one behind the other, and their groups; whether the kernels take them."""
     cdef Py_ssize_t batch = cnp.PyArray_DIM(x, 0)
-    cdef bint rows
     if at == 0 or group < 1 or call.channels % group != 0 or (batch > 1 and cnp.PyArray_STRIDE(x, 0) != cnp.PyArray_NBYTES(x) // batch):
         return False
     call.batch, call.group = batch, group
@@ -37,8 +36,7 @@ cdef bint bind_images(Call* call, cnp.ndarray x, int at, Py_ssize_t group) noexc
         call.inner //= batch
     else:
         call.outer //= batch
-    rows = call.outer == 1 and call.inner == 1
-    return (call.outer == 1 or call.inner == 1) and not (rows and (group == 1 or group > LONGEST_ROW))
+    return are_parts(call.outer, call.inner, group)
 
 
 cdef bint bind_affine(const Call* call, cnp.ndarray x, int at, bint rows, v, const void** p) noexcept:

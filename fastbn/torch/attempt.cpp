@@ -164,15 +164,10 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after) noexcep
 
     Call call = begin(x, attempt.operation);
     call.frozen = frozen;
-    Owned dx, dresidual, copy_of_x, copy_of_dy, copy_of_residual;
+    Gradient of_x;
+    Owned dresidual, copy_of_residual;
     Output dweight, dbias;
-    if (wanted[0]) {
-        if (!x.make_like(dx)) return MEMORY;
-        call.out = writable_memory_of(dx.tensor);
-    }
-    call.x = x.ordered(x.tensor, x.direct, copy_of_x);
-    call.dy = x.ordered(tensor_in(stack[0]), x.lies_like(dy), wanted[0] ? dx : copy_of_dy);  // in place where it must be copied
-    if (call.x == nullptr || call.dy == nullptr || !p.read(weight, call.weight)) return MEMORY;
+    if (!of_x.enter(x, tensor_in(stack[0]), dy, wanted[0], call) || !p.read(weight, call.weight)) return MEMORY;
     if (frozen) {
         void* var = nullptr;
         call.invstd = p.take();
@@ -185,7 +180,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after) noexcep
     if (wanted[2] && !dbias.make(p, p.channels, false)) return MEMORY;
     call.dweight = dweight.data, call.dbias = dbias.data;
     if (!read_pre_activation(x, p, after, bias, call, copy_of_residual, dresidual)) return MEMORY;
-    Owned* results[] = {&dx, &dweight.made, &dbias.made, &dresidual};
+    Owned* results[] = {&of_x.dx, &dweight.made, &dbias.made, &dresidual};
     for (int i = 0; i < 4; ++i)
         if (results[i]->tensor == nullptr && !make_none(*results[i])) return MEMORY;
     if (wanted[0] || wanted[1] || wanted[2] || after.of_residual)

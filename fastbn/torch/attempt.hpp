@@ -45,6 +45,19 @@ Call begin(const Input& x, Operation operation) noexcept;
 // What became of a call.
 Answer run(Status (*function)(Call*), Call& call) noexcept;
 
+// x and dy of a backward, in the order of memory that dx has; dx is made if it is wanted. False if there is no memory.
+struct Gradient {
+    Owned dx, copy_of_x, copy_of_dy;
+
+    bool enter(const Input& x, Tensor given, const View& dy, bool wanted, Call& call) noexcept {
+        if (wanted && !x.make_like(dx)) return false;
+        if (wanted) call.out = writable_memory_of(dx.tensor);
+        call.x = x.ordered(x.tensor, x.direct, copy_of_x);
+        call.dy = x.ordered(given, x.lies_like(dy), wanted ? dx : copy_of_dy);  // in place where it must be copied
+        return call.x != nullptr && call.dy != nullptr;
+    }
+};
+
 // Which gradients are wanted.
 bool read_mask(Slot slot, Mask& wanted) noexcept;
 

@@ -10,8 +10,6 @@ namespace fastbn::torch {
 
 namespace {
 
-constexpr std::ptrdiff_t LONGEST_ROW = 1 << 20;  // elements, as of parts_door.pxi
-
 // x, divided.
 struct Parts {
     Input x;
@@ -30,7 +28,7 @@ struct Parts {
             if (d >= first) parameters.add(size);
         }
         batch = x.outer, outer = 1, group = x.channels;
-        return group > 1 && group <= LONGEST_ROW ? TAKEN : PARTS;
+        return are_parts(outer, x.inner, group) ? TAKEN : PARTS;
     }
 
     // N, C, HxW, group
@@ -42,8 +40,7 @@ struct Parts {
         if (groups < 1 || channels % groups != 0) return SHAPE;
         group = channels / groups;
         statistics.add(images), statistics.add(groups), parameters.add(channels);
-        const bool rows = outer == 1 && x.inner == 1;
-        return rows && (group == 1 || group > LONGEST_ROW) ? PARTS : TAKEN;
+        return are_parts(outer, x.inner, group) ? TAKEN : PARTS;
     }
 
     Call begin(Operation operation) const noexcept {
@@ -102,15 +99,9 @@ Answer backward(const Parts& parts, const Slot* given, Tensor weight_in, Slot ma
 
     Call call = parts.begin(attempt.operation);
     const std::int64_t count = parts.statistics.count;
-    Owned dx, copy_of_x, copy_of_dy;
+    Gradient of_x;
     Output dweight, dbias;
-    if (wanted[0]) {
-        if (!x.make_like(dx)) return MEMORY;
-        call.out = writable_memory_of(dx.tensor);
-    }
-    call.x = x.ordered(x.tensor, x.direct, copy_of_x);
-    call.dy = x.ordered(tensor_in(given[0]), x.lies_like(dy), wanted[0] ? dx : copy_of_dy);  // in place where it must be copied
-    if (call.x == nullptr || call.dy == nullptr || !p.read(weight, call.weight)) return MEMORY;
+    if (!of_x.enter(x, tensor_in(given[0]), dy, wanted[0], call) || !p.read(weight, call.weight)) return MEMORY;
     if (!read_saved(mean, p, call.mean, &call.mean_lo) || !read_saved(invstd, p, call.invstd, nullptr)) return MEMORY;
     if (call.mean_lo == nullptr) {
         call.mean_lo = p.take(count);
@@ -124,7 +115,7 @@ Answer backward(const Parts& parts, const Slot* given, Tensor weight_in, Slot ma
     const auto sums = static_cast<std::size_t>(parts.batch * x.channels) * (parts.outer == 1 && x.inner == 1 ? 0 : sizeof(double));
     call.first = static_cast<double*>(room.take(sums)), call.second = static_cast<double*>(room.take(sums));
     if (call.dweight == nullptr || call.dbias == nullptr || call.first == nullptr || call.second == nullptr) return MEMORY;
-    Owned* results[] = {&dx, &dweight.made, &dbias.made};
+    Owned* results[] = {&of_x.dx, &dweight.made, &dbias.made};
     for (Owned* result : results)
         if (result->tensor == nullptr && !make_none(*result)) return MEMORY;
     if (wanted[0] || wanted[1] || wanted[2])
