@@ -172,8 +172,7 @@ def num_threads(n: SupportsIndex) -> Iterator[None]:
 
 
 # Bytes of x from which two threads beat one, by operation, where calls follow each other within 100 microseconds and the
-# workers are awake, and lose nothing where they are not. Whether a call is worth waking them is the pool's decision, which
-# knows how long its units take.
+# workers are awake. Whether a call is worth waking them is the pool's decision, which knows how long its units take.
 WORTH_THREADS = {"normalize": 256 << 10, "stats": 256 << 10, "forward": 192 << 10, "backward": 96 << 10}
 
 

@@ -166,13 +166,13 @@ def clean(result: CompletedProcess[str]) -> None:
 
 
 IMPORT = f"""
-import fastbn.kernels._pool, fastbn.kernels._cpu, fastbn.kernels._plan, fastbn.kernels._calls
+import fastbn.kernels._pool, fastbn.kernels._cpu, fastbn.kernels._plan, fastbn.kernels._calls, fastbn.kernels._jobs
 from fastbn.dispatch import TABLE
 usable = [k.name for k in TABLE if k.level is not None and not k.unusable()]
 assert usable == {KERNELS!r}, usable
 import sys
 files = [m.__file__ for name, m in sys.modules.items() if name.startswith('fastbn.kernels._') and m.__file__.endswith('.so')]
-assert len(files) == len(usable) + 4, files
+assert len(files) == len(usable) + 5, files
 assert all(b'__asan_report_load' in open(f, 'rb').read() for f in files), files
 print('done')
 """
