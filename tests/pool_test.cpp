@@ -115,16 +115,16 @@ bool has_one_core() { return false; }
 // Work of microseconds wakes nobody; where such calls follow each other, a worker is woken in the end. A wake shows in
 // what it has cost. Another process may make any unit long, and the pool may stay on one thread for a while.
 int wakes() {
-    auto woken_by = [](int calls) {
+    auto woken_by = [](int most) {
         sleep_until_all_sleep();
         const double before = fastbn::waking().cost;
-        for (int i = 0; i < calls; ++i) fastbn::parallel(short_work, nullptr, 3, 2, false);
+        for (int i = 0; i < most && fastbn::waking().cost == before; ++i) fastbn::parallel(short_work, nullptr, 3, 2, false);
         return fastbn::waking().cost != before;
     };
     int single = 0, loops = 0;
     for (int round = 0; round < 20; ++round) single += woken_by(1);
     for (int round = 0; round < 30 && loops < 3 && !has_one_core(); ++round) {
-        const bool woken = woken_by(100);
+        const bool woken = woken_by(10000);
         loops += woken;
         if (!woken) std::this_thread::sleep_for(std::chrono::milliseconds(300));
     }
