@@ -224,10 +224,45 @@ def _layer(a: Arrays, case: Case) -> Results:
     return {"first y": first, "y": y, **layer.backward(a.dy)._asdict(), **layer.state_dict()}
 
 
+def _groups(channels: int) -> int:
+    return next(groups for groups in (4, 3, 2, 1) if channels % groups == 0)
+
+
+def _parts(a: Arrays, case: Case, name: str) -> Results:
+    """Another normalization, forward and backward: over parts of images, or over the last axis."""
+    by_channels = name in ("instance_norm", "group_norm")
+    weight, bias = (v if by_channels else np.resize(v, a.x.shape[-1]) for v in a.vectors[:2])
+    given: dict[str, object] = {"weight": weight, "eps": EPS, "activation": case.activation, "residual": a.residual}
+    given |= {"layout": a.layout} if by_channels else {"normalized_shape": a.x.shape[-1]}
+    given |= {"num_groups": _groups(case.shape[1])} if name == "group_norm" else {}
+    given |= {} if name == "rms_norm" else {"bias": bias}
+    before = a.x.copy(order="K") if case.in_place else a.x
+    y, saved = getattr(fastbn, f"{name}_forward")(a.x, **given, out=a.x if case.in_place else None)
+    found = getattr(fastbn, f"{name}_backward")(a.dy, before, saved, out=a.dy if case.in_place else None)
+    return {"y": y} | found._asdict()
+
+
+def _instance_norm(a: Arrays, case: Case) -> Results:
+    return _parts(a, case, "instance_norm")
+
+
+def _group_norm(a: Arrays, case: Case) -> Results:
+    return _parts(a, case, "group_norm")
+
+
+def _layer_norm(a: Arrays, case: Case) -> Results:
+    return _parts(a, case, "layer_norm")
+
+
+def _rms_norm(a: Arrays, case: Case) -> Results:
+    return _parts(a, case, "rms_norm")
+
+
 Op = Callable[[Arrays, Case], Results]
 FUSED: dict[str, Op] = {
     "inference": _inference, "elemt": _elemt, "FrozenBatchNorm": _frozen_layer, "forward": _train, "forward, training=False": _eval,
     "backward": _backward, "backward frozen": _backward_frozen, "backward wrt all": _backward_all,
+    "layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm, "instance_norm": _instance_norm,
 }  # fmt: skip
 FUSED_OUT_OF_PLACE: dict[str, Op] = {"backward wrt weight and bias": _backward_parameters, "layer": _layer}
 PLAIN: dict[str, Op] = {
@@ -240,6 +275,8 @@ OPS: dict[str, Op] = FUSED | FUSED_OUT_OF_PLACE | PLAIN | PLAIN_OUT_OF_PLACE
 
 def _forms(op: str, dtype: str, shape: tuple[int, ...], memory: str, activations: tuple[str | None, ...]) -> Iterator[Case]:
     """Cases of an operation with every epilogue and in both places, as far as it has them."""
+    if op == "instance_norm" and prod(shape[2:]) == 1:
+        return  # nothing to normalize over
     fused = op in FUSED or op in FUSED_OUT_OF_PLACE
     for activation in activations if fused else (None,):
         for residual in (False, True) if fused else (False,):
