@@ -37,12 +37,12 @@ cdef enum:
 
 # How each job begins; 0 is NULL, and below 0 is a place in its scratch memory.
 HEAD = (
-    "x", "dy", "dz", "out", "residual", "dresidual", "kept", "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift",
+    "x", "dy", "dz", "out", "residual", "dresidual", "kept", "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift",
     "offset", "slope", "running_mean", "running_var", "first", "second", "low", "scratch", "wide_mean", "wide_var", "unusual",
 )
 
 cdef struct Head:
-    int64_t x, dy, dz, out, residual, dresidual, kept, weight, bias, mean, mean_lo, invstd, var, scale, shift
+    int64_t x, dy, dz, out, residual, dresidual, kept, weight, bias, mean_lo, invstd, var, mean, scale, shift
     int64_t offset, slope, running_mean, running_var, first, second, low, scratch, wide_mean, wide_var, unusual
 
 # How each job ends.
