@@ -26,9 +26,9 @@ import fastbn.torch
 from bench import options, text
 from bench.progress import each
 from bench.timing import Times, summarize
-from bench.torch_models import MODELS
+from bench.torch_models import MODELS, example
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+FORMATS = {"contiguous": 2 * (torch.contiguous_format,), "channels last": (torch.channels_last, torch.channels_last_3d)}  # images, volumes
 NORMS = {  # operator: forward or backward, and which of its inputs is x
     "aten::native_batch_norm": ("forward", 0), "aten::native_batch_norm_backward": ("backward", 1),
     "fastbn::batch_norm_forward": ("forward", 0), "fastbn::batch_norm_backward": ("backward", 1),
@@ -171,8 +171,9 @@ def _smaller(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
 def measure(network: str, order: str, args: argparse.Namespace) -> Row:
     """Time one network, all sides in turns."""
     torch.manual_seed(0)
-    model = MODELS[network](args.width).to(memory_format=FORMATS[order])
-    x = torch.randn(args.batch, 3, args.pixels, args.pixels).contiguous(memory_format=FORMATS[order])
+    x = example(network, args.batch, args.pixels)
+    form = FORMATS[order][x.dim() - 4]
+    model, x = MODELS[network](args.width).to(memory_format=form), x.contiguous(memory_format=form)
     steps: dict[str, Callable[[], None]] = {}
     distance, declined = {}, {}
 
@@ -244,7 +245,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--networks", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"{', '.join(MODELS)} (default: all)")
     add("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="order of memory (default: both)")
     add("--batch", type=options.whole(1), default=8, help="(default: %(default)s)")
-    add("--pixels", type=options.whole(32), default=128, help="height and width (default: %(default)s)")
+    add("--pixels", type=options.whole(32), default=128, help="height and width; of volumes half (default: %(default)s)")
     add("--width", type=options.whole(1), default=1, help="divide all channels by this (default: %(default)s)")
     add("--threads", type=options.whole(1), default=torch.get_num_threads(), help="(default: %(default)s)")
     add("--turns", type=options.whole(1), default=10, help="of each side (default: %(default)s)")

@@ -1,8 +1,9 @@
 """Networks in PyTorch, from their papers, with random weights: what `bench.in_torch` trains.
 
 He et al. 2015 (residual networks), Sandler et al. 2018 (MobileNetV2), Huang et al. 2016 (DenseNet), Ronneberger et al.
-2015 (U-Net, here with batch norm), Liu et al. 2022 (ConvNeXt, with layer norm), Ho et al. 2020 (the blocks of a diffusion
-network, with group norm; here without time and attention). `width` divides all channels, for tests.
+2015 (U-Net, here with batch norm), Çiçek et al. 2016 and Isensee et al. 2018 (of volumes, with instance norm), Liu et al. 2022
+(ConvNeXt, with layer norm), Ho et al. 2020 (the blocks of a diffusion network, with group norm; here without time and
+attention). `width` divides all channels, for tests.
 """
 
 from __future__ import annotations
@@ -109,21 +110,25 @@ def densenet121(width: int = 1) -> nn.Module:
 
 
 class _UNet(nn.Module):
-    def __init__(self, channels: Sequence[int]):
+    """Of images, or of volumes; `convolution` makes a layer of inputs and outputs."""
+
+    def __init__(self, channels: Sequence[int], convolution: Callable[[int, int], nn.Module], volumes: bool):
         super().__init__()
+        grow, last = (nn.ConvTranspose3d, nn.Conv3d) if volumes else (nn.ConvTranspose2d, nn.Conv2d)
+        self.pool = nn.MaxPool3d(2) if volumes else nn.MaxPool2d(2)
 
         def twice(inputs: int, outputs: int) -> nn.Module:
-            return nn.Sequential(_convolution(inputs, outputs, 3), _convolution(outputs, outputs, 3))
+            return nn.Sequential(convolution(inputs, outputs), convolution(outputs, outputs))
 
         self.down = nn.ModuleList(twice(a, b) for a, b in pairwise((3, *channels)))
-        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(list(pairwise(channels))))
+        self.grow = nn.ModuleList(grow(b, a, 2, 2) for a, b in reversed(list(pairwise(channels))))
         self.up = nn.ModuleList(twice(2 * a, a) for a in channels[-2::-1])
-        self.last = nn.Conv2d(channels[0], 2, 1)
+        self.last = last(channels[0], 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         seen: list[Tensor] = []
         for level, layer in enumerate(self.down):
-            x = layer(x if level == 0 else nn.functional.max_pool2d(x, 2))
+            x = layer(x if level == 0 else self.pool(x))
             seen.append(x)
         seen.pop()
         for grow, layer in zip(self.grow, self.up, strict=True):
@@ -133,7 +138,17 @@ class _UNet(nn.Module):
 
 def unet(width: int = 1) -> nn.Module:
     """Contract, expand, and join what was seen on the way."""
-    return _UNet([c // width for c in (32, 64, 128, 256)])
+    return _UNet([c // width for c in (32, 64, 128, 256)], lambda a, b: _convolution(a, b, 3), False)
+
+
+def unet_3d(width: int = 1) -> nn.Module:
+    """The same of volumes; each convolution with instance norm and LeakyReLU."""
+
+    def convolution(inputs: int, outputs: int) -> nn.Module:
+        norm = nn.InstanceNorm3d(outputs, affine=True)
+        return nn.Sequential(nn.Conv3d(inputs, outputs, 3, padding=1), norm, nn.LeakyReLU(inplace=True))
+
+    return _UNet([c // width for c in (32, 64, 128, 256)], convolution, True)
 
 
 class _ConvNext(nn.Module):
@@ -192,6 +207,14 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {
     "mobilenet_v2": mobilenet_v2,
     "densenet121": densenet121,
     "unet": unet,
+    "unet_3d": unet_3d,
     "convnext_tiny": convnext_tiny,
     "diffusion": diffusion,
 }
+VOLUMES = ("unet_3d",)  # networks of 5-D inputs
+
+
+def example(network: str, batch: int, pixels: int) -> Tensor:
+    """An input: images, or as many cubes of half their side."""
+    side = (pixels // 2,) * 3 if network in VOLUMES else (pixels,) * 2
+    return torch.randn(batch, 3, *side)

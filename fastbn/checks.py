@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastbn import activations
+from fastbn.activations import Activation, Builtin
 from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.floating import default_mode
 from fastbn.layout import Array, channel_axis, plain
@@ -130,9 +131,14 @@ def output(out: object, x: Array, inputs: Mapping[str, Array | None]) -> Array |
     for name, a in inputs.items():
         if a is None or a is out or not np.may_share_memory(out, a):
             continue
-        if (a.ctypes.data, a.strides, a.shape, a.dtype) != (out.ctypes.data, out.strides, out.shape, out.dtype) and overlap(out, a):
+        if _place(a) != _place(out) and overlap(out, a):
             raise ValueError(f"out overlaps {name} in part; give {name} itself or memory of its own")
     return out
+
+
+def _place(a: Array) -> tuple[Any, ...]:
+    """Where each element of an array lies; an axis of one may have any stride."""
+    return a.ctypes.data, a.dtype, a.shape, tuple(stride for n, stride in zip(a.shape, a.strides, strict=True) if n != 1)
 
 
 def apart(written: Mapping[str, object], used: Mapping[str, object] | None = None) -> None:
@@ -217,6 +223,37 @@ def switch(name: str, value: object) -> bool:
 def activation(a: object) -> Function:
     """The activation that a user means, or None."""
     return None if a is None else activations.lookup(a)
+
+
+def like_saved(x: Array, shape: object, dtype: object) -> None:
+    """Check x against that of the forward."""
+    if not isinstance(shape, tuple) or shape != x.shape:
+        raise ValueError(f"saved is of a forward whose x had shape {short(shape)}, but x has shape {x.shape}")
+    if isinstance(dtype, np.ndarray) or dtype != x.dtype:
+        raise TypeError(f"saved is of a forward whose x had dtype {short(dtype, str(dtype))}, but x has dtype {x.dtype}")
+
+
+def saved_vector(name: str, v: object, shape: tuple[int, ...], what: str, dtype: np.dtype[Any]) -> Array:
+    """Check numbers that a forward saved: kernels read them without looking."""
+    v = plain(f"saved.{name}", v)
+    if v.shape != shape:
+        raise ValueError(f"{what} but saved.{name} has shape {v.shape}")
+    if v.dtype != dtype:
+        raise TypeError(f"saved.{name} must have dtype {dtype}, got {came(v.dtype)}")
+    if not (v.flags.aligned and v.flags.c_contiguous):
+        raise ValueError(f"saved.{name} must be aligned and contiguous")
+    return v
+
+
+def saved_after(saved: Any, x: Array) -> None:
+    """Check what a forward saved of what follows the normalization."""
+    switch("saved.has_residual", saved.has_residual)
+    if not (saved.activation is None or isinstance(saved.activation, (Activation, Builtin))):
+        raise TypeError(f"saved.activation must be what the forward made of it, got {short(saved.activation)}")
+    if saved.residual is not None:
+        same("saved.residual", saved.residual, x)
+    elif saved.has_residual and saved.activation is not None:
+        raise ValueError("saved.residual must not be None: the activation's derivative depends on it")
 
 
 def names(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, core
-from fastbn.activations import Activation, Builtin
+from fastbn.activations import Activation
 from fastbn.core import Request, Running, Total
-from fastbn.layout import Array, LayoutName, plain, view
+from fastbn.layout import Array, LayoutName, view
 from fastbn.results import Gradients, Saved, Stats, of_rows
 
 ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"]
@@ -378,33 +378,17 @@ def gradients(
 def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
     """Check x against what a forward saved, and that itself: kernels read it without looking."""
     array, dtype = checks.array(x)
-    if saved.shape != array.shape:
-        raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
-    if saved.dtype != array.dtype:
-        had = checks.short(saved.dtype, str(saved.dtype))
-        raise TypeError(f"saved is of a forward whose x had dtype {had}, but x has dtype {array.dtype}")
+    checks.like_saved(array, saved.shape, saved.dtype)
     axis = checks.channel(array, None, saved.axis)
     channels = checks.channels_of(array, axis)
     for name in ("mean", "invstd", "mean_lo", "scale", "shift"):
         v = getattr(saved, name)
         if v is None and name == "mean_lo":
             continue
-        plain(f"saved.{name}", v)
-        if v.shape != channels[:1]:
-            raise ValueError(f"{channels[1]} but saved.{name} has shape {v.shape}")
-        if v.dtype != dtype.compute:
-            raise TypeError(f"saved.{name} must have dtype {dtype.compute}, got {checks.came(v.dtype)}")
-        if not (v.flags.aligned and v.flags.c_contiguous):
-            raise ValueError(f"saved.{name} must be aligned and contiguous")
-    for name in ("training", "has_residual"):
-        checks.switch(f"saved.{name}", getattr(saved, name))
+        checks.saved_vector(name, v, channels[:1], channels[1], dtype.compute)
+    checks.switch("saved.training", saved.training)
     checks.integer("saved.count", saved.count, 0)
-    if not (saved.activation is None or isinstance(saved.activation, (Activation, Builtin))):
-        raise TypeError(f"saved.activation must be what the forward made of it, got {checks.short(saved.activation)}")
-    if saved.residual is not None:
-        checks.same("saved.residual", saved.residual, array)
-    elif saved.has_residual and saved.activation is not None:
-        raise ValueError("saved.residual must not be None: the activation's derivative depends on it")
+    checks.saved_after(saved, array)
     mask = checks.mask(saved.mask, array, axis)
     if not saved.training:
         mask = None

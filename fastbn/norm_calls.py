@@ -34,7 +34,7 @@ class Call(NamedTuple):
         if self.shape.direct and (a is self.x or self._lies_like_x(a)):
             return self.shape.of(a)
         order = self.shape.order
-        return np.ascontiguousarray(a if order is None else a.transpose(order)).reshape(self.shape.dims)
+        return np.require(a if order is None else a.transpose(order), None, ["C", "A"]).reshape(self.shape.dims)
 
     def _lies_like_x(self, a: Array) -> bool:
         if a.strides == self.x.strides and a.flags.aligned:
@@ -137,12 +137,16 @@ def row_vector(name: str, v: object, shape: tuple[int, ...], compute: np.dtype[A
 def on_backward(
     kind: str, dy: object, x: object, saved: Any, wanted: tuple[str, ...], out: object, threads: object, group: int
 ) -> tuple[Call, Array, Array | None]:
-    """Check the arrays of a backward against what the forward has saved; with dy, and where dx goes."""
+    """Check the arrays of a backward against what the forward has saved, and that but for its vectors; with dy, and where dx goes."""
     array, dtype = checks.array(x)
-    if saved.shape != array.shape:
-        raise ValueError(f"saved is of a forward whose x had shape {checks.short(saved.shape)}, but x has shape {array.shape}")
-    if saved.dtype != array.dtype:
-        raise TypeError(f"saved is of a forward whose x had dtype {saved.dtype}, but x has dtype {array.dtype}")
+    checks.like_saved(array, saved.shape, saved.dtype)
+    rows = kind in ("layer_norm", "rms_norm")
+    checks.integer("saved.axis", saved.axis, 0 if rows else 1, array.ndim - 1)
+    channels = checks.channels_of(array, saved.axis)
+    if not rows and channels[0] % max(1, checks.integer("saved.group", group, min(1, channels[0]))):
+        raise ValueError(f"saved.group must divide the channels, and {channels[1]}, got {group}")
+    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, group)
+    checks.saved_after(saved, array)
     given = checks.same("dy", dy, array)
     if "residual" in wanted and not saved.has_residual:
         raise ValueError("wrt names 'residual', but the forward had none")
@@ -151,8 +155,6 @@ def on_backward(
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
-    rows = kind in ("layer_norm", "rms_norm")
-    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, group)
     n = thread_count(threads, "backward", array.nbytes)
     return Call(kind, array, dtype, saved.axis, shape, n, saved.activation), given, target
 

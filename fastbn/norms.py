@@ -156,17 +156,28 @@ def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedPart
 
 def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out: object, threads: object) -> Gradients:
     """Check the arguments of a backward, then run it."""
-    if not isinstance(saved, SavedParts) or saved.kind != kind:
-        got = f"one of {saved.kind}" if isinstance(saved, SavedParts) else type(saved).__name__
+    if not isinstance(saved, SavedParts) or not isinstance(saved.kind, str) or saved.kind != kind:
+        got = f"one of {checks.short(saved.kind, str(saved.kind))}" if isinstance(saved, SavedParts) else type(saved).__name__
         raise TypeError(f"saved must be what {kind}_forward returned, got {got}")
-    if (doors := _doors(x, threads)) is not None:
+    whole = saved.residual is not None or saved.activation is None or not saved.has_residual
+    if whole and (doors := _doors(x, threads)) is not None:
         vectors = saved.mean, saved.mean_lo, saved.invstd, saved.weight, saved.bias
         how = saved.shape, saved.dtype, saved.axis, saved.group, saved.activation, saved.residual, saved.has_residual
-        found = doors.plain_parts_backward(kind, x, dy, vectors, how, wrt, out)
+        try:
+            found = doors.plain_parts_backward(kind, x, dy, vectors, how, wrt, out)
+        except (AttributeError, OverflowError, TypeError, ValueError):
+            found = None  # what was saved has been changed, and the checked way says how
         if found is not None:
             return Gradients(*found)
     wanted = checks.names("wrt", wrt, GRADIENTS)
     call, given, target = on_backward(kind, dy, x, saved, wanted, out, threads, saved.group)
+    shape, compute = call.shape, call.dtype.compute
+    divided = shape.batch, shape.parts
+    for name in ("mean", "mean_lo", "invstd"):
+        checks.saved_vector(name, getattr(saved, name), divided, f"x has parts of shape {divided}", compute)
+    for name in ("weight", "bias"):
+        if (v := getattr(saved, name)) is not None:
+            checks.saved_vector(name, v, (shape.channels,), f"there are {shape.channels} weights", compute)
     return _gradients(call, given, saved, wanted, target)
 
 

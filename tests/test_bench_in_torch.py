@@ -31,7 +31,7 @@ def test_networks_have_the_parameters_of_their_papers(name: str, millions: float
 @pytest.mark.parametrize("name", torch_models.MODELS)
 def test_networks_train(name: str) -> None:
     model = torch_models.MODELS[name](8)
-    y = model(torch.randn(2, 3, 64, 64))
+    y = model(torch_models.example(name, 2, 64))
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 

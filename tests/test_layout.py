@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -288,3 +289,23 @@ def test_subclasses_become_plain_arrays() -> None:
     x = problem((3, 4, 5)).x
     y = fastbn.batch_norm_forward(x.view(np.memmap))[0]
     assert type(y) is np.ndarray
+
+
+def test_out_may_be_x_whatever_the_strides_of_its_axes_of_one() -> None:
+    x = np.random.default_rng(0).normal(size=(8, 6)).astype("f")[::2, ::2][:, :, None]
+    out = np.lib.stride_tricks.as_strided(x, x.shape, (*x.strides[:2], 4))
+    before, m, v = x.copy(), np.zeros(3, "f"), np.ones(3, "f")
+    _, saved = fastbn.batch_norm_forward(before)
+    calls: tuple[Any, ...] = (
+        lambda a, out: fastbn.batch_norm(a, m, v, out=out),
+        lambda a, out: fastbn.batch_norm_forward(a, activation="silu", residual=a, out=out)[0],
+        lambda a, out: fastbn.batch_norm_backward(a, before, saved, out=out).dx,
+        lambda a, out: fastbn.FrozenBatchNorm(m, v)(a, out=out),
+        lambda a, out: fastbn.group_norm(a, 1, out=out),
+        lambda a, out: fastbn.layer_norm(a, (3, 1), out=out),
+    )
+    for call in calls:
+        x[...] = before
+        wanted = call(before.copy(), None)
+        assert call(x, out) is out
+        np.testing.assert_array_equal(x, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -182,6 +183,34 @@ def test_any_strides_give_the_same(kernel: Kernel, norm: str) -> None:
         np.testing.assert_allclose(out, y, atol=2e-6)
 
 
+def _unaligned(a: Array) -> Array:
+    other = np.zeros(a.nbytes + 1, np.uint8)[1:].view(a.dtype).reshape(a.shape)
+    other[...] = a
+    return other
+
+
+@pytest.mark.parametrize("norm", [*NORMS, "batch_channel_norm", "batch_renorm", "ghost_batch_norm"])
+@pytest.mark.parametrize("threads", [None, 2])
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_unaligned_arrays_give_the_same_bits(norm: str, threads: int | None, dtype: str) -> None:
+    x, r, dy = (_random((4, 6, 4), dtype, seed=seed) for seed in range(3))
+    running = np.zeros(6), np.ones(6)
+    more: dict[str, tuple[Any, ...]] = {
+        "group_norm": (2,), "layer_norm": (4,), "rms_norm": ((6, 4),), "batch_channel_norm": (*running, np.full(6, 0.5), None, None, True),
+        "batch_renorm": (*running, None, None, True), "ghost_batch_norm": (*running, None, None, True),
+    }  # fmt: skip
+    forward, backward = getattr(fastbn, f"{norm}_forward"), getattr(fastbn, f"{norm}_backward")
+    seen = set()
+    for of_x, of_r, of_dy, of_out in itertools.product((np.copy, _unaligned), repeat=4):
+        running[0][:], running[1][:] = 0, 1
+        options: dict[str, Any] = {"threads": threads, "out": of_out(np.zeros_like(x))}
+        y, saved = forward(of_x(x), *more.get(norm, ()), activation="silu", residual=of_r(r), **options)
+        bits = y.tobytes()
+        g = backward(of_dy(dy), of_x(x), saved, wrt=("x", "weight", "residual"), **options)
+        seen.add((bits, *(v.tobytes() for v in (g.dx, g.dweight, g.dresidual))))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e30, 3e38])
 @pytest.mark.parametrize("last", [False, True])
@@ -274,12 +303,39 @@ def test_the_door_for_plain_arrays_leaves_others_to_the_checked_way() -> None:
         assert _plain("layer_norm", x, 6, eps=eps) is None
 
 
-@pytest.mark.parametrize("change", [{"group": 0}, {"group": -1}, {"axis": 9}, {"mean": np.ones(1, "f")}, {"shape": (1,)}])
-def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any]) -> None:
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"group": 0}, {"group": 4}, {"group": None}, {"group": 2**70}, {"axis": 9}, {"axis": None}, {"axis": 2**70},
+    {"mean": np.ones(1, "f")}, {"mean": None}, {"mean": np.ones((2, 3))}, {"mean_lo": "a"}, {"invstd": [[1.0] * 3] * 2},
+    {"weight": np.ones(5, "f")}, {"bias": object()}, {"shape": (1,)}, {"shape": None}, {"shape": np.ones(3)}, {"dtype": "a"},
+    {"activation": "silu"}, {"residual": None}, {"residual": np.ones((2, 6, 4))}, {"residual": 3},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("threads", [None, 1])
+def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any], threads: int | None) -> None:
+    x, w = _random((2, 6, 4), "float32"), np.ones(6, "float32")
+    _, saved = fastbn.group_norm_forward(x, 3, w, w, activation="silu", residual=x)
+    with pytest.raises((ValueError, TypeError), match=f"saved.*({next(iter(change))}|had)"):
+        fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change), threads=threads)
+
+
+@pytest.mark.parametrize("name", ["mean", "mean_lo", "invstd", "layer_mean", "layer_invstd", "weight", "bias", "mix", "residual", "axis"])
+def test_so_does_one_of_batch_channel_norm(name: str) -> None:
     x = _random((2, 6, 4), "float32")
-    _, saved = fastbn.group_norm_forward(x, 3)
-    with pytest.raises((ValueError, TypeError, IndexError, ZeroDivisionError)):
-        fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change))
+    _, saved = fastbn.batch_channel_norm_forward(x, None, None, np.full(6, 0.5), training=True, activation="silu", residual=x)
+    for value in (None, "a", np.ones(7)):
+        with pytest.raises((ValueError, TypeError), match=f"saved.{name}"):
+            fastbn.batch_channel_norm_backward(x, x, dataclasses.replace(saved, **{name: value}))
+
+
+def test_a_changed_correction_of_renorm_is_refused_before_dx_is_written() -> None:
+    x = _random((8, 3), "float32")
+    _, saved = fastbn.batch_renorm_forward(x, np.zeros(3), np.ones(3), training=True)
+    out = np.zeros_like(x)
+    with pytest.raises(ValueError, match=r"saved\.d"):
+        fastbn.batch_renorm_backward(x, x, dataclasses.replace(saved, d=np.ones(4)), out=out)
+    assert not out.any()
 
 
 def test_instance_norm_moves_running_statistics_and_uses_them() -> None:

@@ -49,7 +49,7 @@ def test_tiles_hold_every_value_once(shape: tuple[int, int, int]) -> None:
     outer, channels, inner = shape
     plan = plans.plan("stats", shape, 4, 1)
     if plan["sums"]["by_columns"]:
-        assert plan["sums"]["rows"] * plan["columns"] + plan["sums"]["rest"] == outer * channels * inner
+        assert plan["sums"]["rows"] * plan["columns"] + plan["sums"]["tail_columns"] == outer * channels * inner
         assert plan["columns"] == plan["repeats"] * channels * plan["run"]
     else:
         assert plan["piece"] * (plan["pieces"] - 1) < inner <= plan["piece"] * plan["pieces"]

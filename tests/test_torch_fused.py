@@ -228,6 +228,7 @@ def test_compiled_and_exported_models_hold_the_composition() -> None:
     model, x = Model(), torch.randn(2, 3, 4, 4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.compiler.reset()  # there is a limit to what one function is compiled for, in all tests
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), model(x))
         exported = torch.export.export(model.eval(), (x,))

@@ -46,9 +46,11 @@ cdef extern from "call.hpp" namespace "fastbn" nogil:
         Running running_mean, running_var
         void *dweight
         void *dbias
-        double *first
-        double *second
-        double *low
+        double *batch_mean
+        double *batch_m2
+        double *batch_mean_lo
+        double *sum_dy
+        double *sum_dy_xmu
         char *left
         Py_ssize_t batch, group
         bint uncentered

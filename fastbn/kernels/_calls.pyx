@@ -66,8 +66,8 @@ cdef class Calls:
         cdef Call call
         bind(&call, x, threads)
         cdef cnp.ndarray found = new_vectors(&call, 3, cnp.NPY_DOUBLE)
-        call.first, call.low = <double*> row(found, 0), <double*> row(found, 1)
-        call.second = <double*> row(found, 2)
+        call.batch_mean, call.batch_mean_lo = <double*> row(found, 0), <double*> row(found, 1)
+        call.batch_m2 = <double*> row(found, 2)
         run(self.table.stats, &call)
         return tuple(found)
 
@@ -89,7 +89,7 @@ cdef class Calls:
         bind_gradient(&call, x, number, epilogue)
         call.dy = like(x, dy)
         call.mean = vector(&call, "mean", number, mean)
-        call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+        call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
         run(self.table.grad_sums, &call)
         return tuple(sums)
 
@@ -144,7 +144,7 @@ cdef class Calls:
         bind_gradient(&call, x, number, epilogue)
         call.dy = like(x, dy)
         call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
-        call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+        call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
         if dx is not None:
             call.out = target(x, dx)
             call.scale = vector(&call, "scale", number, scale)
@@ -215,9 +215,9 @@ cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, tuple given, ep
     """
     cdef cnp.ndarray mask = np.empty(call.channels, np.bool_), found = new_vectors(call, 2, cnp.NPY_DOUBLE)
     memcpy(cnp.PyArray_DATA(mask), call.left, call.channels)
-    memcpy(row(found, 0), call.first, call.channels * sizeof(double))  # other calls use the scratch memory
-    memcpy(row(found, 1), call.second, call.channels * sizeof(double))
-    call.first, call.second = <double*> row(found, 0), <double*> row(found, 1)
+    memcpy(row(found, 0), call.batch_mean, call.channels * sizeof(double))  # other calls use the scratch memory
+    memcpy(row(found, 1), call.batch_m2, call.channels * sizeof(double))
+    call.batch_mean, call.batch_m2 = <double*> row(found, 0), <double*> row(found, 1)
     end_scratch()
     weight, bias, running_mean, running_var = given
     dims = dims_of(call)

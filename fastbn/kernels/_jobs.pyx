@@ -38,12 +38,14 @@ cdef enum:
 # How each job begins; 0 is NULL, and below 0 is a place in its scratch memory.
 HEAD = (
     "x", "dy", "dz", "out", "residual", "dresidual", "kept", "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift",
-    "offset", "slope", "running_mean", "running_var", "first", "second", "low", "scratch", "wide_mean", "wide_var", "unusual",
+    "offset", "slope", "running_mean", "running_var", "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu",
+    "scratch", "wide_mean", "wide_var", "unusual",
 )
 
 cdef struct Head:
     int64_t x, dy, dz, out, residual, dresidual, kept, weight, bias, mean_lo, invstd, var, mean, scale, shift
-    int64_t offset, slope, running_mean, running_var, first, second, low, scratch, wide_mean, wide_var, unusual
+    int64_t offset, slope, running_mean, running_var, batch_mean, batch_m2, batch_mean_lo, sum_dy, sum_dy_xmu
+    int64_t scratch, wide_mean, wide_var, unusual
 
 # How each job ends.
 cdef struct Tail:
@@ -122,12 +124,10 @@ cdef void enter(const Call* call, int kind, int64_t kept, Head* head) noexcept n
         head.scale = at(call.scale)
     if call.shift != NULL:
         head.shift = at(call.shift)
-    if call.first != NULL:
-        head.first = at(call.first)
-    if call.second != NULL:
-        head.second = at(call.second)
-    if call.low != NULL:
-        head.low = at(call.low)
+    if call.batch_mean != NULL:
+        head.batch_mean, head.batch_m2, head.batch_mean_lo = at(call.batch_mean), at(call.batch_m2), at(call.batch_mean_lo)
+    if call.sum_dy != NULL:
+        head.sum_dy, head.sum_dy_xmu = at(call.sum_dy), at(call.sum_dy_xmu)
     if kind == FORWARD:
         head.running_mean, head.wide_mean = at(call.running_mean.data), call.running_mean.is_double
         head.running_var, head.wide_var = at(call.running_var.data), call.running_var.is_double
@@ -217,7 +217,7 @@ cdef Status forward(Call* call) noexcept nogil:
     cdef Status status = run(call, FORWARD, &head, call.channels, &left)
     if status == LEFT:
         memset(left, 1, call.channels)
-        call.left, call.first, call.second = left, <double*> head.first, <double*> head.second
+        call.left, call.batch_mean, call.batch_m2 = left, <double*> head.batch_mean, <double*> head.batch_m2
     else:
         end_scratch()
     return status
@@ -231,7 +231,7 @@ cdef Status backward(Call* call) noexcept nogil:
     cdef Head head
     cdef Status status = DONE
     cdef Call sums
-    cdef bint summed = call.dweight != NULL or call.dbias != NULL or call.first != NULL
+    cdef bint summed = call.dweight != NULL or call.dbias != NULL or call.sum_dy != NULL
     if not call.frozen and call.out != NULL:
         status = run(call, BACKWARD, &head, 0, NULL)
         if status == DONE:
@@ -281,11 +281,11 @@ cdef void finish(Call* call, const Head* head) noexcept nogil:
 
 
 cdef void round_sums(const Call* call, const C* invstd, const Head* head, C* dweight, C* dbias) noexcept nogil:
-    cdef const double* first = <const double*> head.first
-    cdef const double* second = <const double*> head.second
+    cdef const double* sum_dy = <const double*> head.sum_dy
+    cdef const double* sum_dy_xmu = <const double*> head.sum_dy_xmu
     cdef Py_ssize_t c
     for c in range(call.channels):
         if dbias != NULL:
-            dbias[c] = <C> first[c]
+            dbias[c] = <C> sum_dy[c]
         if dweight != NULL:
-            dweight[c] = <C> (second[c] * invstd[c])
+            dweight[c] = <C> (sum_dy_xmu[c] * invstd[c])

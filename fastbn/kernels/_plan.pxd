@@ -16,7 +16,7 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
 
     cdef cppclass Units:
         bint by_columns, reverse, nontemporal, exceeds_l3
-        Py_ssize_t rows, rest, skip, channels_per_unit, channels_per_pass, rows_per_unit, elements_per_unit, units, bytes
+        Py_ssize_t rows, tail_columns, peel, channels_per_unit, channels_per_pass, rows_per_unit, elements_per_unit, units, bytes
 
     cdef cppclass Plan:
         Tiles tiles

@@ -82,8 +82,8 @@ cdef void set_tiles(Tiles* p, Units* u, const Task* t) noexcept nogil:
     p.width = p.repeats * C
     p.columns = p.width * p.run
     u.rows = R // p.repeats
-    u.rest = R % p.repeats * C
-    p.tiles = div_up(u.rows, TILE_ROWS) + (u.rest > 0)
+    u.tail_columns = R % p.repeats * C
+    p.tiles = div_up(u.rows, TILE_ROWS) + (u.tail_columns > 0)
 
 
 cdef void plan_sums(Units* u, const Tiles* p, const Task* t) noexcept nogil:
@@ -112,16 +112,16 @@ cdef void plan_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.by_columns = False  # long runs need no parameters for each column
     if u.by_columns and p.columns * t.item % LINE == 0:
         # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
-        u.skip = t.to_line
-        u.rows = (size - u.skip) // p.columns
-        u.rest = (size - u.skip) % p.columns
+        u.peel = t.to_line
+        u.rows = (size - u.peel) // p.columns
+        u.tail_columns = (size - u.peel) % p.columns
     u.reverse = t.reads > 0
     u.nontemporal = is_streamed(u, p, t, t.arrays)
     u.exceeds_l3 = exceeds(L3 // FAR, t, t.arrays)
     if u.by_columns:
         u.channels_per_unit = balance(p.columns, elements, W)
         u.rows_per_unit = div_up(max(<Py_ssize_t> 1, elements // p.columns), MAP_ROWS) * MAP_ROWS
-        u.units = (div_up(u.rows, u.rows_per_unit) + (u.rest > 0)) * div_up(p.columns, u.channels_per_unit)
+        u.units = (div_up(u.rows, u.rows_per_unit) + (u.tail_columns > 0)) * div_up(p.columns, u.channels_per_unit)
     elif elements >= t.inner:
         u.elements_per_unit = elements // t.inner * t.inner
         u.units = div_up(t.outer * t.channels, elements // t.inner)
@@ -219,7 +219,7 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
 cdef dict numbers(const Units* u):
     return {
         "by_columns": bool(u.by_columns), "reverse": bool(u.reverse), "nontemporal": bool(u.nontemporal),
-        "exceeds_l3": bool(u.exceeds_l3), "rows": u.rows, "rest": u.rest, "skip": u.skip,
+        "exceeds_l3": bool(u.exceeds_l3), "rows": u.rows, "tail_columns": u.tail_columns, "peel": u.peel,
         "channels_per_unit": u.channels_per_unit, "channels_per_pass": u.channels_per_pass, "rows_per_unit": u.rows_per_unit,
         "elements_per_unit": u.elements_per_unit, "units": u.units, "bytes": u.bytes,
     }

@@ -63,12 +63,13 @@ struct Call {
     Running running_mean, running_var;
 
     void *dweight, *dbias;         // of a backward; or NULL
-    double *first, *second, *low;  // merged sums: mean, M2 and the rest of the mean, or of dy and of dy (x - mean); or NULL
+    double *batch_mean, *batch_m2, *batch_mean_lo;  // of all elements of a channel, in double: what sums of x are merged to; or NULL
+    double *sum_dy, *sum_dy_xmu;   // of dy and of dy (x - mean), likewise; or NULL
     char* left;                    // set by a forward, for each channel
 
     // Of calls over parts: memory is (batch, outer, channels, inner), of which outer or inner is 1, and `group` channels of
     // an image share statistics. mean, mean_lo and invstd, which are needed, have one element for each of these parts, weight
-    // and bias one for each channel; first and second, which a backward needs, one for each channel of each image.
+    // and bias one for each channel; sum_dy and sum_dy_xmu, which a backward needs, one for each channel of each image.
     std::ptrdiff_t batch, group;
     bool uncentered;  // the mean is taken to be 0
 };
@@ -81,8 +82,8 @@ inline bool are_parts(std::ptrdiff_t outer, std::ptrdiff_t inner, std::ptrdiff_t
 }
 
 // Each runs a call in the default floating-point mode. The first four are single operations, of which `core` makes the
-// calls that are not here: `normalize` maps with mean, scale and shift, `grad_input` with mean, scale, g0 and g1; the sums
-// go to first, second and low.
+// calls that are not here: `normalize` maps with mean, scale and shift, `grad_input` with mean, scale, g0 and g1; `stats`
+// leaves the three of the batch, `grad_sums` the two sums.
 using call_fn = Status (*)(Call*);
 
 struct Kernels {

@@ -84,8 +84,8 @@ _INTEGERS = (
     "x", "dy", "dz", "out", "residual", "dresidual", "kept",
     # Vectors of channels, in the type of the arithmetic, or 0.
     "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift", "offset", "slope", "running_mean", "running_var",
-    # The same, in float64: merged sums. Memory of this call, whether running statistics are float64, and what came out.
-    "first", "second", "low", "scratch", "wide_mean", "wide_var", "unusual",
+    # The same, in float64: what sums are merged to. Memory of this call, whether running statistics are float64, and what came out.
+    "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "scratch", "wide_mean", "wide_var", "unusual",
     # Sums of the tiles, in float64.
     "pivots", "sums", "dots",
     # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, how many values it
@@ -94,7 +94,7 @@ _INTEGERS = (
     # C functions.
     "sum", "map", "settle", "expand", "unit_of", "parallel",
     # The shape, the tiles, and the units of work.
-    "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "rest",
+    "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "tail_columns",
     "group", "sum_units", "sum_bytes", "map_group", "map_piece", "map_units", "map_bytes", "threads",
     # What to do, and whether a function raised.
     "kind", "phase", "by_columns", "together", "nontemporal", "wide", "raised",
@@ -398,7 +398,7 @@ def _sum_columns(loop: Loop) -> Any:
         if row < j.rows:
             rows, last = least(TILE_ROWS, j.rows - row), least(last, stride)
         else:
-            row, last = j.rows, least(last, j.rest)
+            row, last = j.rows, least(last, j.tail_columns)
         begin, columns, count = row * stride + first, last - first, rows * run
         zero, undo = splat(0.0), splat(j.parameter)
         z, f, pivots, sums, dots = stack(), stack(), stack(), stack(), stack()
@@ -580,7 +580,7 @@ def _map_columns(loop: Loop) -> Any:
         stride, row = j.columns, first
         while row < last:
             batch = least(BATCH, (last if row == j.rows else least(last, j.rows)) - row)
-            end = least(stop, j.rest) if row == j.rows else stop
+            end = least(stop, j.tail_columns) if row == j.rows else stop
             i = start
             head = (-(j.out + (row * stride + i) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
             while i < end:
@@ -677,7 +677,7 @@ def _tile_count(j: Any, tile: int) -> Any:
 @_helper("of_tiles")
 def _tile_end(j: Any, tile: int, repeat: int, last: int) -> Any:
     """The channel behind the last one, up to `last`, of a repeat in a tile, which may be that of the rest."""
-    return least(last, j.rest // j.run - repeat * j.channels) if j.by_columns and tile * TILE_ROWS >= j.rows else last
+    return least(last, j.tail_columns // j.run - repeat * j.channels) if j.by_columns and tile * TILE_ROWS >= j.rows else last
 
 
 # From what is given, or the sums of tiles, of channels first ... last to the parameters of the map.
@@ -707,8 +707,8 @@ def _settle_statistics(number: Any) -> Any:
         j = fields(job)
         count = np.float64(j.outer * j.inner)
         for c in range(first, last):
-            put64(j.second, c, 0.0)
-            put64(j.low, c, 0.0)
+            put64(j.batch_m2, c, 0.0)
+            put64(j.batch_mean_lo, c, 0.0)
         for merged in range(2):  # first the means, then what lies around them
             for tile in range(j.tiles):
                 n = _tile_count(j, tile)
@@ -716,26 +716,26 @@ def _settle_statistics(number: Any) -> Any:
                     at = tile * j.width + repeat * j.channels
                     for c in range(first, _tile_end(j, tile, repeat, last)):
                         # Of the mean from the first pivot; two near numbers have an exact difference.
-                        moved, low = get64(j.pivots, at + c) - get64(j.pivots, c), get64(j.low, c)
+                        moved, low = get64(j.pivots, at + c) - get64(j.pivots, c), get64(j.batch_mean_lo, c)
                         if merged:
                             e = low - moved
                             m2 = get64(j.dots, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
-                            put64(j.second, c, get64(j.second, c) + m2)
+                            put64(j.batch_m2, c, get64(j.batch_m2, c) + m2)
                         else:
-                            put64(j.low, c, low + (get64(j.sums, at + c) + n * moved))
+                            put64(j.batch_mean_lo, c, low + (get64(j.sums, at + c) + n * moved))
             if not merged:
                 for c in range(first, last):
-                    put64(j.low, c, get64(j.low, c) / count)
+                    put64(j.batch_mean_lo, c, get64(j.batch_mean_lo, c) / count)
         for c in range(first, last):
-            m2, offset, pivot = get64(j.second, c), get64(j.low, c), get64(j.pivots, c)
+            m2, offset, pivot = get64(j.batch_m2, c), get64(j.batch_mean_lo, c), get64(j.pivots, c)
             m2 = 0.0 if m2 < 0 else m2
             mean = pivot + offset
             high = mean - pivot
             low = (pivot - (mean - high)) + (offset - high)
             low = low if isfinite(low) else 0.0
-            put64(j.first, c, mean)
-            put64(j.second, c, m2)
-            put64(j.low, c, low)
+            put64(j.batch_mean, c, mean)
+            put64(j.batch_m2, c, m2)
+            put64(j.batch_mean_lo, c, low)
             if j.kind == FORWARD:
                 spread = m2 / count + j.eps
                 invstd = 1 / sqrt(spread)
@@ -760,21 +760,21 @@ def _settle_gradient(number: Any) -> Any:
         j = fields(job)
         count = np.float64(j.outer * j.inner)
         for c in range(first, last):
-            put64(j.first, c, 0.0)
-            put64(j.second, c, 0.0)
+            put64(j.sum_dy, c, 0.0)
+            put64(j.sum_dy_xmu, c, 0.0)
         for tile in range(j.tiles):
             for repeat in range(j.repeats):
                 at = tile * j.width + repeat * j.channels
                 for c in range(first, _tile_end(j, tile, repeat, last)):
-                    put64(j.first, c, get64(j.first, c) + get64(j.sums, at + c))
-                    put64(j.second, c, get64(j.second, c) + get64(j.dots, at + c))
+                    put64(j.sum_dy, c, get64(j.sum_dy, c) + get64(j.sums, at + c))
+                    put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) + get64(j.dots, at + c))
         for c in range(first, last):
             low = optional(j.mean_lo, c, 0.0)
-            put64(j.second, c, get64(j.second, c) - low * get64(j.first, c))
+            put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - low * get64(j.sum_dy, c))
             if j.kind == BACKWARD:
                 invstd = np.float64(get(j.invstd, c))
-                slope = invstd * (invstd * get64(j.second, c) / count)  # the square alone may leave the range
-                put(j.offset, c, get64(j.first, c) / count - low * slope)
+                slope = invstd * (invstd * get64(j.sum_dy_xmu, c) / count)  # the square alone may leave the range
+                put(j.offset, c, get64(j.sum_dy, c) / count - low * slope)
                 put(j.slope, c, -slope)
 
     return settle
@@ -806,7 +806,7 @@ def _unit(_: Any) -> Any:
         else:
             pieces = ((j.columns if j.by_columns else j.inner) + j.map_piece - 1) // j.map_piece
             first, start = number // pieces * j.map_group, number % pieces * j.map_piece
-            last = least(first + j.map_group, j.rows + (j.rest > 0) if j.by_columns else j.outer * channels)
+            last = least(first + j.map_group, j.rows + (j.tail_columns > 0) if j.by_columns else j.outer * channels)
             call5(j.map, job, first, last, start, least(start + j.map_piece, j.columns if j.by_columns else j.inner))
 
     return unit
@@ -888,8 +888,8 @@ def _run(number: Any) -> Any:
                     call1(j.expand, job)
                 units(j, job, j.map_units, j.map_bytes)
         if j.kind == FORWARD and not (j.unusual or j.raised):
-            move(j.running_mean, j.wide_mean, j.first, 1.0, j.channels, j.momentum)
-            move(j.running_var, j.wide_var, j.second, j.outer * j.inner - j.correction, j.channels, j.momentum)
+            move(j.running_mean, j.wide_mean, j.batch_mean, 1.0, j.channels, j.momentum)
+            move(j.running_var, j.wide_var, j.batch_m2, j.outer * j.inner - j.correction, j.channels, j.momentum)
 
     return run
 
@@ -979,8 +979,8 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
             job.repeats = repeats
         job.run, job.width = inner, job.repeats * channels
         job.columns = job.width * inner
-        job.rows, job.rest = outer // job.repeats, outer % job.repeats * channels
-        job.tiles = _up(job.rows, TILE_ROWS) + (job.rest > 0)
+        job.rows, job.tail_columns = outer // job.repeats, outer % job.repeats * channels
+        job.tiles = _up(job.rows, TILE_ROWS) + (job.tail_columns > 0)
         room, groups = GROUP // (128 // lanes), _up(enough, job.tiles)
         if inner > 1:
             job.group = max(1, min(room // inner, _up(channels, groups))) * inner
@@ -1004,7 +1004,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
     if columns:
         job.map_piece = _even(job.columns, part, lanes)
         job.map_group = _up(max(1, part // job.columns), BATCH) * BATCH
-        job.map_units = _up(job.rows + (job.rest > 0), job.map_group) * _up(job.columns, job.map_piece)
+        job.map_units = _up(job.rows + (job.tail_columns > 0), job.map_group) * _up(job.columns, job.map_piece)
     else:
         job.map_group, job.map_piece = max(1, part // inner), inner if part >= inner else _even(inner, part, lanes)
         job.map_units = _up(outer * channels, job.map_group) * _up(inner, job.map_piece)
@@ -1068,7 +1068,8 @@ def _template(
     size = 0
     for names, length in (
         (("columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope"), columns),
-        (("pivots", "sums", "dots"), partials), (("first", "second", "low", "offset", "slope", "scale", "shift"), vector),
+        (("pivots", "sums", "dots"), partials),
+        (("batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "offset", "slope", "scale", "shift"), vector),
         (("failures",), 0 if activation is None or isinstance(activation, str) else FAILURES),
     ):  # fmt: skip
         for name in names:
@@ -1142,7 +1143,7 @@ def stats(x: Array, threads: int = 1) -> tuple[Array, Array, Array]:
     call = _Call(STATS, x, None, None, threads, None)
     found = np.empty((3, x.shape[1]))
     address, step = _address(found), 8 * x.shape[1]
-    call.job.first, call.job.low, call.job.second = address, address + step, address + 2 * step
+    call.job.batch_mean, call.job.batch_mean_lo, call.job.batch_m2 = address, address + step, address + 2 * step
     if not call.run() and x.dtype != np.float64 and (lost := np.isnan(found[2])).any():
         found[:, lost] = stats(_wide(x, lost), threads)
     mean, low, m2 = found
@@ -1285,8 +1286,8 @@ def _backward(
     call = _Call(kind, x, dy, dx, threads, epilogue)
     job, (mean, mean_lo, invstd, scale) = call.job, vectors
     sums = np.empty((2, x.shape[1]))
-    job.first = _address(sums)
-    job.second = job.first + 8 * x.shape[1]
+    job.sum_dy = _address(sums)
+    job.sum_dy_xmu = job.sum_dy + 8 * x.shape[1]
     job.mean, job.mean_lo, job.invstd = _address(mean), _address(mean_lo), _address(invstd)
     job.scale = _address(scale)
     if epilogue is not None:

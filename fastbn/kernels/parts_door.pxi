@@ -82,7 +82,7 @@ cdef object backward_of_parts(
     call.mean, call.mean_lo = cnp.PyArray_DATA(<cnp.ndarray> statistics[0]), cnp.PyArray_DATA(<cnp.ndarray> statistics[1])
     call.invstd = cnp.PyArray_DATA(<cnp.ndarray> statistics[2])
     sums, made = cnp.PyArray_EMPTY(2, planes, cnp.NPY_DOUBLE, 0), new_vectors(&call, 2, number)
-    call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+    call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
     call.dweight, call.dbias = row(made, 0), row(made, 1)
     if run(calls.table.parts_backward, &call) == LEFT:
         end_scratch()

@@ -211,7 +211,7 @@ cdef class Doors(Calls):
         if not bind_plain(self, &call, "stats", x, layout, axis, &at, None, None):
             return None
         wide, found = new_vectors(&call, 3, cnp.NPY_DOUBLE), new_vectors(&call, 4, arithmetic(call.dtype))
-        call.first, call.second, call.low = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
+        call.batch_mean, call.batch_m2, call.batch_mean_lo = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
         run(self.table.stats, &call)
         count = call.outer * call.inner
         mode = enter_default_mode()
@@ -357,14 +357,14 @@ cdef bint finish_stats(C* found, const Call* call) noexcept nogil:
     cdef Py_ssize_t c, channels = call.channels
     cdef double rest
     for c in range(channels):
-        if not call.second[c] < LARGE_M2:
+        if not call.batch_m2[c] < LARGE_M2:
             return False
-        call.second[c] /= call.outer * call.inner
+        call.batch_m2[c] /= call.outer * call.inner
     for c in range(channels):
-        found[c], found[channels + c] = <C> call.first[c], <C> call.second[c]
-        rest = call.first[c] - found[c] + call.low[c]
+        found[c], found[channels + c] = <C> call.batch_mean[c], <C> call.batch_m2[c]
+        rest = call.batch_mean[c] - found[c] + call.batch_mean_lo[c]
         found[2 * channels + c] = <C> (rest if isfinite(rest) else 0)
-        rest = call.second[c] - found[channels + c]
+        rest = call.batch_m2[c] - found[channels + c]
         found[3 * channels + c] = <C> (rest if isfinite(rest) else 0)
     return True
 

@@ -146,7 +146,7 @@ cdef tuple plain_parts_backward(Doors doors, str kind, x, dy, tuple vectors, tup
     call.dweight, call.dbias = cnp.PyArray_DATA(dweight), cnp.PyArray_DATA(dbias)
     planes[0], planes[1] = 2, 0 if rows else call.batch * call.channels
     sums = cnp.PyArray_EMPTY(2, planes, cnp.NPY_DOUBLE, 0)
-    call.first, call.second = <double*> row(sums, 0), <double*> row(sums, 1)
+    call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
     if run(doors.table.parts_backward, &call) == LEFT:
         end_scratch()
         return None

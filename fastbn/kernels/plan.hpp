@@ -44,7 +44,7 @@ struct Units {
     bool by_columns;                  // not by planes
     bool reverse, nontemporal;
     bool exceeds_l3;                  // the arrays do not stay in the caches: memory is read in one stream, not in one for each row
-    std::ptrdiff_t rows, rest, skip;  // columns: rows of `columns`, and one of `rest`, behind `skip` elements
+    std::ptrdiff_t rows, tail_columns, peel;  // columns: rows of `columns`, and one of `tail_columns`, behind `peel` elements
     std::ptrdiff_t channels_per_unit; // or columns
     std::ptrdiff_t channels_per_pass; // whose sums are followed by their map, before the next ones of the unit
     std::ptrdiff_t rows_per_unit;     // of a map of columns

@@ -8,43 +8,28 @@
 
 from __future__ import annotations
 
-import operator
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 from fastbn.tables import table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, has_hooks, settled
 from fastbn.torch.derived import Derived, derive
-from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import AROUND, STEPS, Part, check, parts, size, traced
+from fastbn.torch.graph import STEPS, check, size
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import Parts
+from fastbn.torch.plans import KINDS, NOBODY, Plan, plans, refuses
 
-F = torch.nn.functional
 jit: Any = torch.jit  # it has no types
-KINDS = (_NormBase, nn.GroupNorm)
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-FUNCTIONS = {
-    F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
-    torch.sigmoid_, F.tanh, torch.tanh, torch.tanh_, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_",
-}  # fmt: skip
-MASKED = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, "relu", "relu_"}
-LEAKY = {nn.LeakyReLU, F.leaky_relu, F.leaky_relu_}
-# What torch.fx calls them: it sees `a += b` as `a + b`.
-INPLACE = {name for i_name in dir(operator) if f"__{i_name}__" in dir(operator) for name in (i_name, i_name[1:]) if i_name[0] == "i"}
-FRESH = {F.conv1d, F.conv2d, F.conv3d, F.linear, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}  # return nobody else's memory
 
 
 class Converted(Derived):
@@ -282,21 +267,21 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
     check(model)
     ready()
     revert(model)
-    plans = _plans(model)
+    planned = plans(model)
     scopes: dict[nn.Module, Scope] = {}
     found = []
     for path, layer in _layers(model):
-        why, inner = _refuses(layer)
-        plan = _Plan(why=why)
+        why, inner = refuses(layer)
+        plan = Plan(why=why)
         mixin = Converted if isinstance(layer, _BatchNorm) else ConvertedParts
         if not why and mixin is ConvertedParts:
-            plan = plans.get(id(layer), _NOBODY) if fuse else _Plan(why="it was not asked for")
+            plan = planned.get(id(layer), NOBODY) if fuse else Plan(why="it was not asked for")
             why = plan.why
         if not why:
-            plan = plans.get(id(layer), _NOBODY) if inner.fits_outside else inner
+            plan = planned.get(id(layer), NOBODY) if inner.fits_outside else inner
             plain = inner.steps.plain
             if not fuse:
-                plan = _Plan(why="it was not asked for", steady=plan.steady and not plan.names)
+                plan = Plan(why="it was not asked for", steady=plan.steady and not plan.names)
             keeps_output = inplace_abn and mixin is Converted and plan.steady and inner.fits_outside
             steps = plan.steps._replace(from_output=keeps_output, plain=plain)
             if steps.outside and plan.within is not None:
@@ -361,208 +346,3 @@ def _pairs(module: Any, scope: Scope) -> set[str]:
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((path, layer) for path, layer in model.named_modules() if isinstance(layer, KINDS))
-
-
-class _Plan(NamedTuple):
-    """What follows a layer."""
-
-    steps: Steps = Steps()
-    names: tuple[str, ...] = ()
-    why: str = ""
-    fits_outside: bool = False  # the layer's own code does nothing after it
-    steady: bool = False  # the input can be had from the output, which nobody changes in place
-    within: nn.Module | None = None  # whose code holds it and what follows
-    places: tuple[tuple[tuple[str, ...], type], ...] = ()  # of both: the way from there, and the class
-
-
-_NOBODY = _Plan(why="what calls it cannot be traced")
-
-
-def _refuses(layer: Any) -> tuple[str, _Plan]:
-    """Why a layer cannot be converted, or nothing; and what its own code does with what it has normalized."""
-    if not isinstance(layer, _BatchNorm):
-        if type(layer).forward not in (_InstanceNorm.forward, nn.GroupNorm.forward):
-            return f"the code of {type(layer).__name__} is not understood", _NOBODY
-        if isinstance(layer, _InstanceNorm) and (layer.running_mean is not None or layer.running_var is not None):
-            return "it has running statistics", _NOBODY
-    if isinstance(layer, nn.SyncBatchNorm):
-        return "it is synchronized", _NOBODY
-    if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
-        return "it was never called", _NOBODY
-    if why := changed(layer):
-        return f"it {why}", _NOBODY
-    if type(layer).forward is _BatchNorm.forward or not isinstance(layer, _BatchNorm):
-        return "", _Plan(steps=Steps(plain=True), fits_outside=True)
-    part = traced(layer)
-    inside = [node for node in part.nodes if node.target is F.batch_norm] if part else []
-    if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
-        return f"the code of {type(layer).__name__} is not understood", _NOBODY
-    plan = _follow(part, inside[0], set())
-    return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
-
-
-def _plans(model: nn.Module) -> dict[int, _Plan]:
-    """What follows each layer that traced code calls, by the layer's id."""
-    found: dict[int, _Plan] = {}
-    calls: Counter[int] = Counter()
-    for part in parts(model, defaults=True):
-        taken: set[fx.Node] = set()
-        for node in part.nodes:
-            layer = _module(part, node)
-            if isinstance(layer, KINDS):
-                calls[id(layer)] += 1
-                found[id(layer)] = _follow(part, node, taken, sums=isinstance(layer, _BatchNorm))
-    return {key: plan if calls[key] == 1 else _Plan(why="it is called several times") for key, plan in found.items()}
-
-
-def _module(part: Part, node: fx.Node) -> nn.Module | None:
-    return part.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _input(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
-
-
-def _is_sum(node: fx.Node, one: fx.Node) -> bool:
-    """Whether a node adds another tensor to the output of one."""
-    if node.op not in {"call_function", "call_method"} or node.target not in SUMS or node.kwargs or len(node.args) != 2:
-        return False
-    in_place = node.target in (operator.iadd, "add_")
-    other = node.args[1] if node.args[0] is one else node.args[0]
-    return isinstance(other, fx.Node) and other is not one and (node.args[0] is one or not in_place)
-
-
-def _activation(part: Part, node: fx.Node) -> Any:
-    """Class or function of a node that is an activation, or None."""
-    layer = _module(part, node)
-    if layer is not None:
-        return type(layer) if type(layer) in ACTIVATIONS else None
-    return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
-
-
-def _name(part: Part, node: fx.Node) -> str:
-    layer = _module(part, node)
-    return type(layer).__name__ if layer is not None else str(getattr(node.target, "__name__", node.target))
-
-
-def _passes(part: Part, node: fx.Node) -> bool:
-    """Whether a node returns what it was given."""
-    layer = _module(part, node)
-    return type(layer) is nn.Identity and not changed(layer)
-
-
-def _at_once(part: Part, first: fx.Node, last: fx.Node) -> bool:
-    """Whether nothing is computed between two nodes."""
-    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last)]
-    return all(node.op == "get_attr" or _passes(part, node) for node in between)
-
-
-def _is_read(part: Part, first: fx.Node, last: fx.Node) -> bool:
-    """Whether tensors of a layer are read after its call, up to a node."""
-    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last) + 1]
-    sources = (source for node in between for source in (node, *node.all_input_nodes))
-    read = {str(source.target).rpartition(".")[0] for source in sources if source.op == "get_attr"}
-    layer = _module(part, first)
-    return any(part.module.get_submodule(path) is layer for path in read)
-
-
-def _is_kept(part: Part, node: Any) -> bool:
-    """Whether nobody else can change in place what a node returns to its only reader."""
-    if not isinstance(node, fx.Node) or len(node.users) != 1:
-        return False
-    return type(_module(part, node)) in LAYERS or (node.op == "call_function" and node.target in FRESH)
-
-
-def _hooked(part: Part, first: fx.Node, last: fx.Node) -> str:
-    """Why a module between two nodes wants to see a tensor, or nothing."""
-    stacks = [dict(node.meta.get("nn_module_stack", {})) for node in (first, last)]
-    paths = [{str(value[0]) for value in stack.values()} for stack in stacks]
-    for path in sorted(paths[0] ^ paths[1]):
-        if why := changed(part.module.get_submodule(path)):
-            return f"{path} {why}"
-    return ""
-
-
-def _callers(part: Part, node: fx.Node) -> list[str]:
-    """Paths of the modules in whose code a node is, from the outermost on."""
-    paths = [str(value[0]) for value in node.meta.get("nn_module_stack", {}).values()]
-    return paths[:-1] if _module(part, node) is not None else paths
-
-
-def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
-    """The innermost module in whose code nodes are, and the ways from there to those that are modules; nothing if there is none."""
-    first, *others = (_callers(part, node) for node in nodes)
-    shared = 0
-    while shared < len(first) and all(first[: shared + 1] == other[: shared + 1] for other in others):
-        shared += 1
-    module = part.module.get_submodule(first[shared - 1] if shared else "")
-    names = {id(layer): name for name, layer in module.named_modules()}
-    paths = [path for callers in (first, *others) for path in callers[shared:]]
-    layers = [part.module.get_submodule(path) for path in paths] + [layer for node in nodes if (layer := _module(part, node)) is not None]
-    if any(id(layer) not in names for layer in layers):
-        return {}
-    return {"within": module, "places": tuple({(tuple(names[id(layer)].split(".")), type(layer)): None for layer in layers})}
-
-
-_OUTPUT = "the model's output follows"
-
-
-def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = True) -> _Plan:
-    """What follows a node, and can be computed with it."""
-    names: list[str] = []
-    steps = Steps(outside=True)
-    passed, read = [start], 1
-    node, why = start, ""
-    while not steps.activation:
-        if node in part.stored:
-            why = "the model's code keeps what it returns"
-            break
-        if len(node.users) != 1:
-            why = f"what it returns is read {len(node.users)} times"
-            break
-        (user,) = node.users
-        if _passes(part, user):
-            node = user
-            passed.append(user)
-            continue
-        kind = _activation(part, user)
-        is_sum = sums and _is_sum(user, node) and not steps.sum
-        if user.op == "output":
-            why = _OUTPUT
-        elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
-            why = f"{_name(part, user)} follows"
-        elif user in taken:
-            why = "the other side of the sum is fused"
-        elif user.meta[AROUND] is not start.meta[AROUND]:
-            why = "an autograd.Function or a checkpoint is between"
-        elif not _at_once(part, node if steps.sum else start, user) and (steps.sum or not _is_kept(part, _input(start))):
-            why = "its input may change before what follows is computed"
-        elif _is_read(part, start, user):
-            why = "its tensors are read before what follows is computed"
-        else:
-            why = _hooked(part, start, user)
-        if why:
-            break
-        steps = steps._replace(sum=True) if is_sum else steps._replace(activation=True)
-        names.append("add" if is_sum else _name(part, user))
-        passed.append(user)
-        read = len(passed)
-        node = user
-        if is_sum:
-            taken.add(user)
-    inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
-    steady = inverts and node not in part.stored and not any(_changes(part, user, node) for user in node.users)
-    place = _within(part, passed[:read]) if names else {}
-    if names and not place:
-        return _Plan(why="a module of somebody else follows")
-    return _Plan(steps, tuple(names), "" if names else why, steady=steady, **place)
-
-
-def _changes(part: Part, node: fx.Node, one: fx.Node) -> bool:
-    """Whether a node may change in place what another one returns."""
-    layer: Any = _module(part, node)
-    if layer is not None:
-        return bool(getattr(layer, "inplace", False))
-    name = str(getattr(node.target, "__name__", node.target))
-    in_place = name.endswith("_") or (node.op == "call_function" and name in INPLACE) or node.kwargs.get("inplace", False)
-    return bool(in_place) and (one in node.args[:1] or one in node.kwargs.values())

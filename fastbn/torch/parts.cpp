@@ -113,8 +113,8 @@ Answer backward(const Parts& parts, const Slot* given, Tensor weight_in, Slot ma
     call.dweight = wanted[1] ? dweight.data : p.take();
     call.dbias = wanted[2] ? dbias.data : p.take();
     const auto sums = static_cast<std::size_t>(parts.batch * x.channels) * (parts.outer == 1 && x.inner == 1 ? 0 : sizeof(double));
-    call.first = static_cast<double*>(room.take(sums)), call.second = static_cast<double*>(room.take(sums));
-    if (call.dweight == nullptr || call.dbias == nullptr || call.first == nullptr || call.second == nullptr) return MEMORY;
+    call.sum_dy = static_cast<double*>(room.take(sums)), call.sum_dy_xmu = static_cast<double*>(room.take(sums));
+    if (call.dweight == nullptr || call.dbias == nullptr || call.sum_dy == nullptr || call.sum_dy_xmu == nullptr) return MEMORY;
     Owned* results[] = {&of_x.dx, &dweight.made, &dbias.made};
     for (Owned* result : results)
         if (result->tensor == nullptr && !make_none(*result)) return MEMORY;

@@ -195,7 +195,7 @@ cdef inline void map_rows(
 
 cdef void map_columns(TypedCall[Map, T]* job, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Map columns first ... last of several rows."""
-    cdef Py_ssize_t W = Block[T].width(), at = job.skip + row * job.columns, batch, j
+    cdef Py_ssize_t W = Block[T].width(), at = job.peel + row * job.columns, batch, j
     cdef Arrays[T] a = job.arrays()
     while rows > 0:
         batch = min(MAP_ROWS, rows)

@@ -6,9 +6,9 @@ apart: so that roots and quotients of several are computed at once, which on few
 
 cdef void merge_stats(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """Mean, M2 and the rest of the mean of channels first ... last, from the sums of their tiles."""
-    cdef double* mean = job.first
-    cdef double* m2 = job.second
-    cdef double* offset = job.low  # of the mean from the first pivot; two near numbers have an exact difference
+    cdef double* mean = job.batch_mean
+    cdef double* m2 = job.batch_m2
+    cdef double* offset = job.batch_mean_lo  # of the mean from the first pivot; two near numbers have an exact difference
     cdef double n, e, hi, rest
     cdef Py_ssize_t tile, repeat, c, at
     for c in range(first, last):
@@ -41,14 +41,14 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
     """Both sums of channels first ... last."""
     cdef Py_ssize_t tile, repeat, c, at
     for c in range(first, last):
-        job.first[c] = 0
-        job.second[c] = 0
+        job.sum_dy[c] = 0
+        job.sum_dy_xmu[c] = 0
     for tile in range(job.tiles):
         for repeat in range(job.repeats):
             at = tile * job.width + repeat * job.channels
             for c in range(first, tile_last(job, tile, repeat, last)):
-                job.first[c] += job.sums[at + c]
-                job.second[c] += job.dots[at + c]
+                job.sum_dy[c] += job.sums[at + c]
+                job.sum_dy_xmu[c] += job.dots[at + c]
 
 
 cdef inline void get_vector(double* to, const void* vector, Py_ssize_t first, Py_ssize_t n, double otherwise, T* tag) noexcept nogil:
@@ -129,12 +129,12 @@ cdef bint fold_batch(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t la
     cdef bint unusual = False
     while at < last:
         n = min(<Py_ssize_t> FOLDED, last - at)
-        mean, m2 = job.first + at, job.second + at
+        mean, m2 = job.batch_mean + at, job.batch_m2 + at
         put_vector(job.mean, at, n, mean, <T*> NULL)
         for i in range(n):
             invstd[i] = 1 / sqrt(m2[i] / count + eps)
             high = Block[T].rounded(mean[i])
-            low[i] = (mean[i] - high if isfinite(high) else 0) + job.low[at + i]
+            low[i] = (mean[i] - high if isfinite(high) else 0) + job.batch_mean_lo[at + i]
         fold_few(job, at, n, low, invstd, scale, <T*> NULL)
         for i in range(n):
             unusual |= is_unusual(job, m2[i], invstd[i], scale[i])
@@ -157,7 +157,7 @@ cdef void fold_gradient(TypedCall[GradSums, T]* job, Py_ssize_t first, Py_ssize_
     cdef Py_ssize_t n, i
     while first < last:
         n = min(<Py_ssize_t> FOLDED, last - first)
-        sums, dots = job.first + first, job.second + first
+        sums, dots = job.sum_dy + first, job.sum_dy_xmu + first
         get_vector(low, job.mean_lo, first, n, 0, <T*> NULL)
         get_vector(invstd, job.invstd, first, n, 0, <T*> NULL)
         if job.mean_lo != NULL:
@@ -194,8 +194,8 @@ cdef void move(Running r, const double* batch, double divisor, Py_ssize_t channe
 
 cdef void move_running(Call* job) noexcept nogil:
     """Move running statistics towards those that a forward has found; nothing that can fail comes after it."""
-    move(job.running_mean, job.first, 1, job.channels, job.momentum)
-    move(job.running_var, job.second, <double> job.outer * job.inner - job.correction, job.channels, job.momentum)
+    move(job.running_mean, job.batch_mean, 1, job.channels, job.momentum)
+    move(job.running_var, job.batch_m2, <double> job.outer * job.inner - job.correction, job.channels, job.momentum)
 
 
 cdef inline bint any_outside(const C* values, Py_ssize_t n, double limit) noexcept nogil:

@@ -10,15 +10,15 @@ cdef double LEAST_WEIGHT = 2.0 ** -40  # that a gradient may be divided by
 
 cdef inline void fold_part(TypedCall[Forward, T]* job, Py_ssize_t c, double* low, double* invstd) noexcept nogil:
     """From the merged statistics of a part to those that are returned."""
-    cdef double high, var = job.second[c] / job.count
+    cdef double high, var = job.batch_m2[c] / job.count
     invstd[0] = 1 / sqrt(var + job.eps)
     low[0] = 0
     if job.uncentered:
         Block[T].set_value(job.mean, c, 0)
     else:
-        Block[T].set_value(job.mean, c, job.first[c])
+        Block[T].set_value(job.mean, c, job.batch_mean[c])
         high = Block[T].value(job.mean, c)
-        low[0] = (job.first[c] - high if isfinite(high) else 0) + job.low[c]
+        low[0] = (job.batch_mean[c] - high if isfinite(high) else 0) + job.batch_mean_lo[c]
     Block[T].set_value(job.mean_lo, c, low[0])
     Block[T].set_value(job.invstd, c, invstd[0])
 
@@ -42,7 +42,7 @@ cdef bint fold_parts(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t la
             Block[T].set_value(job.plane_mean, plane, Block[T].value(job.mean, c))
             Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
             Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
-            unusual = unusual or is_unusual(job, job.second[c], invstd, scale)
+            unusual = unusual or is_unusual(job, job.batch_m2[c], invstd, scale)
             plane += 1
             at = at + 1 if at + 1 < job.period else 0
     if unusual:
@@ -120,18 +120,18 @@ cdef void merge_groups(Work* job) noexcept nogil:
     cdef Py_ssize_t g, c, k = job.group
     cdef double offset, base, m2, e
     for g in range(job.channels // k):
-        base = job.first[g * k] if isfinite(job.first[g * k]) else 0
+        base = job.batch_mean[g * k] if isfinite(job.batch_mean[g * k]) else 0
         offset = m2 = 0
         for c in range(g * k, g * k + k):
-            offset += (job.first[c] - base) + job.low[c]
+            offset += (job.batch_mean[c] - base) + job.batch_mean_lo[c]
         offset /= k
         for c in range(g * k, g * k + k):
-            e = ((job.first[c] - base) + job.low[c]) - offset
-            m2 += job.second[c] + job.count * (e * e)
-        job.first[g] = base + offset
-        e = offset - (job.first[g] - base)
-        job.low[g] = e if isfinite(e) else 0
-        job.second[g] = m2
+            e = ((job.batch_mean[c] - base) + job.batch_mean_lo[c]) - offset
+            m2 += job.batch_m2[c] + job.count * (e * e)
+        job.batch_mean[g] = base + offset
+        e = offset - (job.batch_mean[g] - base)
+        job.batch_mean_lo[g] = e if isfinite(e) else 0
+        job.batch_m2[g] = m2
     job.channels //= k
     job.count *= k
 
@@ -171,7 +171,7 @@ cdef TypedCall[Op, T] image(TypedCall[Op, T]* job, Py_ssize_t b) noexcept nogil:
     one.out, one.dresidual, one.dz = further(job.out, size), further(job.dresidual, size), further(job.dz, size)
     one.mean, one.mean_lo = further(job.mean, parts), further(job.mean_lo, parts)
     one.invstd = further(job.invstd, parts)
-    one.first, one.second = <double*> further(job.first, channels), <double*> further(job.second, channels)
+    one.sum_dy, one.sum_dy_xmu = <double*> further(job.sum_dy, channels), <double*> further(job.sum_dy_xmu, channels)
     return one
 
 
@@ -244,9 +244,9 @@ cdef void fold_parts_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_
         g0 = g1 = 0
         for plane in range(c * k, c * k + k):
             weight = Block[T].value(job.weight, plane % job.period) if k > 1 and job.weight != NULL else 1
-            job.second[plane] -= low * job.first[plane]
-            g0 += weight * job.first[plane]
-            g1 += weight * job.second[plane]
+            job.sum_dy_xmu[plane] -= low * job.sum_dy[plane]
+            g0 += weight * job.sum_dy[plane]
+            g1 += weight * job.sum_dy_xmu[plane]
         g1 = invstd * (invstd * g1 / count)
         g0 = g0 / count - low * g1
         for plane in range(c * k, c * k + k):
@@ -386,8 +386,8 @@ cdef Status backward_parts(TypedCall[Backward, T]* job) noexcept nogil:
     for c in range(channels):
         dweight = dbias = 0
         for b in range(batch):
-            dbias += job.first[b * channels + c]
-            dweight += job.second[b * channels + c] * Block[T].value(job.invstd, b * parts + c // job.group)
+            dbias += job.sum_dy[b * channels + c]
+            dweight += job.sum_dy_xmu[b * channels + c] * Block[T].value(job.invstd, b * parts + c // job.group)
         if job.dweight != NULL:
             Block[T].set_value(job.dweight, c, dweight)
         if job.dbias != NULL:

@@ -111,6 +111,7 @@ cdef void sum_few_rows(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nog
     if job.uncentered:
         squares = (<TypedCall[GradSums, T]*> job)[0]
         squares.dy, squares.at_mean = job.x, job.at_mean
+        squares.sum_dy, squares.sum_dy_xmu = job.batch_mean, job.batch_m2
         memset(job.pivots, 0, rows * sizeof(double))
     else:
         for tile in range(job.tiles):
@@ -129,7 +130,7 @@ cdef void sum_few_rows(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nog
     else:
         sum_channels(<TypedCall[Stats, T]*> job, 0, rows)
     if job.uncentered:
-        merge_sums(job, 0, rows)
+        merge_sums(&squares, 0, rows)
     else:
         merge_stats(job, 0, rows)
 
@@ -145,7 +146,7 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     cdef TypedCall[Forward, T] own = job[0]
     together = max(<Py_ssize_t> 1, min(together, MOST_TILES // job.tiles))
     own.pivots, own.sums, own.dots = partial, partial + MOST_TILES, partial + 2 * MOST_TILES
-    own.first, own.second, own.low = vectors, vectors + ROWS, vectors + 2 * ROWS
+    own.batch_mean, own.batch_m2, own.batch_mean_lo = vectors, vectors + ROWS, vectors + 2 * ROWS
     own.scale, own.shift = vectors + 3 * ROWS, vectors + 4 * ROWS
     own.at_mean = vectors + 5 * ROWS
     memset(vectors + 5 * ROWS, 0, ROWS * sizeof(double))
@@ -161,7 +162,7 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
             fold_part(&own, c, &low, &invstd)
             Block[T].set_value(own.scale, c, narrow(invstd, Block[T].largest()))
             Block[T].set_value(own.shift, c, 0 if low == 0 else -low * invstd)
-            if is_unusual(&own, own.second[c], invstd, invstd):
+            if is_unusual(&own, own.batch_m2[c], invstd, invstd):
                 leave(&own, c, c + 1)
                 job.any_left = True
         map_along(&own, n, first, min(n, last - first - n))

@@ -19,13 +19,13 @@ cdef void map_unit(TypedCall[Map, T]* job, Py_ssize_t unit) noexcept nogil:
     if job.by_columns:
         groups = (job.columns + job.channels_per_unit - 1) // job.channels_per_unit
         first = unit % groups * job.channels_per_unit
-        if unit == 0 and job.skip > 0:
-            map_rows(job, &a, job.skip, 1, -job.skip, job.skip, False)
+        if unit == 0 and job.peel > 0:
+            map_rows(job, &a, job.peel, 1, -job.peel, job.peel, False)
         unit = unit // groups * job.rows_per_unit
         if unit < job.rows:
             map_columns(job, unit, min(job.rows_per_unit, job.rows - unit), first, min(first + job.channels_per_unit, job.columns))
-        elif first < job.rest:
-            map_columns(job, job.rows, 1, first, min(first + job.channels_per_unit, job.rest))
+        elif first < job.tail_columns:
+            map_columns(job, job.rows, 1, first, min(first + job.channels_per_unit, job.tail_columns))
     elif job.elements_per_unit >= job.inner:
         first = unit * (job.elements_per_unit // job.inner)
         map_whole(job, first, min(job.elements_per_unit // job.inner, job.outer * job.channels - first))
@@ -167,8 +167,11 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     free += 3 * for_planes
     job.grad_offset, job.grad_slope = room(&free, NULL, vector), room(&free, NULL, vector)
     # What the caller did not bring.
-    job.first, job.second = <double*> room(&free, job.first, vector), <double*> room(&free, job.second, vector)
-    job.low = <double*> room(&free, job.low, vector)
+    if Op in Gradient:
+        job.sum_dy, job.sum_dy_xmu = <double*> room(&free, job.sum_dy, vector), <double*> room(&free, job.sum_dy_xmu, vector)
+    else:
+        job.batch_mean, job.batch_m2 = <double*> room(&free, job.batch_mean, vector), <double*> room(&free, job.batch_m2, vector)
+        job.batch_mean_lo = <double*> room(&free, job.batch_mean_lo, vector)
     if Op in Forward:
         job.mean, job.mean_lo, job.invstd = room(&free, job.mean, vector), room(&free, job.mean_lo, vector), room(&free, job.invstd, vector)
     if Op in Map:
@@ -199,11 +202,11 @@ cdef bint plan(TypedCall[Op, T]* job, Plan* p, int reads, int arrays, int touche
 
 
 cdef const void* expand(TypedCall[Op, T]* job, const void* vector, Py_ssize_t index) noexcept nogil:
-    """A vector of channels as one of columns, from `skip` on, with room behind it; planes take it as it is."""
+    """A vector of channels as one of columns, from `peel` on, with room behind it; planes take it as it is."""
     if not job.by_columns:
         return vector
     # What a training forward has found is copied even so: lines that other cores read are slow to write in the next call.
-    if job.columns == job.channels and job.channels % Block[T].width() == 0 and job.skip == 0 and not (Op in Forward and job.reverse):
+    if job.columns == job.channels and job.channels % Block[T].width() == 0 and job.peel == 0 and not (Op in Forward and job.reverse):
         return vector
     cdef Py_ssize_t W = Block[T].width(), size = BLOCK // W, repeat, c
     cdef char* p = <char*> (job.expanded + index * (job.columns + 2 * W))
@@ -213,9 +216,9 @@ cdef const void* expand(TypedCall[Op, T]* job, const void* vector, Py_ssize_t in
     else:
         for c in range(job.channels):
             put_run[T](p, c * job.run, job.run, Block[T].splat(vector, c))
-    memcpy(p + job.columns * size, p, job.skip * size)
-    memset(p + (job.columns + job.skip) * size, 0, BLOCK)
-    return p + job.skip * size
+    memcpy(p + job.columns * size, p, job.peel * size)
+    memset(p + (job.columns + job.peel) * size, 0, BLOCK)
+    return p + job.peel * size
 
 
 cdef void run_sums(TypedCall[Sum, T]* job) noexcept nogil:
@@ -332,7 +335,7 @@ cdef void run_backward_map(TypedCall[Backward, T]* job, const Plan* p) noexcept 
 cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
     cdef Plan p
     cdef Py_ssize_t c
-    cdef bint sums = not job.frozen or job.dweight != NULL or job.dbias != NULL or job.first != NULL
+    cdef bint sums = not job.frozen or job.dweight != NULL or job.dbias != NULL or job.sum_dy != NULL
     cdef bint given = job.scale != NULL
     cdef int reads = 2 + (job.residual != NULL), touched = reads + 1 + (job.dresidual != NULL), arrays = touched
     if sums and job.invstd != NULL and is_far(job):

@@ -33,7 +33,7 @@ cdef Status run(work_fn function, Call* call) noexcept nogil:
     (<Call*> &job)[0] = call[0]
     status = function(&job)
     if status == LEFT:
-        call.first, call.second, call.left = job.first, job.second, job.left
+        call.batch_mean, call.batch_m2, call.left = job.batch_mean, job.batch_m2, job.left
     else:
         end_scratch()
     leave_default_mode(mode)

@@ -25,7 +25,7 @@ cdef inline Py_ssize_t tile_offset(Work* job, Py_ssize_t tile) noexcept nogil:
 
 
 cdef inline Py_ssize_t tile_columns(Work* job, Py_ssize_t tile) noexcept nogil:
-    return job.columns if tile * TILE_ROWS < job.rows else job.rest
+    return job.columns if tile * TILE_ROWS < job.rows else job.tail_columns
 
 
 cdef inline double tile_count(Work* job, Py_ssize_t tile) noexcept nogil:
