@@ -645,11 +645,11 @@ def _fold(number: Any) -> tuple[Any, Any]:
     largest = _largest(number)
 
     @_helper(str(number))
-    def optional(vector: int, c: int, otherwise: float) -> float:
+    def optional(vector: int, c: int, otherwise: float) -> Any:
         return np.float64(get(vector, c)) if vector else otherwise
 
     @_helper(str(number))
-    def fold(j: Any, c: int, low: float, invstd: float) -> float:
+    def fold(j: Any, c: int, low: float, invstd: float) -> Any:
         """Scale and shift of one channel; the result is the scale before it is rounded."""
         scale = invstd * optional(j.weight, c, 1.0)
         shift = optional(j.bias, c, 0.0)

@@ -44,7 +44,8 @@ def remembering() -> Iterator[None]:
 
     For who holds the compiler's lock.
     """
-    find, found = types.Function.get_call_type, dict[Any, Any]()
+    function: Any = types.Function
+    find, found = function.get_call_type, dict[Any, Any]()
 
     def get_call_type(self: Any, context: Any, arguments: Any, keywords: Any) -> Any:
         if keywords:
@@ -54,8 +55,8 @@ def remembering() -> Iterator[None]:
             found[key] = self, find(self, context, arguments, keywords)  # an object that is kept keeps its id
         return found[key][1]
 
-    types.Function.get_call_type = get_call_type
+    function.get_call_type = get_call_type
     try:
         yield
     finally:
-        types.Function.get_call_type = find
+        function.get_call_type = find
