@@ -37,13 +37,13 @@ cdef enum:
 
 # How each job begins; 0 is NULL, and below 0 is a place in its scratch memory.
 HEAD = (
-    "x", "dy", "dz", "out", "residual", "dresidual", "kept", "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift",
+    "x", "dy", "dz", "out", "residual", "dresidual", "kept", "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift",
     "offset", "slope", "running_mean", "running_var", "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu",
     "scratch", "wide_mean", "wide_var", "unusual",
 )
 
 cdef struct Head:
-    int64_t x, dy, dz, out, residual, dresidual, kept, weight, bias, mean, mean_lo, invstd, var, scale, shift
+    int64_t x, dy, dz, out, residual, dresidual, kept, weight, bias, mean_lo, invstd, var, mean, scale, shift
     int64_t offset, slope, running_mean, running_var, batch_mean, batch_m2, batch_mean_lo, sum_dy, sum_dy_xmu
     int64_t scratch, wide_mean, wide_var, unusual
 

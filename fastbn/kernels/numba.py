@@ -27,7 +27,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
-from math import gcd
+from math import gcd, isfinite, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +38,23 @@ from numba.core.errors import NumbaError
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-from fastbn.kernels import numba_cache, numba_threads
-from fastbn.kernels.numba_lanes import MEMORY, NUMBERS, STORAGE, call2, call3, call4, call5, claim, fence, fields_of, parallel, stack
+from fastbn.kernels import numba_cache, numba_passes, numba_threads
+from fastbn.kernels.numba_lanes import (
+    MEMORY,
+    NUMBERS,
+    STORAGE,
+    call1,
+    call2,
+    call3,
+    call4,
+    call5,
+    claim,
+    fence,
+    fields_of,
+    least,
+    parallel,
+    stack,
+)
 from fastbn.kernels.numba_math import FUNCTIONS, like
 
 Array = np.ndarray[Any, Any]
@@ -68,15 +83,16 @@ _INTEGERS = (
     # Arrays like x, or 0; dz is what the map of a gradient reads: dy, or what its sums kept, dy before the activation.
     "x", "dy", "dz", "out", "residual", "dresidual", "kept",
     # Vectors of channels, in the type of the arithmetic, or 0.
-    "weight", "bias", "mean", "mean_lo", "invstd", "var", "scale", "shift", "offset", "slope", "running_mean", "running_var",
+    "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift", "offset", "slope", "running_mean", "running_var",
     # The same, in float64: what sums are merged to. Memory of this call, whether running statistics are float64, and what came out.
     "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "scratch", "wide_mean", "wide_var", "unusual",
     # Sums of the tiles, in float64.
     "pivots", "sums", "dots",
-    # Vectors of columns; how often a function of the user's raised, how many values it had been applied to, and these.
+    # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, how many values it
+    # had been applied to, and these.
     "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures",
     # C functions.
-    "sum", "map", "settle", "unit_of", "parallel",
+    "sum", "map", "settle", "expand", "unit_of", "parallel",
     # The shape, the tiles, and the units of work.
     "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "tail_columns",
     "group", "sum_units", "sum_bytes", "map_group", "map_piece", "map_units", "map_bytes", "threads",
@@ -97,6 +113,7 @@ fields = fields_of(from_dtype(np.dtype(Job)))
 get64, put64 = NUMBERS[types.float64].get, NUMBERS[types.float64].put
 get_word, put_word = NUMBERS[types.intp].get, NUMBERS[types.intp].put
 WORDS = len(_INTEGERS)
+OF_CHANNELS, OF_COLUMNS = _INTEGERS.index("mean"), _INTEGERS.index("columns_mean")
 
 
 # ---- Activations ----
@@ -117,7 +134,7 @@ def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
         if function is None:
             return None
-        return njit(nogil=True, error_model="numpy", fastmath={"contract"})(lambda z, _: like(z, function(z)))
+        return njit(nogil=True, **numba_passes.FUNCTION, fastmath={"contract"})(lambda z, _: like(z, function(z)))
 
     return with_parameter(activation.forward), with_parameter(activation.derivative)
 
@@ -127,7 +144,7 @@ def _helper(name: str, **options: Any) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         function.__name__ = function.__qualname__ = f"{function.__name__}_{name}"
-        return njit(error_model="numpy", **options)(function)
+        return njit(**numba_passes.PART, **options)(function)
 
     return decorate
 
@@ -273,9 +290,9 @@ def _sum_planes(loop: Loop) -> Any:
             return
         stride = j.channels * j.inner
         image = tile // j.pieces * j.images
-        images = min(j.images, j.outer - image)
+        images = least(j.images, j.outer - image)
         start = tile % j.pieces * j.piece
-        length = min(j.piece, j.inner - start)
+        length = least(j.piece, j.inner - start)
         count = images * length
         zero, undo = splat(0.0), splat(j.parameter)
         z, f = stack(), stack()
@@ -287,12 +304,13 @@ def _sum_planes(loop: Loop) -> Any:
                 lowest, mean = element(j.x, begin), 0.0
                 for i in range(8):
                     place = (2 * i + 1) * count // 16
-                    lowest = min(lowest, element(j.x, begin + place // length * stride + place % length))
+                    sample = element(j.x, begin + place // length * stride + place % length)
+                    lowest = sample if sample < lowest else lowest
                 for i in range(8):
                     place = (2 * i + 1) * count // 16
                     mean += (element(j.x, begin + place // length * stride + place % length) - lowest) / 8
                 pivot = total(first_lanes(splat(lowest) + coarse(splat(mean)), 1))
-                pivot = pivot if np.isfinite(pivot) else 0.0
+                pivot = pivot if isfinite(pivot) else 0.0
             else:
                 pivot = np.float64(get(j.mean, c))
             scale, shift = zero, zero
@@ -306,7 +324,7 @@ def _sum_planes(loop: Loop) -> Any:
                     at = begin + n * stride
                     done = 0
                     while done < length:  # a chain
-                        end = min(done + chunk, length)
+                        end = least(done + chunk, length)
                         if active:
                             i = done
                             while i < end:
@@ -345,7 +363,7 @@ def _sum_planes(loop: Loop) -> Any:
                 if not statistics or attempt == 1 or is_near(summed, squared, count):
                     break
                 closer = total(first_lanes(splat(pivot + summed / count), 1))
-                if not np.isfinite(closer):
+                if not isfinite(closer):
                     break
                 pivot = closer
             put64(j.pivots, index, pivot)
@@ -378,9 +396,9 @@ def _sum_columns(loop: Loop) -> Any:
         stride, run = j.columns, j.run
         row, rows = tile * TILE_ROWS, 1
         if row < j.rows:
-            rows, last = min(TILE_ROWS, j.rows - row), min(last, stride)
+            rows, last = least(TILE_ROWS, j.rows - row), least(last, stride)
         else:
-            row, last = j.rows, min(last, j.tail_columns)
+            row, last = j.rows, least(last, j.tail_columns)
         begin, columns, count = row * stride + first, last - first, rows * run
         zero, undo = splat(0.0), splat(j.parameter)
         z, f, pivots, sums, dots = stack(), stack(), stack(), stack(), stack()
@@ -408,7 +426,7 @@ def _sum_columns(loop: Loop) -> Any:
                 store(dots, i, zero)
                 i += lanes
             for top in range(0, rows, BATCH):
-                batch = min(BATCH, rows - top)
+                batch = least(BATCH, rows - top)
                 i = 0
                 while i < columns:
                     rest = columns - i
@@ -460,7 +478,7 @@ def _sum_columns(loop: Loop) -> Any:
                 pivot = np.float64(get(pivots, w * run)) if statistics else 1.0
                 if statistics and attempt == 0 and not is_near(summed, squared, count):
                     closer = pivot + summed / count
-                    if np.isfinite(closer):
+                    if isfinite(closer):
                         near = False
                         for i in range(run):
                             put(pivots, w * run + i, closer)
@@ -502,7 +520,7 @@ def _map_planes(loop: Loop) -> Any:
             done = start
             head = (-(j.out + (at + start) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
             while done < stop:
-                end = min(done + (head if head > 0 else chunk), stop)
+                end = least(done + (head if head > 0 else chunk), stop)
                 head = 0
                 if active:
                     i = done
@@ -561,15 +579,15 @@ def _map_columns(loop: Loop) -> Any:
         z, f = stack(), stack()
         stride, row = j.columns, first
         while row < last:
-            batch = min(BATCH, (last if row == j.rows else min(last, j.rows)) - row)
-            end = min(stop, j.tail_columns) if row == j.rows else stop
+            batch = least(BATCH, (last if row == j.rows else least(last, j.rows)) - row)
+            end = least(stop, j.tail_columns) if row == j.rows else stop
             i = start
             head = (-(j.out + (row * stride + i) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
             while i < end:
                 at, step = row * stride + i, lanes
                 rest = end - i
                 if head > 0:
-                    rest = step = min(head, rest)
+                    rest = step = least(head, rest)
                     head = 0
                 mean, scale, shift, offset, slope = load(j.columns_mean, i), load(j.columns_scale, i), zero, zero, zero
                 if gradient:
@@ -620,121 +638,165 @@ _LOOPS = {
 # ---- Around the loops: the same for all storage types and activations ----
 
 
-def _settle(number: Any) -> Any:
+@cache
+def _fold(number: Any) -> tuple[Any, Any]:
+    """What gives an element of a vector that there may be, and what makes the scale and the shift of a channel."""
     get, put = NUMBERS[number].get, NUMBERS[number].put
-    largest = float(np.finfo(np.float32 if number is types.float32 else np.float64).max)
-    most_m2 = min(largest / 4, 2.0**500) ** 2
+    largest = _largest(number)
 
-    def optional(vector: int, c: int, otherwise: float) -> float:
+    @_helper(str(number))
+    def optional(vector: int, c: int, otherwise: float) -> Any:
         return np.float64(get(vector, c)) if vector else otherwise
 
-    optional = _helper(str(number))(optional)
-
-    def fold(j: Any, c: int, low: float, invstd: float) -> float:
+    @_helper(str(number))
+    def fold(j: Any, c: int, low: float, invstd: float) -> Any:
         """Scale and shift of one channel; the result is the scale before it is rounded."""
         scale = invstd * optional(j.weight, c, 1.0)
         shift = optional(j.bias, c, 0.0)
         # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
-        put(j.scale, c, min(max(scale, -largest), largest) if np.isfinite(scale) else scale)
+        too_large = isfinite(scale) and abs(scale) > largest
+        put(j.scale, c, scale if not too_large else largest if scale > 0 else -largest)
         put(j.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
         return scale
 
-    fold = _helper(str(number))(fold)
+    return optional, fold
 
-    def tile_count(j: Any, tile: int) -> Any:
-        """Values of a channel, or a column's run, in a tile."""
-        if j.by_columns:
-            return (min(TILE_ROWS, j.rows - tile * TILE_ROWS) if tile * TILE_ROWS < j.rows else 1) * j.run
-        return min(j.images, j.outer - tile // j.pieces * j.images) * min(j.piece, j.inner - tile % j.pieces * j.piece)
 
-    tile_count = _helper(str(number))(tile_count)
+def _largest(number: Any) -> float:
+    return float(np.finfo(np.float32 if number is types.float32 else np.float64).max)
+
+
+@_helper("of_tiles")
+def _tile_count(j: Any, tile: int) -> Any:
+    """Values of a channel, or a column's run, in a tile."""
+    if j.by_columns:
+        return (least(TILE_ROWS, j.rows - tile * TILE_ROWS) if tile * TILE_ROWS < j.rows else 1) * j.run
+    return least(j.images, j.outer - tile // j.pieces * j.images) * least(j.piece, j.inner - tile % j.pieces * j.piece)
+
+
+@_helper("of_tiles")
+def _tile_end(j: Any, tile: int, repeat: int, last: int) -> Any:
+    """The channel behind the last one, up to `last`, of a repeat in a tile, which may be that of the rest."""
+    return least(last, j.tail_columns // j.run - repeat * j.channels) if j.by_columns and tile * TILE_ROWS >= j.rows else last
+
+
+# From what is given, or the sums of tiles, of channels first ... last to the parameters of the map.
+
+
+def _settle_given(number: Any) -> Any:
+    get = NUMBERS[number].get
+    optional, fold = _fold(number)
 
     def settle(job: int, first: int, last: int) -> None:
-        """From the sums of tiles to those of channels first ... last, and from these to the parameters of the map."""
+        """The parameters of an inference."""
         j = fields(job)
-        channels, count = j.channels, np.float64(j.outer * j.inner)
-        if j.kind == INFERENCE:
-            for c in range(first, last):
-                invstd = 1 / np.sqrt(get(j.var, c) + j.eps) if j.var else np.float64(get(j.invstd, c))
-                fold(j, c, optional(j.mean_lo, c, 0.0), invstd)
-            return
-        statistics = j.kind <= FORWARD
         for c in range(first, last):
-            put64(j.batch_m2 if statistics else j.sum_dy, c, 0.0)
-            put64(j.batch_mean_lo if statistics else j.sum_dy_xmu, c, 0.0)
-        for tile in range(j.tiles):
-            n = tile_count(j, tile)
-            short = j.by_columns and tile * TILE_ROWS >= j.rows
-            for repeat in range(j.repeats):
-                at = tile * j.width + repeat * channels
-                end = min(last, j.tail_columns // j.run - repeat * channels) if short else last
-                for c in range(first, end):
-                    if statistics:  # of the mean from the first pivot; two near numbers have an exact difference
-                        moved = get64(j.pivots, at + c) - get64(j.pivots, c)
-                        put64(j.batch_mean_lo, c, get64(j.batch_mean_lo, c) + (get64(j.sums, at + c) + n * moved))
-                    else:
-                        put64(j.sum_dy, c, get64(j.sum_dy, c) + get64(j.sums, at + c))
-                        put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) + get64(j.dots, at + c))
-        if not statistics:
-            for c in range(first, last):
-                low = optional(j.mean_lo, c, 0.0)
-                put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - low * get64(j.sum_dy, c))
-                if j.kind == BACKWARD:
-                    invstd = np.float64(get(j.invstd, c))
-                    slope = invstd * (invstd * get64(j.sum_dy_xmu, c) / count)  # the square alone may leave the range
-                    put(j.offset, c, get64(j.sum_dy, c) / count - low * slope)
-                    put(j.slope, c, -slope)
-            return
+            invstd = 1 / sqrt(get(j.var, c) + j.eps) if j.var else np.float64(get(j.invstd, c))
+            fold(j, c, optional(j.mean_lo, c, 0.0), invstd)
+
+    return settle
+
+
+def _settle_statistics(number: Any) -> Any:
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+    fold, largest = _fold(number)[1], _largest(number)
+    most_m2 = min(largest / 4, 2.0**500) ** 2
+
+    def settle(job: int, first: int, last: int) -> None:
+        """Statistics, and the parameters of a forward."""
+        j = fields(job)
+        count = np.float64(j.outer * j.inner)
         for c in range(first, last):
-            put64(j.batch_mean_lo, c, get64(j.batch_mean_lo, c) / count)
-        for tile in range(j.tiles):
-            n = tile_count(j, tile)
-            short = j.by_columns and tile * TILE_ROWS >= j.rows
-            for repeat in range(j.repeats):
-                at = tile * j.width + repeat * channels
-                end = min(last, j.tail_columns // j.run - repeat * channels) if short else last
-                for c in range(first, end):
-                    e = get64(j.batch_mean_lo, c) - (get64(j.pivots, at + c) - get64(j.pivots, c))
-                    m2 = get64(j.dots, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
-                    put64(j.batch_m2, c, get64(j.batch_m2, c) + m2)
-        unusual = False
+            put64(j.batch_m2, c, 0.0)
+            put64(j.batch_mean_lo, c, 0.0)
+        for merged in range(2):  # first the means, then what lies around them
+            for tile in range(j.tiles):
+                n = _tile_count(j, tile)
+                for repeat in range(j.repeats):
+                    at = tile * j.width + repeat * j.channels
+                    for c in range(first, _tile_end(j, tile, repeat, last)):
+                        # Of the mean from the first pivot; two near numbers have an exact difference.
+                        moved, low = get64(j.pivots, at + c) - get64(j.pivots, c), get64(j.batch_mean_lo, c)
+                        if merged:
+                            e = low - moved
+                            m2 = get64(j.dots, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
+                            put64(j.batch_m2, c, get64(j.batch_m2, c) + m2)
+                        else:
+                            put64(j.batch_mean_lo, c, low + (get64(j.sums, at + c) + n * moved))
+            if not merged:
+                for c in range(first, last):
+                    put64(j.batch_mean_lo, c, get64(j.batch_mean_lo, c) / count)
         for c in range(first, last):
             m2, offset, pivot = get64(j.batch_m2, c), get64(j.batch_mean_lo, c), get64(j.pivots, c)
             m2 = 0.0 if m2 < 0 else m2
             mean = pivot + offset
             high = mean - pivot
             low = (pivot - (mean - high)) + (offset - high)
-            low = low if np.isfinite(low) else 0.0
+            low = low if isfinite(low) else 0.0
             put64(j.batch_mean, c, mean)
             put64(j.batch_m2, c, m2)
             put64(j.batch_mean_lo, c, low)
             if j.kind == FORWARD:
                 spread = m2 / count + j.eps
-                invstd = 1 / np.sqrt(spread)
+                invstd = 1 / sqrt(spread)
                 put(j.mean, c, mean)
                 high = np.float64(get(j.mean, c))
-                low += mean - high if np.isfinite(high) else 0.0
+                low += mean - high if isfinite(high) else 0.0
                 scale = fold(j, c, low, invstd)
                 put(j.mean_lo, c, low)
                 put(j.invstd, c, invstd)
-                unusual |= not (m2 < most_m2 and spread > 2.0**-900 and abs(scale) <= largest)
-        if unusual:
-            j.unusual = 1
+                if not (m2 < most_m2 and spread > 2.0**-900 and abs(scale) <= largest):
+                    j.unusual = 1
 
     return settle
 
 
-def _unit(number: Any) -> Any:
+def _settle_gradient(number: Any) -> Any:
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+    optional = _fold(number)[0]
+
+    def settle(job: int, first: int, last: int) -> None:
+        """Sums of a gradient, and the parameters of a backward."""
+        j = fields(job)
+        count = np.float64(j.outer * j.inner)
+        for c in range(first, last):
+            put64(j.sum_dy, c, 0.0)
+            put64(j.sum_dy_xmu, c, 0.0)
+        for tile in range(j.tiles):
+            for repeat in range(j.repeats):
+                at = tile * j.width + repeat * j.channels
+                for c in range(first, _tile_end(j, tile, repeat, last)):
+                    put64(j.sum_dy, c, get64(j.sum_dy, c) + get64(j.sums, at + c))
+                    put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) + get64(j.dots, at + c))
+        for c in range(first, last):
+            low = optional(j.mean_lo, c, 0.0)
+            put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - low * get64(j.sum_dy, c))
+            if j.kind == BACKWARD:
+                invstd = np.float64(get(j.invstd, c))
+                slope = invstd * (invstd * get64(j.sum_dy_xmu, c) / count)  # the square alone may leave the range
+                put(j.offset, c, get64(j.sum_dy, c) / count - low * slope)
+                put(j.slope, c, -slope)
+
+    return settle
+
+
+_SETTLE = {
+    STATS: _settle_statistics, FORWARD: _settle_statistics, INFERENCE: _settle_given, GRAD_SUMS: _settle_gradient,
+    BACKWARD: _settle_gradient,
+}  # fmt: skip
+
+
+def _unit(_: Any) -> Any:
     def unit(job: int, number: int) -> None:
         """One unit of work: sums of a tile, a part of the map, or all of some channels."""
         j = fields(job)
         channels = j.channels
         if j.phase == SUMMING:
             first = number // j.tiles * j.group
-            call4(j.sum, job, number % j.tiles, first, min(first + j.group, j.columns if j.by_columns else channels))
+            call4(j.sum, job, number % j.tiles, first, least(first + j.group, j.columns if j.by_columns else channels))
         elif j.phase == BOTH:
             first = number * j.group
-            last = min(first + j.group, channels)
+            last = least(first + j.group, channels)
             for tile in range(j.tiles):
                 call4(j.sum, job, tile, first, last)
             call3(j.settle, job, first, last)
@@ -744,47 +806,54 @@ def _unit(number: Any) -> Any:
         else:
             pieces = ((j.columns if j.by_columns else j.inner) + j.map_piece - 1) // j.map_piece
             first, start = number // pieces * j.map_group, number % pieces * j.map_piece
-            last = min(first + j.map_group, j.rows + (j.tail_columns > 0) if j.by_columns else j.outer * channels)
-            call5(j.map, job, first, last, start, min(start + j.map_piece, j.columns if j.by_columns else j.inner))
+            last = least(first + j.map_group, j.rows + (j.tail_columns > 0) if j.by_columns else j.outer * channels)
+            call5(j.map, job, first, last, start, least(start + j.map_piece, j.columns if j.by_columns else j.inner))
 
     return unit
+
+
+def _expand(number: Any) -> Any:
+    get, put = NUMBERS[number].get, NUMBERS[number].put
+
+    def expand(job: int) -> None:
+        """Vectors of columns, from those of channels: mean, scale and shift, or offset and slope, which the sums of a gradient bring."""
+        j = fields(job)
+        settled = j.kind >= GRAD_SUMS and j.phase == MAPPING
+        for vector in range(3 if settled else 0, 5 if settled else 3):
+            source, to = get_word(job, OF_CHANNELS + vector), get_word(job, OF_COLUMNS + vector)
+            if source:
+                at = 0
+                for _ in range(j.repeats):
+                    for c in range(j.channels):
+                        value = get(source, c)
+                        for i in range(at, at + j.run):
+                            put(to, i, value)
+                        at += j.run
+
+    return expand
 
 
 def _run(number: Any) -> Any:
     get, put = NUMBERS[number].get, NUMBERS[number].put
     far = 2.0**400 if number is types.float64 else 2.0**100  # as extremes.py has it
 
-    def expand(j: Any, source: int, to: int) -> None:
-        """A vector of columns from one of channels."""
-        at = 0
-        for _ in range(j.repeats):
-            for c in range(j.channels):
-                value = get(source, c)
-                for i in range(at, at + j.run):
-                    put(to, i, value)
-                at += j.run
-
-    expand = _helper(str(number))(expand)
-
-    def units(j: Any, job: int, phase: int, number: int, reverse: int, nbytes: int) -> None:
-        j.phase = phase
+    @_helper(str(number))
+    def units(j: Any, job: int, number: int, nbytes: int) -> None:
+        reverse = 1 if j.phase == MAPPING and j.sum else 0
         if j.threads > 1 and number > 1:
             parallel(j.parallel, j.unit_of, job, number, j.threads, reverse, nbytes)
             return
         for i in range(number):
             call2(j.unit_of, job, number - 1 - i if reverse else i)
 
-    units = _helper(str(number))(units)
-
+    @_helper(str(number))
     def move(running: int, wide: int, source: int, divisor: float, channels: int, momentum: float) -> None:
-        for c in range(channels):
+        for c in range(channels if running else 0):
             moved = momentum * (get64(source, c) / divisor)
             if wide:
                 put64(running, c, (1 - momentum) * get64(running, c) + moved)
             else:
                 put(running, c, (1 - momentum) * get(running, c) + moved)
-
-    move = _helper(str(number))(move)
 
     def run(job: int) -> None:
         """A whole call."""
@@ -797,38 +866,30 @@ def _run(number: Any) -> Any:
         if gradient and j.invstd:
             for c in range(j.channels):
                 invstd = get(j.invstd, c)
-                if (invstd >= far or invstd < 0.5 / far) and invstd > 0 and np.isfinite(invstd):
+                if (invstd >= far or invstd < 0.5 / far) and invstd > 0 and isfinite(invstd):
                     j.unusual = 1
                     return
         if j.kind == INFERENCE:
             call3(j.settle, job, 0, j.channels)
         if j.together:
-            units(j, job, BOTH, j.sum_units, 0, j.sum_bytes)
+            j.phase = BOTH
+            units(j, job, j.sum_units, j.sum_bytes)
         else:
+            j.phase = SUMMING
             if j.by_columns and gradient:
-                expand(j, j.mean, j.columns_mean)
-                if j.scale:
-                    expand(j, j.scale, j.columns_scale)
-                if j.shift:
-                    expand(j, j.shift, j.columns_shift)
+                call1(j.expand, job)
             if j.sum:
-                units(j, job, SUMMING, j.sum_units, 0, j.sum_bytes)
+                units(j, job, j.sum_units, j.sum_bytes)
                 if not j.raised:
                     call3(j.settle, job, 0, j.channels)
             if j.map and not (j.unusual or j.raised):
-                if j.by_columns and not gradient:
-                    expand(j, j.mean, j.columns_mean)
-                    expand(j, j.scale, j.columns_scale)
-                    expand(j, j.shift, j.columns_shift)
-                if j.by_columns and j.offset:
-                    expand(j, j.offset, j.columns_offset)
-                    expand(j, j.slope, j.columns_slope)
-                units(j, job, MAPPING, j.map_units, 1 if j.sum else 0, j.map_bytes)
+                j.phase = MAPPING
+                if j.by_columns:
+                    call1(j.expand, job)
+                units(j, job, j.map_units, j.map_bytes)
         if j.kind == FORWARD and not (j.unusual or j.raised):
-            if j.running_mean:
-                move(j.running_mean, j.wide_mean, j.batch_mean, 1.0, j.channels, j.momentum)
-            if j.running_var:
-                move(j.running_var, j.wide_var, j.batch_m2, j.outer * j.inner - j.correction, j.channels, j.momentum)
+            move(j.running_mean, j.wide_mean, j.batch_mean, 1.0, j.channels, j.momentum)
+            move(j.running_var, j.wide_var, j.batch_m2, j.outer * j.inner - j.correction, j.channels, j.momentum)
 
     return run
 
@@ -859,9 +920,13 @@ def _loop(loop: Loop) -> int:
 
 
 @cache
-def _around(number: Any) -> tuple[int, ...]:
-    """Addresses of `settle`, `unit` and `run`."""
-    return tuple(_compile(make(number), f"{make.__name__}_{number}", n) for make, n in ((_settle, 3), (_unit, 2), (_run, 1)))
+def _around(number: Any, kind: int, by_columns: bool) -> tuple[int, ...]:
+    """Addresses of `settle` and `expand`, 0 where such a call needs none, of `unit` and of `run`."""
+
+    def address(make: Any, arguments: int) -> int:
+        return _compile(make(number), f"{make.__name__}_{number}", arguments) if make else 0
+
+    return address(_SETTLE.get(kind), 3), address(_expand if by_columns else None, 1), address(_unit, 2), address(_run, 1)
 
 
 @cache
@@ -995,7 +1060,7 @@ def _template(
         job.map = _loop(Loop(pattern, "grad_input", storage, *after))
     elif maps:
         job.map = _loop(Loop(pattern, "normalize", storage, activation, residual))
-    job.settle, job.unit_of, run = _around(m.number)
+    job.settle, job.expand, job.unit_of, run = _around(m.number, kind, bool(job.by_columns))
     job.parallel, job.threads, job.kind = numba_threads.address(), threads, kind
     job.wide = m.number is types.float64
     columns, vector = (job.columns + _PADDING) * 8 if job.by_columns else 0, 8 * shape[1]
@@ -1243,7 +1308,8 @@ def warmup(storage: str, patterns: Iterable[str], activation: Any = None) -> Non
         "ncsp", "nspc" or both.
     activation : Builtin, Activation or None
     """
-    _around(STORAGE[storage].number)
+    for kind in _SETTLE:
+        _around(STORAGE[storage].number, kind, True)
     loops = {"ncsp": ("planes", "columns"), "nspc": ("columns",)}  # small planes of many images are columns
     known = _known(activation)
     for pattern in sorted({p for given in patterns for p in loops[given]}):

@@ -400,6 +400,10 @@ def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, thre
     return _invoke(builder, function, unit, job, units, threads, reverse, nbytes, _WORD(0))
 
 
+def _least(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.icmp_signed("<", b, a), b, a)
+
+
 def _stack(builder: Any) -> Any:
     with builder.goto_entry_block():
         room = builder.alloca(ir.ArrayType(ir.IntType(8), STACK))
@@ -419,8 +423,9 @@ def _fence(builder: Any) -> Any:
 STACK = 8192  # bytes of the buffer that `stack` gives, for as long as the function runs
 _i = types.intp
 # Call the C function at an address, of so many integers.
-call2, call3, call4, call5 = (_emit(types.none, (_i,) * (n + 1), _invoke) for n in (2, 3, 4, 5))
+call1, call2, call3, call4, call5 = (_emit(types.none, (_i,) * (n + 1), _invoke) for n in (1, 2, 3, 4, 5))
 parallel = _emit(types.none, (_i,) * 7, _parallel)  # function(unit, job, units, threads, reverse, nbytes, no host)
+least = _emit(_i, (_i, _i), _least)  # of two integers; Numba compiles a function for `min`
 stack = _emit(_i, (), _stack)
 claim = _emit(_i, (_i,), _next)  # takes the next number of a counter that threads share
 fence = _emit(types.none, (), _fence)  # what was streamed is written before what comes after

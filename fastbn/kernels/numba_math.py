@@ -18,7 +18,9 @@ from llvmlite import ir
 from numba import njit
 from numba.extending import intrinsic, overload
 
-_compiled: Callable[[Callable[..., Any]], Any] = njit(nogil=True, error_model="numpy", fastmath={"contract"})
+from fastbn.kernels.numba_passes import FUNCTION
+
+_compiled: Callable[[Callable[..., Any]], Any] = njit(nogil=True, **FUNCTION, fastmath={"contract"})
 
 
 def _cast(typingctx: Any, x: Any, c: Any) -> Any:
