@@ -89,9 +89,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     for name in arguments.peers or ():
         if not BY_NAME[name].installed():
             parser.error(f"--peers {name} needs {BY_NAME[name].package}, which is not installed")
-    if "photographs" in arguments.networks:
-        options.need(parser, "--networks photographs", "sklearn", "scikit-learn")
-        options.need(parser, "--networks photographs", "PIL", "pillow")
+    # The photographs are among what runs where no network is named.
+    options.need(parser, "it", "rich", *("sklearn", "PIL") * ("photographs" in arguments.networks))
     for path in arguments.traced:
         try:
             found = read_traced(path)

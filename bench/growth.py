@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     add("--seconds", type=options.seconds, default=2.0, help="for each size and layout (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    options.need(parser, "the drawing", "matplotlib")
+    options.need(parser, "it", "rich", "matplotlib")
     cases = [(layout, size) for size in SIZES if size <= arguments.largest for layout in LAYOUTS]
     before = report.load()
     measured, interrupted = each(

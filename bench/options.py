@@ -85,10 +85,14 @@ def _try(folder: Path) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def need(parser: argparse.ArgumentParser, option: str, module: str, package: str | None = None) -> None:
-    """End with one line where an option needs a module that is not installed; its package may have another name."""
-    if find_spec(module) is None:
-        parser.error(f"{option} needs {package or module}: pip install {package or module}")
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow"}  # of modules that have another name
+
+
+def need(parser: argparse.ArgumentParser, option: str, *modules: str) -> None:
+    """End with one line where an option needs modules that are not installed; names them all."""
+    missing = [PACKAGES.get(module, module) for module in modules if find_spec(module) is None]
+    if missing:
+        parser.error(f"{option} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def keep(path: Path) -> None:

@@ -86,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="for both (default: %(default)s)")
     add("--seconds", type=options.seconds, default=12.0, help="for all (default: %(default)s)")
     arguments = parser.parse_args(argv)
-    options.need(parser, "it", "onnxruntime")
-    options.need(parser, "it", "onnx")
+    options.need(parser, "it", "onnxruntime", "onnx")
     with fastbn.num_threads(arguments.threads):
         about = report.machine("float32")
         lines = [measure(shape, arguments.seconds / len(SHAPES)) for shape in SHAPES]

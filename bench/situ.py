@@ -222,6 +222,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--markdown", type=options.output_file, default=str(RESULTS / "situ.md"), metavar="PATH",
         help="a file that is there is kept under another name (default: %(default)s)")  # fmt: skip
     arguments = parser.parse_args(argv)
+    options.need(parser, "it", "rich")
     if arguments.between == "torch":
         options.need(parser, "--between torch", "torch")
     return arguments

@@ -250,6 +250,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=options.output_file, metavar="FILE", help="write all there, with the machine")
     add("--plot", type=options.output_file, metavar="FILE", help="draw the gains there (needs matplotlib)")
     arguments = parser.parse_args(argv)
+    options.need(parser, "it", "rich")
     if arguments.plot is not None:
         options.need(parser, "--plot", "matplotlib")
     return arguments

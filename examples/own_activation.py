@@ -1,6 +1,6 @@
 """Functions of one's own inside the kernel: mish, and swish with a learned scale.
 
-Run with ``python examples/own_activation.py``; it needs Numba (``pip install 'fastbn[numba]'``).
+Run with ``python examples/own_activation.py``; it needs Numba (``pip install '.[numba]'``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An activation of one's own fused into batch norm inside PyTorch: mish, its gradient included.
 
-Run with ``python examples/own_activation_torch.py``; it needs PyTorch and Numba (``pip install 'fastbn[torch,numba]'``).
+Run with ``python examples/own_activation_torch.py``; it needs PyTorch and Numba (``pip install '.[torch,numba]'``).
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def dtypes() -> Iterator[np.dtype[Any]]:
             try:
                 yield np.dtype(import_module("ml_dtypes").bfloat16)
             except ImportError:
-                print("bfloat16 is left out: ml_dtypes is not installed (pip install 'fastbn[bf16]')", file=sys.stderr)
+                print("bfloat16 is left out: ml_dtypes is not installed (pip install ml_dtypes)", file=sys.stderr)
 
 
 def show_progress(done: int, total: int) -> None:
@@ -307,7 +307,7 @@ def info(as_json: bool = False) -> int:
             if key == "waking" and entry is not None:
                 shown = f"{entry * 1e6:.0f} us"
             if (key, name) == ("selected", "bfloat16") and find_spec("ml_dtypes") is None:
-                shown += ", once ml_dtypes is installed (pip install 'fastbn[bf16]')"
+                shown += ", once ml_dtypes is installed (pip install ml_dtypes)"
             print_within(f"{'' if i else key:<11}{f'{name}: ' if name else ''}", shown)
     for warning in said:
         print_within("warning    ", warning)
@@ -462,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return to_the_end(lambda: verify([args.kernel] if args.kernel else list(dispatch.KERNELS), args.json))
     if args.command == "bench":
         if args.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
-            parser.error("--dtype bfloat16 needs ml_dtypes: pip install 'fastbn[bf16]'")
+            parser.error("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
         if found := problems():
             parser.error(found[0])
         return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))

@@ -80,7 +80,7 @@ class Activation:
             if hasattr(function, "py_func") or (name == "derivative" and function is None):
                 continue
             if find_spec("numba") is None:
-                raise ImportError("a function as activation needs Numba, which is not installed (pip install 'fastbn[numba]')")
+                raise ImportError("a function as activation needs Numba, which is not installed (pip install numba)")
             raise TypeError(f"{name} must be a function compiled by numba.njit, got {function!r}")
         self.forward = forward
         self.derivative = derivative

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -43,9 +43,27 @@ def same(name: str, a: object, x: Array) -> Array:
     return a
 
 
-def channels_of(x: Array, axis: int) -> tuple[int, str]:
-    """How many channels x has, and the words that say so in an error."""
-    return x.shape[axis], f"x has {x.shape[axis]} channels on axis {axis}"
+class Channels(NamedTuple):
+    """How many there are, the words that say so in an error, and the shape of the array where its layout may be a wrong one."""
+
+    number: int
+    words: str
+    shape: tuple[int, ...] = ()
+
+
+def channels_of(x: Array, axis: int) -> Channels:
+    """The channels of x."""
+    return Channels(x.shape[axis], f"x has {x.shape[axis]} channels on axis {axis}", x.shape)
+
+
+def misfit(channels: Channels, but: str, wanted: int) -> ValueError:
+    """The error where something is for another number of channels; says which layout would fit."""
+    last = len(channels.shape) - 1
+    for axis, layout in ((last, "channels_last"), (1, "channels_first")):
+        if last > 1 and channels.shape[axis] == wanted != channels.number:
+            but += f"; axis {axis} has {wanted}: did you mean layout={layout!r}?"
+            break
+    return ValueError(f"{channels.words} but {but}")
 
 
 def real(name: str, a: object) -> Array:
@@ -62,14 +80,14 @@ def real(name: str, a: object) -> Array:
     return v
 
 
-def vector(name: str, a: object, channels: tuple[int, str], dtype: np.dtype[Any]) -> Array:
+def vector(name: str, a: object, channels: Channels, dtype: np.dtype[Any]) -> Array:
     """Check a vector of channels; return it aligned and contiguous, in `dtype`."""
     if type(a) is np.ndarray and a.dtype is dtype and a.shape == channels[:1] and a.flags.carray:
         return a  # as it nearly always is; the rest takes longer than a small call
     return _cast(_sized(name, a, channels), dtype)
 
 
-def precise(name: str, a: object, channels: tuple[int, str], compute: np.dtype[Any]) -> Array:
+def precise(name: str, a: object, channels: Channels, compute: np.dtype[Any]) -> Array:
     """Check a vector of channels; return it in `compute` where that holds its digits, else in float64."""
     if type(a) is np.ndarray and a.dtype is compute and a.shape == channels[:1] and a.flags.carray:
         return a
@@ -78,12 +96,12 @@ def precise(name: str, a: object, channels: tuple[int, str], compute: np.dtype[A
     return _cast(v, compute if narrow else np.dtype(np.float64))
 
 
-def _sized(name: str, a: object, channels: tuple[int, str]) -> Array:
+def _sized(name: str, a: object, channels: Channels) -> Array:
     if a is None:
-        raise ValueError(f"{name} must not be None: {channels[1]}")
+        raise ValueError(f"{name} must not be None: {channels.words}")
     v = real(name, a)
     if v.shape != channels[:1]:
-        raise ValueError(f"{channels[1]} but {name} has shape {v.shape}")
+        raise misfit(channels, f"{name} has shape {v.shape}", v.size)
     return v
 
 
@@ -92,18 +110,18 @@ def _cast(v: Array, dtype: np.dtype[Any]) -> Array:
     return np.require(v, dtype, ["C", "A"])  # what overflows becomes infinite, as in the kernels
 
 
-def optional(name: str, a: object, channels: tuple[int, str], dtype: np.dtype[Any]) -> Array | None:
+def optional(name: str, a: object, channels: Channels, dtype: np.dtype[Any]) -> Array | None:
     """As `vector`, or None."""
     return None if a is None else vector(name, a, channels, dtype)
 
 
-def running(name: str, a: object, channels: tuple[int, str]) -> Array | None:
+def running(name: str, a: object, channels: Channels) -> Array | None:
     """Check running statistics that training will update in place."""
     if a is None:
         return None
     a = plain(name, a)
     if a.shape != channels[:1]:
-        raise ValueError(f"{channels[1]} but {name} has shape {a.shape}")
+        raise misfit(channels, f"{name} has shape {a.shape}", a.size)
     if a.dtype.kind != "f" and lookup(a.dtype) is None:
         raise TypeError(f"{name} is updated in place and must have a floating dtype, got {came(a.dtype)}")
     return writable(name, a, f"{name} is updated in place but is read-only")

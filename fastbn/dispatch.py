@@ -67,7 +67,7 @@ class Kernel:
             if reason := cpu.unsupported(self.level):
                 return reason
         if self.package is not None and find_spec(self.package) is None:
-            return f"{self.package} is not installed (pip install 'fastbn[{self.package}]')"
+            return f"{self.package} is not installed (pip install {self.package})"
         try:
             self.module()
         except Exception as error:  # a broken package of another's may raise anything

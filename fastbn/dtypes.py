@@ -67,7 +67,7 @@ def resolve(dtype: Any) -> np.dtype[Any]:
             dtype = import_module("ml_dtypes").bfloat16
         found: np.dtype[Any] = np.dtype(dtype)
     except ImportError:
-        raise TypeError("dtype bfloat16 needs ml_dtypes, which is not installed (pip install 'fastbn[bf16]')") from None
+        raise TypeError("dtype bfloat16 needs ml_dtypes, which is not installed (pip install ml_dtypes)") from None
     except (TypeError, ValueError, SyntaxError):
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}") from None
     if dtype is None or lookup(found) is None:  # NumPy takes None for float64

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core
 from fastbn.activations import Activation
+from fastbn.checks import Channels
 from fastbn.core import Request, Running, Total
 from fastbn.layout import Array, LayoutName, view
 from fastbn.results import Gradients, Saved, Stats, of_rows
@@ -23,7 +24,7 @@ USUAL = GRADIENTS[:3]
 
 def _request(
     x: object, layout: object, axis: object, activation: object = None, residual: object = None, mask: object = None
-) -> tuple[Request, tuple[int, str]]:
+) -> tuple[Request, Channels]:
     """Check the array of a call and what goes with it; with the channels it has."""
     array, dtype = checks.array(x)
     channels = checks.channel(array, layout, axis)
@@ -52,12 +53,12 @@ def _more_than_one(r: Request, correction: int) -> None:
         raise ValueError(f"Expected more than {correction} value per channel when training, got {what}")
 
 
-def _of_batch(stats: object, r: Request, channels: tuple[int, str], correction: int) -> Stats:
+def _of_batch(stats: object, r: Request, channels: Channels, correction: int) -> Stats:
     """Check the statistics of a batch of which x is all or a part."""
     if not isinstance(stats, Stats):
         raise TypeError(f"stats must be a Stats, as batch_norm_stats returns, got {type(stats).__name__}")
     if stats.mean.size != channels[0]:
-        raise ValueError(f"{channels[1]} but stats have {stats.mean.size}")
+        raise checks.misfit(channels, f"stats have {stats.mean.size}", stats.mean.size)
     held = _held(r.x, r.axis, r.mask)
     if stats.count < held:
         had = held if r.mask is None else f"{held} at True positions of mask"
@@ -68,7 +69,7 @@ def _of_batch(stats: object, r: Request, channels: tuple[int, str], correction: 
 
 
 def _forward(
-    r: Request, channels: tuple[int, str], vectors: tuple[object, object, object, object], numbers: tuple[object, object, object],
+    r: Request, channels: Channels, vectors: tuple[object, object, object, object], numbers: tuple[object, object, object],
     training: object, stats: object, out: object, keep: bool,
 ) -> tuple[Array, Saved | None]:  # fmt: skip
     """Check what `batch_norm` and `batch_norm_forward` are given, then run; `vectors` in the order of the latter."""
@@ -385,7 +386,7 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
         v = getattr(saved, name)
         if v is None and name == "mean_lo":
             continue
-        checks.saved_vector(name, v, channels[:1], channels[1], dtype.compute)
+        checks.saved_vector(name, v, (channels.number,), channels.words, dtype.compute)
     checks.switch("saved.training", saved.training)
     checks.integer("saved.count", saved.count, 0)
     checks.saved_after(saved, array)
@@ -489,7 +490,7 @@ def batch_norm_stats(
         except (TypeError, ValueError) as error:
             raise type(error)(f"item {i} of x: {error}") from None
         if found is not None and found.mean.size != channels[0]:
-            raise ValueError(f"item {i} of x: {channels[1]}, but those before it have {found.mean.size}")
+            raise ValueError(f"item {i} of x: {channels.words}, but those before it have {found.mean.size}")
         found = core.stats(r) if found is None else found.merge(core.stats(r))
     if found is None:
         raise ValueError("x is an iterable without any array, so that its channels are not known")

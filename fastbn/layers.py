@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core, functional, sync
 from fastbn import layout as layouts
+from fastbn.checks import Channels
 from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
 from fastbn.dtypes import lookup, resolve
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-_NO_INPUT = "backward needs a forward before it, whose input was not overwritten or can be had from its output"
+NO_FORWARD = "backward needs a forward before it: call the layer first (a copy, or what was unpickled, remembers none)"
+OVERWRITTEN = "backward needs the input of the forward before it, over which the output was written: give out= memory of its own"
 
 
 def _is(out: Array | None, x: Array) -> bool:
@@ -122,7 +124,7 @@ class Layer:
         return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
 
 
-class _BatchNorm(Layer, FromOthers):
+class BatchNorm(Layer, FromOthers):
     """What BatchNorm1d, 2d and 3d share; they differ in the numbers of axes they take."""
 
     _keys = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -167,7 +169,7 @@ class _BatchNorm(Layer, FromOthers):
         self.running_mean: Array | None = np.zeros(n, row.compute) if tracked else None
         self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
-        self._context: _Context | None = None
+        self._context: _Context | str | None = None  # a str says why there is none
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
@@ -187,7 +189,7 @@ class _BatchNorm(Layer, FromOthers):
         }  # fmt: skip
         layer = cls(sizes[0][0], **taken | where | options)
         own = ("running_mean", "running_var", "weight", "bias")
-        channels = layer.num_features, f"the layer has {layer.num_features} channels"
+        channels = Channels(layer.num_features, f"the layer has {layer.num_features} channels")
         loaded: dict[str, Array | None] = {}
         for key, (name, value) in zip(own, given.items(), strict=True):
             vector = getattr(layer, key)
@@ -270,7 +272,7 @@ class _BatchNorm(Layer, FromOthers):
                 raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {checks.came(x.dtype)}")
             axis = channel_axis(self.layout, x.ndim, self.axis)
             if x.shape[axis] != self.num_features:
-                raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has num_features={self.num_features}")
+                raise checks.misfit(checks.channels_of(x, axis), f"the layer has num_features={self.num_features}", self.num_features)
         options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
         if not batch and not self.training and residual is not None and self.activation is not None and stats is None:
@@ -320,7 +322,7 @@ class _BatchNorm(Layer, FromOthers):
     def _remember(self, x: Array, saved: Saved, overwritten: bool, communicator: Communicator | None) -> None:
         """Keep what the backward needs."""
         if overwritten and not saved.invertible:
-            self._context = None
+            self._context = OVERWRITTEN
         elif self.training:
             self._context = _Context(x, None, saved, overwritten, communicator)
         else:
@@ -357,8 +359,8 @@ class _BatchNorm(Layer, FromOthers):
         TypeError, ValueError
             As `batch_norm_backward`.
         """
-        if self._context is None:
-            raise RuntimeError(_NO_INPUT)
+        if not isinstance(self._context, _Context):
+            raise RuntimeError(self._context or NO_FORWARD)
         kept, residual, saved, from_output, communicator = self._context
         x = kept() if isinstance(kept, weakref.ref) else kept
         r = None if residual is None else residual()
@@ -367,7 +369,7 @@ class _BatchNorm(Layer, FromOthers):
         if not isinstance(saved, Saved):
             _, saved = saved(x, residual=r)
             if from_output and not saved.invertible:
-                raise RuntimeError(_NO_INPUT)
+                raise RuntimeError(OVERWRITTEN)
         if wrt is None:
             wrt = functional.USUAL if self.affine and not self.frozen else ("x",)
             wrt = (*wrt, "residual") if saved.has_residual else wrt
@@ -418,7 +420,8 @@ def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -
     missing = [key for key in own if key not in state_dict and key != "num_batches_tracked"]
     unknown = [key for key in state_dict if key not in own]
     if checks.switch("strict", strict) and (missing or unknown):
-        raise KeyError(f"state_dict lacks {sorted(missing)} and has unknown {sorted(map(str, unknown))}")
+        lists = {"lacks": sorted(missing), "has unknown": sorted(map(str, unknown))}
+        raise KeyError("state_dict " + " and ".join(f"{verb} {keys}" for verb, keys in lists.items() if keys))
     found = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
     for key, value in found.items():
         own[key][...] = value
@@ -434,7 +437,7 @@ def _loaded(key: str, value: Any, own: Array) -> Array:
         return found.astype(own.dtype)
     if own.ndim:
         try:
-            return checks.vector(key, value, (len(own), f"{key} must have shape {own.shape}"), own.dtype).copy()
+            return checks.vector(key, value, Channels(len(own), f"{key} must have shape {own.shape}"), own.dtype).copy()
         except ValueError:
             shape = np.shape(value)
             raise ValueError(f"{key} must have shape {own.shape}, got {shape}") from None
@@ -447,7 +450,7 @@ def _loaded(key: str, value: Any, own: Array) -> Array:
     return np.array(checks.integer(key, number, 0), own.dtype)
 
 
-class BatchNorm1d(_BatchNorm):
+class BatchNorm1d(BatchNorm):
     """Batch normalization of (N, C) or (N, C, L) arrays, as ``torch.nn.BatchNorm1d``.
 
     Parameters
@@ -493,7 +496,7 @@ class BatchNorm1d(_BatchNorm):
     _ranks = (2, 3)
 
 
-class BatchNorm2d(_BatchNorm):
+class BatchNorm2d(BatchNorm):
     """Batch normalization of (N, C, H, W) arrays, as ``torch.nn.BatchNorm2d``.
 
     Parameters
@@ -514,7 +517,7 @@ class BatchNorm2d(_BatchNorm):
     _ranks = (4,)
 
 
-class BatchNorm3d(_BatchNorm):
+class BatchNorm3d(BatchNorm):
     """Batch normalization of (N, C, D, H, W) arrays, as ``torch.nn.BatchNorm3d``.
 
     Parameters
@@ -639,7 +642,7 @@ class FrozenBatchNorm(FromOthers):
         array, dtype = checks.array(x)
         axis = channel_axis(self.layout, array.ndim, self.axis)
         if array.shape[axis] != self.num_features:
-            raise ValueError(f"x has {array.shape[axis]} channels on axis {axis} but the layer has {self.num_features}")
+            raise checks.misfit(checks.channels_of(array, axis), f"the layer has {self.num_features}", self.num_features)
         r = None if residual is None else checks.same("residual", residual, array)
         target = checks.output(out, array, {"x": array, "residual": r})
         return self._folded.apply(Request(array, axis, dtype, view(array, axis), target, self._activation, r))
@@ -651,7 +654,7 @@ def _vectors(**given: Any) -> tuple[Array, Array, Array | None, Array | None]:
     mean = checks.real(name, first)
     if mean.ndim != 1:
         raise ValueError(f"{name} must have shape (C,), got {mean.shape}")
-    channels, wide = (mean.size, f"{name} has {mean.size} channels"), np.dtype(np.float64)
+    channels, wide = Channels(mean.size, f"{name} has {mean.size} channels"), np.dtype(np.float64)
     m, v = (checks.vector(name, a, channels, wide).copy() for name, a in list(given.items())[:2])
     w, b = (None if a is None else checks.vector(name, a, channels, wide).copy() for name, a in list(given.items())[2:])
     return m, v, w, b

@@ -101,7 +101,8 @@ def plain(name: str, a: object) -> Array:
         return a  # type: ignore[return-value]
     if isinstance(a, np.ndarray):
         raise TypeError(f"{name} must be a plain numpy.ndarray, got {type(a).__name__}")
-    raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
+    tensor = "; fastbn.torch is for tensors" if type(a).__module__.partition(".")[0] == "torch" else ""
+    raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}{tensor}")
 
 
 class View(NamedTuple):

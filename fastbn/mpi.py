@@ -13,7 +13,7 @@ import numpy as np
 try:
     from mpi4py import MPI
 except (ImportError, RuntimeError) as error:  # the latter where there is an mpi4py and no MPI
-    raise ImportError(f"fastbn.mpi needs mpi4py (pip install 'fastbn[mpi]') and an MPI library: {error}") from error
+    raise ImportError(f"fastbn.mpi needs mpi4py (pip install mpi4py) and an MPI library: {error}") from error
 
 from fastbn import sync
 from fastbn.checks import short

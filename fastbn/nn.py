@@ -232,7 +232,7 @@ def fused_batch_norm(
     if array.ndim != len(data_format):
         raise ValueError(f"data_format {data_format!r} is for arrays with {len(data_format)} axes, but x has shape {array.shape}")
     axis = data_format.index("C")
-    channels = checks.channels_of(array, axis)
+    channels = checks.channels_of(array, axis)._replace(shape=())  # data_format is no layout
     eps, factor = checks.number("epsilon", epsilon, 0.0), checks.number("exponential_avg_factor", exponential_avg_factor)
     row = lookup(array.dtype)
     assert row is not None  # noqa: S101  it is checked

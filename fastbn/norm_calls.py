@@ -75,7 +75,7 @@ def thread_count(threads: object, op: str, nbytes: int) -> int:
 
 def on_channels(
     kind: str, x: object, layout: object, axis: object, activation: object, residual: object, out: object, threads: object, groups: object
-) -> tuple[Call, tuple[int, str]]:
+) -> tuple[Call, checks.Channels]:
     """Check a call on images with channels; groups None are single channels."""
     array, dtype = checks.array(x)
     at = checks.channel(array, layout, axis)
@@ -86,7 +86,7 @@ def on_channels(
     if groups is not None:
         n = checks.integer("num_groups", groups, 1)
         if channels[0] % n:
-            raise ValueError(f"num_groups must divide the channels, and {channels[1]}, got num_groups={n}")
+            raise ValueError(f"num_groups must divide the channels, and {channels.words}, got num_groups={n}")
         group = channels[0] // n
     shape = parts.shape_of(array, at, group)
     return _after(Call(kind, array, dtype, at, shape, 1), activation, residual, out, threads), channels
@@ -131,7 +131,7 @@ def row_vector(name: str, v: object, shape: tuple[int, ...], compute: np.dtype[A
     a = checks.real(name, v)
     if a.shape != shape:
         raise ValueError(f"{name} must have the shape of normalized_shape, {shape}, got {a.shape}")
-    return checks.vector(name, a.reshape(-1), (a.size, ""), compute)
+    return checks.vector(name, a.reshape(-1), checks.Channels(a.size, ""), compute)
 
 
 def on_backward(

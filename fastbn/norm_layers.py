@@ -11,7 +11,7 @@ from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
-from fastbn.layers import Layer
+from fastbn.layers import NO_FORWARD, OVERWRITTEN, Layer
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
 
@@ -33,7 +33,7 @@ class _Layer(Layer):
         assert row is not None  # noqa: S101  resolve has seen it
         self._compute = row.compute
         self.training = True
-        self._context: tuple[Array, Any] | None = None
+        self._context: tuple[Array, Any] | str | None = None  # a str says why there is none
 
     def __getstate__(self) -> dict[str, Any]:
         """The arrays of the last forward are no part of a layer's state."""
@@ -80,8 +80,7 @@ class _Layer(Layer):
         self._check(x)
         self._context = None
         y, saved = self._run(x, {"activation": self.activation, "residual": residual, "threads": threads, "out": out})
-        if out is None or not np.may_share_memory(out, x):
-            self._context = x, saved
+        self._context = OVERWRITTEN if out is not None and np.may_share_memory(out, x) else (x, saved)
         return y
 
     def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:
@@ -108,8 +107,8 @@ class _Layer(Layer):
         TypeError, ValueError
             As the function.
         """
-        if self._context is None:
-            raise RuntimeError("backward needs a forward before it, whose input was not overwritten")
+        if not isinstance(self._context, tuple):
+            raise RuntimeError(self._context or NO_FORWARD)
         x, saved = self._context
         if wrt is None:
             own = [key for key in ("weight", "bias", "mix") if getattr(self, key, None) is not None]
@@ -144,7 +143,7 @@ class _OnChannels(_Layer):
             raise ValueError(f"{type(self).__name__} takes arrays with {self._ranks[0]} axes, but x has shape {x.shape}")
         axis = channel_axis(self.layout, x.ndim, self.axis)
         if x.shape[axis] != self._channels:
-            raise ValueError(f"x has {x.shape[axis]} channels on axis {axis} but the layer has {self._channels}")
+            raise checks.misfit(checks.channels_of(x, axis), f"the layer has {self._channels}", self._channels)
 
     def _where(self) -> dict[str, Any]:
         return {"layout": self.layout, "axis": self.axis}
@@ -183,7 +182,9 @@ class _Tracked(_OnChannels):
             self.num_batches_tracked += 1
 
 
-class _InstanceNorm(_Tracked):
+class InstanceNorm(_Tracked):
+    """What InstanceNorm1d, 2d and 3d share; they differ in the number of axes they take."""
+
     def __init__(
         self,
         num_features: int,
@@ -212,7 +213,7 @@ class _InstanceNorm(_Tracked):
         return norms.instance_norm_backward(dy, x, saved, **options)
 
 
-class InstanceNorm1d(_InstanceNorm):
+class InstanceNorm1d(InstanceNorm):
     """Instance normalization of (N, C, L) arrays, as ``torch.nn.InstanceNorm1d``.
 
     Parameters
@@ -242,7 +243,7 @@ class InstanceNorm1d(_InstanceNorm):
     _ranks = (3,)
 
 
-class InstanceNorm2d(_InstanceNorm):
+class InstanceNorm2d(InstanceNorm):
     """Instance normalization of (N, C, H, W) arrays, as ``torch.nn.InstanceNorm2d``.
 
     Parameters
@@ -260,7 +261,7 @@ class InstanceNorm2d(_InstanceNorm):
     _ranks = (4,)
 
 
-class InstanceNorm3d(_InstanceNorm):
+class InstanceNorm3d(InstanceNorm):
     """Instance normalization of (N, C, D, H, W) arrays, as ``torch.nn.InstanceNorm3d``.
 
     Parameters

@@ -72,7 +72,7 @@ class Stats:
         n, m, v = checks.integer("count", count, 0, _LARGEST), checks.real("mean", mean), checks.real("var", var)
         if m.ndim != 1:
             raise ValueError(f"mean must have shape (C,), got {m.shape}")
-        channels, dtype = (m.size, f"mean has {m.size} channels"), _wider(_digits(m.dtype), _digits(v.dtype))
+        channels, dtype = checks.Channels(m.size, f"mean has {m.size} channels"), _wider(_digits(m.dtype), _digits(v.dtype))
         given = {"mean": m, "var": v, "mean_lo": mean_lo, "var_lo": var_lo}
         rows = [np.zeros(m.size) if a is None else checks.vector(name, a, channels, dtype) for name, a in given.items()]
         for name, total in (("var", rows[1]), ("var + var_lo", rows[1] + rows[3])):
@@ -198,7 +198,7 @@ class Stats:
         >>> Stats(1, [0.0], [0.0]).merge(Stats(1, [2.0], [0.0]), Stats(2, [1.0], [0.0]))
         Stats(count=4, mean=array([1.]), var=array([0.5]))
         """
-        for other in others:
+        for other in (self, *others):
             if not isinstance(other, Stats):
                 raise TypeError(f"merge takes Stats, got {type(other).__name__}")
             if other.mean.shape != self.mean.shape:

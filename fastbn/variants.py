@@ -302,7 +302,7 @@ def batch_channel_norm_backward(
     checks.switch("saved.training", saved.training)
     images, channels, wide = len(call.x), checks.channels_of(call.x, call.axis), np.dtype(np.float64)
     for name in ("mean", "mean_lo", "invstd", "weight", "bias", "mix"):
-        checks.saved_vector(name, getattr(saved, name), channels[:1], channels[1], wide)
+        checks.saved_vector(name, getattr(saved, name), (channels.number,), channels.words, wide)
     for name in ("layer_mean", "layer_invstd"):
         checks.saved_vector(name, getattr(saved, name), (images, 1), f"x has {images} images", wide)
     call = call._replace(shape=call.shape._replace(group=1))
@@ -547,7 +547,8 @@ def batch_renorm_backward(
     wanted = checks.names("wrt", wrt, functional.GRADIENTS)
     for name, v in (("saved.r", saved.r), ("saved.d", saved.d)):
         if v is not None and isinstance(saved.saved, Saved):
-            checks.vector(name, v, (saved.saved.mean.size, f"saved has {saved.saved.mean.size} channels"), np.dtype(np.float64))
+            channels = checks.Channels(saved.saved.mean.size, f"saved has {saved.saved.mean.size} channels")
+            checks.vector(name, v, channels, np.dtype(np.float64))
     both = saved.r is not None and "weight" in wanted and "bias" not in wanted
     with threading.num_threads(norm_calls.thread_count(threads, "backward", getattr(x, "nbytes", 0))):
         g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)

@@ -589,3 +589,12 @@ def test_situ_writes_a_report(tmp_path, capsys):
     assert situ.main(few) == 0
     assert path.read_text() == capsys.readouterr().out
     assert "| 2x64x4x4 | NHWC | backward |" in path.read_text()
+
+
+def test_all_that_is_missing_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(options, "find_spec", lambda _: None)
+    for arguments, needs in ([], "rich scikit-learn pillow"), (["--networks", "tiny"], "rich"):
+        with pytest.raises(SystemExit):
+            import_module("bench.__main__").main(arguments)
+        expected = f"python -m bench: error: it needs {needs.replace(' ', ', ')}: pip install {needs}"
+        assert capsys.readouterr().err.splitlines()[-1] == expected

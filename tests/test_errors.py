@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from typing import Any
@@ -304,10 +305,10 @@ LAYERS: dict[str, Case] = {
     "freeze": (ValueError, ["track_running_stats=False", "no running statistics"], lambda: layer(track_running_stats=False).freeze()),
     "state-missing": (
         KeyError,
-        ["lacks ['running_mean', 'running_var']"],
+        ["state_dict lacks ['running_mean', 'running_var']\""],  # and of keys too many, no word
         lambda: layer().load_state_dict({"weight": ONES, "bias": ONES}),
     ),
-    "state-unknown": (KeyError, ["unknown ['gamma']"], lambda: layer().load_state_dict(layer().state_dict() | {"gamma": ONES})),
+    "state-unknown": (KeyError, ["dict has unknown ['gamma']"], lambda: layer().load_state_dict(layer().state_dict() | {"gamma": ONES})),
     "state-shape": (
         ValueError,
         ["bias must have shape (4,)", "(8,)"],
@@ -387,3 +388,66 @@ def test_the_kernel_is_checked_before_anything_is_modified(monkeypatch: pytest.M
         Context().run(fastbn.batch_norm, x, mean, None, training=True, out=x)  # outside of the fixture's pin
     same_bits(mean, ZEROS)
     same_bits(x, X)
+
+
+LAST = np.zeros((2, 3, 3, 4), F32)  # channels last
+FORGOTTEN: dict[str, Callable[..., object]] = {
+    "batch_norm": lambda x: fastbn.batch_norm(x, ZEROS, ONES),
+    "batch_norm_forward": lambda x: fastbn.batch_norm_forward(x, ONES, ZEROS),
+    "running": lambda x: fastbn.batch_norm_forward(x, None, None, ZEROS.copy(), ONES.copy()),
+    "stats": lambda x: fastbn.batch_norm_forward(x, stats=fastbn.Stats.identity(4)),
+    "batch_norm_elemt": lambda x: fastbn.batch_norm_elemt(x, mean=ZEROS, invstd=ONES),
+    "batch_renorm": lambda x: fastbn.batch_renorm(x, ZEROS.copy(), ONES.copy()),
+    "group_norm": lambda x: fastbn.group_norm(x, 1, ONES),
+    "BatchNorm2d": lambda x: layer()(x),
+    "BatchRenorm2d": lambda x: fastbn.BatchRenorm2d(4)(x),
+    "InstanceNorm2d": lambda x: fastbn.InstanceNorm2d(4)(x),
+    "GroupNorm": lambda x: fastbn.GroupNorm(2, 4)(x),
+    "FrozenBatchNorm": lambda x: fastbn.FrozenBatchNorm(ZEROS, ONES)(x),
+}
+
+
+@pytest.mark.parametrize("call", FORGOTTEN.values(), ids=FORGOTTEN)
+def test_a_forgotten_layout_is_asked_for_where_another_axis_fits(call: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match=r"x has 3 channels on axis 1 .*4.*; axis 3 has 4: did you mean layout='channels_last'\?$"):
+        call(LAST)
+    with pytest.raises(ValueError, match=r"x has 3 channels on axis 1 [^;]*$"):
+        call(LAST[..., :2])
+
+
+def test_a_wrong_layout_is_asked_for_too_and_one_that_fits_is_not() -> None:
+    with pytest.raises(ValueError, match=r"x has 3 channels on axis 3 .*; axis 1 has 4: did you mean layout='channels_first'\?$"):
+        fastbn.batch_norm(X, ZEROS, ONES, layout="NHWC")
+    with pytest.raises(ValueError, match=r"x has 4 channels on axis 1 but weight has shape \(2, 2\)$"):
+        fastbn.batch_norm(np.zeros((2, 4, 3, 4), F32), ZEROS, ONES, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("kind", [fastbn.BatchNorm1d, fastbn.BatchNorm3d, fastbn.InstanceNorm2d, fastbn.GroupNorm, fastbn.LayerNorm])
+def test_a_constructor_without_arguments_names_nothing_private(kind: type) -> None:
+    with pytest.raises(TypeError, match=r"^[A-Z]\w+Norm\w*\.__init__\(\) missing"):
+        kind()
+
+
+@pytest.mark.parametrize("make", [layer, lambda: fastbn.GroupNorm(2, 4), lambda: fastbn.InstanceNorm2d(4)], ids=["batch", "group", "image"])
+def test_why_there_is_no_backward(make: Callable[[], Any]) -> None:
+    bn, x = make(), X.copy()
+    with pytest.raises(RuntimeError, match="backward needs a forward before it: call the layer first"):
+        bn.backward(X)
+    bn(x)
+    with pytest.raises(RuntimeError, match="call the layer first"):
+        copy.deepcopy(bn).backward(X)
+    bn.activation = "relu"
+    bn(x, out=x)
+    with pytest.raises(RuntimeError, match="over which the output was written: give out= memory of its own"):
+        bn.backward(X)
+
+
+def test_merge_takes_nothing_but_statistics() -> None:
+    with pytest.raises(TypeError, match="merge takes Stats, got int"):
+        fastbn.Stats.merge(1)  # type: ignore[arg-type]
+
+
+def test_a_tensor_is_told_where_tensors_are_taken() -> None:
+    tensor = type("Tensor", (), {"__module__": "torch"})()
+    with pytest.raises(TypeError, match=r"x must be a numpy.ndarray, got Tensor; fastbn.torch is for tensors$"):
+        fastbn.batch_norm(tensor, ZEROS, ONES)

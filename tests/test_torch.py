@@ -500,7 +500,8 @@ def test_enabling_is_told_and_undone() -> None:
     fastbn.torch.disable()
     assert not fastbn.torch.is_enabled()
     F.batch_norm(x, None, None, training=True)
-    assert str(fastbn.torch.report()) == "         1  forward, float32, contiguous"
+    header = "     calls  what fastbn computed, or why it did not"
+    assert str(fastbn.torch.report()).splitlines() == [header, "         1  forward, float32, contiguous"]
 
 
 def test_blocks_nest_and_end_with_an_exception() -> None:
@@ -559,7 +560,15 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
 def test_nothing_is_printed() -> None:
     call = "torch.nn.BatchNorm1d(3)(torch.randn(4, 3))"
     done = _python(f"import torch, fastbn.torch as t; t.enable(); {call}; t.disable(); print(t.report())")
-    assert (done.stdout, done.stderr) == ("         1  forward, float32, contiguous\n", "")
+    header = "     calls  what fastbn computed, or why it did not"
+    assert (done.stdout, done.stderr) == (f"{header}\n         1  forward, float32, contiguous\n", "")
+
+
+def test_a_report_without_calls_says_whether_fastbn_is_enabled() -> None:
+    fastbn.torch.report(reset=True)
+    assert str(fastbn.torch.report()) == "no calls: fastbn is not enabled, fastbn.torch.enable() does it"
+    with fastbn.torch.enabled():
+        assert str(fastbn.torch.report()) == "no calls"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")

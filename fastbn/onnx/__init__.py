@@ -7,7 +7,7 @@ what stands beside them, ``ReferenceEvaluator(model, new_ops=fastbn.onnx.ops)`` 
 try:
     import onnx as _onnx
 except ImportError as error:
-    raise ImportError(f"fastbn.onnx needs onnx (pip install 'fastbn[onnx]'): {error}") from error
+    raise ImportError(f"fastbn.onnx needs onnx (pip install onnx): {error}") from error
 
 from fastbn.onnx.folding import fold
 from fastbn.onnx.operators import ops

@@ -8,7 +8,7 @@ and hooks stay torch's own. See docs/pytorch.md.
 try:
     import torch as _torch
 except ImportError as error:
-    raise ImportError(f"fastbn.torch needs PyTorch (pip install 'fastbn[torch]'): {error}") from error
+    raise ImportError(f"fastbn.torch needs PyTorch (pip install torch): {error}") from error
 
 from fastbn.torch.adaptation import Adaptation, adapt
 from fastbn.torch.benchmark import Benchmark, benchmark

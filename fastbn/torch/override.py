@@ -232,10 +232,12 @@ class Report(NamedTuple):
     declined: dict[tuple[str, str], int]
 
     def __str__(self) -> str:
-        """A line for each count."""
+        """A line for each count, under a header; where there are none, whether fastbn is enabled."""
         lines = [f"{count:>10}  {', '.join(key)}" for key, count in self.taken.items()]
         lines += [f"{count:>10}  {operation}, left to torch: {reason}" for (operation, reason), count in self.declined.items()]
-        return "\n".join(lines) or "no calls"
+        if not lines:
+            return "no calls" if is_enabled() else "no calls: fastbn is not enabled, fastbn.torch.enable() does it"
+        return "\n".join([f"{'calls':>10}  what fastbn computed, or why it did not", *lines])
 
 
 def report(*, reset: bool = False) -> Report:
@@ -263,6 +265,7 @@ def report(*, reset: bool = False) -> Report:
     >>> with fastbn.torch.enabled():
     ...     _ = torch.nn.BatchNorm1d(3)(torch.ones(2, 3))
     >>> print(fastbn.torch.report())
+         calls  what fastbn computed, or why it did not
              1  forward, float32, contiguous
     """
     door = _door()
