@@ -58,6 +58,7 @@ OPTIONAL = {
     "kernels.numba_cache": {"numba", "llvmlite"},
     "kernels.numba_lanes": {"numba", "llvmlite"},
     "kernels.numba_math": {"numba", "llvmlite"},
+    "kernels.numba_passes": {"numba"},
     "kernels.numba_threads": {"numba"},
     "threads": {"threadpoolctl"},
     "__main__": {"rich"},

@@ -644,18 +644,6 @@ def test_slow_compiling_is_announced(tmp_path: Path, stream: str, patience: str,
     assert python(TERMINAL, stream, patience, NUMBA_CACHE_DIR=str(tmp_path)) == said
 
 
-def test_what_numba_remembers_ends_with_the_compiling() -> None:
-    """Also where that fails: Numba is the user's as well."""
-    find = types.Function.get_call_type
-    square = fastbn.Activation(numba.njit(lambda z: like(z, z * z)))
-    broken = fastbn.Activation(numba.njit(lambda z: z + "one"))
-    with fastbn.use_kernel("numba"):
-        fastbn.batch_norm_forward(X, activation=square)
-        with pytest.raises(TypeError, match="activation cannot be compiled"):
-            fastbn.batch_norm_forward(X, activation=broken)
-    assert types.Function.get_call_type is find
-
-
 def test_disabled_compiler() -> None:
     code = "print(fastbn.dispatch.KERNELS['numba'].unusable())"
     assert python(code, NUMBA_DISABLE_JIT="1") == "it cannot be imported: NUMBA_DISABLE_JIT is set\n"

@@ -91,7 +91,7 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastbn.activations.find_spec", lambda name: None)
     with pytest.raises(TypeError, match='did you mean "tanh"'):
         fastbn.batch_norm_forward(np.ones((2, 3)), activation=np.tanh)
-    with pytest.raises(ImportError, match=r"pip install 'fastbn\[numba\]'"):
+    with pytest.raises(ImportError, match=r"pip install numba"):
         fastbn.batch_norm_forward(np.ones((2, 3)), activation=lambda z: z)
 
 

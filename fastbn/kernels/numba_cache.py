@@ -26,7 +26,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.errors import NumbaError
 
-from fastbn.kernels.numba_passes import Passes, remembering
+from fastbn.kernels.numba_passes import Passes
 
 PATIENCE = 1.0  # seconds of compiling before the user is told
 compiled_here: list[str] = []  # names of what was compiled, and of what was read from disk
@@ -93,7 +93,7 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
         Whether the name tells all, so that the code may be kept on disk.
     """
     options = {"nopython": True, "error_model": "numpy"}  # no contraction: variants of a loop have the same bits
-    with global_compiler_lock, announced(), remembering():  # of a name that was read twice, LLVM might link either
+    with global_compiler_lock, announced():  # of a name that was read twice, LLVM might link either
         if name not in made:
             kept = _with_cache(function, signature, name, options) if keep else None
             made[name] = kept or cfunc(signature, pipeline_class=Passes, **options)(function)
