@@ -1,5 +1,8 @@
 """Batch normalization for CPUs at the speed of memory."""
 
+import sys
+from typing import TYPE_CHECKING
+
 from fastbn import nn as nn
 from fastbn.activations import Activation
 from fastbn.dispatch import use_kernel, warmup
@@ -120,3 +123,11 @@ __all__ = [
 def __dir__() -> list[str]:
     """Leave out the modules that fastbn is made of."""
     return __all__
+
+
+if not TYPE_CHECKING:  # which knows what there is
+
+    def __getattr__(name: str) -> object:
+        """Say of the modules for frameworks that each is imported by itself."""
+        hint = f"; import fastbn.{name} first" if name in ("keras", "mpi", "onnx", "torch") else ""
+        raise AttributeError(f"module 'fastbn' has no attribute {name!r}{hint}", name=name, obj=sys.modules[__name__])

@@ -130,6 +130,13 @@ def test_importing_imports_no_framework() -> None:
     assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.mpi", "fastbn.kernels.numba"} & set(loaded)
 
 
+def test_a_framework_is_asked_for_by_its_own_import() -> None:
+    code = "import fastbn; fastbn.{}"
+    for name, hint in (("torch", "; import fastbn.torch first"), ("onnx", "; import fastbn.onnx first"), ("tensor", "")):
+        found = subprocess.run([sys.executable, "-c", code.format(name)], capture_output=True, text=True, check=False)
+        assert f"AttributeError: module 'fastbn' has no attribute '{name}'{hint}" in found.stderr
+
+
 def test_importing_starts_no_thread_and_prints_nothing() -> None:
     code = "import threading, os, fastbn; n = len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 1; print(n)"
     alone = _python(code.replace(", fastbn", ", numpy"))  # numpy's own threads are not ours
