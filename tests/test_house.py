@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mutants import MUTANTS, NATIVE
 
 import fastbn
 
@@ -219,3 +220,8 @@ def test_functions_are_found(suffix: str, text: str, expected: list[tuple[str, i
     file = (tmp_path / "file").with_suffix(suffix)
     file.write_text(text)
     assert [tuple(f) for f in functions_of(file)] == expected
+
+
+def test_each_change_that_a_test_must_notice_can_be_made() -> None:
+    gone = [mutant.old for mutant in MUTANTS + NATIVE if mutant.old not in (LIBRARY / mutant.file).read_text()]
+    assert not gone
