@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -261,12 +261,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.sides = ["torch", *(side for side in args.sides if side != "torch")]
     torch.set_num_threads(args.threads)
-    items = list(product(args.networks, args.formats))
-    rows, interrupted = each(items, ", ".join, lambda item: [measure(*item, args)])
+    failed: list[str] = []
+
+    def attempt(item: tuple[str, str]) -> Iterator[Row]:
+        try:
+            yield measure(*item, args)
+        except (MemoryError, RuntimeError) as error:  # a network too large for this machine is no reason to lose the others
+            failed.append(f"{', '.join(item)}: {error}")
+
+    rows, interrupted = each(list(product(args.networks, args.formats)), ", ".join, attempt)
     text.show(parts(rows, args))
     if args.json:
         args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1))
-    return options.INTERRUPTED if interrupted else 0
+    print("".join(f"{what}\n" for what in failed), end="", file=sys.stderr)
+    return options.INTERRUPTED if interrupted else int(bool(failed))
 
 
 def as_json(row: Row) -> dict[str, Any]:

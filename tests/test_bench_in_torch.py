@@ -56,3 +56,22 @@ def test_each_network_and_order_of_memory_has_a_line(more: list[str], tmp_path: 
         assert any(shape.startswith("backward") for shape in row["shapes"]["torch"]) == (not more)
         assert all(max(row["norms"][side].values()) > 0 for side in in_torch.USUAL)
         assert all(row["distance"][side] < 1e-2 for side in in_torch.USUAL)
+
+
+def test_a_network_that_fails_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "found.json"
+    orders, threads, measure = list(in_torch.FORMATS), torch.get_num_threads(), in_torch.measure
+
+    def fails_once(network: str, order: str, args: Any) -> in_torch.Row:
+        if order == orders[0]:
+            raise RuntimeError("not enough memory")
+        return measure(network, order, args)
+
+    monkeypatch.setattr(in_torch, "measure", fails_once)
+    few = ["--networks", "resnet18", "--width", "8", "--pixels", "32", "--batch", "2", "--turns", "1", "--steps", "1", "--sides", "enable"]
+    try:
+        assert in_torch.main([*few, "--threads", "1", "--json", str(path)]) == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert f"resnet18, {orders[0]}: not enough memory" in capsys.readouterr().err
+    assert [row["order"] for row in json.loads(path.read_text())] == orders[1:]
