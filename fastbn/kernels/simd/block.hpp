@@ -16,8 +16,8 @@ namespace {
 // What is not inlined passes blocks through memory, in pieces that are slow to read again as a whole.
 #define INLINE __attribute__((always_inline))
 
-// On SSE a block is half of all registers and goes through memory anyhow: for a part of one, a call is as good as its long
-// code in every loop.
+// On SSE a block is half of all registers and goes through memory anyhow: for a part of one, for 16-bit elements, which are
+// converted by integers, and for what is done once in a tile, a call is as good as its long code in every loop.
 #if defined(__SSE2__) && !defined(__AVX__)
 #define CALL_ON_SSE __attribute__((noinline))
 #else
@@ -109,7 +109,7 @@ template <class T> struct Block {
     static R ramp(R z) { return max(R{}, min(all<R>(6), z + 3)); }
 
     // The sum of all lanes, in double, over halves, quarters, ...: the same tree on every ISA.
-    double total() const {
+    CALL_ON_SSE double total() const {
         f64r t[2 * registers];
         int parts = widen_lanes(r, t);
         while (parts > 1) {
@@ -128,24 +128,44 @@ template <class T> struct Block {
     // -- Data, in storage type
 
     static Block load(const T* p) {
+        if constexpr (std::is_same<T, f16>::value) return widened(p);
         Block a;
         FOR_REGISTERS a.r[i] = widen(p + i * lanes);
         return a;
     }
 
     void store(T* p) const {
-        if constexpr (sizeof(T) < sizeof(C))
-            for (int i = 0; i < registers; i += 2) write(p + i * lanes, narrow_two(r[i], r[i + 1], T()));
-        else
-            FOR_REGISTERS narrow(p + i * lanes, r[i]);
+        if constexpr (sizeof(T) < sizeof(C)) narrowed(*this).store(p);
+        else FOR_REGISTERS narrow(p + i * lanes, r[i]);
     }
 
     // `p` starts a cache line.
     void stream(T* p) const {
-        if constexpr (sizeof(T) < sizeof(C))
-            for (int i = 0; i < registers; i += 2) write_stream(p + i * lanes, narrow_two(r[i], r[i + 1], T()));
-        else
-            FOR_REGISTERS write_stream(p + i * lanes, r[i]);
+        if constexpr (sizeof(T) < sizeof(C)) narrowed(*this).stream(p);
+        else FOR_REGISTERS write_stream(p + i * lanes, r[i]);
+    }
+
+    CALL_ON_SSE static Block widened(const T* p) {
+        Block a;
+        FOR_REGISTERS a.r[i] = widen(p + i * lanes);
+        return a;
+    }
+
+    struct Halves {
+        f32r r[registers / 2];
+
+        void store(T* p) const {
+            for (int i = 0; i < registers / 2; ++i) write(p + 2 * i * lanes, r[i]);
+        }
+        void stream(T* p) const {
+            for (int i = 0; i < registers / 2; ++i) write_stream(p + 2 * i * lanes, r[i]);
+        }
+    };
+
+    CALL_ON_SSE static Halves narrowed(const Block& a) {
+        Halves h;
+        for (int i = 0; i < registers; i += 2) h.r[i / 2] = narrow_two(a.r[i], a.r[i + 1], T());
+        return h;
     }
 
     // Ask for the lines of n elements that will be loaded soon, into the second-level cache.
@@ -169,7 +189,7 @@ template <class T> struct Block {
     }
 
     // All ones in the last n < width lanes, zeros in the others.
-    static Block tail_mask(ptrdiff_t n) {
+    CALL_ON_SSE static Block tail_mask(ptrdiff_t n) {
         const R none = R{}, ones = (R)~(u32r)none;
         Block a;
         FOR_REGISTERS {
@@ -196,7 +216,7 @@ template <class T> struct Block {
     double first() const { return r[0][0]; }
 
     // One element, in double.
-    static double element(const T* p) { return widen_part(p, 1)[0]; }
+    CALL_ON_SSE static double element(const T* p) { return widen_part(p, 1)[0]; }
 
     static double rounded(double value) { return (C)value; }
     static constexpr double largest() { return std::numeric_limits<C>::max(); }
@@ -208,7 +228,7 @@ template <class T> struct Block {
         const V large = (early - late) * coarse;
         return element + (((early + late) * share - element + large) - large);
     }
-    static Block pivot(Block early, Block late, Block element, double share) {
+    CALL_ON_SSE static Block pivot(Block early, Block late, Block element, double share) {
         FOR_REGISTERS early.r[i] = pivot<R>(early.r[i], late.r[i], element.r[i], (C)share);
         return early;
     }
@@ -217,7 +237,7 @@ template <class T> struct Block {
         return a;
     }
     // Of a sample of eight.
-    static double pivot_at(const T* p, const ptrdiff_t* at) {
+    CALL_ON_SSE static double pivot_at(const T* p, const ptrdiff_t* at) {
         C e[8];
         for (int i = 0; i < 8; ++i) e[i] = widen_part(p + at[i], 1)[0];
         const auto least = [](C a, C b) { return a < b ? a : b; };
@@ -227,11 +247,11 @@ template <class T> struct Block {
     // Whether a sum of products kept its digits: it is finite, and far from where products underflow, or it is exactly zero,
     // and so is another sum. Around a small pivot that sum may be zero because tiny terms, whose squares are zero, cancel.
     static constexpr double tiny = sizeof(C) == 8 ? 1e-250 : 1e-25, small = sizeof(C) == 8 ? 1e-145 : 1e-14;
-    static bool in_range(double dot, double other, double pivot) {
+    CALL_ON_SSE static bool in_range(double dot, double other, double pivot) {
         return std::isfinite(dot) && (std::fabs(dot) >= tiny || (dot == 0 && other == 0 && std::fabs(pivot) >= small));
     }
     // In all lanes.
-    static bool in_range(Block dot, Block other, Block pivot) {
+    CALL_ON_SSE static bool in_range(Block dot, Block other, Block pivot) {
         auto fine = dot.r[0] == dot.r[0];
         FOR_REGISTERS {
             const R size = max(-dot.r[i], dot.r[i]);
@@ -243,14 +263,14 @@ template <class T> struct Block {
     }
 
     // Whether sum^2 is within an allowance of the squares, in all lanes.
-    static bool is_near(Block sum, Block dot, double allowance) {
+    CALL_ON_SSE static bool is_near(Block sum, Block dot, double allowance) {
         auto near = dot.r[0] == dot.r[0];
         FOR_REGISTERS near &= sum.r[i] * sum.r[i] <= dot.r[i] * (C)allowance;
         return !any(~near);
     }
 
     // The first n <= width lanes, in double.
-    void put_double(double* p, ptrdiff_t n) const {
+    CALL_ON_SSE void put_double(double* p, ptrdiff_t n) const {
         f64r t[2 * registers];
         widen_lanes(r, t);
         if (n == width()) std::memcpy(p, t, sizeof(double) * width());  // of constant size: stores, not a call
@@ -258,7 +278,7 @@ template <class T> struct Block {
     }
 
     // Elements up to the next cache line, at most n.
-    static ptrdiff_t to_line(const T* p, ptrdiff_t n) {
+    CALL_ON_SSE static ptrdiff_t to_line(const T* p, ptrdiff_t n) {
         const ptrdiff_t bytes = (ptrdiff_t)(-reinterpret_cast<uintptr_t>(p) & (LINE - 1));
         const ptrdiff_t elements = bytes / (ptrdiff_t)sizeof(T);
         return elements < n ? elements : n;
@@ -281,7 +301,7 @@ template <class T> struct Block {
     }
 
     // The first n <= width lanes, and zeros.
-    static Block get_first(const void* p, ptrdiff_t j, ptrdiff_t n) {
+    CALL_ON_SSE static Block get_first(const void* p, ptrdiff_t j, ptrdiff_t n) {
         Block a = get(p, j);
         FOR_REGISTERS {
             const ptrdiff_t left = n - i * lanes;

@@ -65,6 +65,10 @@ inline half_register narrow_half(f32r r, bf16) { return truncate(rounded_upper(r
 inline f32r widen_half(half_register h, f16) { return (f32r)vcvt_f32_f16(vreinterpret_f16_u16(h)); }
 inline half_register narrow_half(f32r r, f16) { return vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)r)); }
 
+// -- two registers of floats as one of halves
+
+template <class T> inline f32r narrow_two(f32r a, f32r b, T) { return (f32r)vcombine_u16(narrow_half(a, T()), narrow_half(b, T())); }
+
 // -- the first n lanes of a, then those of b
 
 inline f32r blend_first(f32r a, f32r b, ptrdiff_t n) {

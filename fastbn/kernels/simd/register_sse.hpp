@@ -74,7 +74,7 @@ inline f32r widen_half(half_register h, f16) {
     return (f32r)(wide | ((bits & 0x8000) << 16));
 }
 
-inline half_register narrow_half(f32r r, f16) {
+inline u32r rounded_half(f32r r) {
     const u32r bits = (u32r)r;
     const u32r sign = (bits >> 16) & 0x8000;
     const u32r magnitude = bits & 0x7fffffff;
@@ -84,8 +84,17 @@ inline half_register narrow_half(f32r r, f16) {
     u32r half = select((u32r)(magnitude < 0x38800000), subnormal, normal);
     half = select((u32r)(magnitude >= 0x47800000), (u32r{} + 0x7c00), half);
     half = select((u32r)(magnitude > 0x7f800000), ((magnitude >> 13) & 0x7fff) | 0x7e00, half);
-    return truncate(half | sign);
+    return half | sign;
 }
+
+inline half_register narrow_half(f32r r, f16) { return truncate(rounded_half(r)); }
+
+// -- two registers of floats as one of halves
+
+inline f32r narrow_two(f32r a, f32r b, bf16) {
+    return (f32r)_mm_packus_epi32((__m128i)(rounded_upper(a) >> 16), (__m128i)(rounded_upper(b) >> 16));
+}
+inline f32r narrow_two(f32r a, f32r b, f16) { return (f32r)_mm_packus_epi32((__m128i)rounded_half(a), (__m128i)rounded_half(b)); }
 
 // -- the first n lanes of a, then those of b
 

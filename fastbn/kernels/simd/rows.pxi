@@ -74,7 +74,9 @@ cdef void map_along(TypedCall[Forward, T]* job, Py_ssize_t rows, Py_ssize_t numb
             continue  # it is left
         mean, scale, shift = Block[T].splat(job.mean, r), Block[T].splat(job.scale, r), Block[T].splat(job.shift, r)
         j = (number + r) * k % job.period
-        if not affine:
+        if Forward is FusedNormalize:  # its code is long
+            map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight if affine else NULL, bias, nontemporal)
+        elif not affine:
             map_row(job, a, r * k, 0, r * k + k, mean, scale, shift, NULL, NULL, nontemporal)
         elif nontemporal:
             map_row(job, a, r * k, j, r * k + k, mean, scale, shift, weight, bias, True)

@@ -32,14 +32,6 @@ inline f32r widen(const f16* p) { return widen_half(read_half(p), f16()); }
 inline void narrow(bf16* p, f32r r) { write_half(p, narrow_half(r, bf16())); }
 inline void narrow(f16* p, f32r r) { write_half(p, narrow_half(r, f16())); }
 
-// Two registers of floats as one of halves, where the ISA has nothing better.
-template <class T> inline f32r narrow_two(f32r a, f32r b, T) {
-    T halves[REGISTER / sizeof(T)];
-    narrow(halves, a);
-    narrow(halves + REGISTER / sizeof(float), b);
-    return read<f32r>(halves);
-}
-
 inline f64r blend_first(f64r a, f64r b, ptrdiff_t n) { return (f64r)blend_first((f32r)a, (f32r)b, 2 * n); }
 
 // -- the first n lanes of a register, 0 < n < lanes; the others are read as anything and not written;
