@@ -609,7 +609,7 @@ def _layer_norm(
     kind: str, x: Array, normalized_shape: Any, given: tuple[Any, ...], activation: Any, residual: Any, threads: Any, out: Any, keep: bool
 ) -> tuple[Array, SavedParts | None]:
     weight, bias, eps = given
-    if eps is None and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
+    if eps is None and kind == "rms_norm" and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
         eps = _SMALLEST_STEP[row.storage]
     plain = _Plain(kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out)
     if (done := plain.forward(keep)) is not None:
