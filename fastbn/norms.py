@@ -295,12 +295,12 @@ def _checked_instance_norm(
         raise ValueError(f"Expected more than 1 spatial element when training, got x of shape {call.x.shape}")
     tracked = mean is not None or var is not None
     if tracked and call.x.size:
-        moments = parts.running(core.calls_of(call.dtype), call.dense(call.x), call.shape, call.threads)
+        moments = parts.running(core.calls_of(call.dtype), call.dense(call.x), call.shape, new, call.threads)
     y, saved = _forward(call, parts.Norm(w, b, e, True, call.dtype.compute, call.threads), keep)
     if tracked and call.x.size:
         for old, found in zip((mean, var), moments, strict=True):
             if old is not None:
-                update_running(old, new * found, new)
+                update_running(old, found, new)
     return y, saved
 
 
