@@ -79,8 +79,7 @@ class SavedMix:
         Each center is between the batch's mean and the image's: where the two are far apart, it is near to that which counts.
         """
         of_batch, of_layer = self.mix * self.invstd, (1 - self.mix) * self.layer_invstd
-        share = np.abs(of_batch) / (np.abs(of_batch) + np.abs(of_layer))
-        share = np.where(np.isfinite(share), share, 0.5)
+        share = np.nan_to_num(np.abs(of_batch) / (np.abs(of_batch) + np.abs(of_layer)), nan=0.5)
         centers = (share * self.mean + (1 - share) * self.layer_mean).astype(compute)
         from_batch, from_layer = self.offsets(centers)
         scale = self.weight * (of_batch + of_layer)
@@ -89,8 +88,7 @@ class SavedMix:
 
     def offsets(self, centers: Array) -> tuple[Array, Array]:
         """How far the centers are from the batch's mean and from the image's."""
-        wide = centers.astype(np.float64)
-        return (wide - self.mean) - self.mean_lo, wide - self.layer_mean
+        return (centers - self.mean) - self.mean_lo, centers - self.layer_mean
 
 
 @default_mode
@@ -191,8 +189,8 @@ def _mixed(
             found = functional.batch_norm_forward(call.x, eps=eps, axis=axis, correction=0)[1]  # which finds it in units
             invstd = found.invstd.astype(wide)
     else:
-        channels = checks.channels_of(call.x, axis)
-        mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(("running_mean", "running_var"), running, strict=True))
+        channels, names = checks.channels_of(call.x, axis), ("running_mean", "running_var")
+        mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(names, running, strict=True))
         low, invstd = np.zeros_like(mean), 1 / np.sqrt(var + eps)
     layer_mean, layer_invstd = np.zeros((call.shape.batch, 1)), np.full((call.shape.batch, 1), 1 / np.sqrt(eps))
     if call.x.size:
@@ -200,9 +198,8 @@ def _mixed(
         layer_mean, layer_invstd = np.ldexp(own, units), np.ldexp(1 / np.sqrt(spread + np.ldexp(eps, -2 * units)), -units)
     high, rest = split(mean, low, call.dtype.compute)
     kept = core.copied(call.residual) if call.residual is not None and call.activation is not None else None
-    w, b, m = affine
     return SavedMix(
-        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, invstd, layer_mean, layer_invstd, w, b, m, call.activation,
+        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, invstd, layer_mean, layer_invstd, *affine, call.activation,
         kept, call.residual is not None,
     ), stats  # fmt: skip
 
@@ -333,9 +330,8 @@ def _mixed_gradients(
     call: norm_calls.Call, dy: Array, saved: SavedMix, wanted: tuple[str, ...], out: Array | None
 ) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
     """Gradients of x and of the residual; and of weight, bias and mix."""
-    shape, compute, active = call.shape, call.dtype.compute, saved.activation is not None
-    targets = norm_calls.targets(call, dy, wanted, out, active)
-    dx, written, dresidual, written_residual = targets
+    shape, compute = call.shape, call.dtype.compute
+    dx, written, dresidual, written_residual = norm_calls.targets(call, dy, wanted, out, saved.activation is not None)
     if not call.x.size:
         zero = np.zeros(shape.channels)
         return (dx if "x" in wanted else None), dresidual, (zero, zero, zero)
@@ -434,12 +430,11 @@ def batch_renorm_forward(
     (array([1.]), array([2.]))
     """
     most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
-    options: dict[str, Any] = {"layout": layout, "axis": axis}
-    after: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "out": out}
-    numbers: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training}
+    options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
+    options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "out": out}
     with threading.num_threads(norm_calls.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
         if not checks.switch("training", training):
-            _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **numbers, **options, **after)
+            _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
             return found[0], SavedRenorm(saved, None, None)
         options["stats"] = stats = functional.wide_stats(x, layout, axis, None)
         array, dtype = checks.array(x)
@@ -450,11 +445,10 @@ def batch_renorm_forward(
         b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
         r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
         scale, shift = w * r, b + w * d
-        spread = variance(stats) + e
-        # At the ends of the range it finds the statistics itself, in units.
-        if not extremes.are_usual(variance(stats) * stats.count, spread, scale / np.sqrt(spread), dtype.compute).all():
-            options["stats"] = None
-        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **numbers, **options, **after)
+        of_batch = variance(stats)
+        if not extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute).all():
+            options["stats"] = None  # it finds them itself, in units
+        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
     return y, SavedRenorm(saved, r, d)
 
 
@@ -648,8 +642,7 @@ def ghost_batch_norm_forward(
     numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
-    n = norm_calls.thread_count(threads, "forward", array.nbytes)
-    with threading.num_threads(n):
+    with threading.num_threads(norm_calls.thread_count(threads, "forward", array.nbytes)):
         if not checks.switch("training", training) or not array.size:
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
             return y, SavedGhosts((saved,), (len(array),))
@@ -782,9 +775,8 @@ def ghost_batch_norm_backward(
             found.append(functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own]))
             first += size
     compute = saved.saved[0].mean.dtype
-    sums = []
-    for name, vectors in (("weight", [g.dweight for g in found]), ("bias", [g.dbias for g in found])):
-        sums.append(np.sum(np.array(vectors, np.float64), 0).astype(compute) if name in wanted else None)
+    vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
+    sums = [np.sum(np.array(v, np.float64), 0).astype(compute) if name in wanted else None for name, v in vectors.items()]
     dresidual = np.concatenate([g.dresidual for g in found]) if "residual" in wanted else None
     return Gradients(dx, sums[0], sums[1], dresidual)
 
