@@ -236,6 +236,7 @@ def test_a_session_runs_fastbn() -> None:
     given = model.SerializeToString()
     session = fastbn.onnx.session(model)
     assert model.SerializeToString() == given
+    assert repr(session).startswith("<fastbn.onnx session of x: tensor(float)['N', 3, 'H', 'W'] to y: tensor(float)[")
     np.testing.assert_allclose(session.run(None, {"x": IMAGES})[0], run(model, IMAGES)[0], rtol=1e-5, atol=1e-5)
     again = fastbn.onnx.session(model)
     s = array(4, seed=8)

@@ -57,6 +57,10 @@ def _session_class() -> Any:
     class Session(InferenceSession):  # type: ignore[misc]  # typed in part only
         """An InferenceSession that raises what fastbn raised."""
 
+        def __repr__(self) -> str:
+            inputs, outputs = ([f"{a.name}: {a.type}{a.shape}" for a in ends] for ends in (self.get_inputs(), self.get_outputs()))
+            return f"<fastbn.onnx session of {', '.join(inputs)} to {', '.join(outputs)}>"
+
         def run(self, *arguments: Any, **named: Any) -> Any:
             """As InferenceSession."""
             _raised.error = None
