@@ -429,6 +429,7 @@ def batch_renorm_forward(
     >>> saved.r, saved.d
     (array([1.]), array([2.]))
     """
+    checks.apart({"out": out}, {"weight": weight, "bias": bias})
     most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
     options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "out": out}
@@ -646,15 +647,15 @@ def ghost_batch_norm_forward(
         if not checks.switch("training", training) or not array.size:
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
             return y, SavedGhosts((saved,), (len(array),))
-        parts_of = -(-len(array) // size)
-        sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), parts_of))
-        values = min(sizes) * (array.size // len(array) // array.shape[at])
-        if values < 1 + checks.integer("correction", correction, 0, 1):
+        sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), -(-len(array) // size)))
+        if min(sizes) * (array.size // len(array) // array.shape[at]) < 1 + checks.integer("correction", correction, 0, 1):
             raise ValueError(
                 f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
                 f"shape {array.shape}"
             )
-        checks.apart({"out": target}, {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var})
+        moved = {"running_mean": running_mean, "running_var": running_var}
+        checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
+        checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
         y = memory.empty_like(array) if target is None else target
         found, first = [], 0
         for size in sizes:
@@ -774,9 +775,8 @@ def ghost_batch_norm_backward(
             own = slice(first, first + size)
             found.append(functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own]))
             first += size
-    compute = saved.saved[0].mean.dtype
     vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
-    sums = [np.sum(np.array(v, np.float64), 0).astype(compute) if name in wanted else None for name, v in vectors.items()]
+    sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
     dresidual = np.concatenate([g.dresidual for g in found]) if "residual" in wanted else None
     return Gradients(dx, sums[0], sums[1], dresidual)
 

@@ -671,3 +671,42 @@ def test_a_layer_that_cannot_take_all_is_loaded_with_nothing(make: Callable[...,
 def test_only_rms_norm_chooses_eps() -> None:
     with pytest.raises(TypeError, match="eps must be a number, got None"):
         fastbn.layer_norm(np.ones((2, 3), np.float32), 3, eps=None)  # type: ignore[arg-type]
+
+
+SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
+    "batch_norm": (fastbn.batch_norm, (None, None), {"training": True}),
+    "instance_norm": (fastbn.instance_norm, (None, None), {}),
+    "group_norm": (fastbn.group_norm, (2,), {}),
+    "layer_norm": (fastbn.layer_norm, (4,), {}),
+    "rms_norm": (fastbn.rms_norm, (4,), {}),
+    "batch_channel_norm": (fastbn.batch_channel_norm, (None, None, np.ones(4)), {"training": True}),
+    "batch_renorm": (fastbn.batch_renorm, (np.zeros(4), np.ones(4)), {"training": True}),
+    "ghost_batch_norm": (fastbn.ghost_batch_norm, (None, None), {"training": True, "virtual_batch_size": 2}),
+}
+
+
+@pytest.mark.parametrize("step", [1, -1, 2])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+@pytest.mark.parametrize("norm", SHARED)
+def test_an_output_over_a_parameter_is_refused(norm: str, which: str, step: int) -> None:
+    function, first, options = SHARED[norm]
+    if norm == "rms_norm" and which == "bias":
+        pytest.skip("it has none")
+    x, out = _random((4, 4, 3, 4), "float32"), _random((4, 4, 3, 4), "float32")
+    before = out.copy()
+    with pytest.raises(ValueError, match=f"out and {which} share memory"):
+        function(x, *first, **{which: out.reshape(-1)[16:48][::step][:4]}, out=out, **options)
+    np.testing.assert_array_equal(out, before)
+
+
+@pytest.mark.parametrize("which", ["weight", "bias", "x", "residual"])
+@pytest.mark.parametrize("moved", ["running_mean", "running_var"])
+def test_what_the_next_virtual_batch_needs_is_not_moved(moved: str, which: str) -> None:
+    x, residual = _random((4, 4, 3, 4), "float32"), _random((4, 4, 3, 4), "float32")
+    given = {"x": x, "residual": residual, "weight": np.ones(4, np.float32), "bias": np.ones(4, np.float32)}
+    statistics = {"running_mean": np.zeros(4, np.float32), "running_var": np.ones(4, np.float32)}
+    statistics[moved] = given[which].reshape(-1)[-4:]
+    before = statistics[moved].copy()
+    with pytest.raises(ValueError, match=f"{moved} and {which} share memory, and the call writes {moved}"):
+        fastbn.ghost_batch_norm(**given, **statistics, training=True, virtual_batch_size=2)
+    np.testing.assert_array_equal(statistics[moved], before)
