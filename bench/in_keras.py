@@ -12,10 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
 import numpy as np
+
+from bench import options
 
 BACKENDS = ("torch", "tensorflow", "jax")
 KINDS = ("none", "keras", "fastbn", "fused")
@@ -83,20 +86,27 @@ def measure(turns: int, batch: int, side: int) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.in_keras", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all that are installed)")
     parser.add_argument("--turns", type=int, default=9, help="steps of each that count")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--side", type=int, default=32, help="pixels")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    options.need(parser, "it", "keras")
+    for backend in given.backends or ():
+        options.need(parser, f"--backends {backend}", backend)
+    given.backends = given.backends or [backend for backend in BACKENDS if find_spec(backend)]
+    if not given.backends:
+        parser.error(f"it needs one of {', '.join(BACKENDS)}: pip install torch")
+    return given
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print a table."""
     given = parse(arguments)
     if given.here:
         print(measure(given.turns, given.batch, given.side))
-        return
+        return 0
     columns = "backend", "step without, ms", "Keras, ms", "fastbn, ms", "fused, ms", "step", "step, fused", "batch norm"
     print(f"| {' | '.join(columns)} | error of Keras at mean/std 1e4 | of fastbn |")
     print("|---|" + "---:|" * 9, flush=True)
@@ -104,10 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         options = ["--turns", str(given.turns), "--batch", str(given.batch), "--side", str(given.side)]
         done = subprocess.run(  # noqa: S603  this very module
-            [sys.executable, "-m", "bench.in_keras", "--here", *options], env=environment, stdout=subprocess.PIPE, text=True, check=True
+            [sys.executable, "-m", "bench.in_keras", "--here", *options], env=environment, stdout=subprocess.PIPE, text=True, check=False
         )
+        if done.returncode:  # it has said why
+            return done.returncode
         print(done.stdout.strip(), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

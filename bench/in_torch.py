@@ -20,10 +20,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from bench import options
+
+if __name__ == "__main__":
+    options.require("bench.in_torch", "torch", "rich")
+
 import torch
 
 import fastbn.torch
-from bench import options, text
+from bench import text
 from bench.progress import each
 from bench.timing import Times, summarize
 from bench.torch_models import MODELS, example

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bench import options
+
 
 class Row(NamedTuple):
     """A shape that a published network has."""
@@ -116,11 +118,12 @@ def measure(row: Row, last: bool, backward: bool, seconds: float) -> dict[str, f
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m bench.norms", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.05, help="of one contender's turn")
     parser.add_argument("--only", default="", help="norms, separated by commas")
     arguments = parser.parse_args()
+    options.need(parser, "it", "torch")
     import torch
 
     import fastbn

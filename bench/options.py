@@ -95,6 +95,11 @@ def need(parser: argparse.ArgumentParser, option: str, *modules: str) -> None:
         parser.error(f"{option} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def require(program: str, *modules: str) -> None:
+    """As `need`, for a program that imports these modules before it reads its options."""
+    need(argparse.ArgumentParser(f"python -m {program}", usage=argparse.SUPPRESS), "it", *modules)
+
+
 def keep(path: Path) -> None:
     """Rename what an earlier run has written to a file; its time becomes part of its name."""
     if path.is_file() and path.stat().st_size:

@@ -17,6 +17,12 @@ from statistics import median
 from time import perf_counter
 
 import numpy as np
+
+from bench import options
+
+if __name__ == "__main__":
+    options.require("bench.sync", "torch")
+
 import torch
 import torch.distributed as dist
 

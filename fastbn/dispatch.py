@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fastbn import cpu
+from fastbn import caller, cpu
 from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
@@ -223,21 +222,14 @@ def _best(dtype: str, custom: bool) -> Kernel:
 
 @cache  # once
 def _announce(name: str) -> None:
-    """Warn that no compiled kernel can run, at the line that called fastbn."""
+    """Warn that no compiled kernel can run."""
     # Those for other processors would not run here if they had been built.
     mine = [k for k in TABLE if k.level is not None and cpu.family() == cpu.family_of(k.level)]
     reasons = "; ".join(f"{k.name}: {k.unusable()}" for k in mine) or f"there is none for {cpu.family()} processors"
     message = f"fastbn runs its slower {name!r} kernel, because no compiled one can run ({reasons})"
     if mine and all(k.unusable() == NOT_BUILT for k in mine):
         message += _why_not_built()
-    # The caller stands above the outermost frame of fastbn's; between those are frames of NumPy's decorators.
-    package, frame, depth, level = Path(__file__).parent, sys._getframe(), 1, 1
-    while (caller := frame.f_back) is not None:
-        depth += 1
-        if Path(frame.f_code.co_filename).is_relative_to(package):
-            level = depth
-        frame = caller
-    warnings.warn(message, RuntimeWarning, stacklevel=level)
+    caller.warn(message)
 
 
 def _why_not_built() -> str:

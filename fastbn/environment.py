@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
+
+from fastbn import caller
 
 # The rows of the table in dispatch.py, by name.
 KERNELS = ("simd_v4", "simd_v3", "simd_v2", "simd_neon", "numba", "reference")
@@ -145,4 +146,4 @@ if not _runs_the_command():
     if _problems:
         raise ValueError("; ".join(_problems))
     for _sentence in _unknown:
-        warnings.warn(_sentence, RuntimeWarning, stacklevel=2)
+        caller.warn(_sentence)

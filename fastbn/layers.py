@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from fastbn.checks import Channels
 from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
 from fastbn.dtypes import lookup, resolve
+from fastbn.floating import default_mode
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis, view
 from fastbn.results import Gradients, Saved, Stats
@@ -49,14 +50,31 @@ class LoadedKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-class _Context(NamedTuple):
+class Context(NamedTuple):
     """What a backward needs of the forward before it."""
 
     x: Array | weakref.ref[Array]  # a layer in eval keeps no array alive
     residual: weakref.ref[Array] | None
-    saved: Saved | Callable[..., tuple[Array, Saved]]  # or how to have it, from x
-    from_output: bool
-    communicator: Communicator | None  # of the processes that share the batch
+    saved: Any  # or how to have it, from x
+    from_output: bool = False
+    communicator: Communicator | None = None  # of the processes that share the batch
+
+    def found(self) -> tuple[Array, Any]:
+        """The input of the forward, and what that saved."""
+        x = self.x() if isinstance(self.x, weakref.ref) else self.x
+        residual = None if self.residual is None else self.residual()
+        if x is None or (self.residual is not None and residual is None):
+            raise RuntimeError(
+                "a layer in eval keeps no arrays: hold x and residual until the backward, or stay in training (a BatchNorm with freeze())"
+            )
+        if isinstance(self.saved, partial):
+            return x, self.saved(x, residual=residual)[1]
+        return x, self.saved
+
+
+def without_copy(residual: Array | None, activation: object, out: Array | None) -> bool:
+    """Whether a layer in eval leaves a residual that the backward needs where it is: that may never come."""
+    return residual is not None and activation is not None and not (out is not None and np.may_share_memory(out, residual))
 
 
 class Layer:
@@ -119,7 +137,7 @@ class Layer:
         KeyError
             If a key is missing or unknown, and strict.
         TypeError, ValueError
-            If a shape does not fit or a value is no number. Nothing is loaded then.
+            If a shape does not fit, a value is no number, or an array of the layer is read-only. Nothing is loaded then.
         """
         return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
 
@@ -169,7 +187,7 @@ class BatchNorm(Layer, FromOthers):
         self.running_mean: Array | None = np.zeros(n, row.compute) if tracked else None
         self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
-        self._context: _Context | str | None = None  # a str says why there is none
+        self._context: Context | str | None = None  # a str says why there is none
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
@@ -275,14 +293,13 @@ class BatchNorm(Layer, FromOthers):
                 raise checks.misfit(checks.channels_of(x, axis), f"the layer has num_features={self.num_features}", self.num_features)
         options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
-        if not batch and not self.training and residual is not None and self.activation is not None and stats is None:
-            # The residual is not copied for a backward that may never come.
+        if not batch and not self.training and stats is None and without_copy(residual, self.activation, out):
             given = (self.running_mean, self.running_var, self.weight, self.bias)
             y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
             mean, var, weight, bias = (None if v is None else v.copy() for v in given)
             again = partial(functional.batch_norm_forward, weight=weight, bias=bias, running_mean=mean, running_var=var)
             again = partial(again, training=False, eps=self.eps, **options)
-            self._context = _Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x), None)
+            self._context = Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x), None)
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
@@ -324,9 +341,9 @@ class BatchNorm(Layer, FromOthers):
         if overwritten and not saved.invertible:
             self._context = OVERWRITTEN
         elif self.training:
-            self._context = _Context(x, None, saved, overwritten, communicator)
+            self._context = Context(x, None, saved, overwritten, communicator)
         else:
-            self._context = _Context(weakref.ref(x), None, saved, overwritten, communicator)
+            self._context = Context(weakref.ref(x), None, saved, overwritten, communicator)
 
     def _weight_of_new(self) -> float:
         """Momentum of the next batch; None is the cumulative average."""
@@ -359,17 +376,12 @@ class BatchNorm(Layer, FromOthers):
         TypeError, ValueError
             As `batch_norm_backward`.
         """
-        if not isinstance(self._context, _Context):
+        if not isinstance(self._context, Context):
             raise RuntimeError(self._context or NO_FORWARD)
-        kept, residual, saved, from_output, communicator = self._context
-        x = kept() if isinstance(kept, weakref.ref) else kept
-        r = None if residual is None else residual()
-        if x is None or (residual is not None and r is None):
-            raise RuntimeError("a layer in eval keeps no arrays: hold x and residual until the backward, or use freeze() in training")
-        if not isinstance(saved, Saved):
-            _, saved = saved(x, residual=r)
-            if from_output and not saved.invertible:
-                raise RuntimeError(OVERWRITTEN)
+        *_, from_output, communicator = self._context
+        x, saved = self._context.found()
+        if from_output and not saved.invertible:
+            raise RuntimeError(OVERWRITTEN)
         if wrt is None:
             wrt = functional.USUAL if self.affine and not self.frozen else ("x",)
             wrt = (*wrt, "residual") if saved.has_residual else wrt
@@ -423,11 +435,14 @@ def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -
         lists = {"lacks": sorted(missing), "has unknown": sorted(map(str, unknown))}
         raise KeyError("state_dict " + " and ".join(f"{verb} {keys}" for verb, keys in lists.items() if keys))
     found = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
+    for key in found:
+        checks.writable(key, own[key], f"{key} of the layer is read-only")
     for key, value in found.items():
         own[key][...] = value
     return LoadedKeys(missing, unknown)
 
 
+@default_mode
 def _loaded(key: str, value: Any, own: Array) -> Array:
     """A copy of what is loaded, in the type of what it replaces."""
     if own.ndim > 1:

@@ -75,7 +75,7 @@ def check(layout: object, axis: object = None) -> None:
         If the layout is unknown, or if both are given.
     """
     if layout is not None and (not isinstance(layout, str) or layout not in LAYOUTS):
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or None, got {layout!r}")
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)} or None, got {_shown(layout)}")
     if axis is None:
         return
     if layout is not None:
@@ -84,10 +84,24 @@ def check(layout: object, axis: object = None) -> None:
         raise TypeError(f"axis must be an int, got {axis!r}")
 
 
+def _shown(layout: object) -> str:
+    """What came in place of a layout, with the one that was meant where that is clear: of other case, or nearly the same."""
+    text = " ".join(repr(layout).split())
+    text = text if len(text) <= 80 else text[:77] + "..."
+    if not isinstance(layout, str) or len(layout) > 40:
+        return text
+    from difflib import get_close_matches  # not needed where all is well
+
+    cased = {name.upper(): name for name in LAYOUTS}
+    near = get_close_matches(layout.upper().replace(" ", "_").replace("-", "_"), cased, 2, 0.7)
+    also = [f"{cased[name]!r}" for name in near if len(name) == len(near[0])]
+    return f"{text}; did you mean {' or '.join(also[: 1 if near[0] == layout.upper() else 2])}?" if near else text
+
+
 def pattern(layout: str) -> str:
     """Name of the pattern of a contiguous array in a layout; ValueError if the layout is unknown."""
     if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {_shown(layout)}")
     return "nspc" if layout in _CHANNELS_LAST or layout in ("NC", "channels_last") else "ncsp"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
-from fastbn.layers import NO_FORWARD, OVERWRITTEN, Layer
+from fastbn.layers import NO_FORWARD, OVERWRITTEN, Context, Layer, without_copy
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
 
@@ -19,9 +21,23 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 
+class _Functions(NamedTuple):
+    """What a layer calls: without and with what a backward needs, and that."""
+
+    plain: Callable[..., Array]
+    forward: Callable[..., tuple[Array, Any]]
+    backward: Callable[..., Gradients]
+
+
+def _forward_again(functions: _Functions, given: tuple[Any, ...], options: dict[str, Any], x: Array, residual: Array) -> tuple[Array, Any]:
+    """The forward of a layer in eval once more, for its backward."""
+    return functions.forward(x, *given, **options, residual=residual)
+
+
 class _Layer(Layer):
     """What all of these share: an activation, a dtype, and what the last forward has saved."""
 
+    _functions: _Functions
     weight: Array | None
     bias: Array | None = None
 
@@ -33,7 +49,7 @@ class _Layer(Layer):
         assert row is not None  # noqa: S101  resolve has seen it
         self._compute = row.compute
         self.training = True
-        self._context: tuple[Array, Any] | str | None = None  # a str says why there is none
+        self._context: Context | str | None = None  # a str says why there is none
 
     def __getstate__(self) -> dict[str, Any]:
         """The arrays of the last forward are no part of a layer's state."""
@@ -43,11 +59,16 @@ class _Layer(Layer):
         """As `forward`."""
         return self.forward(x, residual, **options)
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
+    def _given(self) -> tuple[Any, ...]:
+        """What the functions are given after x."""
         raise NotImplementedError
 
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        raise NotImplementedError
+    def _options(self) -> dict[str, Any]:
+        """What else they are given."""
+        return {"activation": self.activation}
+
+    def _moved(self, x: Array) -> None:
+        """Take note of a forward in which nothing failed."""
 
     def _check(self, x: Array) -> None:
         """Check x against the layer."""
@@ -76,11 +97,28 @@ class _Layer(Layer):
         ------
         TypeError, ValueError
             If x is not for this layer, or as the function.
+
+        Notes
+        -----
+        In training x itself is kept: it must not be changed before the backward. In eval it is not kept alive; a
+        backward is possible as long as the caller has it.
         """
         self._check(x)
         self._context = None
-        y, saved = self._run(x, {"activation": self.activation, "residual": residual, "threads": threads, "out": out})
-        self._context = OVERWRITTEN if out is not None and np.may_share_memory(out, x) else (x, saved)
+        given, options = self._given(), self._options()
+        call: dict[str, Any] = {"residual": residual, "threads": threads, "out": out}
+        other, saved = None, None  # type: tuple[weakref.ref[Array] | None, Any]
+        if not self.training and without_copy(residual, self.activation, out):
+            y = self._functions.plain(x, *given, **options, **call)
+            fixed = tuple(v.copy() if isinstance(v, np.ndarray) else v for v in given)
+            other, saved = weakref.ref(cast("Array", residual)), partial(_forward_again, self._functions, fixed, options)
+        else:
+            y, saved = self._functions.forward(x, *given, **options, **call)
+        self._moved(x)
+        if out is not None and np.may_share_memory(out, x):
+            self._context = OVERWRITTEN
+        else:
+            self._context = Context(x if self.training else weakref.ref(x), other, saved)
         return y
 
     def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:
@@ -107,13 +145,13 @@ class _Layer(Layer):
         TypeError, ValueError
             As the function.
         """
-        if not isinstance(self._context, tuple):
+        if not isinstance(self._context, Context):
             raise RuntimeError(self._context or NO_FORWARD)
-        x, saved = self._context
+        x, saved = self._context.found()
         if wrt is None:
             own = [key for key in ("weight", "bias", "mix") if getattr(self, key, None) is not None]
             wrt = ("x", *own, *(("residual",) if self._has_residual(saved) else ()))
-        return self._gradients(dy, x, saved, {"wrt": wrt, "threads": threads, "out": out})
+        return self._functions.backward(dy, x, saved, wrt=wrt, threads=threads, out=out)
 
     @staticmethod
     def _has_residual(saved: Any) -> bool:
@@ -136,6 +174,11 @@ class _OnChannels(_Layer):
         if self._ranks:
             channel_axis(layout, self._ranks[0], axis)
 
+    @property
+    def affine(self) -> bool:
+        """Whether there is a weight or a bias."""
+        return self.weight is not None or self.bias is not None
+
     def _check(self, x: Array) -> None:
         super()._check(x)
         layouts.plain("x", x)
@@ -145,8 +188,8 @@ class _OnChannels(_Layer):
         if x.shape[axis] != self._channels:
             raise checks.misfit(checks.channels_of(x, axis), f"the layer has {self._channels}", self._channels)
 
-    def _where(self) -> dict[str, Any]:
-        return {"layout": self.layout, "axis": self.axis}
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"layout": self.layout, "axis": self.axis}
 
 
 class _Tracked(_OnChannels):
@@ -177,13 +220,20 @@ class _Tracked(_OnChannels):
             return self.momentum
         return 1.0 / (1 + (0 if self.num_batches_tracked is None else int(self.num_batches_tracked)))
 
-    def _count(self) -> None:
-        if self.training and self.num_batches_tracked is not None:
+    def _statistics(self, own: bool) -> tuple[Array | None, Array | None]:
+        """The running statistics that a call is given: to use, or where it uses its own, to move."""
+        moves = self.training and self.track_running_stats
+        return (self.running_mean, self.running_var) if moves or not own else (None, None)
+
+    def _moved(self, x: Array) -> None:
+        if self.training and self.track_running_stats and x.size and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
 
 class InstanceNorm(_Tracked):
     """What InstanceNorm1d, 2d and 3d share; they differ in the number of axes they take."""
+
+    _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
 
     def __init__(
         self,
@@ -201,16 +251,13 @@ class InstanceNorm(_Tracked):
         options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-        own = self.training or self.running_mean is None
+    def _given(self) -> tuple[Any, ...]:
+        own = self.training or not self.track_running_stats or self.running_mean is None or self.running_var is None
         momentum = 0.0 if self.momentum is None else self.momentum  # as PyTorch, which counts no batches here
-        given: tuple[Any, ...] = (self.running_mean, self.running_var, self.weight, self.bias, own, momentum, self.eps)
-        forward: Any = norms.instance_norm_forward
-        found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
-        return found
+        return (*self._statistics(own), self.weight, self.bias, own, momentum, self.eps)
 
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        return norms.instance_norm_backward(dy, x, saved, **options)
+    def _moved(self, x: Array) -> None:
+        """PyTorch counts no batches here."""
 
 
 class InstanceNorm1d(InstanceNorm):
@@ -304,6 +351,8 @@ class GroupNorm(_OnChannels):
     array([[-1.,  1., -1.,  1.]], dtype=float32)
     """
 
+    _functions = _Functions(norms.group_norm, norms.group_norm_forward, norms.group_norm_backward)
+
     def __init__(
         self,
         num_groups: int,
@@ -325,14 +374,10 @@ class GroupNorm(_OnChannels):
         self.weight, self.bias = _affine(self._compute, self.num_channels, both, both)
 
     def __repr__(self) -> str:
-        affine = self.weight is not None
-        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={affine}, layout={self.layout!r})"
+        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, layout={self.layout!r})"
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-        return norms.group_norm_forward(x, self.num_groups, self.weight, self.bias, self.eps, **self._where(), **options)
-
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        return norms.group_norm_backward(dy, x, saved, **options)
+    def _given(self) -> tuple[Any, ...]:
+        return self.num_groups, self.weight, self.bias, self.eps
 
 
 class LayerNorm(_Layer):
@@ -360,6 +405,8 @@ class LayerNorm(_Layer):
     array([[-1.,  1.]], dtype=float32)
     """
 
+    _functions = _Functions(norms.layer_norm, norms.layer_norm_forward, norms.layer_norm_backward)
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -373,19 +420,19 @@ class LayerNorm(_Layer):
         super().__init__(activation, dtype)
         self.normalized_shape = norm_calls.row_shape(normalized_shape)
         self.eps: float | None = checks.number("eps", eps, 0.0)
-        self.elementwise_affine = checks.switch("elementwise_affine", elementwise_affine)
-        self.weight, self.bias = _affine(
-            self._compute, self.normalized_shape, self.elementwise_affine, self.elementwise_affine and checks.switch("bias", bias)
-        )
+        affine = checks.switch("elementwise_affine", elementwise_affine)
+        self.weight, self.bias = _affine(self._compute, self.normalized_shape, affine, affine and checks.switch("bias", bias))
+
+    @property
+    def elementwise_affine(self) -> bool:
+        """Whether there is a weight or a bias."""
+        return self.weight is not None or self.bias is not None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-        return norms.layer_norm_forward(x, self.normalized_shape, self.weight, self.bias, self.eps or 0.0, **options)
-
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        return norms.layer_norm_backward(dy, x, saved, **options)
+    def _given(self) -> tuple[Any, ...]:
+        return self.normalized_shape, self.weight, self.bias, self.eps
 
 
 class RMSNorm(LayerNorm):
@@ -411,6 +458,8 @@ class RMSNorm(LayerNorm):
 
     _keys = ("weight",)
 
+    _functions = _Functions(norms.rms_norm, norms.rms_norm_forward, norms.rms_norm_backward)
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -423,11 +472,8 @@ class RMSNorm(LayerNorm):
         super().__init__(normalized_shape, 0.0, elementwise_affine, False, activation=activation, dtype=dtype)
         self.eps = None if eps is None else checks.number("eps", eps, 0.0)
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-        return norms.rms_norm_forward(x, self.normalized_shape, self.weight, self.eps, **options)
-
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        return norms.rms_norm_backward(dy, x, saved, **options)
+    def _given(self) -> tuple[Any, ...]:
+        return self.normalized_shape, self.weight, self.eps
 
 
 class BatchChannelNorm2d(_Tracked):
@@ -451,6 +497,8 @@ class BatchChannelNorm2d(_Tracked):
     _ranks = (4,)
     _keys = ("weight", "bias", "mix", "running_mean", "running_var", "num_batches_tracked")
 
+    _functions = _Functions(variants.batch_channel_norm, variants.batch_channel_norm_forward, variants.batch_channel_norm_backward)
+
     def __init__(
         self,
         num_features: int,
@@ -468,17 +516,9 @@ class BatchChannelNorm2d(_Tracked):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.mix: Array = np.full(self.num_features, 0.5, self._compute)
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-        own = self.training or self.running_mean is None
-        statistics = self.running_mean, self.running_var
-        given = (*statistics, self.mix, self.weight, self.bias, own, self._weight_of_new(), self.eps)
-        forward: Any = variants.batch_channel_norm_forward
-        found: tuple[Array, Any] = forward(x, *given, **self._where(), **options)
-        self._count()
-        return found
-
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        return variants.batch_channel_norm_backward(dy, x, saved, **options)
+    def _given(self) -> tuple[Any, ...]:
+        own = self.training or self.running_mean is None or self.running_var is None
+        return (*self._statistics(own), self.mix, self.weight, self.bias, own, self._weight_of_new(), self.eps)
 
 
 class BatchRenorm2d(_Tracked):
@@ -501,6 +541,8 @@ class BatchRenorm2d(_Tracked):
 
     _ranks = (4,)
 
+    _functions = _Functions(variants.batch_renorm, variants.batch_renorm_forward, variants.batch_renorm_backward)
+
     def __init__(
         self,
         num_features: int,
@@ -519,14 +561,11 @@ class BatchRenorm2d(_Tracked):
         super().__init__(num_features, eps, momentum, affine, True, **options)
         self.rmax, self.dmax = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
 
-    def _run(self, x: Array, options: dict[str, Any]) -> tuple[Array, Any]:
-        assert self.running_mean is not None and self.running_var is not None  # noqa: S101, PT018  it is always tracked
-        statistics = self.running_mean, self.running_var
-        given = (*statistics, self.weight, self.bias, self.training, self._weight_of_new(), self.eps)
-        forward: Any = variants.batch_renorm_forward
-        found: tuple[Array, Any] = forward(x, *given, rmax=self.rmax, dmax=self.dmax, **self._where(), **options)
-        self._count()
-        return found
+    def _given(self) -> tuple[Any, ...]:
+        statistics: tuple[Array | None, ...] = (self.running_mean, self.running_var)
+        if not self.track_running_stats:  # they correct the batch's all the same, and are not moved
+            statistics = tuple(None if v is None else v.copy() for v in statistics)
+        return (*statistics, self.weight, self.bias, self.training, self._weight_of_new(), self.eps)
 
-    def _gradients(self, dy: Array, x: Array, saved: Any, options: dict[str, Any]) -> Gradients:
-        return variants.batch_renorm_backward(dy, x, saved, **options)
+    def _options(self) -> dict[str, Any]:
+        return super()._options() | {"rmax": self.rmax, "dmax": self.dmax}

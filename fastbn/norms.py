@@ -132,10 +132,10 @@ class _Plain(NamedTuple):
         parts.finish(module, call.dense(self.x), call.dense(y), call.shape, norm, found, epilogue)
 
 
-def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedParts | None]:
-    """Run a checked call."""
+def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: object) -> tuple[Array, SavedParts | None]:
+    """Run a checked call; weight and bias are what was given, of which `norm` may have copies."""
     if call.out is not None:
-        checks.apart({"out": call.out}, {"weight": norm.weight, "bias": norm.bias})
+        checks.apart({"out": call.out}, {"weight": weight, "bias": bias})
     y, memory_of_y = call.target(call.out)
     kept = core.copied(call.residual) if keep and call.residual is not None and call.activation is not None else None
     empty = np.zeros((call.shape.batch, call.shape.parts), norm.compute)
@@ -147,9 +147,9 @@ def _forward(call: Call, norm: parts.Norm, keep: bool) -> tuple[Array, SavedPart
     y = call.deliver(y, memory_of_y, call.out)
     if not keep:
         return y, None
-    weight, bias = (None if v is None else v.copy() for v in (norm.weight, norm.bias))
+    w, b = (None if v is None else v.copy() for v in (norm.weight, norm.bias))
     return y, SavedParts(
-        call.kind, call.x.shape, call.x.dtype, call.axis, call.shape.group, found.mean, found.low, found.invstd, weight, bias,
+        call.kind, call.x.shape, call.x.dtype, call.axis, call.shape.group, found.mean, found.low, found.invstd, w, b,
         call.activation, kept, call.residual is not None,
     )  # fmt: skip
 
@@ -290,17 +290,17 @@ def _checked_instance_norm(
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
     if mean is not None or var is not None:
-        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": w, "bias": b})
+        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": weight, "bias": bias})
     if call.x.size and call.shape.values == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got x of shape {call.x.shape}")
     tracked = mean is not None or var is not None
     if tracked and call.x.size:
-        moments = parts.running(core.calls_of(call.dtype), call.dense(call.x), call.shape, call.threads)
-    y, saved = _forward(call, parts.Norm(w, b, e, True, call.dtype.compute, call.threads), keep)
+        moments = parts.running(core.calls_of(call.dtype), call.dense(call.x), call.shape, new, call.threads)
+    y, saved = _forward(call, parts.Norm(w, b, e, True, call.dtype.compute, call.threads), keep, weight, bias)
     if tracked and call.x.size:
         for old, found in zip((mean, var), moments, strict=True):
             if old is not None:
-                update_running(old, new * found, new)
+                update_running(old, found, new)
     return y, saved
 
 
@@ -473,7 +473,7 @@ def _group_norm(
     if call.x.size == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got x of shape {call.x.shape}")
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), True, call.dtype.compute, call.threads)
-    return _forward(call, norm, keep)
+    return _forward(call, norm, keep, weight, bias)
 
 
 def group_norm(
@@ -609,7 +609,7 @@ def _layer_norm(
     kind: str, x: Array, normalized_shape: Any, given: tuple[Any, ...], activation: Any, residual: Any, threads: Any, out: Any, keep: bool
 ) -> tuple[Array, SavedParts | None]:
     weight, bias, eps = given
-    if eps is None and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
+    if eps is None and kind == "rms_norm" and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
         eps = _SMALLEST_STEP[row.storage]
     plain = _Plain(kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out)
     if (done := plain.forward(keep)) is not None:
@@ -618,7 +618,7 @@ def _layer_norm(
     compute = call.dtype.compute
     w, b = row_vector("weight", weight, shape, compute), row_vector("bias", bias, shape, compute)
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), kind == "layer_norm", compute, call.threads)
-    return _forward(call, norm, keep)
+    return _forward(call, norm, keep, weight, bias)
 
 
 _SMALLEST_STEP = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}

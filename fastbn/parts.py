@@ -467,7 +467,30 @@ def _backward_of_rows(
 
 
 @default_mode
-def running(module: Operations, x: Array, shape: Shape, threads: int) -> tuple[Array, Array]:
-    """Mean and unbiased variance of each channel, averaged over the images; of parts that are single channels."""
+def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int) -> tuple[Array, Array, Array]:
+    """Mean and variance of each part, in units of its own, and the binary logarithms of these: 0 but at the ends of the range.
+
+    A variance that is too small a number matters only where eps is, too.
+    """
     mean, low, m2 = statistics(module, x, shape, threads)
-    return (mean + low).mean(0), (m2 / (shape.values - 1)).mean(0)
+    mean, var, units = mean + low, m2 / shape.values, np.zeros(mean.shape, np.int64)
+    at = np.nonzero(~((m2 < 2.0**1000) & (np.abs(mean) < 2.0**1000) & (var + eps > 2.0**-900)))
+    if len(at[0]):
+        values = _gather(x, shape, at)
+        largest = np.abs(values).max((1, 2, 3), keepdims=True)
+        e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
+        values = np.ldexp(values, -e)
+        center = values.mean((1, 2, 3), keepdims=True)
+        center = center + (values - center).mean((1, 2, 3), keepdims=True)
+        mean[at], var[at], units[at] = center[:, 0, 0, 0], np.square(values - center).mean((1, 2, 3)), e[:, 0, 0, 0]
+    return mean, var, units
+
+
+@default_mode
+def running(module: Operations, x: Array, shape: Shape, momentum: float, threads: int) -> tuple[Array, Array]:
+    """Mean and unbiased variance of each channel, averaged over the images and times momentum; of parts that are single channels."""
+    mean, var, units = moments(module, x, shape, 1.0, threads)
+    most = units.max(0)
+    mean = np.ldexp(mean, units - most).mean(0)
+    var = np.ldexp(var, 2 * (units - most)).mean(0) * (shape.values / (shape.values - 1))
+    return np.ldexp(momentum * mean, most), np.ldexp(momentum * var, 2 * most)

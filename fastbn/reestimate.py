@@ -182,7 +182,14 @@ def collect(
     bar = None if callable(progress) or not checks.switch("progress", progress) else _Bar(batches)
     tell: Any = bar or (progress if callable(progress) else None)
     for batch in batches:
-        recorder.run(lambda batch=batch: call(batch))  # type: ignore[misc]
+        try:
+            recorder.run(lambda batch=batch: call(batch))  # type: ignore[misc]
+        except (RuntimeError, TypeError, ValueError) as error:
+            shape = getattr(batches, "shape", None)
+            if shape is None or recorder.total.batches or type(error) not in (RuntimeError, TypeError, ValueError):
+                raise
+            hint = f"the batches were what one array of shape {tuple(shape)} has on its first axis; give [x] if it is one batch"
+            raise type(error)(f"{error} ({hint})") from error
         if tell is not None:
             tell(recorder.total)
         if recorder.is_exact_enough():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, core, functional, memory, norm_calls, parts
+from fastbn import checks, core, extremes, functional, memory, norm_calls, parts
 from fastbn import threads as threading
 from fastbn.activations import Activation, Epilogue
 from fastbn.composed import split, update_running
@@ -74,13 +74,21 @@ class SavedMix:
 
     @default_mode
     def vectors(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
-        """Mean, scale and shift of each channel of each image, one after the other."""
-        of_batch = self.weight * self.mix * self.invstd
-        of_layer = self.weight * (1 - self.mix) * self.layer_invstd
-        scale = of_batch + of_layer
-        shift = of_layer * ((self.mean - self.layer_mean) + self.mean_lo) + self.bias - scale * self.mean_lo
-        means = np.tile(self.mean, len(self.layer_mean))
-        return means.astype(compute), scale.astype(compute).ravel(), shift.astype(compute).ravel()
+        """Center, scale and shift of each channel of each image, one after the other.
+
+        Each center is between the batch's mean and the image's: where the two are far apart, it is near to that which counts.
+        """
+        of_batch, of_layer = self.mix * self.invstd, (1 - self.mix) * self.layer_invstd
+        share = np.nan_to_num(np.abs(of_batch) / (np.abs(of_batch) + np.abs(of_layer)), nan=0.5)
+        centers = (share * self.mean + (1 - share) * self.layer_mean).astype(compute)
+        from_batch, from_layer = self.offsets(centers)
+        scale = self.weight * (of_batch + of_layer)
+        shift = self.weight * (of_batch * from_batch + of_layer * from_layer) + self.bias
+        return centers.ravel(), scale.astype(compute).ravel(), shift.astype(compute).ravel()
+
+    def offsets(self, centers: Array) -> tuple[Array, Array]:
+        """How far the centers are from the batch's mean and from the image's."""
+        return (centers - self.mean) - self.mean_lo, centers - self.layer_mean
 
 
 @default_mode
@@ -176,20 +184,23 @@ def _mixed(
     if training:
         stats = functional.wide_stats(call.x, None, axis, None)
         mean, low, var = stats.mean, stats.mean_lo, variance(stats)
+        invstd = 1 / np.sqrt(var + eps)
+        if call.x.size and not extremes.are_usual(var * stats.count, var + eps, invstd, wide).all():
+            found = functional.batch_norm_forward(call.x, eps=eps, axis=axis, correction=0)[1]  # which finds it in units
+            invstd = found.invstd.astype(wide)
     else:
-        channels = checks.channels_of(call.x, axis)
-        mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(("running_mean", "running_var"), running, strict=True))
-        low = np.zeros_like(mean)
-    layer_mean = layer_var = np.zeros((call.shape.batch, 1))
+        channels, names = checks.channels_of(call.x, axis), ("running_mean", "running_var")
+        mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(names, running, strict=True))
+        low, invstd = np.zeros_like(mean), 1 / np.sqrt(var + eps)
+    layer_mean, layer_invstd = np.zeros((call.shape.batch, 1)), np.full((call.shape.batch, 1), 1 / np.sqrt(eps))
     if call.x.size:
-        found = parts.statistics(core.calls_of(call.dtype), call.dense(call.x), call.shape, call.threads)
-        layer_mean, layer_var = found[0] + found[1], found[2] / call.shape.values
+        own, spread, units = parts.moments(core.calls_of(call.dtype), call.dense(call.x), call.shape, eps, call.threads)
+        layer_mean, layer_invstd = np.ldexp(own, units), np.ldexp(1 / np.sqrt(spread + np.ldexp(eps, -2 * units)), -units)
     high, rest = split(mean, low, call.dtype.compute)
     kept = core.copied(call.residual) if call.residual is not None and call.activation is not None else None
-    w, b, m = affine
     return SavedMix(
-        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, 1 / np.sqrt(var + eps), layer_mean,
-        1 / np.sqrt(layer_var + eps), w, b, m, call.activation, kept, call.residual is not None,
+        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, invstd, layer_mean, layer_invstd, *affine, call.activation,
+        kept, call.residual is not None,
     ), stats  # fmt: skip
 
 
@@ -319,9 +330,8 @@ def _mixed_gradients(
     call: norm_calls.Call, dy: Array, saved: SavedMix, wanted: tuple[str, ...], out: Array | None
 ) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
     """Gradients of x and of the residual; and of weight, bias and mix."""
-    shape, compute, active = call.shape, call.dtype.compute, saved.activation is not None
-    targets = norm_calls.targets(call, dy, wanted, out, active)
-    dx, written, dresidual, written_residual = targets
+    shape, compute = call.shape, call.dtype.compute
+    dx, written, dresidual, written_residual = norm_calls.targets(call, dy, wanted, out, saved.activation is not None)
     if not call.x.size:
         zero = np.zeros(shape.channels)
         return (dx if "x" in wanted else None), dresidual, (zero, zero, zero)
@@ -330,18 +340,17 @@ def _mixed_gradients(
     residual = None if saved.residual is None else call.dense(saved.residual)
     kernels = core.calls_of(call.dtype, saved.activation)
     maps = parts.Maps(kernels, shape, norm, *saved.vectors(compute), saved.activation, residual, written_residual)
+    from_batch, from_layer = saved.offsets(maps.means.reshape(shape.batch, shape.channels))
     arrays = call.dense(dy), call.dense(call.x)
     first, second = maps.sums(*arrays)
-    second = second - saved.mean_lo * first
-    apart = (saved.mean - saved.layer_mean) + saved.mean_lo
-    of_batch, of_layer = s * second, t * (second + apart * first)  # sums of dz times what was normalized
+    of_batch, of_layer = s * (second + from_batch * first), t * (second + from_layer * first)  # sums of dz times what was normalized
     if written is not None:
         shares = w * m, w * (1 - m)
         values = shape.outer * shape.inner
         b0, b1 = ((shares[0] * v).sum(0) / (shape.batch * values) if saved.training else 0 * s for v in (first, of_batch))
         l0, l1 = ((shares[1] * v).sum(1, keepdims=True) / (shape.channels * values) for v in (first, of_layer))
         slope = -(s * s * b1 + t * t * l1)
-        offset = -(s * b0 + t * (l0 + t * apart * l1)) - slope * saved.mean_lo
+        offset = -(s * (b0 + s * from_batch * b1) + t * (l0 + t * from_layer * l1))
         maps.gradient(*arrays, written, offset, slope, maps.scale)
     if dresidual is not None and written_residual is not None:
         dresidual = call.deliver(dresidual, written_residual, None)
@@ -420,16 +429,16 @@ def batch_renorm_forward(
     >>> saved.r, saved.d
     (array([1.]), array([2.]))
     """
+    checks.apart({"out": out}, {"weight": weight, "bias": bias})
     most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
-    options: dict[str, Any] = {"layout": layout, "axis": axis}
-    after: dict[str, Any] = {"activation": activation, "residual": residual, "correction": correction, "out": out}
-    numbers: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training}
+    options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
+    options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "out": out}
     with threading.num_threads(norm_calls.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
         if not checks.switch("training", training):
-            _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **numbers, **options, **after)
+            _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
             return found[0], SavedRenorm(saved, None, None)
-        stats = functional.batch_norm_stats(x, **options)
-        array, _ = checks.array(x)
+        options["stats"] = stats = functional.wide_stats(x, layout, axis, None)
+        array, dtype = checks.array(x)
         channels = checks.channels_of(array, checks.channel(array, layout, axis))
         e, wide = checks.number("eps", eps, 0.0), np.dtype(np.float64)
         mean, var = checks.vector("running_mean", running_mean, channels, wide), checks.vector("running_var", running_var, channels, wide)
@@ -437,7 +446,10 @@ def batch_renorm_forward(
         b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
         r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
         scale, shift = w * r, b + w * d
-        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, stats=stats, **numbers, **options, **after)
+        of_batch = variance(stats)
+        if not extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute).all():
+            options["stats"] = None  # it finds them itself, in units
+        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
     return y, SavedRenorm(saved, r, d)
 
 
@@ -631,20 +643,19 @@ def ghost_batch_norm_forward(
     numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
-    n = norm_calls.thread_count(threads, "forward", array.nbytes)
-    with threading.num_threads(n):
+    with threading.num_threads(norm_calls.thread_count(threads, "forward", array.nbytes)):
         if not checks.switch("training", training) or not array.size:
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
             return y, SavedGhosts((saved,), (len(array),))
-        parts_of = -(-len(array) // size)
-        sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), parts_of))
-        values = min(sizes) * (array.size // len(array) // array.shape[at])
-        if values < 1 + checks.integer("correction", correction, 0, 1):
+        sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), -(-len(array) // size)))
+        if min(sizes) * (array.size // len(array) // array.shape[at]) < 1 + checks.integer("correction", correction, 0, 1):
             raise ValueError(
                 f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
                 f"shape {array.shape}"
             )
-        checks.apart({"out": target}, {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var})
+        moved = {"running_mean": running_mean, "running_var": running_var}
+        checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
+        checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
         y = memory.empty_like(array) if target is None else target
         found, first = [], 0
         for size in sizes:
@@ -764,10 +775,8 @@ def ghost_batch_norm_backward(
             own = slice(first, first + size)
             found.append(functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own]))
             first += size
-    compute = saved.saved[0].mean.dtype
-    sums = []
-    for name, vectors in (("weight", [g.dweight for g in found]), ("bias", [g.dbias for g in found])):
-        sums.append(np.sum(np.array(vectors, np.float64), 0).astype(compute) if name in wanted else None)
+    vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
+    sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
     dresidual = np.concatenate([g.dresidual for g in found]) if "residual" in wanted else None
     return Gradients(dx, sums[0], sums[1], dresidual)
 

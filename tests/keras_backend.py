@@ -338,6 +338,14 @@ def test_one_value_and_none_per_channel() -> None:
             np.testing.assert_array_equal(a, b)
 
 
+def test_an_epsilon_of_zero_trains_as_in_keras() -> None:
+    x, ours, theirs = data((4, 5, 3), 2.0), Layer(epsilon=0.0), keras.layers.BatchNormalization(epsilon=0.0)
+    for training in (True, False):
+        np.testing.assert_allclose(values(ours(x, training=training)), values(theirs(x, training=training)), rtol=1e-4, atol=1e-5)
+    for own, other in zip(ours.weights, theirs.weights, strict=True):
+        np.testing.assert_allclose(values(own), values(other), rtol=1e-5, atol=1e-6)
+
+
 def test_a_mask_of_another_rank_is_an_error() -> None:
     with pytest.raises(ValueError, match="mask must have one axis less than inputs"):
         made((4, 5, 3))(data((4, 5, 3)), training=True, mask=np.ones(4, bool))

@@ -1,6 +1,7 @@
 """The benchmark's tables against published numbers, its statistics against NumPy, and a run of a second."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -598,3 +599,39 @@ def test_all_that_is_missing_is_named_in_one_line(monkeypatch: pytest.MonkeyPatc
             import_module("bench.__main__").main(arguments)
         expected = f"python -m bench: error: it needs {needs.replace(' ', ', ')}: pip install {needs}"
         assert capsys.readouterr().err.splitlines()[-1] == expected
+
+
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in {missing} else find(name, *rest)
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "said"),
+    [
+        ("in_torch", ("torch",), "it needs torch: pip install torch"),
+        ("in_torch", ("torch", "rich"), "it needs torch, rich: pip install torch rich"),
+        ("sync", ("torch",), "it needs torch: pip install torch"),
+        ("norms", ("torch",), "it needs torch: pip install torch"),
+        ("in_keras", ("keras",), "it needs keras: pip install keras"),
+        ("in_keras", ("torch", "tensorflow", "jax"), "it needs one of torch, tensorflow, jax: pip install torch"),
+        ("preactivation", ("onnxruntime", "onnx"), "it needs onnxruntime, onnx: pip install onnxruntime onnx"),
+        ("growth", ("rich", "matplotlib"), "it needs rich, matplotlib: pip install rich matplotlib"),
+        ("roofline", ("matplotlib",), "the drawing needs matplotlib: pip install matplotlib"),
+        ("situ", ("rich",), "it needs rich: pip install rich"),
+        ("situations", ("rich",), "it needs rich: pip install rich"),
+    ],
+)
+def test_what_is_not_installed_is_one_line(module: str, missing: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    if module == "in_keras" and "keras" not in missing:
+        pytest.importorskip("keras", reason="needs Keras")
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(missing=missing))
+    path = os.pathsep.join((str(tmp_path), str(Path(options.__file__).parents[1])))
+    command = [sys.executable, "-m", f"bench.{module}"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"python -m bench.{module}: error: {said}"
+    assert "Traceback" not in done.stderr

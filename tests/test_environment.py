@@ -94,6 +94,19 @@ def test_an_unknown_name_is_a_warning() -> None:
     assert "RuntimeWarning: fastbn knows no environment variable 'FASTBN_THREADS'; did you mean FASTBN_NUM_THREADS?" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "line", ["import fastbn", "from fastbn.layers import BatchNorm1d", "import importlib; importlib.import_module('fastbn.nn')"]
+)
+def test_the_warning_is_at_the_line_that_imports(tmp_path: Path, line: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"# a service\nimport sys\n{line}\n")
+    root = str(Path(environment.__file__).parent.parent)
+    done = python(str(script), FASTBN_THREADS="4", PYTHONPATH=root)
+    assert done.stderr.startswith(f"{script}:3: RuntimeWarning: fastbn knows no environment variable 'FASTBN_THREADS'"), done.stderr
+    done = python("-W", "error::RuntimeWarning:__main__", str(script), FASTBN_THREADS="4", PYTHONPATH=root)
+    assert (done.returncode, done.stderr.splitlines()[-1][:21]) == (1, "RuntimeWarning: fastb")
+
+
 @pytest.mark.parametrize("arguments", [("-m", "fastbn", "--help"), ("-mfastbn", "--help"), ("-W", "error", "-m", "fastbn", "--help")])
 def test_the_command_starts_all_the_same(arguments: tuple[str, ...]) -> None:
     done = python(*arguments, FASTBN_NUM_THREADS="0", FASTBN_POOL_BYTES="1GX", FASTBN_KERNEL="avx2", FASTBN_THREADS="4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -249,3 +250,66 @@ def test_a_variance_of_small_numbers_that_cancel(dtype: str, size: float, shape:
         y = fastbn.batch_norm(x, None, None, training=True, eps=0.0)[:, varies]
         within(y, reference.batch_norm(units, mean, var, eps=0.0), 1e-5 if dtype == "float32" else 1e-13)
         assert fastbn.batch_norm_stats(x).var[0] == 0
+
+
+WIDE = np.longdouble
+needs_range = pytest.mark.skipif(np.finfo(WIDE).max / 2 < WIDE(1e308) * 10, reason="long double has no larger range than double here")
+PLACES = {"image": np.s_[1:2], "channel": np.s_[:, 1:2], "all": np.s_[:]}
+SIBLINGS = [*CASES, ("float64", 1e160), ("float32", 1e19), ("float32", 1e-41)]
+
+
+def _images(dtype: str, size: float, place: str, last: bool) -> tuple[Array, Array, int]:
+    """Values of which some are extreme, as the caller has them, and with channels first in long double; the axis of the channels."""
+    x = rng().normal(0.5, 1, (3, 4, 5, 6)).astype(WIDE)
+    x[:, 3] = 0.75  # a constant channel
+    x[PLACES[place]] *= size
+    x = x.astype(dtype)
+    return np.ascontiguousarray(np.moveaxis(x, 1, -1) if last else x), x.astype(WIDE), 3 if last else 1
+
+
+def _moments(x: Array, *axes: int) -> tuple[Array, Array]:
+    mean = x.mean(axes, keepdims=True)
+    mean = mean + (x - mean).mean(axes, keepdims=True)
+    return mean, np.square(x - mean).mean(axes, keepdims=True)
+
+
+@needs_range
+@pytest.mark.parametrize(("place", "last"), list(product(PLACES, (False, True))))
+@pytest.mark.parametrize(("dtype", "size"), SIBLINGS)
+def test_batch_channel_norm_and_renorm(dtype: str, size: float, place: str, last: bool) -> None:
+    x, wide, axis = _images(dtype, size, place, last)
+    tiny, eps = 1e-5 if dtype == "float32" else 1e-12, 1e-5
+    (mean, var), (own_mean, own_var) = _moments(wide, 0, 2, 3), _moments(wide, 1, 2, 3)
+    batch = (wide - mean) / np.sqrt(var + WIDE(eps))
+    want = (batch + 3 * (wide - own_mean) / np.sqrt(own_var + WIDE(eps))) / 4
+    y = fastbn.batch_channel_norm(x, None, None, np.full(4, 0.25), training=True, eps=eps, axis=axis)
+    within(np.moveaxis(y, axis, 1), want, tiny * np.maximum(1, np.abs(want)))
+    r = np.clip(np.sqrt(var + WIDE(eps)) / np.sqrt(WIDE(1 + eps)), WIDE(1) / 3, 3)
+    want = batch * r + np.clip(mean / np.sqrt(WIDE(1 + eps)), -5, 5)
+    y = fastbn.batch_renorm(x, np.zeros(4, dtype), np.ones(4, dtype), training=True, eps=eps, axis=axis)
+    within(np.moveaxis(y, axis, 1), want, tiny * np.maximum(1, np.abs(want)))
+
+
+@needs_range
+@pytest.mark.parametrize(("place", "last"), list(product(PLACES, (False, True))))
+@pytest.mark.parametrize("momentum", [0.0, 1e-3, 1.0])
+@pytest.mark.parametrize(("dtype", "size"), [*SIBLINGS, ("float64", 4e307)])
+def test_running_statistics_of_instance_norm(dtype: str, size: float, momentum: float, place: str, last: bool) -> None:
+    x, wide, axis = _images(dtype, size, place, last)
+    mean, var = _moments(wide, 2, 3)
+    running = np.zeros(4, dtype), np.full(4, 2, dtype)
+    fastbn.instance_norm(x, *running, momentum=momentum, axis=axis)
+    with np.errstate(over="ignore"):
+        want = [(momentum * v.mean((0, 2, 3))).astype(dtype) for v in (mean, var * WIDE(30) / 29)]
+        tiny, step = 1e-5 if dtype == "float32" else 1e-13, 2 * float(np.finfo(dtype).smallest_subnormal)
+        np.testing.assert_allclose(running[0], want[0], rtol=tiny, atol=1e-15 * momentum * np.abs(x).max() + step)
+        np.testing.assert_allclose(running[1], want[1] + (1 - momentum) * np.asarray(2, dtype), rtol=tiny, atol=step)
+
+
+def test_what_is_not_finite_stays_in_its_channel_of_running_statistics() -> None:
+    x = rng().normal(0.5, 1, (3, 4, 5, 6))
+    x[0, 1, 0, 0], x[1, 2, 0, 0] = np.nan, np.inf
+    running = np.zeros(4), np.ones(4)
+    fastbn.instance_norm(x, *running)
+    for v in running:
+        np.testing.assert_array_equal(np.isfinite(v), [True, False, False, True])

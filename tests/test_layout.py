@@ -309,3 +309,20 @@ def test_out_may_be_x_whatever_the_strides_of_its_axes_of_one() -> None:
         wanted = call(before.copy(), None)
         assert call(x, out) is out
         np.testing.assert_array_equal(x, wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("nhwc", "got 'nhwc'; did you mean 'NHWC'?"), ("Channels-Last", "did you mean 'channels_last'?"),
+        ("channel_first", "did you mean 'channels_first'?"), ("NHCW", "did you mean 'NHWC' or 'NCHW'?"), ("last", "got 'last'"),
+        (3, "got 3"), ("x" * 10**6, "xxx..."),
+    ],
+)  # fmt: skip
+def test_a_layout_that_was_nearly_right_is_named(given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match="layout must be one of NC, ") as caught:
+        fastbn.batch_norm(np.ones((2, 3, 4, 4), np.float32), None, None, training=True, layout=given)
+    assert str(caught.value).endswith(said)
+    with pytest.raises(ValueError, match="layout must be one of NC, ") as caught:
+        fastbn.BatchNorm2d(3, layout=given)
+    assert str(caught.value).endswith(said)

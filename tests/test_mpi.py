@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("mpi4py", reason="needs fastbn[mpi]")
+pytest.importorskip("mpi4py", reason="needs mpi4py (pip install mpi4py) and an MPI library")
 pytest.importorskip("ml_dtypes")
 if shutil.which("mpirun") is None:
     pytest.skip("needs an MPI: mpirun is not there", allow_module_level=True)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -556,3 +557,156 @@ def test_layers_of_the_variants_train() -> None:
         layer.eval()(x)
         for key, value in layer.state_dict().items():
             np.testing.assert_array_equal(value, before[key])
+
+
+VARIANTS: tuple[Callable[..., Any], ...] = (
+    lambda **o: fastbn.InstanceNorm2d(4, affine=True, track_running_stats=True, **o),
+    lambda **o: fastbn.InstanceNorm2d(4, **o),
+    lambda **o: fastbn.GroupNorm(2, 4, **o),
+    lambda **o: fastbn.LayerNorm(5, **o),
+    lambda **o: fastbn.RMSNorm(5, **o),
+    lambda **o: fastbn.BatchChannelNorm2d(4, **o),
+    lambda **o: fastbn.BatchRenorm2d(4, **o),
+    lambda **o: fastbn.BatchNorm2d(4, **o),
+)
+each_layer = pytest.mark.parametrize("make", VARIANTS, ids=[str(i) + type(make()).__name__ for i, make in enumerate(VARIANTS)])
+
+
+@each_layer
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_layer_in_eval_keeps_no_array_alive(make: Callable[..., Any], activation: str | None) -> None:
+    layer = make(activation=activation).eval()
+    x, residual, dy = (_random((2, 4, 5, 5), "float32", seed=i) for i in range(3))
+    layer(x, residual)
+    if layer.weight is not None:
+        layer.weight[...] = 7.0  # the gradient is that of the forward
+    g = layer.backward(dy)
+    if layer.weight is not None:
+        layer.weight[...] = 1.0
+    again = layer.train() if not hasattr(layer, "running_mean") or layer.running_mean is None else layer
+    again(x, residual)
+    for found, wanted in zip(g, again.backward(dy), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    layer.eval()(x, residual)
+    alive = weakref.ref(x), weakref.ref(residual)
+    del x, residual
+    assert [a() for a in alive] == [None, None]
+    with pytest.raises(RuntimeError, match="a layer in eval keeps no arrays: hold x and residual until the backward"):
+        layer.backward(dy)
+
+
+@each_layer
+def test_a_residual_that_a_layer_in_eval_wrote_over_has_its_gradient(make: Callable[..., Any]) -> None:
+    layer = make(activation="silu").eval()
+    x, residual, dy = (_random((2, 4, 5, 5), "float32", seed=i) for i in range(3))
+    layer(x, residual)
+    wanted = layer.backward(dy)
+    layer(x, residual, out=residual)
+    for found, one in zip(layer.backward(dy), wanted, strict=True):
+        np.testing.assert_array_equal(found, one)
+
+
+@each_layer
+def test_layers_without_tracking_move_nothing(make: Callable[..., Any]) -> None:
+    layer, x = make(), _random((2, 4, 5, 5), "float32")
+    if getattr(layer, "running_mean", None) is None:
+        pytest.skip("it has no running statistics")
+    layer.track_running_stats = False
+    before = layer.state_dict()
+    layer(x)
+    layer.eval()(x)
+    assert layer.state_dict().keys() == before.keys()
+    for key, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_instance_norm_without_tracking_uses_the_images_statistics_in_eval() -> None:
+    layer, x = fastbn.InstanceNorm2d(4, track_running_stats=True), _random((2, 4, 5, 5), "float32")
+    layer.track_running_stats = False
+    np.testing.assert_array_equal(layer.eval()(x), fastbn.instance_norm(x))
+    layer = fastbn.InstanceNorm2d(4, track_running_stats=True)
+    layer.running_mean = None
+    np.testing.assert_array_equal(layer.eval()(x), fastbn.instance_norm(x))
+    np.testing.assert_array_equal(layer.running_var, np.ones(4))
+
+
+def test_an_empty_batch_is_not_counted() -> None:
+    for layer in (fastbn.BatchChannelNorm2d(4), fastbn.BatchRenorm2d(4), fastbn.BatchNorm2d(4)):
+        layer(np.zeros((0, 4, 2, 2), np.float32))
+        assert layer.num_batches_tracked == 0
+
+
+@each_layer
+def test_whether_a_layer_has_weights_cannot_be_set(make: Callable[..., Any]) -> None:
+    layer = make()
+    name = "elementwise_affine" if isinstance(layer, fastbn.LayerNorm) else "affine"
+    assert getattr(layer, name) is (layer.weight is not None)
+    with pytest.raises(AttributeError, match=r"no setter|can't set"):
+        setattr(layer, name, False)
+
+
+def test_loading_does_not_depend_on_numpys_error_mode() -> None:
+    layer = fastbn.LayerNorm((2, 2))
+    state = {"weight": np.array([[1e300, 1.0], [1e-300, 2.0]]), "bias": np.zeros((2, 2))}
+    with np.errstate(all="raise"):
+        layer.load_state_dict(state)
+    np.testing.assert_array_equal(layer.weight, np.array([[np.inf, 1], [0, 2]], np.float32))
+
+
+@each_layer
+def test_a_layer_that_cannot_take_all_is_loaded_with_nothing(make: Callable[..., Any]) -> None:
+    layer = make()
+    state = {key: value + 1 for key, value in layer.state_dict().items()}
+    if len(state) < 2:
+        pytest.skip("it holds one array at most")
+    last = list(state)[-1]
+    getattr(layer, last).setflags(write=False)
+    before = layer.state_dict()
+    with pytest.raises(ValueError, match=f"{last} of the layer is read-only"):
+        layer.load_state_dict(state)
+    for key, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+
+
+def test_only_rms_norm_chooses_eps() -> None:
+    with pytest.raises(TypeError, match="eps must be a number, got None"):
+        fastbn.layer_norm(np.ones((2, 3), np.float32), 3, eps=None)  # type: ignore[arg-type]
+
+
+SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
+    "batch_norm": (fastbn.batch_norm, (None, None), {"training": True}),
+    "instance_norm": (fastbn.instance_norm, (None, None), {}),
+    "group_norm": (fastbn.group_norm, (2,), {}),
+    "layer_norm": (fastbn.layer_norm, (4,), {}),
+    "rms_norm": (fastbn.rms_norm, (4,), {}),
+    "batch_channel_norm": (fastbn.batch_channel_norm, (None, None, np.ones(4)), {"training": True}),
+    "batch_renorm": (fastbn.batch_renorm, (np.zeros(4), np.ones(4)), {"training": True}),
+    "ghost_batch_norm": (fastbn.ghost_batch_norm, (None, None), {"training": True, "virtual_batch_size": 2}),
+}
+
+
+@pytest.mark.parametrize("step", [1, -1, 2])
+@pytest.mark.parametrize("which", ["weight", "bias"])
+@pytest.mark.parametrize("norm", SHARED)
+def test_an_output_over_a_parameter_is_refused(norm: str, which: str, step: int) -> None:
+    function, first, options = SHARED[norm]
+    if norm == "rms_norm" and which == "bias":
+        pytest.skip("it has none")
+    x, out = _random((4, 4, 3, 4), "float32"), _random((4, 4, 3, 4), "float32")
+    before = out.copy()
+    with pytest.raises(ValueError, match=f"out and {which} share memory"):
+        function(x, *first, **{which: out.reshape(-1)[16:48][::step][:4]}, out=out, **options)
+    np.testing.assert_array_equal(out, before)
+
+
+@pytest.mark.parametrize("which", ["weight", "bias", "x", "residual"])
+@pytest.mark.parametrize("moved", ["running_mean", "running_var"])
+def test_what_the_next_virtual_batch_needs_is_not_moved(moved: str, which: str) -> None:
+    x, residual = _random((4, 4, 3, 4), "float32"), _random((4, 4, 3, 4), "float32")
+    given = {"x": x, "residual": residual, "weight": np.ones(4, np.float32), "bias": np.ones(4, np.float32)}
+    statistics = {"running_mean": np.zeros(4, np.float32), "running_var": np.ones(4, np.float32)}
+    statistics[moved] = given[which].reshape(-1)[-4:]
+    before = statistics[moved].copy()
+    with pytest.raises(ValueError, match=f"{moved} and {which} share memory, and the call writes {moved}"):
+        fastbn.ghost_batch_norm(**given, **statistics, training=True, virtual_batch_size=2)
+    np.testing.assert_array_equal(statistics[moved], before)

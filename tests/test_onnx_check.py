@@ -236,10 +236,22 @@ def test_a_session_runs_fastbn() -> None:
     given = model.SerializeToString()
     session = fastbn.onnx.session(model)
     assert model.SerializeToString() == given
+    assert repr(session).startswith("<fastbn.onnx session of x: tensor(float)['N', 3, 'H', 'W'] to y: tensor(float)[")
     np.testing.assert_allclose(session.run(None, {"x": IMAGES})[0], run(model, IMAGES)[0], rtol=1e-5, atol=1e-5)
     again = fastbn.onnx.session(model)
     s = array(4, seed=8)
     assert np.abs(again.run(None, {"x": IMAGES, "s": s})[0] - session.run(None, {"x": IMAGES})[0]).max() > 0.01
+
+
+def test_a_session_of_a_path_has_its_external_data(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_extensions")
+    model = net(f"c = Conv (x, w)  y = {BN} (c, s, b, m, v)", ("N", 3, "H", "W"), {"w": array(4, 3, 3, 3), **norm(4)})
+    wanted, path = run(model, IMAGES)[0], tmp_path / "net.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    np.testing.assert_allclose(fastbn.onnx.session(path).run(None, {"x": IMAGES})[0], wanted, rtol=1e-5, atol=1e-5)
+    (tmp_path / "weights.bin").write_bytes(b"short")
+    with pytest.raises(ValueError, match="external data"):
+        fastbn.onnx.session(path)
 
 
 def test_what_fastbn_raises_in_a_session_is_raised_by_run() -> None:

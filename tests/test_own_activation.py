@@ -79,6 +79,13 @@ def test_errors(example: Any) -> None:
     for other in (lambda z: z.real(), lambda z, slope: z, lambda z: "z"):
         with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):
             fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
+    no_number = r"activation cannot be compiled by Numba for float32: (.|\n)*it must give one real number, not "
+    for other in (lambda z: np.array([z, z]), lambda z: z + 1j):
+        with pytest.raises(TypeError, match=no_number):
+            fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
+    _, saved = fastbn.batch_norm_forward(x, activation=fastbn.Activation(example.mish, numba.njit(lambda z: np.empty(0))))
+    with pytest.raises(TypeError, match=no_number):
+        fastbn.batch_norm_backward(x, x, saved)
     assert not running[0].any()
     with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):  # what half precision is computed in
         fastbn.batch_norm_forward(x.astype(np.float16), activation=numba.njit(lambda z: "z"))

@@ -225,3 +225,15 @@ def test_after_an_error_the_layers_are_as_before(name: str) -> None:
         assert layer.__dict__ == before[key][1]
         for name_, v in layer.state_dict().items():
             same_bits(np.atleast_1d(v), np.atleast_1d(before[key][0][name_]))
+
+
+def test_one_array_in_place_of_batches_is_said() -> None:
+    bn, x = fastbn.BatchNorm2d(3), np.ones((2, 3, 4, 4), np.float32)
+    said = r"takes arrays with 4 axes, but x has shape \(3, 4, 4\) \(the batches were what one array of shape \(2, 3, 4, 4\) has on its"
+    with pytest.raises(ValueError, match=said):
+        fastbn.update_bn([bn], x, bn)
+    assert fastbn.update_bn([bn], x[None], bn).batches == 1
+    with pytest.raises(ValueError, match=r"but x has shape \(3, 4, 4\)$"):
+        fastbn.update_bn([bn], list(x), bn)
+    with pytest.raises(KeyError, match="own"):
+        fastbn.update_bn([bn], x, lambda _: {}["own"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTorch 2.10 or newer (pip install 'torch>=2.10')")
 
 import fastbn.torch  # noqa: E402
 
@@ -273,3 +273,11 @@ def test_a_model_of_another_domain_gets_better() -> None:
         during = accuracy()
     assert accuracy() == before
     assert during > before + 0.2
+
+
+def test_an_adaptation_says_which_layers_adapt() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.ReLU(), nn.BatchNorm1d(3)).eval()
+    adaptation = adapt(model)
+    assert repr(adaptation) == "Adaptation(layers=['0', '2'], skipped=0)"
+    adaptation.revert()
+    assert repr(adaptation) == "Adaptation(layers=[], skipped=0)"

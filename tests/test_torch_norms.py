@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTorch 2.10 or newer (pip install 'torch>=2.10')")
 
 from test_torch import DTYPES, _off_afterwards, called, double, laid_out, near, reasons, short, taken  # noqa: E402, F401
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTorch 2.10 or newer (pip install 'torch>=2.10')")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs a PyTorch with gloo", allow_module_level=True)
 

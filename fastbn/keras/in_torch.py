@@ -38,7 +38,7 @@ def _run(plan: Plan, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: 
 def train(plan: Plan, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Output, mean and variance; None where the kernels do not take it."""
     count = x.numel() // max(x.shape[plan.axis], 1)
-    if count < 2:  # torch has no unbiased variance of it
+    if count < 2 or plan.eps <= 0:  # torch has no unbiased variance of it, and refuses such an eps
         return None
     mean, var = torch.zeros_like(gamma, requires_grad=False), torch.zeros_like(gamma, requires_grad=False)
     y = _run(plan, x, gamma, beta, mean, var, True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
+from numba import njit, types
+from numba.core.errors import TypingError
 from numba.extending import intrinsic, overload
 
 from fastbn.kernels.numba_passes import FUNCTION
@@ -24,7 +25,9 @@ _compiled: Callable[[Callable[..., Any]], Any] = njit(nogil=True, **FUNCTION, fa
 
 
 def _cast(typingctx: Any, x: Any, c: Any) -> Any:
-    """Convert a constant to the type of x."""
+    """Convert a real number to the type of x; of an array Numba would take the first element."""
+    if not isinstance(types.unliteral(c), (types.Integer, types.Float, types.Boolean, types.Optional)):
+        raise TypingError(f"it must give one real number, not {c}")
     return x(x, c), lambda context, builder, signature, arguments: context.cast(builder, arguments[1], c, x)
 
 

@@ -14,14 +14,13 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
 from onnx import ModelProto, helper
 
 from fastbn import checks
 from fastbn.layout import Array
 from fastbn.onnx.frozen import frozen
 from fastbn.onnx.graph import Model, Node, Stays
-from fastbn.onnx.protos import load, said
+from fastbn.onnx.protos import load, load_external
 from fastbn.onnx.takers import AFTER, BEFORE, Change, Write, shaped, stored, weights
 
 INNER = "its statistics are those of the input"
@@ -285,13 +284,7 @@ def fold(model: ModelProto | str | os.PathLike[str], rewrite: bool = False) -> M
         for node, outcome in outcomes.items():
             if outcome.why and node.op == "BatchNormalization":
                 _rewrite(node)
-    folded = opened.close()
-    if folder:
-        try:
-            onnx.external_data_helper.load_external_data_for_model(folded, folder)
-        except Exception as error:  # a file that is shorter than the model says
-            raise ValueError(f"model: its external data cannot be read: {said(error)}") from error
-    return folded
+    return load_external(opened.close(), folder)
 
 
 def _rewrite(node: Node) -> None:

@@ -182,6 +182,16 @@ def _is_deprecated(op: str, version: int) -> bool:
         return False
 
 
+def load_external(proto: ModelProto, folder: str) -> ModelProto:
+    """The same, with its external data in it where it came from a folder."""
+    if folder:
+        try:
+            onnx.external_data_helper.load_external_data_for_model(proto, folder)
+        except Exception as error:  # a file that is shorter than the model says
+            raise ValueError(f"model: its external data cannot be read: {said(error)}") from error
+    return proto
+
+
 def write(proto: ModelProto, path: Path) -> None:
     """Write a model; where it is too large for one file, its tensors into another beside it, of the same name and ".data"."""
     if sum(tensor.ByteSize() for tensor in _tensors(proto)) < LARGE:

@@ -19,7 +19,7 @@ from fastbn.functional import batch_norm
 from fastbn.layout import Array
 from fastbn.onnx.frozen import EPSILON
 from fastbn.onnx.graph import Model, Node, Stays
-from fastbn.onnx.protos import load
+from fastbn.onnx.protos import load, load_external
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -56,6 +56,10 @@ def _session_class() -> Any:
 
     class Session(InferenceSession):  # type: ignore[misc]  # typed in part only
         """An InferenceSession that raises what fastbn raised."""
+
+        def __repr__(self) -> str:
+            inputs, outputs = ([f"{a.name}: {a.type}{a.shape}" for a in ends] for ends in (self.get_inputs(), self.get_outputs()))
+            return f"<fastbn.onnx session of {', '.join(inputs)} to {', '.join(outputs)}>"
 
         def run(self, *arguments: Any, **named: Any) -> Any:
             """As InferenceSession."""
@@ -113,14 +117,15 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
         raise TypeError(f"options must be an onnxruntime.SessionOptions, got {type(options).__name__}")
     if options is not None and options.execution_mode != onnxruntime.ExecutionMode.ORT_SEQUENTIAL:
         raise ValueError(f"options must have the execution_mode ORT_SEQUENTIAL, got {options.execution_mode.name}")
-    opened = Model(*load(model))
+    proto, folder = load(model)
+    opened = Model(proto, folder)
     for node in opened.norms:
         if (name := _operator(node)) is not None:
             epsilon = node.attribute("epsilon", np.float32(EPSILON))
             proto = helper.make_node(name, list(node.proto.input), [node.proto.output[0]], node.proto.name, domain=DOMAIN, epsilon=epsilon)
             node.scope.remove(node)
             node.scope.add(node, proto)
-    proto = opened.close()
+    proto = load_external(opened.close(), folder)
     if DOMAIN not in {one.domain for one in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     chosen = onnxruntime.SessionOptions() if options is None else options

@@ -134,6 +134,9 @@ class Adaptation:
         self.layers: dict[str, Any] = {path: layer for path, layer in norms(model) if isinstance(layer, _Adapted)}
         self._memories = {path: layer.__dict__[STATE] for path, layer in self.layers.items()}
 
+    def __repr__(self) -> str:
+        return f"Adaptation(layers={list(self.layers)}, skipped={self.skipped})"
+
     def __enter__(self) -> Adaptation:
         return self
 
