@@ -58,7 +58,7 @@ def test_each_network_and_order_of_memory_has_a_line(more: list[str], tmp_path: 
         assert all(row["distance"][side] < 1e-2 for side in in_torch.USUAL)
 
 
-def test_a_network_that_fails_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_fails_leaves_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "found.json"
     orders, threads, measure = list(in_torch.FORMATS), torch.get_num_threads(), in_torch.measure
 
