@@ -8,8 +8,8 @@ b) Four loops: `sum_planes`, `sum_columns`, `map_planes`, `map_columns`. *Planes
    channel, *columns* rows of channels; short planes are rows of runs, and short rows are gathered to long ones (`repeats`). The
    loops are written in blocks of lanes (numba_lanes.py), and a condition on what they are made for is dropped by the compiler.
 
-c) An activation is a loop over numbers in a buffer that stays in L1: LLVM makes vector instructions of it, whatever function of
-   the user's it is, if it can do so at all.
+c) An activation is a function of one number, of the library's or the user's, which LLVM makes a function of a block's lanes, in
+   registers, if it can do so at all (`on_lanes`).
 
 d) The numerics are those of the SIMD kernels: float32 sums of x - k and (x - k)^2 in the lanes of a block, in short chains and
    tiles that depend on the shape alone, merged in float64 in a fixed order: the same bits for any number of threads. The pivot k
@@ -40,6 +40,7 @@ if config.DISABLE_JIT:
 
 from fastbn.kernels import numba_cache, numba_passes, numba_threads
 from fastbn.kernels.numba_lanes import (
+    BLOCK,
     MEMORY,
     NUMBERS,
     STORAGE,
@@ -52,6 +53,7 @@ from fastbn.kernels.numba_lanes import (
     fence,
     fields_of,
     least,
+    on_lanes,
     parallel,
     stack,
 )
@@ -88,8 +90,8 @@ _INTEGERS = (
     "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "scratch", "wide_mean", "wide_var", "unusual",
     # Sums of the tiles, in float64.
     "pivots", "sums", "dots",
-    # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, how many values it
-    # had been applied to, and these.
+    # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, and the
+    # first block that it raised for.
     "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures",
     # C functions.
     "sum", "map", "settle", "expand", "unit_of", "parallel",
@@ -99,7 +101,7 @@ _INTEGERS = (
     # What to do, and whether a function raised.
     "kind", "phase", "by_columns", "together", "nontemporal", "wide", "raised",
 )  # fmt: skip
-FAILURES = 16 + 8192  # bytes
+FAILURES = 8 + BLOCK  # bytes
 _NUMBERS = ("eps", "momentum", "correction", "parameter")
 
 
@@ -149,18 +151,6 @@ def _helper(name: str, **options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def _applied(function: Any, number: Any, name: str) -> Any:
-    """A loop that applies a function to n numbers at an address, and writes to another one."""
-    get, put = NUMBERS[number].get, NUMBERS[number].put
-
-    @_helper(name, fastmath={"contract"})
-    def apply(source: int, to: int, n: int, parameter: float) -> None:
-        for i in range(n):
-            put(to, i, function(get(source, i), parameter))
-
-    return apply
-
-
 _customs: list[Any] = []
 
 
@@ -207,42 +197,42 @@ class Loop(NamedTuple):
 
 
 def _evaluator(loop: Loop) -> Any:
-    """What fills a buffer with the activation, or its derivative, of the n values in another; None where there is nothing to do."""
-    number = STORAGE[loop.storage].number
+    """What gives the activation, or its derivative, of the first n lanes of a block; None where there is nothing to do."""
+    m = MEMORY[loop.storage]
     if loop.activation is None:
         return None
-    apply = _applied(_functions(loop.activation)[loop.operation.startswith("grad")], number, loop.name)
+    apply = on_lanes(_functions(loop.activation)[loop.operation.startswith("grad")], m.number)
     if isinstance(loop.activation, str):
 
         @_helper(loop.name)
-        def evaluate(j: Any, source: int, to: int, n: int) -> None:
-            apply(source, to, n, j.parameter)
+        def evaluate(j: Any, v: Any, n: int) -> Any:
+            return apply(v, j.parameter)
 
         return evaluate
 
-    get, put = NUMBERS[number].get, NUMBERS[number].put
+    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    lanes, store, fill = m.lanes, own.store, own.fill
 
     @_helper(loop.name)
-    def evaluate_caught(j: Any, source: int, to: int, n: int) -> None:
+    def apply_custom(v: Any, parameter: float) -> Any:
+        return apply(v, parameter)
+
+    @_helper(loop.name)
+    def evaluate_caught(j: Any, v: Any, n: int) -> Any:
+        if n < lanes:
+            v = fill(v, n)
         try:
-            apply(source, to, n, j.parameter)
+            return apply_custom(v, j.parameter)
         except Exception:
             j.raised = 1
             if claim(j.failures) == 0:
-                for i in range(n):
-                    put(j.failures + 16, i, get(source, i))
-                put64(j.failures, 1, np.float64(n))
+                store(j.failures + 8, 0, v)
+        return v
 
     return evaluate_caught
 
 
 # ---- The loops ----
-
-
-def _parts(loop: Loop) -> tuple[Any, ...]:
-    m = MEMORY[loop.storage]
-    own = MEMORY["float64" if m.number is types.float64 else "float32"]
-    return m, own.load, own.store, NUMBERS[m.number].get, NUMBERS[m.number].put
 
 
 def _judge(loop: Loop) -> tuple[Any, Any]:
@@ -271,17 +261,82 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
     return is_near, out_of_range
 
 
-def _sum_planes(loop: Loop) -> Any:
+def _terms(loop: Loop) -> Any:
+    """What gives, for one block, x - k and what is added up: that itself, or the gradient at x."""
     evaluate = _evaluator(loop)
-    is_near, out_of_range = _judge(loop)
-    m, load, store, get, _ = _parts(loop)
-    read, write, element, splat, fma, through, activation_inverse, first_lanes, total, coarse = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.activation_inverse, m.first, m.total, m.coarse,
+    m = MEMORY[loop.storage]
+    read, write, fma, through, activation_inverse, first_lanes, lanes = (
+        m.read, m.write, m.fma, m.through, m.activation_inverse, m.first, m.lanes,
     )  # fmt: skip
-    lanes, chunk = m.lanes, CHAIN * m.lanes
     statistics, active, residual, second, undone = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
+
+    @_helper(loop.name, forceinline=True)
+    def terms(j: Any, at: int, rest: int, k: Any, scale: Any, shift: Any, undo: Any) -> Any:
+        v = read(j.x, at, rest)
+        if undone:
+            v = activation_inverse(v, undo)
+        d = v - k
+        g = d
+        if not statistics:
+            g = read(j.dy, at, rest)
+            if active:
+                if not undone:
+                    v = fma(d, scale, shift)
+                if residual:
+                    v = v + read(j.residual, at, rest)
+                g = through(g, evaluate(j, v, rest))
+            if second:
+                write(j.kept, at, g, rest, 0)
+        if rest < lanes:
+            d, g = first_lanes(d, rest), first_lanes(g, rest)
+        return d, g
+
+    return terms
+
+
+def _map_block(loop: Loop) -> Any:
+    """What writes one block of an output."""
+    evaluate = _evaluator(loop)
+    m = MEMORY[loop.storage]
+    read, write, fma, through, activation_inverse = m.read, m.write, m.fma, m.through, m.activation_inverse
+    gradient, active, residual, second, undone = (
+        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
+    )  # fmt: skip
+
+    @_helper(loop.name, forceinline=True)
+    def map_block(j: Any, at: int, rest: int, mean: Any, scale: Any, shift: Any, offset: Any, slope: Any, undo: Any) -> None:
+        v = read(j.x, at, rest)
+        if undone:
+            v = activation_inverse(v, undo)
+        d = v - mean
+        if active or not gradient:
+            if not undone:
+                v = fma(d, scale, shift)
+            if residual:
+                v = v + read(j.residual, at, rest)
+            if active:
+                v = evaluate(j, v, rest)
+        if gradient:
+            g = read(j.dz, at, rest)
+            if active:
+                g = through(g, v)
+            if second:
+                write(j.dresidual, at, g, rest, j.nontemporal)
+            v = scale * fma(d, slope, g - offset)
+        write(j.out, at, v, rest, j.nontemporal)
+
+    return map_block
+
+
+def _sum_planes(loop: Loop) -> Any:
+    terms = _terms(loop)
+    is_near, out_of_range = _judge(loop)
+    m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
+    element, splat, fma, first_lanes, total, coarse, get = m.element, m.splat, m.fma, m.first, m.total, m.coarse, number.get
+    lanes, chunk = m.lanes, CHAIN * m.lanes
+    statistics, shifted = loop.operation == "stats", loop.activation is not None and not loop.undone
 
     def sum_planes(job: int, tile: int, first: int, last: int) -> None:
         """The sums of one tile of channels first ... last."""
@@ -295,7 +350,6 @@ def _sum_planes(loop: Loop) -> Any:
         length = least(j.piece, j.inner - start)
         count = images * length
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f = stack(), stack()
         for c in range(first, last):
             index = tile * j.channels + c
             begin = image * stride + c * j.inner + start
@@ -314,7 +368,7 @@ def _sum_planes(loop: Loop) -> Any:
             else:
                 pivot = np.float64(get(j.mean, c))
             scale, shift = zero, zero
-            if active and not undone:
+            if shifted:
                 scale, shift = splat(get(j.scale, c)), splat(get(j.shift, c))
             summed, squared = 0.0, 0.0
             for attempt in range(2):
@@ -325,35 +379,10 @@ def _sum_planes(loop: Loop) -> Any:
                     done = 0
                     while done < length:  # a chain
                         end = least(done + chunk, length)
-                        if active:
-                            i = done
-                            while i < end:
-                                v = read(j.x, at + i, end - i)
-                                v = activation_inverse(v, undo) if undone else fma(v - k, scale, shift)
-                                if residual:
-                                    v = v + read(j.residual, at + i, end - i)
-                                store(z, i - done, v)
-                                i += lanes
-                            evaluate(j, z, f, end - done)
                         t, q = zero, zero
                         i = done
                         while i < end:
-                            rest = end - i
-                            v = read(j.x, at + i, rest)
-                            if undone:
-                                v = activation_inverse(v, undo)
-                            d = v - k
-                            if rest < lanes:
-                                d = first_lanes(d, rest)
-                            g = d
-                            if not statistics:
-                                g = read(j.dy, at + i, rest)
-                                if active:
-                                    g = through(g, load(f, i - done))
-                                if second:
-                                    write(j.kept, at + i, g, rest, 0)
-                                if rest < lanes:
-                                    g = first_lanes(g, rest)
+                            d, g = terms(j, at + i, end - i, k, scale, shift, undo)
                             t = t + g
                             q = fma(g, d, q)
                             i += lanes
@@ -377,16 +406,13 @@ def _sum_planes(loop: Loop) -> Any:
 
 
 def _sum_columns(loop: Loop) -> Any:
-    evaluate = _evaluator(loop)
+    terms = _terms(loop)
     is_near, out_of_range = _judge(loop)
-    m, load, store, get, put = _parts(loop)
-    read, write, element, splat, fma, through, activation_inverse, first_lanes, coarse, finite = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.activation_inverse, m.first, m.coarse, m.finite,
-    )  # fmt: skip
-    lanes = m.lanes
-    statistics, active, residual, second, undone = (
-        loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
-    )  # fmt: skip
+    m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
+    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    read, element, splat, fma, coarse, finite = m.read, m.element, m.splat, m.fma, m.coarse, m.finite
+    load, store, get, put, lanes = own.load, own.store, number.get, number.put, m.lanes
+    statistics, shifted = loop.operation == "stats", loop.activation is not None and not loop.undone
 
     def sum_columns(job: int, tile: int, first: int, last: int) -> None:
         """The sums of columns first ... last of one tile."""
@@ -401,7 +427,7 @@ def _sum_columns(loop: Loop) -> Any:
             row, last = j.rows, least(last, j.tail_columns)
         begin, columns, count = row * stride + first, last - first, rows * run
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f, pivots, sums, dots = stack(), stack(), stack(), stack(), stack()
+        pivots, sums, dots = stack(), stack(), stack()
         i = 0
         while statistics and run == 1 and i < columns:
             lowest, mean = read(j.x, begin + i, columns - i), zero
@@ -432,37 +458,12 @@ def _sum_columns(loop: Loop) -> Any:
                     rest = columns - i
                     at = begin + top * stride + i
                     k = load(pivots, i) if statistics else load(j.columns_mean, first + i)
-                    if active:
-                        for n in range(batch):
-                            v = read(j.x, at + n * stride, rest)
-                            if undone:
-                                v = activation_inverse(v, undo)
-                            else:
-                                v = fma(v - k, load(j.columns_scale, first + i), load(j.columns_shift, first + i))
-                            if residual:
-                                v = v + read(j.residual, at + n * stride, rest)
-                            store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
-                            if rest < lanes:
-                                evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
-                        if rest >= lanes:
-                            evaluate(j, z, f, batch * lanes)
+                    scale, shift = zero, zero
+                    if shifted:
+                        scale, shift = load(j.columns_scale, first + i), load(j.columns_shift, first + i)
                     t, q = zero, zero
                     for n in range(batch):
-                        v = read(j.x, at + n * stride, rest)
-                        if undone:
-                            v = activation_inverse(v, undo)
-                        d = v - k
-                        if rest < lanes:
-                            d = first_lanes(d, rest)
-                        g = d
-                        if not statistics:
-                            g = read(j.dy, at + n * stride, rest)
-                            if active:
-                                g = through(g, load(f, n * lanes))
-                            if second:
-                                write(j.kept, at + n * stride, g, rest, 0)
-                            if rest < lanes:
-                                g = first_lanes(g, rest)
+                        d, g = terms(j, at + n * stride, rest, k, scale, shift, undo)
                         t = t + g
                         q = fma(g, d, q)
                     store(sums, i, load(sums, i) + t)
@@ -495,13 +496,10 @@ def _sum_columns(loop: Loop) -> Any:
 
 
 def _map_planes(loop: Loop) -> Any:
-    evaluate = _evaluator(loop)
-    m, load, store, get, _ = _parts(loop)
-    read, write, splat, fma, through, activation_inverse = m.read, m.write, m.splat, m.fma, m.through, m.activation_inverse
-    lanes, chunk, size = m.lanes, CHAIN * m.lanes, m.size
-    gradient, active, residual, second, undone = (
-        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
-    )  # fmt: skip
+    map_block = _map_block(loop)
+    m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
+    splat, get, lanes, size = m.splat, number.get, m.lanes, m.size
+    gradient, shifted = loop.operation == "grad_input", loop.activation is not None and not loop.undone
 
     def map_planes(job: int, first: int, last: int, start: int, stop: int) -> None:
         """Elements start ... stop of planes first ... last."""
@@ -509,50 +507,20 @@ def _map_planes(loop: Loop) -> Any:
         if j.raised:
             return
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f = stack(), stack()
         for p in range(first, last):
             c, at = p % j.channels, p * j.inner
             mean, scale, shift, offset, slope = splat(get(j.mean, c)), splat(get(j.scale, c)), zero, zero, zero
             if gradient:
                 offset, slope = splat(get(j.offset, c)), splat(get(j.slope, c))
-            if not gradient or (active and not undone):
+            if shifted or not gradient:
                 shift = splat(get(j.shift, c))
-            done = start
+            i = start
             head = (-(j.out + (at + start) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
-            while done < stop:
-                end = least(done + (head if head > 0 else chunk), stop)
-                head = 0
-                if active:
-                    i = done
-                    while i < end:
-                        v = read(j.x, at + i, end - i)
-                        v = activation_inverse(v, undo) if undone else fma(v - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + i, end - i)
-                        store(z, i - done, v)
-                        i += lanes
-                    evaluate(j, z, f, end - done)
-                i = done
-                while i < end:
-                    rest = end - i
-                    if gradient:
-                        v, g = read(j.x, at + i, rest), read(j.dz, at + i, rest)
-                        if undone:
-                            v = activation_inverse(v, undo)
-                        if active:
-                            g = through(g, load(f, i - done))
-                        v = scale * fma(v - mean, slope, g - offset)
-                        if second:
-                            write(j.dresidual, at + i, g, rest, j.nontemporal)
-                    elif active:
-                        v = load(f, i - done)
-                    else:
-                        v = fma(read(j.x, at + i, rest) - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + i, rest)
-                    write(j.out, at + i, v, rest, j.nontemporal)
-                    i += lanes
-                done = end
+            step = head if head > 0 else lanes
+            while i < stop:
+                map_block(j, at + i, least(step, stop - i), mean, scale, shift, offset, slope, undo)
+                i += step
+                step = lanes
         if j.nontemporal:
             fence()
 
@@ -560,15 +528,10 @@ def _map_planes(loop: Loop) -> Any:
 
 
 def _map_columns(loop: Loop) -> Any:
-    evaluate = _evaluator(loop)
-    m, load, store, _, _ = _parts(loop)
-    read, write, splat, fma, through, activation_inverse, first_lanes = (
-        m.read, m.write, m.splat, m.fma, m.through, m.activation_inverse, m.first,
-    )  # fmt: skip
-    lanes, size = m.lanes, m.size
-    gradient, active, residual, second, undone = (
-        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
-    )  # fmt: skip
+    map_block = _map_block(loop)
+    m = MEMORY[loop.storage]
+    load, splat, lanes, size = MEMORY["float64" if m.number is types.float64 else "float32"].load, m.splat, m.lanes, m.size
+    gradient, shifted = loop.operation == "grad_input", loop.activation is not None and not loop.undone
 
     def map_columns(job: int, first: int, last: int, start: int, stop: int) -> None:
         """Columns start ... stop of rows first ... last; the row behind the whole ones is a short one."""
@@ -576,53 +539,24 @@ def _map_columns(loop: Loop) -> Any:
         if j.raised:
             return
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f = stack(), stack()
         stride, row = j.columns, first
         while row < last:
             batch = least(BATCH, (last if row == j.rows else least(last, j.rows)) - row)
             end = least(stop, j.tail_columns) if row == j.rows else stop
             i = start
             head = (-(j.out + (row * stride + i) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
+            step = head if head > 0 else lanes
             while i < end:
-                at, step = row * stride + i, lanes
-                rest = end - i
-                if head > 0:
-                    rest = step = least(head, rest)
-                    head = 0
+                at, rest = row * stride + i, least(step, end - i)
                 mean, scale, shift, offset, slope = load(j.columns_mean, i), load(j.columns_scale, i), zero, zero, zero
                 if gradient:
                     offset, slope = load(j.columns_offset, i), load(j.columns_slope, i)
-                if not gradient or (active and not undone):
+                if shifted or not gradient:
                     shift = load(j.columns_shift, i)
-                if active:
-                    for n in range(batch):
-                        v = read(j.x, at + n * stride, rest)
-                        v = activation_inverse(v, undo) if undone else fma(v - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + n * stride, rest)
-                        store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
-                        if rest < lanes:
-                            evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
-                    if rest >= lanes:
-                        evaluate(j, z, f, batch * lanes)
                 for n in range(batch):
-                    if gradient:
-                        v, g = read(j.x, at + n * stride, rest), read(j.dz, at + n * stride, rest)
-                        if undone:
-                            v = activation_inverse(v, undo)
-                        if active:
-                            g = through(g, load(f, n * lanes))
-                        v = scale * fma(v - mean, slope, g - offset)
-                        if second:
-                            write(j.dresidual, at + n * stride, g, rest, j.nontemporal)
-                    elif active:
-                        v = load(f, n * lanes)
-                    else:
-                        v = fma(read(j.x, at + n * stride, rest) - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + n * stride, rest)
-                    write(j.out, at + n * stride, v, rest, j.nontemporal)
+                    map_block(j, at + n * stride, rest, mean, scale, shift, offset, slope, undo)
                 i += step
+                step = lanes
             row += batch
         if j.nontemporal:
             fence()
@@ -1114,7 +1048,7 @@ class _Call:
         job.kept, job.parameter = after, 0.0 if activation is None else activation.parameter
         job.scratch = _address(scratch)
         if activation is not None and activation.custom:
-            scratch[-FAILURES:][:16] = 0
+            scratch[-FAILURES:][:8] = 0
 
     def run(self) -> bool:
         """Run it; whether it had only channels that it can do."""
@@ -1129,8 +1063,7 @@ class _Call:
         activation: Any = self.activation
         function = _functions(_known(activation))[self.job.kind >= GRAD_SUMS]
         number = np.float64 if self.job.wide else np.float32
-        count = int(self.scratch[8 - FAILURES :][:8].view(np.float64)[0])
-        for z in self.scratch[-8192:].view(number)[:count]:
+        for z in self.scratch[-BLOCK:].view(number):
             function(z, activation.parameter)
         raise RuntimeError("the activation raised an exception, but not when it was called again")
 
