@@ -25,6 +25,7 @@ f) What a function of the user's raises in a thread must not end it: the loop ke
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from math import gcd, isfinite, sqrt
@@ -88,8 +89,8 @@ _INTEGERS = (
     "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift", "offset", "slope", "running_mean", "running_var",
     # The same, in float64: what sums are merged to. Memory of this call, whether running statistics are float64, and what came out.
     "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "scratch", "wide_mean", "wide_var", "unusual",
-    # Sums of the tiles, in float64.
-    "pivots", "sums", "dots",
+    # Sums of the tiles, in float64, and how many values of a channel each tile has.
+    "pivots", "sums", "dots", "counts",
     # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, and the
     # first block that it raised for.
     "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures",
@@ -151,15 +152,15 @@ def _helper(name: str, **options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-_customs: list[Any] = []
+CUSTOM = 1000  # from here on, as _jobs.pyx knows
+_customs: dict[Any, int] = {}  # the numbers of functions of the user's
+_numbers = itertools.count(CUSTOM)
 
 
 def _name(activation: Any) -> str:
     if activation is None or isinstance(activation, str):
         return activation or "plain"
-    if activation not in _customs:
-        _customs.append(activation)
-    return f"custom{_customs.index(activation)}"
+    return f"custom{_customs.setdefault(activation, next(_numbers))}"
 
 
 class Loop(NamedTuple):
@@ -349,6 +350,7 @@ def _sum_planes(loop: Loop) -> Any:
         start = tile % j.pieces * j.piece
         length = least(j.piece, j.inner - start)
         count = images * length
+        put64(j.counts, tile, count)
         zero, undo = splat(0.0), splat(j.parameter)
         for c in range(first, last):
             index = tile * j.channels + c
@@ -426,6 +428,7 @@ def _sum_columns(loop: Loop) -> Any:
         else:
             row, last = j.rows, least(last, j.tail_columns)
         begin, columns, count = row * stride + first, last - first, rows * run
+        put64(j.counts, tile, count)
         zero, undo = splat(0.0), splat(j.parameter)
         pivots, sums, dots = stack(), stack(), stack()
         i = 0
@@ -601,14 +604,6 @@ def _largest(number: Any) -> float:
 
 
 @_helper("of_tiles")
-def _tile_count(j: Any, tile: int) -> Any:
-    """Values of a channel, or a column's run, in a tile."""
-    if j.by_columns:
-        return (least(TILE_ROWS, j.rows - tile * TILE_ROWS) if tile * TILE_ROWS < j.rows else 1) * j.run
-    return least(j.images, j.outer - tile // j.pieces * j.images) * least(j.piece, j.inner - tile % j.pieces * j.piece)
-
-
-@_helper("of_tiles")
 def _tile_end(j: Any, tile: int, repeat: int, last: int) -> Any:
     """The channel behind the last one, up to `last`, of a repeat in a tile, which may be that of the rest."""
     return least(last, j.tail_columns // j.run - repeat * j.channels) if j.by_columns and tile * TILE_ROWS >= j.rows else last
@@ -645,7 +640,7 @@ def _settle_statistics(number: Any) -> Any:
             put64(j.batch_mean_lo, c, 0.0)
         for merged in range(2):  # first the means, then what lies around them
             for tile in range(j.tiles):
-                n = _tile_count(j, tile)
+                n = get64(j.counts, tile)
                 for repeat in range(j.repeats):
                     at = tile * j.width + repeat * j.channels
                     for c in range(first, _tile_end(j, tile, repeat, last)):
@@ -797,6 +792,8 @@ def _run(number: Any) -> Any:
             word = get_word(job, i)
             if word < 0:  # from an offset to an address
                 put_word(job, i, j.scratch - 1 - word)
+        if j.failures:
+            put_word(j.failures, 0, 0)
         if gradient and j.invstd:
             for c in range(j.channels):
                 invstd = get(j.invstd, c)
@@ -1003,10 +1000,11 @@ def _template(
     for names, length in (
         (("columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope"), columns),
         (("pivots", "sums", "dots"), partials),
+        (("counts",), job.tiles * 8 if sums else 0),
         (("batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "offset", "slope", "scale", "shift"), vector),
         (("failures",), 0 if activation is None or isinstance(activation, str) else FAILURES),
     ):  # fmt: skip
-        for name in names:
+        for name in names if length else ():
             setattr(job, name, -1 - size)
             size += length
     return _Template(job, run, size)
@@ -1047,25 +1045,22 @@ class _Call:
         job.x, job.dy, job.dz, job.out, job.residual, job.dresidual = source, gradient, after or gradient, to, other, second
         job.kept, job.parameter = after, 0.0 if activation is None else activation.parameter
         job.scratch = _address(scratch)
-        if activation is not None and activation.custom:
-            scratch[-FAILURES:][:8] = 0
 
     def run(self) -> bool:
         """Run it; whether it had only channels that it can do."""
         self.function(ctypes.byref(self.job))
         numba_threads.raise_interrupt()
         if self.job.raised:
-            self._raise()
+            _raise(self.activation, self.job.kind, self.scratch[-BLOCK:].view(np.float64 if self.job.wide else np.float32))
         return not self.job.unusual
 
-    def _raise(self) -> None:
-        """Raise here what a function of the user's raised in some thread."""
-        activation: Any = self.activation
-        function = _functions(_known(activation))[self.job.kind >= GRAD_SUMS]
-        number = np.float64 if self.job.wide else np.float32
-        for z in self.scratch[-BLOCK:].view(number):
-            function(z, activation.parameter)
-        raise RuntimeError("the activation raised an exception, but not when it was called again")
+
+def _raise(activation: Any, kind: int, block: Array) -> None:
+    """Raise here what a function of the user's raised in some thread."""
+    function = _functions(activation)[kind >= GRAD_SUMS]
+    for z in block:
+        function(z, activation.parameter)
+    raise RuntimeError("the activation raised an exception, but not when it was called again")
 
 
 # ---- The four operations ----
@@ -1139,10 +1134,20 @@ def _job_for(
     kind: int, dtype: int, outer: int, channels: int, inner: int, threads: int, activation: int, fresh: bool, kept: bool, residual: bool,
     dresidual: bool, undone: bool,
 ) -> tuple[bytes, int, int]:  # fmt: skip
-    after = tuple(FUNCTIONS)[activation - 1] if activation else None
+    after = _of_code(activation)
     shape, flags = (outer, channels, inner), map(bool, (residual, dresidual, undone))
     found = _template(kind, shape, _STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
     return bytes(found.job), found.run, found.scratch
+
+
+def _of_code(code: int) -> Any:
+    if code < CUSTOM:
+        return tuple(FUNCTIONS)[code - 1] if code else None
+    return next(activation for activation, number in list(_customs.items()) if number == code)
+
+
+def _blame(code: int, kind: int, dtype: int, block: bytes) -> None:
+    _raise(_of_code(code), kind, np.frombuffer(block, np.float64 if _STORAGES[dtype] == "float64" else np.float32))
 
 
 try:
@@ -1150,7 +1155,7 @@ try:
 except ImportError:  # built without a compiler
     _jobs = None
 else:
-    _doors = _calls.Doors(_jobs.kernels(_job_for))
+    _doors = _calls.Doors(_jobs.kernels(_job_for, _blame), _customs)
     plain_stats, plain_inference, plain_forward, plain_backward = (
         _doors.plain_stats, _doors.plain_inference, _doors.plain_forward, _doors.plain_backward,
     )  # fmt: skip
