@@ -635,26 +635,29 @@ def _settle_statistics(number: Any) -> Any:
         """Statistics, and the parameters of a forward."""
         j = fields(job)
         count = np.float64(j.outer * j.inner)
+        # Addresses of their own, which no store can change: so LLVM makes vectors of the loops over channels.
+        pivots, sums, dots, lows, squares = j.pivots, j.sums, j.dots, j.batch_mean_lo, j.batch_m2
         for c in range(first, last):
-            put64(j.batch_m2, c, 0.0)
-            put64(j.batch_mean_lo, c, 0.0)
+            put64(squares, c, 0.0)
+            put64(lows, c, 0.0)
         for merged in range(2):  # first the means, then what lies around them
             for tile in range(j.tiles):
                 n = get64(j.counts, tile)
                 for repeat in range(j.repeats):
-                    at = tile * j.width + repeat * j.channels
-                    for c in range(first, _tile_end(j, tile, repeat, last)):
-                        # Of the mean from the first pivot; two near numbers have an exact difference.
-                        moved, low = get64(j.pivots, at + c) - get64(j.pivots, c), get64(j.batch_mean_lo, c)
-                        if merged:
-                            e = low - moved
-                            m2 = get64(j.dots, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
-                            put64(j.batch_m2, c, get64(j.batch_m2, c) + m2)
-                        else:
-                            put64(j.batch_mean_lo, c, low + (get64(j.sums, at + c) + n * moved))
+                    end, skip = _tile_end(j, tile, repeat, last), 8 * (tile * j.width + repeat * j.channels)
+                    # Of the mean from the first pivot; two near numbers have an exact difference.
+                    if merged:
+                        for c in range(first, end):
+                            e = get64(lows, c) - (get64(pivots + skip, c) - get64(pivots, c))
+                            m2 = get64(dots + skip, c) + e * (n * e - 2 * get64(sums + skip, c))
+                            put64(squares, c, get64(squares, c) + m2)
+                    else:
+                        for c in range(first, end):
+                            moved = get64(pivots + skip, c) - get64(pivots, c)
+                            put64(lows, c, get64(lows, c) + (get64(sums + skip, c) + n * moved))
             if not merged:
                 for c in range(first, last):
-                    put64(j.batch_mean_lo, c, get64(j.batch_mean_lo, c) / count)
+                    put64(lows, c, get64(lows, c) / count)
         for c in range(first, last):
             m2, offset, pivot = get64(j.batch_m2, c), get64(j.batch_mean_lo, c), get64(j.pivots, c)
             m2 = 0.0 if m2 < 0 else m2
@@ -688,15 +691,16 @@ def _settle_gradient(number: Any) -> Any:
         """Sums of a gradient, and the parameters of a backward."""
         j = fields(job)
         count = np.float64(j.outer * j.inner)
+        sums, dots, sum_dy, sum_dy_xmu = j.sums, j.dots, j.sum_dy, j.sum_dy_xmu
         for c in range(first, last):
-            put64(j.sum_dy, c, 0.0)
-            put64(j.sum_dy_xmu, c, 0.0)
+            put64(sum_dy, c, 0.0)
+            put64(sum_dy_xmu, c, 0.0)
         for tile in range(j.tiles):
             for repeat in range(j.repeats):
-                at = tile * j.width + repeat * j.channels
-                for c in range(first, _tile_end(j, tile, repeat, last)):
-                    put64(j.sum_dy, c, get64(j.sum_dy, c) + get64(j.sums, at + c))
-                    put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) + get64(j.dots, at + c))
+                end, skip = _tile_end(j, tile, repeat, last), 8 * (tile * j.width + repeat * j.channels)
+                for c in range(first, end):
+                    put64(sum_dy, c, get64(sum_dy, c) + get64(sums + skip, c))
+                    put64(sum_dy_xmu, c, get64(sum_dy_xmu, c) + get64(dots + skip, c))
         for c in range(first, last):
             low = optional(j.mean_lo, c, 0.0)
             put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - low * get64(j.sum_dy, c))
