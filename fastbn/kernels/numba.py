@@ -407,8 +407,30 @@ def _sum_planes(loop: Loop) -> Any:
     return sum_planes
 
 
+def _unsure(loop: Loop) -> Any:
+    """What stores the sums of single columns, and says whether one of them must be looked at: without a branch, for vectors."""
+    number, statistics = MEMORY[loop.storage].number, loop.operation == "stats"
+    get, narrow = NUMBERS[number].get, number is types.float32
+
+    @_helper(loop.name)
+    def unsure(sums: int, dots: int, pivots: int, columns: int, count: int, to_sums: int, to_dots: int, to_pivots: int) -> bool:
+        limit, bad = (count / 2 if count > FEW_VALUES else count * 2 / 3), 0
+        for w in range(columns):
+            summed, squared = np.float64(get(sums, w)), np.float64(get(dots, w))
+            put64(to_sums, w, summed)
+            put64(to_dots, w, squared)
+            if statistics:
+                put64(to_pivots, w, np.float64(get(pivots, w)))
+                bad += int(summed * summed > squared * limit)
+            if narrow:
+                bad += int((abs(squared) <= LEAST) | (abs(squared) >= MOST))
+        return bad > 0
+
+    return unsure
+
+
 def _sum_columns(loop: Loop) -> Any:
-    terms = _terms(loop)
+    terms, unsure = _terms(loop), _unsure(loop)
     is_near, out_of_range = _judge(loop)
     m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
     own = MEMORY["float64" if m.number is types.float64 else "float32"]
@@ -428,6 +450,7 @@ def _sum_columns(loop: Loop) -> Any:
         else:
             row, last = j.rows, least(last, j.tail_columns)
         begin, columns, count = row * stride + first, last - first, rows * run
+        at = (tile * j.width + first // run) * 8  # of these columns' sums, in bytes
         put64(j.counts, tile, count)
         zero, undo = splat(0.0), splat(j.parameter)
         pivots, sums, dots = stack(), stack(), stack()
@@ -458,20 +481,21 @@ def _sum_columns(loop: Loop) -> Any:
                 batch = least(BATCH, rows - top)
                 i = 0
                 while i < columns:
-                    rest = columns - i
-                    at = begin + top * stride + i
+                    rest, begun = columns - i, begin + top * stride + i
                     k = load(pivots, i) if statistics else load(j.columns_mean, first + i)
                     scale, shift = zero, zero
                     if shifted:
                         scale, shift = load(j.columns_scale, first + i), load(j.columns_shift, first + i)
                     t, q = zero, zero
                     for n in range(batch):
-                        d, g = terms(j, at + n * stride, rest, k, scale, shift, undo)
+                        d, g = terms(j, begun + n * stride, rest, k, scale, shift, undo)
                         t = t + g
                         q = fma(g, d, q)
                     store(sums, i, load(sums, i) + t)
                     store(dots, i, load(dots, i) + q)
                     i += lanes
+            if run == 1 and not unsure(sums, dots, pivots, columns, count, j.sums + at, j.dots + at, j.pivots + at):
+                break
             near = True
             for w in range(columns // run):
                 summed, squared = 0.0, 0.0
