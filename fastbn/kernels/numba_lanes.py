@@ -368,7 +368,7 @@ def on_lanes(function: Any, number: Any) -> Any:
     It is a loop over two registers' lanes, and LLVM is told to make one step of it: what it then has is a function of vectors, in
     registers. It must not unroll the loop before it tries; what cannot be vectorized stays a loop.
     """
-    block, kind = BLOCKS[number], typeof(function)
+    block, element, kind = BLOCKS[number], _FLOATS[number], typeof(function)
     step = min(block.count, 16 * REGISTER // number.bitwidth)
 
     def typed(typingctx: Any, v: Any, parameter: Any) -> Any:
@@ -376,22 +376,18 @@ def on_lanes(function: Any, number: Any) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             apply = context.get_function(kind, called)
-            source, to = _local(builder, block.vector), _local(builder, block.vector)
-            builder.store(arguments[0], source)
+            rooms = [_local(builder, block.vector) for _ in range(2)]
+            source, to = (builder.bitcast(room, element.as_pointer()) for room in rooms)
+            builder.store(arguments[0], rooms[0])
             for start in range(0, block.count, step):
                 with _steps(builder, start, step) as i:
-                    z = builder.load(_lane(builder, source, number, i))
-                    builder.store(apply(builder, (z, arguments[1])), _lane(builder, to, number, i))
-            return builder.load(to)
+                    z = builder.load(builder.gep(source, [i], source_etype=element))
+                    builder.store(apply(builder, (z, arguments[1])), builder.gep(to, [i], source_etype=element))
+            return builder.load(rooms[1])
 
         return block(block, types.float64), generate
 
     return intrinsic(typed)
-
-
-def _lane(builder: Any, room: Any, number: Any, i: Any) -> Any:
-    kind = _FLOATS[number]
-    return builder.gep(builder.bitcast(room, kind.as_pointer()), [i], source_etype=kind)
 
 
 @contextmanager
