@@ -19,20 +19,19 @@ from fastbn.kernels.numba_math import exp, like, sigmoid
 @numba.njit
 def mish(z: float) -> Any:
     """The mish of z, ``z * tanh(log(1 + exp(z)))``, with one exponential: Misra, "Mish", 2019."""
-    e, one = exp(-abs(z)), like(z, 1)
-    square = (e + one) * (e + one)
-    other = e * e if z > 0 else one
-    return z * (square - other) / (square + other)
+    e = exp(like(z, 20) if z > 20 else z)  # beyond 20 the quotient is 1
+    n = e * (e + like(z, 2))
+    return z * (n / (n + like(z, 2)))
 
 
 @numba.njit
 def mish_derivative(z: float) -> Any:
     """The derivative of mish."""
-    e, one = exp(-abs(z)), like(z, 1)
-    square = (e + one) * (e + one)
-    other = e * e if z > 0 else one
-    t = (square - other) / (square + other)
-    return t + z * (one - t * t) * sigmoid(z)
+    w = like(z, 20) if z > 20 else z
+    e = exp(w)
+    n = e * (e + like(z, 2))
+    d = like(z, 1) / (n + like(z, 2))
+    return d * (n + like(z, 4) * w * (e * e + e) * d)
 
 
 def swish(scale: float) -> fastbn.Activation:

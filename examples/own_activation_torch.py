@@ -15,29 +15,25 @@ import fastbn
 import fastbn.torch
 
 # Unlike math.exp, these become vector instructions; like(z, 1) is 1 in the type of z, where 1 would make it float64.
-from fastbn.kernels.numba_math import exp, like, sigmoid
-
-
-@numba.njit
-def tanh_of_softplus(z: float) -> Any:
-    """``tanh(log(1 + exp(z)))``, with one exponential."""
-    e, one = exp(-abs(z)), like(z, 1)
-    square = (e + one) * (e + one)
-    other = e * e if z > 0 else one
-    return (square - other) / (square + other)
+from fastbn.kernels.numba_math import exp, like
 
 
 @numba.njit
 def mish(z: float) -> Any:
-    """The mish of z: Misra, "Mish", 2019."""
-    return z * tanh_of_softplus(z)
+    """The mish of z, ``z * tanh(log(1 + exp(z)))``, with one exponential: Misra, "Mish", 2019."""
+    e = exp(like(z, 20) if z > 20 else z)  # beyond 20 the quotient is 1
+    n = e * (e + like(z, 2))
+    return z * (n / (n + like(z, 2)))
 
 
 @numba.njit
 def mish_derivative(z: float) -> Any:
     """The derivative of mish."""
-    t = tanh_of_softplus(z)
-    return t + z * (like(z, 1) - t * t) * sigmoid(z)
+    w = like(z, 20) if z > 20 else z
+    e = exp(w)
+    n = e * (e + like(z, 2))
+    d = like(z, 1) / (n + like(z, 2))
+    return d * (n + like(z, 4) * w * (e * e + e) * d)
 
 
 MISH = fastbn.Activation(mish, mish_derivative)

@@ -103,17 +103,18 @@ def calls_of(dtype: DType, activation: Function = None) -> Calls:
     return whole_calls(_kernel(dtype, activation))
 
 
-def doors(x: object) -> Any:
+def doors(x: object, activation: Function = None) -> Any:
     """The doors for plain arrays like x; None where x is not one, or its kernel has none."""
-    return _doors(x.dtype, dispatch.pinned()) if type(x) is np.ndarray else None
+    custom = activation is not None and activation.custom
+    return _doors(x.dtype, dispatch.pinned(), custom) if type(x) is np.ndarray else None
 
 
 @lru_cache(maxsize=64)
-def _doors(dtype: np.dtype[Any], pin: str | None) -> Any:
+def _doors(dtype: np.dtype[Any], pin: str | None, custom: bool) -> Any:
     row = lookup(dtype)
     try:
-        module = None if row is None else whole_calls(dispatch.select(row.storage))
-    except (ValueError, RuntimeError):  # of the pinned kernel: the checked way says why, when it has looked at the arguments
+        module = None if row is None else whole_calls(dispatch.select(row.storage, custom))
+    except (ValueError, TypeError, RuntimeError):  # of the kernel: the checked way says why, when it has looked at the arguments
         return None
     return module if hasattr(module, "plain_forward") else None
 

@@ -197,8 +197,8 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    if mask is None and stats is None and (doors := core.doors(x)) is not None:
-        f = None if activation is None else checks.activation(activation)
+    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
+    if mask is None and stats is None and (doors := core.doors(x, f)) is not None:
         kept = core.copied(residual) if f is not None and type(residual) is np.ndarray else None
         given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
         found = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, kept)
@@ -266,8 +266,8 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    if mask is None and stats is None and (doors := core.doors(x)) is not None:
-        f = None if activation is None else checks.activation(activation)
+    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
+    if mask is None and stats is None and (doors := core.doors(x, f)) is not None:
         given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
         y: Array | None = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, False)
         if y is not None:
@@ -340,7 +340,7 @@ def batch_norm_backward(
     >>> fastbn.batch_norm_backward(np.array([[1.0], [0.0]]), x, saved, wrt=["weight", "bias"])
     Gradients(dx=None, dweight=array([-1.]), dbias=array([1.]), dresidual=None)
     """
-    if isinstance(saved, Saved) and saved.made is not None and from_output is False and (doors := core.doors(x)) is not None:
+    if isinstance(saved, Saved) and saved.made is not None and from_output is False and (doors := core.doors(x, saved.made[6])) is not None:
         found = doors.plain_backward(x, dy, saved.made, wrt, out)
         if found is not None:
             return tuple.__new__(Gradients, found)  # what Gradients(*found) is, in a third of the time
@@ -541,8 +541,8 @@ def batch_norm_elemt(
     array([[-0.5],
            [ 0.5]])
     """
-    if (doors := core.doors(x)) is not None:
-        f = None if activation is None else checks.activation(activation)
+    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
+    if (doors := core.doors(x, f)) is not None:
         y: Array | None = doors.plain_inference(x, layout, axis, out, mean, invstd, weight, bias, None, f, residual, False)
         if y is not None:
             return y

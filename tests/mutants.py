@@ -105,8 +105,8 @@ MUTANTS = [
     Mutant("core.py", "if self._plain is None or dispatch.pinned() != self._pin:", "if self._plain is None:", SURVIVORS),
     Mutant(
         "core.py",
-        "return _doors(x.dtype, dispatch.pinned())",
-        "return _doors(x.dtype, None)",
+        "return _doors(x.dtype, dispatch.pinned(), custom)",
+        "return _doors(x.dtype, None, custom)",
         SURVIVORS,
     ),
     Mutant("core.py", "None if low is None else (low * saved.scale).astype(dtype)", "None", SURVIVORS),

@@ -85,7 +85,7 @@ def test_plain_calls_equal_checked_ones(
         return [np.asarray(a).tobytes() for a in found]
 
     plain = step()
-    monkeypatch.setattr(core, "doors", lambda _: None)
+    monkeypatch.setattr(core, "doors", lambda *_: None)
     assert step() == plain
 
 
@@ -155,7 +155,7 @@ def test_plain_calls_equal_checked_ones_in_any_memory_order(
         return [np.asarray(a).tobytes() for a in (*found, frozen(x, after["residual"]), frozen(x, after["residual"]))]
 
     with monkeypatch.context() as patch:
-        patch.setattr(core, "doors", lambda _: None)
+        patch.setattr(core, "doors", lambda *_: None)
         patch.setattr(core.Folded, "plain", lambda *_: None)
         checked = step()
     monkeypatch.setattr(fastbn.functional, "_request", None)

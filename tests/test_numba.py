@@ -509,6 +509,48 @@ assert os.waitpid(pid, 0)[1] == 0
     python(door + code)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 1), (70, 3, 2), (2, 3, 45)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_activation_sees_values_of_the_array_alone(dtype: str, shape: tuple[int, int, int]) -> None:
+    """Not what fills the last lanes of a block, for which it could raise."""
+
+    @numba.njit
+    def far(z: float) -> Any:
+        if z < 50:
+            raise ValueError("near")
+        return z
+
+    x = np.random.default_rng(0).uniform(60, 70, shape).astype(dtype_of(dtype))
+    one = np.ones(shape[1], np.float64 if dtype == "float64" else np.float32)
+    activation = fastbn.Activation(far, far)
+    for _ in range(2):
+        y = fastbn.batch_norm(x, 0 * one, one, eps=0.0, activation=activation)
+        np.testing.assert_array_equal(y, x)
+        assert fastbn.batch_norm_forward(x, one, one + 100, activation=activation)[1] is not None
+        with pytest.raises(ValueError, match="near"):
+            fastbn.batch_norm_forward(x, one, one, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp(dtype: Any) -> None:
+    """To 2 units in the last place, over its range, and at the ends."""
+    ends = np.log(np.finfo(dtype).max) - 1e-3
+    z = np.concatenate([np.linspace(-ends, ends, 200001), np.random.default_rng(0).normal(0, 2, 100000)]).astype(dtype)
+    extreme = np.array([np.inf, -np.inf, np.nan, 1e30, -1e30, 0, -0.0], dtype)
+
+    @numba.njit
+    def apply(z: np.ndarray, y: np.ndarray) -> None:
+        for i in range(z.size):
+            y[i] = exp(z[i])
+
+    y, at_ends = np.empty_like(z), np.empty_like(extreme)
+    apply(z, y)
+    apply(extreme, at_ends)
+    truth = np.exp(z.astype(np.longdouble))
+    assert (abs(y - truth) <= 2 * np.spacing(truth.astype(dtype))).all()
+    np.testing.assert_array_equal(at_ends, np.array([np.inf, 0, np.nan, np.inf, 0, 1, 1], dtype))
+
+
 def test_numba_starts_no_threads() -> None:
     code = """
 import numba
@@ -724,6 +766,16 @@ def mish(z: float) -> Any:
 
 
 @numba.njit
+def square(z: float) -> Any:
+    return z * z
+
+
+@numba.njit
+def twice(z: float) -> Any:
+    return z + z
+
+
+@numba.njit
 def one_by_one(z: float) -> Any:
     return like(z, math.lgamma(z))
 
@@ -746,7 +798,7 @@ def test_a_job_begins_as_the_doors_enter_it() -> None:
 
 
 @pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
-@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("activation", [None, "silu", fastbn.Activation(square, twice)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_plain_calls_have_the_bits_of_checked_ones(training: bool, activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients through given statistics too, in place or not, and for x alone."""
@@ -764,8 +816,10 @@ def test_plain_calls_have_the_bits_of_checked_ones(training: bool, activation: A
         return [np.asarray(a).tobytes() for a in (*found, fastbn.batch_norm_backward(dy.copy(), x, saved, out=np.empty_like(x)).dx)]
 
     with fastbn.use_kernel("numba"):
+        step()  # what a function of the user's is called by is known from its first call on
+        assert fastbn.batch_norm_forward(x, w, b, activation=activation)[1].made is not None
         plain = step()
-        monkeypatch.setattr(fastbn.core, "doors", lambda _: None)
+        monkeypatch.setattr(fastbn.core, "doors", lambda *_: None)
         assert step() == plain
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,35 @@ def test_without_a_compiler_the_python_part_is_packed(unpacked: Path, tmp_path: 
     done = _wheel(unpacked, tmp_path / "wheel", PATH=str(nowhere), CXX="")
     assert done.returncode == 0, done.stderr
     assert "fastbn: no C++17 compiler was found; the Python part is installed alone" in done.stderr
-    assert [path.name.partition("-py3-")[2] for path in (tmp_path / "wheel").iterdir()] == ["none-any.whl"]
+    (wheel,) = (tmp_path / "wheel").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    runs_on_numba(tmp_path / "installed", nowhere)
+
+
+WITHOUT_COMPILER = """
+import numpy as np, fastbn
+assert fastbn.dispatch.select("float32").name == "numba", fastbn.dispatch.select("float32").name
+x = np.random.default_rng(0).normal(3, 2, (4, 8, 20, 20)).astype(np.float32)
+layer = fastbn.BatchNorm2d(8, activation="relu")
+y, dx = layer(x), layer.backward(x).dx
+with fastbn.use_kernel("reference"):
+    layer = fastbn.BatchNorm2d(8, activation="relu")
+    np.testing.assert_allclose(y, layer(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dx, layer.backward(x).dx, rtol=1e-4, atol=1e-5)
+print(fastbn.__file__)
+"""
+
+
+def runs_on_numba(installed: Path, nowhere: Path) -> None:
+    """What was packed trains a layer, where Numba is, with no program on the path."""
+    if find_spec("numba") is None:
+        return
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTBN_")}
+    environment = clean | {"PATH": str(nowhere), "PYTHONPATH": str(installed), "NUMBA_CACHE_DIR": str(nowhere)}
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_COMPILER]
+    done = subprocess.run(command, env=environment, cwd=nowhere, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(installed / "fastbn" / "__init__.py")), done.stderr
 
 
 def test_whoever_publishes_can_insist_on_a_compiler(unpacked: Path, tmp_path: Path) -> None:

@@ -35,14 +35,16 @@ cdef class Calls:
     ----------
     kernels : capsule
         The table that an ISA's module exports as KERNELS.
+    customs : dict, optional
+        Codes of functions of the user's, as the table's functions know them.
     """
 
     cdef const Kernels* table
-    cdef readonly object kernels, composed, part, epilogue, axis_of, threads_of, memory_for
+    cdef readonly object kernels, customs, composed, part, epilogue, axis_of, threads_of, memory_for
     cdef Py_ssize_t small
 
-    def __cinit__(self, kernels not None):
-        self.kernels = kernels
+    def __cinit__(self, kernels not None, dict customs=None):
+        self.kernels, self.customs = kernels, customs
         self.table = <const Kernels*> PyCapsule_GetPointer(kernels, "fastbn.kernels.Kernels")
 
     def connect(self, *, composed, part, epilogue, axis_of, threads_of, memory_for, small):

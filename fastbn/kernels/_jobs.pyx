@@ -55,21 +55,28 @@ ctypedef fused C:
     float
     double
 
-cdef object make = None
+cdef enum:
+    CUSTOM = 1000  # codes of activations from which they are functions of the user's
+    BLOCK = 128  # bytes: the last of the scratch memory, where a function of the user's raised
+
+cdef object make = None, blame = None
 cdef int64_t generation = 1
 cdef Kernels table
 
 
-def kernels(maker not None):
+def kernels(maker not None, blamer not None):
     """The table of functions, as a capsule.
 
     Parameters
     ----------
     maker : callable
         Of the fields of a Key, in their order: returns a job as bytes, the address of what runs it, and bytes of scratch memory.
+    blamer : callable
+        Of the code of a function of the user's, the kind of the call, its dtype and a block of bytes that the function raised for:
+        raises the same.
     """
-    global make
-    make = maker
+    global make, blame
+    make, blame = maker, blamer
     memset(&table, 0, sizeof(Kernels))
     table.stats, table.normalize, table.inference = stats, normalize, inference
     table.forward, table.backward, table.move_running = forward, backward, move_nothing
@@ -99,6 +106,14 @@ cdef bint learn(Template* t, const Key* k) noexcept with gil:
     except BaseException as error:
         PyErr_SetObject(type(error), error)
         return False
+
+
+cdef void tell(const Key* k, const char* block) noexcept with gil:
+    """Raise what a function of the user's raised; it is left for who runs the call."""
+    try:
+        blame(k.activation, k.kind, k.dtype, block[:BLOCK])
+    except BaseException as error:
+        PyErr_SetObject(type(error), error)
 
 
 cdef inline int64_t at(const void* p) noexcept nogil:
@@ -170,6 +185,9 @@ cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noe
     leave_default_mode(mode)
     if found != NULL:
         found[0] = (<Head*> job)[0]
+    if key.activation >= CUSTOM and (<int64_t*> tail - 1)[0]:  # `raised` is the last of the integers
+        tell(&key, memory + t.scratch_bytes - BLOCK)
+        return NO_MEMORY
     return LEFT if (<Head*> job).unusual else DONE
 
 

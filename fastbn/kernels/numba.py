@@ -8,8 +8,8 @@ b) Four loops: `sum_planes`, `sum_columns`, `map_planes`, `map_columns`. *Planes
    channel, *columns* rows of channels; short planes are rows of runs, and short rows are gathered to long ones (`repeats`). The
    loops are written in blocks of lanes (numba_lanes.py), and a condition on what they are made for is dropped by the compiler.
 
-c) An activation is a loop over numbers in a buffer that stays in L1: LLVM makes vector instructions of it, whatever function of
-   the user's it is, if it can do so at all.
+c) An activation is a function of one number, of the library's or the user's, which LLVM makes a function of a block's lanes, in
+   registers, if it can do so at all (`on_lanes`).
 
 d) The numerics are those of the SIMD kernels: float32 sums of x - k and (x - k)^2 in the lanes of a block, in short chains and
    tiles that depend on the shape alone, merged in float64 in a fixed order: the same bits for any number of threads. The pivot k
@@ -25,6 +25,7 @@ f) What a function of the user's raises in a thread must not end it: the loop ke
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from math import gcd, isfinite, sqrt
@@ -40,6 +41,7 @@ if config.DISABLE_JIT:
 
 from fastbn.kernels import numba_cache, numba_passes, numba_threads
 from fastbn.kernels.numba_lanes import (
+    BLOCK,
     MEMORY,
     NUMBERS,
     STORAGE,
@@ -52,6 +54,7 @@ from fastbn.kernels.numba_lanes import (
     fence,
     fields_of,
     least,
+    on_lanes,
     parallel,
     stack,
 )
@@ -86,10 +89,10 @@ _INTEGERS = (
     "weight", "bias", "mean_lo", "invstd", "var", "mean", "scale", "shift", "offset", "slope", "running_mean", "running_var",
     # The same, in float64: what sums are merged to. Memory of this call, whether running statistics are float64, and what came out.
     "batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "scratch", "wide_mean", "wide_var", "unusual",
-    # Sums of the tiles, in float64.
-    "pivots", "sums", "dots",
-    # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, how many values it
-    # had been applied to, and these.
+    # Sums of the tiles, in float64, and how many values of a channel each tile has.
+    "pivots", "sums", "dots", "counts",
+    # Vectors of columns, as those of channels from mean to slope; how often a function of the user's raised, and the
+    # first block that it raised for.
     "columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope", "failures",
     # C functions.
     "sum", "map", "settle", "expand", "unit_of", "parallel",
@@ -99,7 +102,7 @@ _INTEGERS = (
     # What to do, and whether a function raised.
     "kind", "phase", "by_columns", "together", "nontemporal", "wide", "raised",
 )  # fmt: skip
-FAILURES = 16 + 8192  # bytes
+FAILURES = 8 + BLOCK  # bytes
 _NUMBERS = ("eps", "momentum", "correction", "parameter")
 
 
@@ -149,27 +152,15 @@ def _helper(name: str, **options: Any) -> Callable[[Any], Any]:
     return decorate
 
 
-def _applied(function: Any, number: Any, name: str) -> Any:
-    """A loop that applies a function to n numbers at an address, and writes to another one."""
-    get, put = NUMBERS[number].get, NUMBERS[number].put
-
-    @_helper(name, fastmath={"contract"})
-    def apply(source: int, to: int, n: int, parameter: float) -> None:
-        for i in range(n):
-            put(to, i, function(get(source, i), parameter))
-
-    return apply
-
-
-_customs: list[Any] = []
+CUSTOM = 1000  # from here on, as _jobs.pyx knows
+_customs: dict[Any, int] = {}  # the numbers of functions of the user's
+_numbers = itertools.count(CUSTOM)
 
 
 def _name(activation: Any) -> str:
     if activation is None or isinstance(activation, str):
         return activation or "plain"
-    if activation not in _customs:
-        _customs.append(activation)
-    return f"custom{_customs.index(activation)}"
+    return f"custom{_customs.setdefault(activation, next(_numbers))}"
 
 
 class Loop(NamedTuple):
@@ -207,42 +198,42 @@ class Loop(NamedTuple):
 
 
 def _evaluator(loop: Loop) -> Any:
-    """What fills a buffer with the activation, or its derivative, of the n values in another; None where there is nothing to do."""
-    number = STORAGE[loop.storage].number
+    """What gives the activation, or its derivative, of the first n lanes of a block; None where there is nothing to do."""
+    m = MEMORY[loop.storage]
     if loop.activation is None:
         return None
-    apply = _applied(_functions(loop.activation)[loop.operation.startswith("grad")], number, loop.name)
+    apply = on_lanes(_functions(loop.activation)[loop.operation.startswith("grad")], m.number)
     if isinstance(loop.activation, str):
 
         @_helper(loop.name)
-        def evaluate(j: Any, source: int, to: int, n: int) -> None:
-            apply(source, to, n, j.parameter)
+        def evaluate(j: Any, v: Any, n: int) -> Any:
+            return apply(v, j.parameter)
 
         return evaluate
 
-    get, put = NUMBERS[number].get, NUMBERS[number].put
+    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    lanes, store, fill = m.lanes, own.store, own.fill
 
     @_helper(loop.name)
-    def evaluate_caught(j: Any, source: int, to: int, n: int) -> None:
+    def apply_custom(v: Any, parameter: float) -> Any:
+        return apply(v, parameter)
+
+    @_helper(loop.name)
+    def evaluate_caught(j: Any, v: Any, n: int) -> Any:
+        if n < lanes:
+            v = fill(v, n)
         try:
-            apply(source, to, n, j.parameter)
+            return apply_custom(v, j.parameter)
         except Exception:
             j.raised = 1
             if claim(j.failures) == 0:
-                for i in range(n):
-                    put(j.failures + 16, i, get(source, i))
-                put64(j.failures, 1, np.float64(n))
+                store(j.failures + 8, 0, v)
+        return v
 
     return evaluate_caught
 
 
 # ---- The loops ----
-
-
-def _parts(loop: Loop) -> tuple[Any, ...]:
-    m = MEMORY[loop.storage]
-    own = MEMORY["float64" if m.number is types.float64 else "float32"]
-    return m, own.load, own.store, NUMBERS[m.number].get, NUMBERS[m.number].put
 
 
 def _judge(loop: Loop) -> tuple[Any, Any]:
@@ -271,17 +262,82 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
     return is_near, out_of_range
 
 
-def _sum_planes(loop: Loop) -> Any:
+def _terms(loop: Loop) -> Any:
+    """What gives, for one block, x - k and what is added up: that itself, or the gradient at x."""
     evaluate = _evaluator(loop)
-    is_near, out_of_range = _judge(loop)
-    m, load, store, get, _ = _parts(loop)
-    read, write, element, splat, fma, through, activation_inverse, first_lanes, total, coarse = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.activation_inverse, m.first, m.total, m.coarse,
+    m = MEMORY[loop.storage]
+    read, write, fma, through, activation_inverse, first_lanes, lanes = (
+        m.read, m.write, m.fma, m.through, m.activation_inverse, m.first, m.lanes,
     )  # fmt: skip
-    lanes, chunk = m.lanes, CHAIN * m.lanes
     statistics, active, residual, second, undone = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
+
+    @_helper(loop.name, forceinline=True)
+    def terms(j: Any, at: int, rest: int, k: Any, scale: Any, shift: Any, undo: Any) -> Any:
+        v = read(j.x, at, rest)
+        if undone:
+            v = activation_inverse(v, undo)
+        d = v - k
+        g = d
+        if not statistics:
+            g = read(j.dy, at, rest)
+            if active:
+                if not undone:
+                    v = fma(d, scale, shift)
+                if residual:
+                    v = v + read(j.residual, at, rest)
+                g = through(g, evaluate(j, v, rest))
+            if second:
+                write(j.kept, at, g, rest, 0)
+        if rest < lanes:
+            d, g = first_lanes(d, rest), first_lanes(g, rest)
+        return d, g
+
+    return terms
+
+
+def _map_block(loop: Loop) -> Any:
+    """What writes one block of an output."""
+    evaluate = _evaluator(loop)
+    m = MEMORY[loop.storage]
+    read, write, fma, through, activation_inverse = m.read, m.write, m.fma, m.through, m.activation_inverse
+    gradient, active, residual, second, undone = (
+        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
+    )  # fmt: skip
+
+    @_helper(loop.name, forceinline=True)
+    def map_block(j: Any, at: int, rest: int, mean: Any, scale: Any, shift: Any, offset: Any, slope: Any, undo: Any) -> None:
+        v = read(j.x, at, rest)
+        if undone:
+            v = activation_inverse(v, undo)
+        d = v - mean
+        if active or not gradient:
+            if not undone:
+                v = fma(d, scale, shift)
+            if residual:
+                v = v + read(j.residual, at, rest)
+            if active:
+                v = evaluate(j, v, rest)
+        if gradient:
+            g = read(j.dz, at, rest)
+            if active:
+                g = through(g, v)
+            if second:
+                write(j.dresidual, at, g, rest, j.nontemporal)
+            v = scale * fma(d, slope, g - offset)
+        write(j.out, at, v, rest, j.nontemporal)
+
+    return map_block
+
+
+def _sum_planes(loop: Loop) -> Any:
+    terms = _terms(loop)
+    is_near, out_of_range = _judge(loop)
+    m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
+    element, splat, fma, first_lanes, total, coarse, get = m.element, m.splat, m.fma, m.first, m.total, m.coarse, number.get
+    lanes, chunk = m.lanes, CHAIN * m.lanes
+    statistics, shifted = loop.operation == "stats", loop.activation is not None and not loop.undone
 
     def sum_planes(job: int, tile: int, first: int, last: int) -> None:
         """The sums of one tile of channels first ... last."""
@@ -294,8 +350,8 @@ def _sum_planes(loop: Loop) -> Any:
         start = tile % j.pieces * j.piece
         length = least(j.piece, j.inner - start)
         count = images * length
+        put64(j.counts, tile, count)
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f = stack(), stack()
         for c in range(first, last):
             index = tile * j.channels + c
             begin = image * stride + c * j.inner + start
@@ -314,7 +370,7 @@ def _sum_planes(loop: Loop) -> Any:
             else:
                 pivot = np.float64(get(j.mean, c))
             scale, shift = zero, zero
-            if active and not undone:
+            if shifted:
                 scale, shift = splat(get(j.scale, c)), splat(get(j.shift, c))
             summed, squared = 0.0, 0.0
             for attempt in range(2):
@@ -325,35 +381,10 @@ def _sum_planes(loop: Loop) -> Any:
                     done = 0
                     while done < length:  # a chain
                         end = least(done + chunk, length)
-                        if active:
-                            i = done
-                            while i < end:
-                                v = read(j.x, at + i, end - i)
-                                v = activation_inverse(v, undo) if undone else fma(v - k, scale, shift)
-                                if residual:
-                                    v = v + read(j.residual, at + i, end - i)
-                                store(z, i - done, v)
-                                i += lanes
-                            evaluate(j, z, f, end - done)
                         t, q = zero, zero
                         i = done
                         while i < end:
-                            rest = end - i
-                            v = read(j.x, at + i, rest)
-                            if undone:
-                                v = activation_inverse(v, undo)
-                            d = v - k
-                            if rest < lanes:
-                                d = first_lanes(d, rest)
-                            g = d
-                            if not statistics:
-                                g = read(j.dy, at + i, rest)
-                                if active:
-                                    g = through(g, load(f, i - done))
-                                if second:
-                                    write(j.kept, at + i, g, rest, 0)
-                                if rest < lanes:
-                                    g = first_lanes(g, rest)
+                            d, g = terms(j, at + i, end - i, k, scale, shift, undo)
                             t = t + g
                             q = fma(g, d, q)
                             i += lanes
@@ -376,17 +407,36 @@ def _sum_planes(loop: Loop) -> Any:
     return sum_planes
 
 
+def _unsure(loop: Loop) -> Any:
+    """What stores the sums of single columns, and says whether one of them must be looked at: without a branch, for vectors."""
+    number, statistics = MEMORY[loop.storage].number, loop.operation == "stats"
+    get, narrow = NUMBERS[number].get, number is types.float32
+
+    @_helper(loop.name)
+    def unsure(sums: int, dots: int, pivots: int, columns: int, count: int, to_sums: int, to_dots: int, to_pivots: int) -> bool:
+        limit, bad = (count / 2 if count > FEW_VALUES else count * 2 / 3), 0
+        for w in range(columns):
+            summed, squared = np.float64(get(sums, w)), np.float64(get(dots, w))
+            put64(to_sums, w, summed)
+            put64(to_dots, w, squared)
+            if statistics:
+                put64(to_pivots, w, np.float64(get(pivots, w)))
+                bad += int(summed * summed > squared * limit)
+            if narrow:
+                bad += int((abs(squared) <= LEAST) | (abs(squared) >= MOST))
+        return bad > 0
+
+    return unsure
+
+
 def _sum_columns(loop: Loop) -> Any:
-    evaluate = _evaluator(loop)
+    terms, unsure = _terms(loop), _unsure(loop)
     is_near, out_of_range = _judge(loop)
-    m, load, store, get, put = _parts(loop)
-    read, write, element, splat, fma, through, activation_inverse, first_lanes, coarse, finite = (
-        m.read, m.write, m.element, m.splat, m.fma, m.through, m.activation_inverse, m.first, m.coarse, m.finite,
-    )  # fmt: skip
-    lanes = m.lanes
-    statistics, active, residual, second, undone = (
-        loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
-    )  # fmt: skip
+    m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
+    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    read, element, splat, fma, coarse, finite = m.read, m.element, m.splat, m.fma, m.coarse, m.finite
+    load, store, get, put, lanes = own.load, own.store, number.get, number.put, m.lanes
+    statistics, shifted = loop.operation == "stats", loop.activation is not None and not loop.undone
 
     def sum_columns(job: int, tile: int, first: int, last: int) -> None:
         """The sums of columns first ... last of one tile."""
@@ -400,8 +450,10 @@ def _sum_columns(loop: Loop) -> Any:
         else:
             row, last = j.rows, least(last, j.tail_columns)
         begin, columns, count = row * stride + first, last - first, rows * run
+        at = (tile * j.width + first // run) * 8  # of these columns' sums, in bytes
+        put64(j.counts, tile, count)
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f, pivots, sums, dots = stack(), stack(), stack(), stack(), stack()
+        pivots, sums, dots = stack(), stack(), stack()
         i = 0
         while statistics and run == 1 and i < columns:
             lowest, mean = read(j.x, begin + i, columns - i), zero
@@ -429,45 +481,21 @@ def _sum_columns(loop: Loop) -> Any:
                 batch = least(BATCH, rows - top)
                 i = 0
                 while i < columns:
-                    rest = columns - i
-                    at = begin + top * stride + i
+                    rest, begun = columns - i, begin + top * stride + i
                     k = load(pivots, i) if statistics else load(j.columns_mean, first + i)
-                    if active:
-                        for n in range(batch):
-                            v = read(j.x, at + n * stride, rest)
-                            if undone:
-                                v = activation_inverse(v, undo)
-                            else:
-                                v = fma(v - k, load(j.columns_scale, first + i), load(j.columns_shift, first + i))
-                            if residual:
-                                v = v + read(j.residual, at + n * stride, rest)
-                            store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
-                            if rest < lanes:
-                                evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
-                        if rest >= lanes:
-                            evaluate(j, z, f, batch * lanes)
+                    scale, shift = zero, zero
+                    if shifted:
+                        scale, shift = load(j.columns_scale, first + i), load(j.columns_shift, first + i)
                     t, q = zero, zero
                     for n in range(batch):
-                        v = read(j.x, at + n * stride, rest)
-                        if undone:
-                            v = activation_inverse(v, undo)
-                        d = v - k
-                        if rest < lanes:
-                            d = first_lanes(d, rest)
-                        g = d
-                        if not statistics:
-                            g = read(j.dy, at + n * stride, rest)
-                            if active:
-                                g = through(g, load(f, n * lanes))
-                            if second:
-                                write(j.kept, at + n * stride, g, rest, 0)
-                            if rest < lanes:
-                                g = first_lanes(g, rest)
+                        d, g = terms(j, begun + n * stride, rest, k, scale, shift, undo)
                         t = t + g
                         q = fma(g, d, q)
                     store(sums, i, load(sums, i) + t)
                     store(dots, i, load(dots, i) + q)
                     i += lanes
+            if run == 1 and not unsure(sums, dots, pivots, columns, count, j.sums + at, j.dots + at, j.pivots + at):
+                break
             near = True
             for w in range(columns // run):
                 summed, squared = 0.0, 0.0
@@ -495,13 +523,10 @@ def _sum_columns(loop: Loop) -> Any:
 
 
 def _map_planes(loop: Loop) -> Any:
-    evaluate = _evaluator(loop)
-    m, load, store, get, _ = _parts(loop)
-    read, write, splat, fma, through, activation_inverse = m.read, m.write, m.splat, m.fma, m.through, m.activation_inverse
-    lanes, chunk, size = m.lanes, CHAIN * m.lanes, m.size
-    gradient, active, residual, second, undone = (
-        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
-    )  # fmt: skip
+    map_block = _map_block(loop)
+    m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
+    splat, get, lanes, size = m.splat, number.get, m.lanes, m.size
+    gradient, shifted = loop.operation == "grad_input", loop.activation is not None and not loop.undone
 
     def map_planes(job: int, first: int, last: int, start: int, stop: int) -> None:
         """Elements start ... stop of planes first ... last."""
@@ -509,50 +534,20 @@ def _map_planes(loop: Loop) -> Any:
         if j.raised:
             return
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f = stack(), stack()
         for p in range(first, last):
             c, at = p % j.channels, p * j.inner
             mean, scale, shift, offset, slope = splat(get(j.mean, c)), splat(get(j.scale, c)), zero, zero, zero
             if gradient:
                 offset, slope = splat(get(j.offset, c)), splat(get(j.slope, c))
-            if not gradient or (active and not undone):
+            if shifted or not gradient:
                 shift = splat(get(j.shift, c))
-            done = start
+            i = start
             head = (-(j.out + (at + start) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
-            while done < stop:
-                end = least(done + (head if head > 0 else chunk), stop)
-                head = 0
-                if active:
-                    i = done
-                    while i < end:
-                        v = read(j.x, at + i, end - i)
-                        v = activation_inverse(v, undo) if undone else fma(v - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + i, end - i)
-                        store(z, i - done, v)
-                        i += lanes
-                    evaluate(j, z, f, end - done)
-                i = done
-                while i < end:
-                    rest = end - i
-                    if gradient:
-                        v, g = read(j.x, at + i, rest), read(j.dz, at + i, rest)
-                        if undone:
-                            v = activation_inverse(v, undo)
-                        if active:
-                            g = through(g, load(f, i - done))
-                        v = scale * fma(v - mean, slope, g - offset)
-                        if second:
-                            write(j.dresidual, at + i, g, rest, j.nontemporal)
-                    elif active:
-                        v = load(f, i - done)
-                    else:
-                        v = fma(read(j.x, at + i, rest) - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + i, rest)
-                    write(j.out, at + i, v, rest, j.nontemporal)
-                    i += lanes
-                done = end
+            step = head if head > 0 else lanes
+            while i < stop:
+                map_block(j, at + i, least(step, stop - i), mean, scale, shift, offset, slope, undo)
+                i += step
+                step = lanes
         if j.nontemporal:
             fence()
 
@@ -560,15 +555,10 @@ def _map_planes(loop: Loop) -> Any:
 
 
 def _map_columns(loop: Loop) -> Any:
-    evaluate = _evaluator(loop)
-    m, load, store, _, _ = _parts(loop)
-    read, write, splat, fma, through, activation_inverse, first_lanes = (
-        m.read, m.write, m.splat, m.fma, m.through, m.activation_inverse, m.first,
-    )  # fmt: skip
-    lanes, size = m.lanes, m.size
-    gradient, active, residual, second, undone = (
-        loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
-    )  # fmt: skip
+    map_block = _map_block(loop)
+    m = MEMORY[loop.storage]
+    load, splat, lanes, size = MEMORY["float64" if m.number is types.float64 else "float32"].load, m.splat, m.lanes, m.size
+    gradient, shifted = loop.operation == "grad_input", loop.activation is not None and not loop.undone
 
     def map_columns(job: int, first: int, last: int, start: int, stop: int) -> None:
         """Columns start ... stop of rows first ... last; the row behind the whole ones is a short one."""
@@ -576,53 +566,24 @@ def _map_columns(loop: Loop) -> Any:
         if j.raised:
             return
         zero, undo = splat(0.0), splat(j.parameter)
-        z, f = stack(), stack()
         stride, row = j.columns, first
         while row < last:
             batch = least(BATCH, (last if row == j.rows else least(last, j.rows)) - row)
             end = least(stop, j.tail_columns) if row == j.rows else stop
             i = start
             head = (-(j.out + (row * stride + i) * size) & 63) // size if j.nontemporal else 0  # elements before the first cache line
+            step = head if head > 0 else lanes
             while i < end:
-                at, step = row * stride + i, lanes
-                rest = end - i
-                if head > 0:
-                    rest = step = least(head, rest)
-                    head = 0
+                at, rest = row * stride + i, least(step, end - i)
                 mean, scale, shift, offset, slope = load(j.columns_mean, i), load(j.columns_scale, i), zero, zero, zero
                 if gradient:
                     offset, slope = load(j.columns_offset, i), load(j.columns_slope, i)
-                if not gradient or (active and not undone):
+                if shifted or not gradient:
                     shift = load(j.columns_shift, i)
-                if active:
-                    for n in range(batch):
-                        v = read(j.x, at + n * stride, rest)
-                        v = activation_inverse(v, undo) if undone else fma(v - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + n * stride, rest)
-                        store(z, n * lanes, v if rest >= lanes else first_lanes(v, rest))
-                        if rest < lanes:
-                            evaluate(j, z + n * (8192 // CHAIN), f + n * (8192 // CHAIN), rest)
-                    if rest >= lanes:
-                        evaluate(j, z, f, batch * lanes)
                 for n in range(batch):
-                    if gradient:
-                        v, g = read(j.x, at + n * stride, rest), read(j.dz, at + n * stride, rest)
-                        if undone:
-                            v = activation_inverse(v, undo)
-                        if active:
-                            g = through(g, load(f, n * lanes))
-                        v = scale * fma(v - mean, slope, g - offset)
-                        if second:
-                            write(j.dresidual, at + n * stride, g, rest, j.nontemporal)
-                    elif active:
-                        v = load(f, n * lanes)
-                    else:
-                        v = fma(read(j.x, at + n * stride, rest) - mean, scale, shift)
-                        if residual:
-                            v = v + read(j.residual, at + n * stride, rest)
-                    write(j.out, at + n * stride, v, rest, j.nontemporal)
+                    map_block(j, at + n * stride, rest, mean, scale, shift, offset, slope, undo)
                 i += step
+                step = lanes
             row += batch
         if j.nontemporal:
             fence()
@@ -667,14 +628,6 @@ def _largest(number: Any) -> float:
 
 
 @_helper("of_tiles")
-def _tile_count(j: Any, tile: int) -> Any:
-    """Values of a channel, or a column's run, in a tile."""
-    if j.by_columns:
-        return (least(TILE_ROWS, j.rows - tile * TILE_ROWS) if tile * TILE_ROWS < j.rows else 1) * j.run
-    return least(j.images, j.outer - tile // j.pieces * j.images) * least(j.piece, j.inner - tile % j.pieces * j.piece)
-
-
-@_helper("of_tiles")
 def _tile_end(j: Any, tile: int, repeat: int, last: int) -> Any:
     """The channel behind the last one, up to `last`, of a repeat in a tile, which may be that of the rest."""
     return least(last, j.tail_columns // j.run - repeat * j.channels) if j.by_columns and tile * TILE_ROWS >= j.rows else last
@@ -706,26 +659,29 @@ def _settle_statistics(number: Any) -> Any:
         """Statistics, and the parameters of a forward."""
         j = fields(job)
         count = np.float64(j.outer * j.inner)
+        # Addresses of their own, which no store can change: so LLVM makes vectors of the loops over channels.
+        pivots, sums, dots, lows, squares = j.pivots, j.sums, j.dots, j.batch_mean_lo, j.batch_m2
         for c in range(first, last):
-            put64(j.batch_m2, c, 0.0)
-            put64(j.batch_mean_lo, c, 0.0)
+            put64(squares, c, 0.0)
+            put64(lows, c, 0.0)
         for merged in range(2):  # first the means, then what lies around them
             for tile in range(j.tiles):
-                n = _tile_count(j, tile)
+                n = get64(j.counts, tile)
                 for repeat in range(j.repeats):
-                    at = tile * j.width + repeat * j.channels
-                    for c in range(first, _tile_end(j, tile, repeat, last)):
-                        # Of the mean from the first pivot; two near numbers have an exact difference.
-                        moved, low = get64(j.pivots, at + c) - get64(j.pivots, c), get64(j.batch_mean_lo, c)
-                        if merged:
-                            e = low - moved
-                            m2 = get64(j.dots, at + c) + e * (n * e - 2 * get64(j.sums, at + c))
-                            put64(j.batch_m2, c, get64(j.batch_m2, c) + m2)
-                        else:
-                            put64(j.batch_mean_lo, c, low + (get64(j.sums, at + c) + n * moved))
+                    end, skip = _tile_end(j, tile, repeat, last), 8 * (tile * j.width + repeat * j.channels)
+                    # Of the mean from the first pivot; two near numbers have an exact difference.
+                    if merged:
+                        for c in range(first, end):
+                            e = get64(lows, c) - (get64(pivots + skip, c) - get64(pivots, c))
+                            m2 = get64(dots + skip, c) + e * (n * e - 2 * get64(sums + skip, c))
+                            put64(squares, c, get64(squares, c) + m2)
+                    else:
+                        for c in range(first, end):
+                            moved = get64(pivots + skip, c) - get64(pivots, c)
+                            put64(lows, c, get64(lows, c) + (get64(sums + skip, c) + n * moved))
             if not merged:
                 for c in range(first, last):
-                    put64(j.batch_mean_lo, c, get64(j.batch_mean_lo, c) / count)
+                    put64(lows, c, get64(lows, c) / count)
         for c in range(first, last):
             m2, offset, pivot = get64(j.batch_m2, c), get64(j.batch_mean_lo, c), get64(j.pivots, c)
             m2 = 0.0 if m2 < 0 else m2
@@ -759,15 +715,16 @@ def _settle_gradient(number: Any) -> Any:
         """Sums of a gradient, and the parameters of a backward."""
         j = fields(job)
         count = np.float64(j.outer * j.inner)
+        sums, dots, sum_dy, sum_dy_xmu = j.sums, j.dots, j.sum_dy, j.sum_dy_xmu
         for c in range(first, last):
-            put64(j.sum_dy, c, 0.0)
-            put64(j.sum_dy_xmu, c, 0.0)
+            put64(sum_dy, c, 0.0)
+            put64(sum_dy_xmu, c, 0.0)
         for tile in range(j.tiles):
             for repeat in range(j.repeats):
-                at = tile * j.width + repeat * j.channels
-                for c in range(first, _tile_end(j, tile, repeat, last)):
-                    put64(j.sum_dy, c, get64(j.sum_dy, c) + get64(j.sums, at + c))
-                    put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) + get64(j.dots, at + c))
+                end, skip = _tile_end(j, tile, repeat, last), 8 * (tile * j.width + repeat * j.channels)
+                for c in range(first, end):
+                    put64(sum_dy, c, get64(sum_dy, c) + get64(sums + skip, c))
+                    put64(sum_dy_xmu, c, get64(sum_dy_xmu, c) + get64(dots + skip, c))
         for c in range(first, last):
             low = optional(j.mean_lo, c, 0.0)
             put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - low * get64(j.sum_dy, c))
@@ -863,6 +820,8 @@ def _run(number: Any) -> Any:
             word = get_word(job, i)
             if word < 0:  # from an offset to an address
                 put_word(job, i, j.scratch - 1 - word)
+        if j.failures:
+            put_word(j.failures, 0, 0)
         if gradient and j.invstd:
             for c in range(j.channels):
                 invstd = get(j.invstd, c)
@@ -1069,10 +1028,11 @@ def _template(
     for names, length in (
         (("columns_mean", "columns_scale", "columns_shift", "columns_offset", "columns_slope"), columns),
         (("pivots", "sums", "dots"), partials),
+        (("counts",), job.tiles * 8 if sums else 0),
         (("batch_mean", "batch_m2", "batch_mean_lo", "sum_dy", "sum_dy_xmu", "offset", "slope", "scale", "shift"), vector),
         (("failures",), 0 if activation is None or isinstance(activation, str) else FAILURES),
     ):  # fmt: skip
-        for name in names:
+        for name in names if length else ():
             setattr(job, name, -1 - size)
             size += length
     return _Template(job, run, size)
@@ -1113,26 +1073,22 @@ class _Call:
         job.x, job.dy, job.dz, job.out, job.residual, job.dresidual = source, gradient, after or gradient, to, other, second
         job.kept, job.parameter = after, 0.0 if activation is None else activation.parameter
         job.scratch = _address(scratch)
-        if activation is not None and activation.custom:
-            scratch[-FAILURES:][:16] = 0
 
     def run(self) -> bool:
         """Run it; whether it had only channels that it can do."""
         self.function(ctypes.byref(self.job))
         numba_threads.raise_interrupt()
         if self.job.raised:
-            self._raise()
+            _raise(self.activation, self.job.kind, self.scratch[-BLOCK:].view(np.float64 if self.job.wide else np.float32))
         return not self.job.unusual
 
-    def _raise(self) -> None:
-        """Raise here what a function of the user's raised in some thread."""
-        activation: Any = self.activation
-        function = _functions(_known(activation))[self.job.kind >= GRAD_SUMS]
-        number = np.float64 if self.job.wide else np.float32
-        count = int(self.scratch[8 - FAILURES :][:8].view(np.float64)[0])
-        for z in self.scratch[-8192:].view(number)[:count]:
-            function(z, activation.parameter)
-        raise RuntimeError("the activation raised an exception, but not when it was called again")
+
+def _raise(activation: Any, kind: int, block: Array) -> None:
+    """Raise here what a function of the user's raised in some thread."""
+    function = _functions(activation)[kind >= GRAD_SUMS]
+    for z in block:
+        function(z, activation.parameter)
+    raise RuntimeError("the activation raised an exception, but not when it was called again")
 
 
 # ---- The four operations ----
@@ -1206,10 +1162,20 @@ def _job_for(
     kind: int, dtype: int, outer: int, channels: int, inner: int, threads: int, activation: int, fresh: bool, kept: bool, residual: bool,
     dresidual: bool, undone: bool,
 ) -> tuple[bytes, int, int]:  # fmt: skip
-    after = tuple(FUNCTIONS)[activation - 1] if activation else None
+    after = _of_code(activation)
     shape, flags = (outer, channels, inner), map(bool, (residual, dresidual, undone))
     found = _template(kind, shape, _STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
     return bytes(found.job), found.run, found.scratch
+
+
+def _of_code(code: int) -> Any:
+    if code < CUSTOM:
+        return tuple(FUNCTIONS)[code - 1] if code else None
+    return next(activation for activation, number in list(_customs.items()) if number == code)
+
+
+def _blame(code: int, kind: int, dtype: int, block: bytes) -> None:
+    _raise(_of_code(code), kind, np.frombuffer(block, np.float64 if _STORAGES[dtype] == "float64" else np.float32))
 
 
 try:
@@ -1217,7 +1183,7 @@ try:
 except ImportError:  # built without a compiler
     _jobs = None
 else:
-    _doors = _calls.Doors(_jobs.kernels(_job_for))
+    _doors = _calls.Doors(_jobs.kernels(_job_for, _blame), _customs)
     plain_stats, plain_inference, plain_forward, plain_backward = (
         _doors.plain_stats, _doors.plain_inference, _doors.plain_forward, _doors.plain_backward,
     )  # fmt: skip

@@ -7,6 +7,7 @@ the sources: whoever writes last, what is read is right.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -77,6 +78,18 @@ def announced() -> Iterator[None]:
         timer.cancel()
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: compiling makes many objects, and looking through them takes a tenth of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 made: dict[str, Any] = {}  # by name; code lives as long as its owner
 
 
@@ -93,7 +106,7 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
         Whether the name tells all, so that the code may be kept on disk.
     """
     options = {"nopython": True, "error_model": "numpy"}  # no contraction: variants of a loop have the same bits
-    with global_compiler_lock, announced():  # of a name that was read twice, LLVM might link either
+    with global_compiler_lock, announced(), _uncollected():  # of a name that was read twice, LLVM might link either
         if name not in made:
             kept = _with_cache(function, signature, name, options) if keep else None
             made[name] = kept or cfunc(signature, pipeline_class=Passes, **options)(function)

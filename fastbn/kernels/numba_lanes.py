@@ -8,11 +8,13 @@ Loads convert from the storage type, stores convert to it. Memory is given by it
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba import typeof
 from numba.core import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
@@ -25,6 +27,7 @@ _FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 FEATURES = llvm.get_host_cpu_features()
 HAS_FMA = bool(FEATURES.get("fma", False)) or not llvm.get_process_triple().startswith("x86_64")
 HAS_HALF = bool(FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
+REGISTER = 64 if FEATURES.get("avx512f", False) else 32 if FEATURES.get("avx", False) else 16  # bytes
 
 
 class Lanes(types.Type):
@@ -211,8 +214,8 @@ class Memory:
         caches, which needs whole cache lines.
     element
         One element, as float64.
-    splat, fma, first, total, through, activation_inverse, coarse, finite
-        A block of one number; a * b + c; a block's first n lanes, the others zero; the sum of all lanes, as float64;
+    splat, fma, first, fill, total, through, activation_inverse, coarse, finite
+        A block of one number; a * b + c; a block's first n lanes, the others zero, or like its first one; the sum of all lanes, as float64;
         dy times a slope, and 0 where that is 0; x, or x / slope where it is not positive; a block of few digits; zero
         where a block is infinite or NaN.
     """
@@ -307,6 +310,10 @@ class Memory:
         def first(builder: Any, v: Any, n: Any) -> Any:
             return builder.select(_first(builder, n, count), v, ir.Constant(lanes, None))
 
+        def fill(builder: Any, v: Any, n: Any) -> Any:
+            words = ir.VectorType(ir.IntType(32), count)
+            return builder.select(_first(builder, n, count), v, builder.shuffle_vector(v, v, ir.Constant(words, None)))
+
         def total(builder: Any, v: Any) -> Any:
             n = count
             while n > 1:
@@ -344,6 +351,7 @@ class Memory:
         self.splat = _emit(block, (types.float64,), splat)
         self.fma = _emit(block, (block, block, block), fma)
         self.first = _emit(block, (block, i64), first)
+        self.fill = _emit(block, (block, i64), fill)
         self.total = _emit(types.float64, (block,), total)
         self.through = _emit(block, (block, block), through)
         self.activation_inverse = _emit(block, (block, block), activation_inverse)
@@ -352,6 +360,55 @@ class Memory:
 
 
 MEMORY = {name: Memory(name) for name in STORAGE}
+
+
+def on_lanes(function: Any, number: Any) -> Any:
+    """An intrinsic that applies a compiled function of a number and a parameter to every lane of a block.
+
+    It is a loop over two registers' lanes, and LLVM is told to make one step of it: what it then has is a function of vectors, in
+    registers. It must not unroll the loop before it tries; what cannot be vectorized stays a loop.
+    """
+    block, element, kind = BLOCKS[number], _FLOATS[number], typeof(function)
+    step = min(block.count, 16 * REGISTER // number.bitwidth)
+
+    def typed(typingctx: Any, v: Any, parameter: Any) -> Any:
+        called = kind.get_call_type(typingctx, (number, types.float64), {})
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            apply = context.get_function(kind, called)
+            rooms = [_local(builder, block.vector) for _ in range(2)]
+            source, to = (builder.bitcast(room, element.as_pointer()) for room in rooms)
+            builder.store(arguments[0], rooms[0])
+            for start in range(0, block.count, step):
+                with _steps(builder, start, step) as i:
+                    z = builder.load(builder.gep(source, [i], source_etype=element))
+                    builder.store(apply(builder, (z, arguments[1])), builder.gep(to, [i], source_etype=element))
+            return builder.load(rooms[1])
+
+        return block(block, types.float64), generate
+
+    return intrinsic(typed)
+
+
+@contextmanager
+def _steps(builder: Any, start: int, count: int) -> Iterator[Any]:
+    """A loop over so many lanes that is to be one step."""
+    module, before = builder.module, builder.block
+    body, after = builder.append_basic_block("lanes"), builder.append_basic_block("done")
+    builder.branch(body)
+    builder.position_at_end(body)
+    i = builder.phi(_WORD)
+    i.add_incoming(_WORD(start), before)
+    yield i
+    following = builder.add(i, _WORD(1))
+    i.add_incoming(following, builder.block)
+    again = builder.cbranch(builder.icmp_signed("<", following, _WORD(start + count)), body, after)
+    whole = module.add_metadata([ir.MetaDataString(module, "llvm.loop.vectorize.width"), ir.IntType(32)(count)])
+    late = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
+    name = module.add_metadata([ir.MetaDataString(module, f"loop {len(module.metadata)}")])
+    name.operands = (name, whole, late)  # a loop is known by what names itself
+    again.set_metadata("llvm.loop", name)
+    builder.position_at_end(after)
 
 
 # ---- One number, and what is not arithmetic ----

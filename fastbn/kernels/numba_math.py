@@ -24,6 +24,9 @@ from fastbn.kernels.numba_passes import FUNCTION
 _compiled: Callable[[Callable[..., Any]], Any] = njit(nogil=True, **FUNCTION, fastmath={"contract"})
 
 
+_POWERS = {32: (23, 127, 64), 64: (52, 1023, 200)}  # bits of the mantissa, what is added to an exponent, and what more
+
+
 def _cast(typingctx: Any, x: Any, c: Any) -> Any:
     """Convert a real number to the type of x; of an array Numba would take the first element."""
     if not isinstance(types.unliteral(c), (types.Integer, types.Float, types.Boolean, types.Optional)):
@@ -33,7 +36,7 @@ def _cast(typingctx: Any, x: Any, c: Any) -> Any:
 
 def _power(typingctx: Any, shifted: Any) -> Any:
     """2^n as a lifted number, where n stands in the lowest bits of `shifted`."""
-    mantissa, bias, lift = (23, 127, 64) if shifted.bitwidth == 32 else (52, 1023, 200)
+    mantissa, bias, lift = _POWERS[shifted.bitwidth]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         word = ir.IntType(shifted.bitwidth)
@@ -105,6 +108,7 @@ def _constant(values: tuple[float, ...], bits: int) -> Any:
     return _compiled(lambda x: numbers)
 
 
+_lift = _by_type({bits: _constant((lift,), bits) for bits, (_, _, lift) in _POWERS.items()})
 _constants = _by_type({bits: _constant(_FORMAT[bits], bits) for bits in (32, 64)})
 _exp_polynomial = _by_type({bits: _polynomial(_EXP[bits], bits) for bits in (32, 64)})
 _tail_polynomial = _by_type({bits: _polynomial(_TAIL[bits], bits) for bits in (32, 64)})
@@ -172,8 +176,15 @@ def exp(z: float) -> Any:
     >>> exp(0.0)
     1.0
     """
-    e = _exp_negative(-abs(z))
-    return like(z, 1) / e if z > 0 else e
+    magic, lowered, lowest, ln2, ln2_rest, _ = _constants(z)
+    y = lowest if z < lowest else -lowest if z > -lowest else z
+    one, lift = like(z, 1), _lift(z)[0]
+    shifted = y * like(y, 1.4426950408889634) + magic
+    n = shifted - magic
+    r = y - n * ln2 - n * ln2_rest
+    large = y > 0  # its power of two may be none; that of the others is lifted
+    power = _two_to(shifted - lift - lift if large else shifted)
+    return power * (r * (r * _exp_polynomial(r) + one) + one) * (one / lowered if large else lowered)
 
 
 @_compiled

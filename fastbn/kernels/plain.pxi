@@ -135,6 +135,8 @@ cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int* at, 
     call.dtype = <Dtype> dtype_of(x)
     if activation is not None:
         code = getattr(activation, "code", None)
+        if code is None and calls.customs is not None and (op != "backward" or activation.derivative is not None):
+            code = calls.customs.get(activation)
         if code is None:
             return False
         call.activation.kind, call.activation.parameter = code, activation.parameter
