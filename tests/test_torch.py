@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -35,6 +36,7 @@ DTYPES = (
     (torch.float16, torch.float32),
 )
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+OPEN = "strides of axes of one element, or gaps in channels_last, leave the order of memory open"
 
 
 def short(dtype: Any) -> str:
@@ -156,6 +158,55 @@ def test_strides_of_axes_of_size_1_mean_nothing(shape: tuple[int, ...], stride: 
                 got = step(*given, None, None, None, None, True)
             torch.testing.assert_close(got["dx"].double(), want["dx"], rtol=1e-4, atol=1e-5)
     assert reasons() == []
+
+
+def strided(shape: tuple[int, ...], order: tuple[int, ...], gaps: int, of_ones: int | None) -> Any:
+    """A tensor with its axes in an order of memory, the innermost one with gaps, and strange strides where an axis has one element."""
+    strides, step = [0] * len(shape), gaps
+    for axis in reversed(order):
+        strides[axis], step = step, step * shape[axis]
+    strides = [of_ones if n == 1 and of_ones is not None else s for n, s in zip(shape, strides, strict=True)]
+    return torch.randn(10_000).as_strided(shape, strides)
+
+
+@pytest.mark.parametrize("of_ones", [None, 0, 1, 4, 1000])
+@pytest.mark.parametrize("gaps", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 3, 5), (2, 4, 1, 6), (1, 4, 1, 6), (1, 4, 3, 2), (6, 8, 1, 1), (2, 1, 3, 6), (1, 4, 1, 3, 2)], ids=str
+)
+def test_strides_are_torchs_whatever_those_of_x_are(shape: tuple[int, ...], gaps: int, of_ones: int | None) -> None:
+    """Also of slices of channels_last, and where torch's versions differ."""
+    torch.manual_seed(3)
+    last, turned = (0, *range(2, len(shape)), 1), tuple(reversed(range(len(shape))))
+    weight, groups = torch.ones(shape[1]), min(2, shape[1])
+    for order, of_dy in itertools.product((tuple(range(len(shape))), last, turned), repeat=2):
+        x, dy = strided(shape, order, gaps, of_ones).requires_grad_(), strided(shape, of_dy, gaps, of_ones)
+        for call in (
+            lambda x: F.batch_norm(x, None, None, weight, training=True),
+            lambda x: F.batch_norm(x, weight, weight),
+            lambda x: F.group_norm(x, groups, weight),
+            lambda x: F.layer_norm(x, x.shape[2:]),
+            lambda x: F.instance_norm(x, None, None, weight) if x[0, 0].numel() > 1 else x,
+        ):
+            want, got = [], []
+            for found in (want, got):
+                with fastbn.torch.enabled() if found is got else contextlib.nullcontext():
+                    found += [call(x), *torch.autograd.grad(call(x), x, dy)]
+            assert got[0].stride() == want[0].stride()
+            # With axes of one element torch's own gradient of a batch norm, which is that of instance norm, may be wrong.
+            assert 1 in shape or got[1].stride() == want[1].stride()
+            usual = torch.empty(shape).copy_(x.detach()).requires_grad_()
+            want[1] = torch.autograd.grad(call(usual), usual, torch.empty(shape).copy_(dy))[0]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert taken() > 0
+
+
+def test_slices_of_channels_last_stay_channels_last() -> None:
+    x = torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)[:, :4]
+    with fastbn.torch.enabled():
+        assert F.batch_norm(x, None, None, training=True).is_contiguous(memory_format=torch.channels_last)
+    assert (taken(), reasons()) == (1, [])
+    assert fastbn.torch.explain(x) == "taken: float32, copied to channels last first, 60 x 4 x 1 (outer x channels x inner)"
 
 
 @pytest.mark.parametrize("mask", list(itertools.product((True, False), repeat=3)), ids=str)

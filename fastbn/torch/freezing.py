@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastbn.torch.graph import check, is_batch_norm, norms
 
 STATE = "_fastbn_frozen"  # of a frozen layer: whether weight and bias required gradients
 
 
-def stay_frozen(layer: nn.Module, inputs: Any) -> None:
-    """The hook of a frozen layer, before each call: `train()` has no effect."""
-    layer.training = False
+def stay_frozen(self: nn.Module, inputs: tuple[Tensor]) -> None:
+    """The hook of a frozen layer, before each call: `train()` has no effect. `torch.jit.script` compiles it, too."""
+    self.training = False
 
 
 def is_frozen(layer: nn.Module) -> bool:

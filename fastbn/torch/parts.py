@@ -23,6 +23,7 @@ F = torch.nn.functional
 # is faster than its instance norm.
 SMALLEST = 2 << 20
 OF_GROUPS = 4  # times as many
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Parts(NamedTuple):
@@ -46,6 +47,8 @@ class Parts(NamedTuple):
             return False
         if self.groups != x.shape[1] and not is_ours(x, SMALLEST * OF_GROUPS):
             return False
+        if not (x.is_contiguous() or (x.dim() in LAST and x.is_contiguous(memory_format=LAST[x.dim()]))):
+            return False  # torch's output is in another order
         if not torch.compiler.is_compiling() and has_torch_function(self[:3]):
             return False
         channels = x.shape[1]
