@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -654,6 +655,74 @@ def test_a_foreign_build_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fastbn.torch.override._door", lambda: Door)
     with pytest.raises(RuntimeError, match=r"lacks torch_parallel_for, torch_library_impl: fastbn\.torch needs the stable C interface"):
         fastbn.torch.enable()
+
+
+def _with_another_name(tmp_path: Path, name: str, code: str) -> str:
+    """What a process prints whose compiled part asks torch for a function that it does not have."""
+    import fastbn.torch._door as door
+
+    binary = Path(door.__file__).read_bytes()
+    old, new = f"{name}\0".encode(), f"{name[:-1]}?\0".encode()
+    assert old in binary
+    file = tmp_path / Path(door.__file__).name
+    file.write_bytes(binary.replace(old, new))
+    done = _python(
+        "import importlib.util, sys, torch, fastbn.torch as t\n"
+        f"spec = importlib.util.spec_from_file_location('fastbn.torch._door', {str(file)!r})\n"
+        "sys.modules['fastbn.torch._door'] = door = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(door)\n"
+        f"{code}"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@pytest.mark.parametrize("name", ["torch_parallel_for", "aoti_torch_empty_strided"])
+def test_a_torch_without_a_needed_function_is_refused(name: str, tmp_path: Path) -> None:
+    code = (
+        "for call in (t.enable, lambda: t.convert(torch.nn.BatchNorm1d(3))):\n"
+        "    try: call()\n"
+        "    except RuntimeError as e: print(e)\n"
+        "y = torch.nn.BatchNorm1d(3)(torch.randn(4, 3)); print(t.is_enabled(), y.shape)\n"
+    )
+    *errors, last = _with_another_name(tmp_path, name, code).splitlines()
+    message = (
+        f"this build of PyTorch {torch.__version__} lacks {name[:-1]}?: fastbn.torch needs the stable C interface of the builds that "
+        "`pip install torch` brings"
+    )
+    assert (errors, last) == ([message, message], "False torch.Size([4, 3])")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+def test_without_torchs_own_kernels_of_layer_and_group_norm_these_stay_torchs(tmp_path: Path) -> None:
+    name = "_ZN2at3cpu17native_group_normERKNS_6TensorERKSt8optionalIS1_ES7_lllld"
+    code = (
+        "m = torch.nn.Sequential(torch.nn.GroupNorm(1, 3), torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(5)); t.enable()\n"
+        "m(torch.randn(4, 3, 5)).sum().backward(); print(t.explain(m)); print(t.report())\n"
+    )
+    found = _with_another_name(tmp_path, name, code)
+    assert found.count("lacks the functions that fastbn would leave calls to") == 2
+    assert [line.split(None, 1)[1] for line in found.splitlines()[4:]] == ["forward, float32, contiguous", "backward, float32, contiguous"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@pytest.mark.parametrize("name", ["torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace"])
+def test_an_older_torch_without_newer_functions_is_enough(name: str, tmp_path: Path) -> None:
+    code = (
+        "t.enable(); layer = torch.nn.BatchNorm1d(3)\n"
+        "layer(torch.randn(4, 3)).sum().backward()\n"
+        "try: torch.native_batch_norm(torch.ones(2, 3, dtype=torch.int), None, None, None, None, True, 0.1, 1e-5)\n"
+        "except RuntimeError as e: print(str(e).splitlines()[0])\n"
+        "print(t.report())\n"
+    )
+    error, *found = _with_another_name(tmp_path, name, code).splitlines()
+    assert ("PyTorch's own batch norm failed, and has written why" in error) == name.startswith("torch_exception")
+    assert [line.split(None, 1)[1] for line in found[1:]] == [
+        "forward, float32, contiguous",
+        "backward, float32, contiguous",
+        "forward, left to torch: x has another dtype than float32, float64, bfloat16 and float16",
+    ]
 
 
 def test_without_what_is_compiled_there_is_a_clear_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastb
 
 import fastbn.torch  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
+from fastbn.torch import fused, parts  # noqa: E402
 
 nn = torch.nn
 
@@ -53,6 +55,37 @@ def test_scripts_of_what_they_cannot_hold_are_refused_clearly(make: Callable[[],
     fastbn.torch.Adaptation(model).revert()
     if not any(isinstance(m, fastbn.torch.SyncBatchNorm) for m in model.modules()):
         torch.jit.script(model)
+
+
+@pytest.fixture
+def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (fused, parts):
+        monkeypatch.setattr(module, "SMALLEST", 0)
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+def test_graphs_with_shapes_and_numbers_that_change() -> None:
+    """Slopes are no constants there."""
+    model = small(nn.BatchNorm2d(4), nn.LeakyReLU(0.1)).eval()
+    twin = converted(copy.deepcopy(model))
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True, dynamic=True)
+    for count in (2, 3, 5):
+        x = torch.randn(count, 3, 4, 4)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)], ids=lambda m: type(m).__name__)
+def test_many_gradients_at_once(norm: Any) -> None:
+    """As `torch.autograd.functional.jacobian(vectorize=True)` asks for them."""
+    model = small(norm, nn.SiLU())
+    twin, x, found = converted(copy.deepcopy(model)), torch.randn(2, 3, 4, 4), []
+    for m in (model, twin):
+        leaf = x.clone().requires_grad_()
+        y = m(leaf)
+        dy = torch.arange(3 * y.numel()).reshape(3, *y.shape).sin()
+        found.append(torch.autograd.grad(y, [leaf, *m.parameters()], dy, is_grads_batched=True))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_layers_stay_frozen_in_scripts() -> None:
