@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastbn.torch.graph import check, is_batch_norm, norms
+from fastbn.torch.graph import check, check_called, is_batch_norm, norms
 
 STATE = "_fastbn_frozen"  # of a frozen layer: whether weight and bias required gradients
 
@@ -47,6 +47,8 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     ------
     TypeError
         If model is no Module.
+    ValueError
+        If a batch norm is lazy and was never called. Nothing is changed then.
 
     See Also
     --------
@@ -63,7 +65,11 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     tensor([0., 0., 0.])
     """
     count = 0
-    for layer in _layers(model):
+    layers = _layers(model)
+    for path, layer in norms(model):
+        if is_batch_norm(layer):
+            check_called(layer, path)
+    for layer in layers:
         if is_frozen(layer) or layer.running_mean is None:  # without statistics of its own it needs the batch's
             continue
         affine = [p for p in (layer.weight, layer.bias) if p is not None]
