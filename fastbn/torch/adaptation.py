@@ -20,6 +20,7 @@ from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.results import Stats
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.derived import refuse_script
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.sync import unusual
 
@@ -83,6 +84,10 @@ class _Adapted:
         known = input.dtype in TYPES and input.layout is torch.strided and input.shape[1] == usual[0].numel()
         mean, var = eagerly(_mixed, self, input) if known else usual  # torch says what is wrong with another
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+
+    def __prepare_scriptable__(self) -> Any:
+        """Say what to do before `torch.jit.script`."""
+        refuse_script("a layer that adapts", "call fastbn.torch.Adaptation(model).revert() first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the layer's own class: this one is made anew where it is read."""

@@ -77,7 +77,7 @@ struct Input {
         channels = view.sizes[1];
         if (images * channels * rest == 0) return EMPTY;
         const Order order = order_of(view.dim, view.sizes, view.strides);
-        last = order == CHANNELS_LAST, direct = order != OTHER;
+        last = order == CHANNELS_LAST || order == GAPS, direct = order == CONTIGUOUS || order == CHANNELS_LAST;
         outer = last ? images * rest : images, inner = last ? 1 : rest;
         std::int64_t step = last ? channels : 1;
         for (std::int64_t d = view.dim - 1; d > 1; --d) strides[d] = step, step *= view.sizes[d];

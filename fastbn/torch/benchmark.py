@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbn.torch.conversion import convert
-from fastbn.torch.graph import check
+from fastbn.torch.graph import check, check_called
 from fastbn.torch.override import either, report
 
 KINDS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm", "fastbn::batch_norm")
@@ -100,7 +100,7 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     TypeError
         If model is no Module.
     ValueError
-        If seconds are negative, or the model returns no tensor of floating-point numbers.
+        If seconds are negative, the model has lazy layers that were never called, or it returns no tensor of floating-point numbers.
     RuntimeError
         As `enable`.
 
@@ -113,6 +113,7 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     (6, {})
     """
     check(model)
+    check_called(model)
     if not seconds >= 0:
         raise ValueError(f"seconds must not be negative, got {seconds}")
     twins = {side: copy.deepcopy(model) for side in SIDES}

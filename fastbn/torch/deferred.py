@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -257,7 +257,7 @@ def builtin(activation: Any) -> Builtin | None:
     name = LAYERS.get(type(activation))
     if name == "leaky_relu":
         slope = activation.negative_slope
-        return Builtin(name, slope, BUILTINS[name].code) if type(slope) is float and isfinite(slope) else None
+        return Builtin(name, slope, BUILTINS[name].code) if type(slope) is float and -inf < slope < inf else None
     if name == "relu6":
         return BUILTINS[name] if (activation.min_val, activation.max_val) == (0, 6) else None
     if name == "gelu":
@@ -468,7 +468,7 @@ def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:
 
 
 def _leaky_relu(input: Any = None, negative_slope: Any = 0.01, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
-    if not isinstance(input, Pending) or type(negative_slope) is not float or not isfinite(negative_slope) or others:
+    if not isinstance(input, Pending) or type(negative_slope) is not float or not -inf < negative_slope < inf or others:
         return None
     return input.activated("leaky_relu", negative_slope, inplace)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 OWN = "_fastbn_converted"  # of a derived class: the class that it is derived from
@@ -16,6 +16,10 @@ class Derived:
     def __init_subclass__(cls) -> None:
         """Nobody's business: a class that lists its subclasses need not know."""
 
+    def __prepare_scriptable__(self) -> Any:
+        """Say what to do before `torch.jit.script`, which would compile the code of the derived class."""
+        refuse_script("a converted model", "call fastbn.torch.revert(model) first")
+
     @classmethod
     def members(cls, kind: Any) -> dict[str, Any]:
         """What else a class has that is derived from a kind."""
@@ -28,6 +32,11 @@ class Derived:
             return made
         mixin, kind = type(self).__bases__
         return _make, (made[0], mixin, kind, *made[1][1:]), *made[2:]
+
+
+def refuse_script(what: str, instead: str) -> NoReturn:
+    """Raise an error where `torch.jit.script` asks a module what to compile."""
+    raise RuntimeError(f"torch.jit.script cannot compile {what}: {instead}")
 
 
 def derive(mixin: type[Derived], kind: Any) -> type:

@@ -223,6 +223,7 @@ const char* const REASONS[ANSWERS] = {
     "x has another dtype than float32, float64, bfloat16 and float16",
     "x has too few dimensions or more than 16, or another tensor is unlike x",
     "x is empty",
+    "strides of axes of one element, or gaps in channels_last, leave the order of memory open",
     "a parameter has another dtype or shape than torch takes",
     "a tensor that is needed is absent",
     "running statistics share memory with another tensor",
@@ -239,14 +240,24 @@ Order order_of(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* 
         step *= sizes[d];
         return fits;
     };
-    bool contiguous = true, last = dim == 4 || dim == 5;
+    const bool may_be_last = dim == 4 || dim == 5;
+    bool contiguous = true, last = may_be_last;
     std::int64_t step = 1;
     for (std::int64_t d = dim - 1; d >= 0 && contiguous; --d) contiguous = follows(d, step);
     if (contiguous) return CONTIGUOUS;
     step = 1;
     last = last && follows(1, step);
     for (std::int64_t d = dim - 1; d > 1 && last; --d) last = follows(d, step);
-    return last && follows(0, step) ? CHANNELS_LAST : OTHER;
+    if (last && follows(0, step)) return CHANNELS_LAST;
+    std::int64_t least = 0;  // that the stride of the next axis must have, for torch
+    const auto fits = [&](std::int64_t d) {
+        const bool does = strides[d] >= least;
+        least = strides[d] * std::max<std::int64_t>(sizes[d], 1);
+        return does;
+    };
+    bool gaps = may_be_last && strides[1] != 0 && fits(1);
+    for (std::int64_t d = dim - 1; d > 1 && gaps; --d) gaps = fits(d);
+    return gaps && least != strides[1] && fits(0) ? GAPS : OTHER;
 }
 
 Counts counts() noexcept {

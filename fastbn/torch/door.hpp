@@ -28,6 +28,7 @@ enum Answer : int {
     DTYPE,       // of x
     SHAPE,       // too few dimensions, too many, or dy unlike x
     EMPTY,
+    ODD,         // strides of x, of which torch's versions make different ones
     PARAMETERS,  // a dtype or a shape
     ABSENT,      // something that the call needs
     OVERLAP,     // running statistics that share memory with something else
@@ -38,11 +39,11 @@ enum Answer : int {
     ANSWERS
 };
 
-enum Order : int { CONTIGUOUS, CHANNELS_LAST, OTHER };
+enum Order : int { CONTIGUOUS, CHANNELS_LAST, GAPS, OTHER };
 
 extern const char* const REASONS[ANSWERS];
 
-// How torch sees an order of memory; what has none of the two is copied to the first.
+// How torch sees an order of memory. Channels last with gaps between elements is copied to that, any other to the first.
 Order order_of(std::int64_t dim, const std::int64_t* sizes, const std::int64_t* strides) noexcept;
 
 struct Counts {

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import stay_frozen
-from fastbn.torch.graph import Graph, check, is_batch_norm, norms, trace
+from fastbn.torch.graph import Graph, check, check_called, is_batch_norm, norms, trace
 from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -196,6 +196,8 @@ def fold(model: nn.Module) -> Folded:
     ------
     TypeError
         If model is no Module.
+    ValueError
+        If it has lazy layers that were never called.
 
     Examples
     --------
@@ -206,6 +208,7 @@ def fold(model: nn.Module) -> Folded:
     3: left, it stands between ReLU and the output
     """
     check(model)
+    check_called(model)
     twin = copy.deepcopy(model)
     graph = trace(twin)
     folded: dict[str, str] = {}

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from fastbn.torch.graph import check, is_batch_norm, norms
+from fastbn.torch.graph import check, check_called, is_batch_norm, norms
 
 STATE = "_fastbn_frozen"  # of a frozen layer: whether weight and bias required gradients
 
 
-def stay_frozen(layer: nn.Module, inputs: Any) -> None:
-    """The hook of a frozen layer, before each call: `train()` has no effect."""
-    layer.training = False
+def stay_frozen(self: nn.Module, inputs: tuple[Tensor]) -> None:
+    """The hook of a frozen layer, before each call: `train()` has no effect. `torch.jit.script` compiles it, too."""
+    self.training = False
 
 
 def is_frozen(layer: nn.Module) -> bool:
@@ -47,6 +47,8 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     ------
     TypeError
         If model is no Module.
+    ValueError
+        If a batch norm is lazy and was never called. Nothing is changed then.
 
     See Also
     --------
@@ -63,7 +65,11 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     tensor([0., 0., 0.])
     """
     count = 0
-    for layer in _layers(model):
+    layers = _layers(model)
+    for path, layer in norms(model):
+        if is_batch_norm(layer):
+            check_called(layer, path)
+    for layer in layers:
         if is_frozen(layer) or layer.running_mean is None:  # without statistics of its own it needs the batch's
             continue
         affine = [p for p in (layer.weight, layer.bias) if p is not None]

@@ -29,6 +29,13 @@ def check(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
+def check_called(model: nn.Module, name: str = "") -> None:
+    """Check that no layer of a model, or of a part of this name, waits for its first call to learn its sizes."""
+    for path, layer in model.named_modules(prefix=name):
+        if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
+            raise ValueError(f"model must have been called once, but {path or 'it'} is a {type(layer).__name__} that never was")
+
+
 class Place(NamedTuple):
     """Where a normalization layer stands.
 

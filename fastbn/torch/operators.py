@@ -138,8 +138,18 @@ def compiled() -> Any:
 def _like(x: Tensor) -> Tensor:
     """Of x's shape, in the order of memory that torch gives the output of batch norm."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    kept = last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=last)
+    kept = last is not None and not x.is_contiguous() and (x.is_contiguous(memory_format=last) or _has_gaps(x))
     return torch.empty_like(x, memory_format=last if kept else torch.contiguous_format)
+
+
+def _has_gaps(x: Tensor) -> bool:
+    """Whether x, which is neither contiguous nor channels last, would be channels last without gaps: as `order_of` in door.cpp."""
+    least = 0
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(d) < least or (d == 1 and x.stride(d) == 0) or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.shape[d], 1)
+    return True
 
 
 def _fake_forward(

@@ -326,8 +326,8 @@ def _explain_tensor(x: torch.Tensor) -> str:
     order = door.order(x.shape, x.stride())
     channels, images = x.shape[1], x.shape[0]
     pixels = x.numel() // (channels * images)
-    dims = (images * pixels, channels, 1) if order == "channels last" else (images, channels, pixels)
-    copied = "copied to a contiguous one first" if order == "other" else order
+    dims = (images * pixels, channels, 1) if order.startswith("channels last") else (images, channels, pixels)
+    copied = {"other": "copied to a contiguous one first", "channels last with gaps": "copied to channels last first"}.get(order, order)
     return f"taken: {dtype_name(x.dtype)}, {copied}, {dims[0]} x {dims[1]} x {dims[2]} (outer x channels x inner)"
 
 

@@ -34,6 +34,10 @@ struct Parts {
     // N, C, HxW, group
     Answer of_groups(Tensor tensor, const Slot* numbers) noexcept {
         if (const Answer no = x.of(tensor)) return no;
+        // Axes of one element may have other strides than in the output. They mean nothing, but what order of memory an output
+        // then has depends on torch's version, as it does where there are gaps in channels_last.
+        const auto bytes = static_cast<std::size_t>(x.view.dim) * sizeof *x.strides;
+        if (x.direct ? std::memcmp(x.view.strides, x.strides, bytes) != 0 : x.last) return ODD;
         const std::int64_t images = long_in(numbers[0]), channels = long_in(numbers[1]), rest = long_in(numbers[2]), groups = long_in(numbers[3]);
         batch = x.view.sizes[0], outer = x.last ? x.outer / batch : 1;
         if (images != batch || channels != x.channels || rest != outer * x.inner) return SHAPE;

@@ -23,6 +23,7 @@ F = torch.nn.functional
 # is faster than its instance norm.
 SMALLEST = 2 << 20
 OF_GROUPS = 4  # times as many
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Parts(NamedTuple):
@@ -46,6 +47,8 @@ class Parts(NamedTuple):
             return False
         if self.groups != x.shape[1] and not is_ours(x, SMALLEST * OF_GROUPS):
             return False
+        if not (x.is_contiguous() or (x.dim() in LAST and x.is_contiguous(memory_format=LAST[x.dim()]))):
+            return False  # torch's output is in another order
         if not torch.compiler.is_compiling() and has_torch_function(self[:3]):
             return False
         channels = x.shape[1]
@@ -91,10 +94,13 @@ def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
 
 
 def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias; where they are recorded, by torch's own operators."""
-    if torch.is_grad_enabled():
+    """Gradients of x, weight and bias; where they are recorded, or dy is a batch of torch's `vmap`, by torch's own operators."""
+    functorch: Any = torch._C._functorch
+    if torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(dy) or functorch.is_functorch_wrapped_tensor(dy):
         asked = [t for t, w in zip(a[:3], wanted, strict=True) if w and t is not None]
-        found = iter(torch.autograd.grad(a.composed(), asked, dy, create_graph=True) if asked else ())
+        with torch.enable_grad():
+            z = a.composed()
+        found = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
         return tuple(next(found) if w and t is not None else None for t, w in zip(a[:3], wanted, strict=True))
     x = array_of(a.x)
     mean, mean_lo, invstd = (t.numpy() for t in saved)

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from fastbn import sync
 from fastbn.layout import Array
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
-from fastbn.torch.derived import own_class
+from fastbn.torch.derived import own_class, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
@@ -192,6 +192,10 @@ class SyncBatchNorm(_BatchNorm):
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call, unused-ignore]
         return twin
+
+    def __prepare_scriptable__(self) -> Any:
+        """Say what to do before `torch.jit.script`."""
+        refuse_script("fastbn.torch.SyncBatchNorm", "load the state_dict into a model with torch.nn.BatchNorm2d or its like")
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002  torch's name
         if input.dim() < 2:
