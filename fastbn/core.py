@@ -176,7 +176,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
     y, compute = _target(r), r.dtype.compute
     if r.x.size:
         module = calls_of(r.dtype, r.activation)
-        x, n = _dense(r.x, r.view), threads.for_call("normalize", r.x.nbytes)
+        x, n = _dense(r.x, r.view), threads.for_call("normalize", r.x)
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
         wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
         if not wide and mean.dtype == compute and spread.dtype == compute:
@@ -237,7 +237,7 @@ class Folded:
         if r.x.size:
             module = calls_of(r.dtype, r.activation)
             vectors = self.parameters(r.dtype.compute)
-            n = threads.for_call("normalize", r.x.nbytes)
+            n = threads.for_call("normalize", r.x)
             epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
             if hasattr(module, "prepared"):
@@ -253,7 +253,7 @@ def stats(r: Request, dtype: np.dtype[Any] | None = None) -> Stats:
     if rows.size == 0:
         return Stats.identity(r.x.shape[r.axis], dtype)
     count = rows.shape[0] * rows.shape[2]
-    module, n = calls_of(r.dtype), threads.for_call("stats", rows.nbytes)
+    module, n = calls_of(r.dtype), threads.for_call("stats", rows)
     mean, mean_lo, m2 = module.stats(rows, n)
     var = m2 / count
     if (part := extremes.unusual(rows, m2 < 2.0**1000)) is not None:
@@ -276,7 +276,7 @@ def forward(
         vectors, count = (zero, None, zero.copy(), zero.copy(), zero.copy()), 0
         return _deliver(y, r.out), keep_for_backward(r, vectors, count, True, r.residual) if keep else None
     module = calls_of(r.dtype, r.activation)
-    n = threads.for_call("forward", x.nbytes)
+    n = threads.for_call("forward", x)
     residual = None if r.residual is None else _like(r.residual, r)
     kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     mean, var = (_own(a, compute, r.mask is not None) for a in (running.mean, running.var))
@@ -310,7 +310,7 @@ def forward_with(
     kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     if r.x.size:
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
-        n = threads.for_call("normalize", r.x.nbytes)
+        n = threads.for_call("normalize", r.x)
         calls_of(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
     saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
     y = _deliver(y, r.out)
@@ -384,7 +384,7 @@ def backward(
             total(nothing.astype(np.float64))
         return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)
     module = calls_of(r.dtype, saved.activation)
-    n = threads.for_call("backward", x.nbytes)
+    n = threads.for_call("backward", x)
     arrays = _like(dy, r), _dense(x, v)
     mean, _, invstd, scale = vectors = _vectors_of_output(saved) if from_output else (saved.mean, saved.mean_lo, saved.invstd, saved.scale)
     epilogue = None
@@ -446,7 +446,7 @@ def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[
     high, low = centered(mean, compute)
     if r.x.size == 0:
         return np.zeros_like(high), np.zeros_like(high)
-    n = threads.for_call("backward", r.x.nbytes)
+    n = threads.for_call("backward", r.x)
     sums = calls_of(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, high, low, invstd, None, n, None)
     return sums[0].astype(compute), sums[1].astype(compute)
 
@@ -459,7 +459,7 @@ def backward_elemt(
     dx = _target(r)
     if r.x.size:
         high, low = centered(mean, r.dtype.compute)
-        n = threads.for_call("backward", r.x.nbytes)
+        n = threads.for_call("backward", r.x)
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
         input_gradient(calls_of(r.dtype), arrays, (high, low, invstd, scale), (sum_dy, sum_dy_xmu), count, n)

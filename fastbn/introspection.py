@@ -55,7 +55,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
         raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
     v = view(x, channel_axis(layout, x.ndim, axis))
     kernel = select(dtype.storage)
-    n = threads.for_call(op, x.nbytes)
+    n = threads.for_call(op, x)
     outer, channels, inner = v.dims
     copied = "" if v.dense else ", copied first: the memory is not dense"
     lines = [

@@ -68,9 +68,9 @@ class Call(NamedTuple):
         return out
 
 
-def thread_count(threads: object, op: str, nbytes: int) -> int:
+def thread_count(threads: object, op: str, x: object) -> int:
     """How many threads a call has: as many as it was given, or as are worth it."""
-    return threading.for_call(op, nbytes) if threads is None else checks.integer("threads", threads, 1, MOST_THREADS)
+    return threading.for_call(op, x) if threads is None else checks.integer("threads", threads, 1, MOST_THREADS)
 
 
 def on_channels(
@@ -120,7 +120,7 @@ def _after(call: Call, activation: object, residual: object, out: object, thread
     f = checks.activation(activation)
     r = None if residual is None else checks.same("residual", residual, call.x)
     target = checks.output(out, call.x, {"x": call.x, "residual": r})
-    n = thread_count(threads, "forward", call.x.nbytes)
+    n = thread_count(threads, "forward", call.x)
     return call._replace(activation=f, residual=r, out=target, threads=n)
 
 
@@ -155,7 +155,7 @@ def on_backward(
     if out is not None and "x" not in wanted:
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
-    n = thread_count(threads, "backward", array.nbytes)
+    n = thread_count(threads, "backward", array)
     return Call(kind, array, dtype, saved.axis, shape, n, saved.activation), given, target
 
 

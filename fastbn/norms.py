@@ -408,7 +408,7 @@ def instance_norm_backward(
     array([2.])
     """
     if isinstance(saved, Saved):
-        with threading.num_threads(thread_count(threads, "backward", getattr(x, "nbytes", 0))):
+        with threading.num_threads(thread_count(threads, "backward", x)):
             return functional.batch_norm_backward(dy, x, saved, wrt=wrt, out=out)
     return _backward("instance_norm", dy, x, saved, wrt, out, threads)
 

@@ -12,6 +12,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import numpy as np
+
 from fastbn import cgroup
 from fastbn.environment import MOST_THREADS, integer, settings
 
@@ -171,13 +173,15 @@ def num_threads(n: SupportsIndex) -> Iterator[None]:
         _scoped.reset(token)
 
 
-# Bytes of x from which two threads beat one, by operation, where calls follow each other within 100 microseconds and the
-# workers are awake. Whether a call is worth waking them is the pool's decision, which knows how long its units take.
+# Bytes of x, in the type of the arithmetic, from which two threads beat one, by operation, where calls follow each other within
+# 100 microseconds and the workers are awake. Whether a call is worth waking them is the pool's decision, which knows how long its
+# units take.
 WORTH_THREADS = {"normalize": 256 << 10, "stats": 256 << 10, "forward": 192 << 10, "backward": 96 << 10}
 
 
-def for_call(op: str, nbytes: int) -> int:
-    """Choose the number of threads for one call of an operation on an array of `nbytes`."""
+def for_call(op: str, x: object) -> int:
+    """Choose the number of threads for one call of an operation on x: one where that is no array, which the checks will say."""
+    nbytes = x.size * max(x.itemsize, 4) if isinstance(x, np.ndarray) else 0
     return 1 if nbytes < WORTH_THREADS[op] else get_num_threads()
 
 

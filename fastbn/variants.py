@@ -433,7 +433,7 @@ def batch_renorm_forward(
     most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
     options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "out": out}
-    with threading.num_threads(norm_calls.thread_count(threads, "forward", getattr(x, "nbytes", 0))):
+    with threading.num_threads(norm_calls.thread_count(threads, "forward", x)):
         if not checks.switch("training", training):
             _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
             return found[0], SavedRenorm(saved, None, None)
@@ -562,7 +562,7 @@ def batch_renorm_backward(
             channels = checks.Channels(saved.saved.mean.size, f"saved has {saved.saved.mean.size} channels")
             checks.vector(name, v, channels, np.dtype(np.float64))
     both = saved.r is not None and "weight" in wanted and "bias" not in wanted
-    with threading.num_threads(norm_calls.thread_count(threads, "backward", getattr(x, "nbytes", 0))):
+    with threading.num_threads(norm_calls.thread_count(threads, "backward", x)):
         g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)
     if saved.r is None or saved.d is None or g.dweight is None or g.dbias is None or "weight" not in wanted:
         return g
@@ -643,7 +643,7 @@ def ghost_batch_norm_forward(
     numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
-    with threading.num_threads(norm_calls.thread_count(threads, "forward", array.nbytes)):
+    with threading.num_threads(norm_calls.thread_count(threads, "forward", array)):
         if not checks.switch("training", training) or not array.size:
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
             return y, SavedGhosts((saved,), (len(array),))
@@ -761,7 +761,7 @@ def ghost_batch_norm_backward(
         raise TypeError(f"saved must be what ghost_batch_norm_forward returned, got {type(saved).__name__}")
     array, _ = checks.array(x)
     given = checks.same("dy", dy, array)
-    with threading.num_threads(norm_calls.thread_count(threads, "backward", array.nbytes)):
+    with threading.num_threads(norm_calls.thread_count(threads, "backward", array)):
         if len(saved.saved) == 1:
             return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, out=out)
         if len(array) != sum(saved.sizes):

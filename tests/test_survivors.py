@@ -537,8 +537,10 @@ def test_a_part_of_a_processor_is_a_thread(monkeypatch: pytest.MonkeyPatch, quot
 def test_a_call_of_the_worthwhile_size_has_threads() -> None:
     with fastbn.num_threads(3):
         for op, size in threads.WORTH_THREADS.items():
-            assert threads.for_call(op, size) == 3
-            assert threads.for_call(op, size - 1) == 1
+            for dtype in ("float16", "float32", "float64"):  # 16 bits count as the floats that they are computed as
+                counted = max(np.dtype(dtype).itemsize, 4)
+                assert threads.for_call(op, np.empty(size // counted, dtype)) == 3
+                assert threads.for_call(op, np.empty(size // counted - 1, dtype)) == 1
 
 
 # --- cpu

@@ -58,7 +58,7 @@ cdef class Calls:
         axis_of, threads_of, memory_for : callable
             Axis of the channels, number of threads, and memory for an output, of plain calls.
         small : int
-            Bytes below which one thread does, and fresh memory.
+            Bytes below which one thread does, of x in the type of the arithmetic, and fresh memory.
         """
         self.composed, self.part, self.epilogue = composed, part, epilogue
         self.axis_of, self.threads_of, self.memory_for, self.small = axis_of, threads_of, memory_for, small

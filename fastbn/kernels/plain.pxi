@@ -146,8 +146,8 @@ cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int* at, 
         call.residual = cnp.PyArray_DATA(residual)
     call.x = cnp.PyArray_DATA(x)
     call.threads = 1
-    if cnp.PyArray_NBYTES(x) >= calls.small:
-        call.threads = thread_count(calls.threads_of(op, cnp.PyArray_NBYTES(x)))
+    if cnp.PyArray_SIZE(x) * max(cnp.PyArray_ITEMSIZE(x), 4) >= calls.small:
+        call.threads = thread_count(calls.threads_of(op, x))
     return True
 
 

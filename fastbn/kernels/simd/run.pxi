@@ -1,11 +1,14 @@
 """Units of work, and whole calls made of them."""
 
 cdef void sum_unit(TypedCall[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
-    """One tile of a group of channels or columns."""
-    cdef Py_ssize_t tile = unit % job.tiles, first = unit // job.tiles * job.channels_per_unit, last
+    """One tile of a group of channels or columns: of columns all groups of a tile, so that a thread has the rows that it maps."""
+    cdef Py_ssize_t tile, first, last
     if job.by_columns:
+        tile = unit // div_up(job.columns, job.channels_per_unit)
+        first = unit % div_up(job.columns, job.channels_per_unit) * job.channels_per_unit
         sum_columns(job, tile, first, min(first + job.channels_per_unit, job.columns))
     else:
+        tile, first = unit % job.tiles, unit // job.tiles * job.channels_per_unit
         last = min(first + job.channels_per_unit, job.channels)
         if Sum is Stats:
             find_pivots(job, first, last, tile)
