@@ -448,6 +448,7 @@ def _sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 _VECTORS = ("mean", "mean_lo", "invstd", "scale", "shift")
 _OTHERS = ("count", "training", "shape", "dtype", "axis", "activation", "residual", "has_residual")
+MADE_ACTIVATION = 1 + _OTHERS.index("activation")  # where it is in what a plain call has made
 
 
 @dataclass(frozen=True, eq=False)

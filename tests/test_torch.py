@@ -657,6 +657,9 @@ def test_a_foreign_build_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         fastbn.torch.enable()
 
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+
+
 def _with_another_name(tmp_path: Path, name: str, code: str) -> str:
     """What a process prints whose compiled part asks torch for a function that it does not have."""
     import fastbn.torch._door as door
@@ -677,7 +680,7 @@ def _with_another_name(tmp_path: Path, name: str, code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@on_linux
 @pytest.mark.parametrize("name", ["torch_parallel_for", "aoti_torch_empty_strided"])
 def test_a_torch_without_a_needed_function_is_refused(name: str, tmp_path: Path) -> None:
     code = (
@@ -694,7 +697,7 @@ def test_a_torch_without_a_needed_function_is_refused(name: str, tmp_path: Path)
     assert (errors, last) == ([message, message], "False torch.Size([4, 3])")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@on_linux
 def test_without_torchs_own_kernels_of_layer_and_group_norm_these_stay_torchs(tmp_path: Path) -> None:
     name = "_ZN2at3cpu17native_group_normERKNS_6TensorERKSt8optionalIS1_ES7_lllld"
     code = (
@@ -706,7 +709,7 @@ def test_without_torchs_own_kernels_of_layer_and_group_norm_these_stay_torchs(tm
     assert [line.split(None, 1)[1] for line in found.splitlines()[4:]] == ["forward, float32, contiguous", "backward, float32, contiguous"]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
+@on_linux
 @pytest.mark.parametrize("name", ["torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace"])
 def test_an_older_torch_without_newer_functions_is_enough(name: str, tmp_path: Path) -> None:
     code = (
