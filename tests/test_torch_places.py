@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs fastbn[torch]")
+torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTorch 2.10 or newer (pip install 'torch>=2.10')")
 
 import fastbn.torch  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
