@@ -749,8 +749,12 @@ def _unit(_: Any) -> Any:
         j = fields(job)
         channels = j.channels
         if j.phase == SUMMING:
-            first = number // j.tiles * j.group
-            call4(j.sum, job, number % j.tiles, first, least(first + j.group, j.columns if j.by_columns else channels))
+            if j.by_columns:  # all groups of a tile, so that a thread has the rows that it maps
+                groups = (j.columns + j.group - 1) // j.group
+                tile, first, last = number // groups, number % groups * j.group, j.columns
+            else:
+                tile, first, last = number % j.tiles, number // j.tiles * j.group, channels
+            call4(j.sum, job, tile, first, least(first + j.group, last))
         elif j.phase == BOTH:
             first = number * j.group
             last = least(first + j.group, channels)

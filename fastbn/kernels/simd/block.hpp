@@ -228,7 +228,7 @@ template <class T> struct Block {
         const V large = (early - late) * coarse;
         return element + (((early + late) * share - element + large) - large);
     }
-    CALL_ON_SSE static Block pivot(Block early, Block late, Block element, double share) {
+    static Block pivot(Block early, Block late, Block element, double share) {
         FOR_REGISTERS early.r[i] = pivot<R>(early.r[i], late.r[i], element.r[i], (C)share);
         return early;
     }

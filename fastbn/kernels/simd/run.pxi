@@ -2,10 +2,10 @@
 
 cdef void sum_unit(TypedCall[Sum, T]* job, Py_ssize_t unit) noexcept nogil:
     """One tile of a group of channels or columns: of columns all groups of a tile, so that a thread has the rows that it maps."""
-    cdef Py_ssize_t tile, first, last
+    cdef Py_ssize_t groups, tile, first, last
     if job.by_columns:
-        tile = unit // div_up(job.columns, job.channels_per_unit)
-        first = unit % div_up(job.columns, job.channels_per_unit) * job.channels_per_unit
+        groups = div_up(job.columns, job.channels_per_unit)
+        tile, first = unit // groups, unit % groups * job.channels_per_unit
         sum_columns(job, tile, first, min(first + job.channels_per_unit, job.columns))
     else:
         tile, first = unit % job.tiles, unit // job.tiles * job.channels_per_unit
