@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastbn import dispatch, extremes, memory, threads
-from fastbn.activations import Epilogue
+from fastbn.activations import Activation, Epilogue
 from fastbn.composed import ComposedKernel, deviation, fold, input_gradient, split, update_running
 from fastbn.dtypes import DType, lookup
 from fastbn.floating import default_mode
@@ -105,7 +105,7 @@ def calls_of(dtype: DType, activation: Function = None) -> Calls:
 
 def doors(x: object, activation: Function = None) -> Any:
     """The doors for plain arrays like x; None where x is not one, or its kernel has none."""
-    custom = activation is not None and activation.custom
+    custom = activation is not None and isinstance(activation, Activation)
     return _doors(x.dtype, dispatch.pinned(), custom) if type(x) is np.ndarray else None
 
 

@@ -13,7 +13,7 @@ from fastbn.activations import Activation
 from fastbn.checks import Channels
 from fastbn.core import Request, Running, Total
 from fastbn.layout import Array, LayoutName, view
-from fastbn.results import MADE_ACTIVATION, Function, Gradients, Saved, Stats, of_rows
+from fastbn.results import MADE_ACTIVATION, Gradients, Saved, Stats, of_rows
 
 ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"]
 ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callable[[float], float] | None
@@ -66,14 +66,6 @@ def _of_batch(stats: object, r: Request, channels: Channels, correction: int) ->
     if (stats.count or r.x.size) and stats.count < 1 + correction:
         raise ValueError(f"Expected more than {correction} value per channel when training, got stats with a count of {stats.count}")
     return stats
-
-
-def _doors(x: object, activation: ActivationLike) -> tuple[Any, Function]:
-    """The doors for plain arrays like x, or None, and what follows the normalization."""
-    if type(x) is not np.ndarray:
-        return None, None
-    f = None if activation is None else checks.activation(activation)
-    return core.doors(x, f), f
 
 
 def _forward(
@@ -205,8 +197,8 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    doors, f = _doors(x, activation) if mask is None and stats is None else (None, None)
-    if doors is not None:
+    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
+    if mask is None and stats is None and (doors := core.doors(x, f)) is not None:
         kept = core.copied(residual) if f is not None and type(residual) is np.ndarray else None
         given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
         found = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, kept)
@@ -274,8 +266,8 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    doors, f = _doors(x, activation) if mask is None and stats is None else (None, None)
-    if doors is not None:
+    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
+    if mask is None and stats is None and (doors := core.doors(x, f)) is not None:
         given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
         y: Array | None = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, False)
         if y is not None:
@@ -550,8 +542,8 @@ def batch_norm_elemt(
     array([[-0.5],
            [ 0.5]])
     """
-    doors, f = _doors(x, activation)
-    if doors is not None:
+    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
+    if (doors := core.doors(x, f)) is not None:
         y: Array | None = doors.plain_inference(x, layout, axis, out, mean, invstd, weight, bias, None, f, residual, False)
         if y is not None:
             return y
