@@ -82,8 +82,7 @@ def _forward(
         w, b = checks.optional("weight", weight, channels, compute), checks.optional("bias", bias, channels, compute)
         mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
         r = r if out is None else _into(r, out, None, **used)
-        if r.mask is not None or (mean is not None and var is not None and np.may_share_memory(mean, var)):
-            checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})
+        checks.apart({"running_mean": mean, "running_var": var}, {"x": r.x, "residual": r.residual, "mask": r.mask})
         running = Running(mean, var, momentum, correction)
         if stats is not None:
             return core.forward_with(r, _of_batch(stats, r, channels, correction), w, b, eps, running, keep)

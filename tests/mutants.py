@@ -94,7 +94,7 @@ MUTANTS = [
     ),
     Mutant("functional.py", 'if out is not None and "x" not in wanted:', "if False:", SURVIVORS),
     Mutant("functional.py", "if count < 1 + correction:", "if count < 1:", ERRORS),
-    Mutant("functional.py", 'checks.apart({"running_mean": mean, "running_var": var}, {"mask": r.mask})', "pass", ERRORS),
+    Mutant("functional.py", '{"x": r.x, "residual": r.residual, "mask": r.mask})', "{})", ERRORS),
     Mutant("functional.py", 'checks.apart({"out": target}, {"mask": r.mask} | used)', "pass", ERRORS),
     # Digits, and what is kept:
     Mutant("composed.py", "if mean_lo is not None:\n        g0 = g0 - mean_lo * g1", "if False:\n        pass", SURVIVORS),
@@ -157,6 +157,7 @@ NATIVE = [
     ),
     Mutant("kernels/simd/block.hpp", "(z.r[i] >= 6)", "(z.r[i] > 6)", "test_activations.py"),
     Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", SURVIVORS),
+    Mutant("kernels/simd/run.pxi", "            take_back(job)\n", "            pass\n", "test_extremes.py"),
 ]
 
 

@@ -125,6 +125,16 @@ UPDATED = {
         ["Expected more than 1 value per channel when training", "(2, 4, 3, 3)", "1 True"],
         {"mask": np.eye(1, 18, dtype=np.bool_).reshape(2, 3, 3)},
     ),
+    "running_mean-in-x": (
+        ValueError,
+        ["running_mean and x share memory", "the call writes running_mean"],
+        {"x": SQUARE, "running_mean": SQUARE[0]},
+    ),
+    "running_var-in-x": (
+        ValueError,
+        ["running_var and x share memory", "the call writes running_var"],
+        {"x": SQUARE, "running_var": SQUARE[0]},
+    ),
     "none-in-mask": (ValueError, ["Expected more than 1 value per channel", "0 True"], {"mask": np.zeros((2, 3, 3), np.bool_)}),
 }
 GIVEN = {

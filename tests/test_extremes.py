@@ -183,7 +183,8 @@ def test_the_bits_do_not_depend_on_threads_and_places(dtype: str, size: float, s
         results = []
         for threads, place in ((1, "new"), (2, "new"), (1, "x"), (2, "x"), (2, "residual")):
             a, b = x.copy(), None if added is None else added.copy()
-            running = np.zeros(shape[1]), np.ones(shape[1])
+            kind = np.float64 if activation is None else np.float32
+            running = np.zeros(shape[1], kind), np.ones(shape[1], kind)
             out = a if place == "x" else b if place == "residual" else None
             with fastbn.num_threads(threads):
                 y, saved = fastbn.batch_norm_forward(a, None, None, *running, eps=0.0, activation=activation, residual=b, out=out)

@@ -9,6 +9,7 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
         bint two_outputs, streamable
         Py_ssize_t to_line, together
         bint apart
+        bint folds
 
     cdef cppclass Tiles:
         double count

@@ -16,7 +16,7 @@ cdef enum:
     MOST_L3 = 32 << 20   # bytes of an L3 that one program has to itself, however large that of the whole processor is
     UNITS = 4            # units for each thread, so that none waits long for the last
     WHOLE_UNITS = 8      # the same of whole channels, whose last unit takes the longest
-    WIDE_UNITS = 2       # the same of sums of columns, which are read the faster the longer the pieces of their rows are
+    WIDE_UNITS = 2       # the same of columns, which are read the faster the longer the pieces of their rows are
     MOST_THREADS = 4096  # of one call; the pool has fewer
 
 cdef Py_ssize_t L1 = 32 << 10, L2 = 512 << 10, L3 = 8 << 20
@@ -138,14 +138,18 @@ cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays)
 
 
 cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
-    """Whether whole channels are the units of work, and if so how many make one unit."""
+    """Whether whole channels are the units of work, and if so how many make one unit.
+
+    Then a thread makes for itself what it needs to map them: what another core has written takes long to arrive.
+    """
     cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item, run, each
+    if t.reads == 0 and not (u.by_columns and t.folds and t.threads > 1):
+        return False
     u.exceeds_l3 = exceeds(L3 // FAR, t, t.touched)
     if u.by_columns:
-        # Of a few rows: the threads need not wait for each other, nor fetch what the others found.
         if u.rows > FEW_ROWS or p.columns != t.channels or t.channels % W or t.channels < 2 * t.threads * W:
             return False
-        u.channels_per_pass = min(COLUMNS // BLOCK * W, div_up(div_up(t.channels, UNITS * t.threads), W) * W)
+        u.channels_per_pass = min(COLUMNS // BLOCK * W, div_up(div_up(t.channels, WIDE_UNITS * t.threads), W) * W)
         u.channels_per_unit = u.channels_per_pass
     elif t.threads > 1 and t.channels < UNITS * t.threads:
         return False
@@ -166,7 +170,7 @@ cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
     memset(p, 0, sizeof(Plan))
     set_tiles(&p.tiles, &p.sums, t)
     p.map = p.sums
-    p.resident = t.reads > 0 and t.arrays > 0 and not t.apart and plan_resident(&p.sums, &p.tiles, t)
+    p.resident = t.arrays > 0 and not t.apart and plan_resident(&p.sums, &p.tiles, t)
     if p.resident:
         p.sums.bytes = t.touched * size
         return

@@ -28,6 +28,7 @@ struct Task {
     std::ptrdiff_t to_line;  // elements of the output before its first cache line
     std::ptrdiff_t together; // such tasks that follow each other, as to what stays in the caches; 0 is 1
     bool apart;        // the map waits for all sums
+    bool folds;        // the parameters of a map are made first
 };
 
 // Numeric tiles: they decide the bits of a result, and depend on the shape alone.

@@ -88,7 +88,7 @@ cdef void fold_few(
     put_vector(job.shift, first, n, shift, tag)
 
 
-cdef inline bint is_unusual(TypedCall[Forward, T]* job, double m2, double invstd, double scale) noexcept nogil:
+cdef inline bint is_unusual(double m2, double invstd, double scale, T* tag) noexcept nogil:
     """Whether squares, differences or factors leave the range of a number; `extremes.are_usual` is the same in NumPy."""
     if T is double:  # what is not finite in any other type was so in x
         return (not m2 < LARGE_M2) | (invstd >= LARGE_INVSTD) | (fabs(scale) > Block[T].largest())
@@ -96,16 +96,16 @@ cdef inline bint is_unusual(TypedCall[Forward, T]* job, double m2, double invstd
         return (m2 >= Block[T].largest() / 4 * (Block[T].largest() / 4)) | (fabs(scale) > Block[T].largest())
 
 
-cdef void fold_given(Work* job, const void* mean_lo, T* tag) noexcept nogil:
-    """Scales and shifts by given means, with what these round away or NULL, and variances, or what was made of these before."""
+cdef void fold_given(Work* job, Py_ssize_t first, Py_ssize_t last, T* tag) noexcept nogil:
+    """Scales and shifts of channels first ... last by given means, with what these round away, and variances, or what was made of these."""
     cdef double low[FOLDED]
     cdef double invstd[FOLDED]
     cdef double scale[FOLDED]
     cdef double eps = job.eps
-    cdef Py_ssize_t first = 0, n, i
-    while first < job.channels:
-        n = min(<Py_ssize_t> FOLDED, job.channels - first)
-        get_vector(low, mean_lo, first, n, 0, tag)
+    cdef Py_ssize_t n, i
+    while first < last:
+        n = min(<Py_ssize_t> FOLDED, last - first)
+        get_vector(low, job.mean_lo, first, n, 0, tag)
         if job.var == NULL:
             get_vector(invstd, job.invstd, first, n, 0, tag)
         else:
@@ -117,7 +117,7 @@ cdef void fold_given(Work* job, const void* mean_lo, T* tag) noexcept nogil:
         first += n
 
 
-cdef bint fold_batch(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+cdef bint fold_batch(Work* job, Py_ssize_t first, Py_ssize_t last, T* tag) noexcept nogil:
     """From the merged statistics to the parameters of the map; whether the channels may be mapped."""
     cdef double low[FOLDED]
     cdef double invstd[FOLDED]
@@ -130,16 +130,16 @@ cdef bint fold_batch(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t la
     while at < last:
         n = min(<Py_ssize_t> FOLDED, last - at)
         mean, m2 = job.batch_mean + at, job.batch_m2 + at
-        put_vector(job.mean, at, n, mean, <T*> NULL)
+        put_vector(job.mean, at, n, mean, tag)
         for i in range(n):
             invstd[i] = 1 / sqrt(m2[i] / count + eps)
             high = Block[T].rounded(mean[i])
             low[i] = (mean[i] - high if isfinite(high) else 0) + job.batch_mean_lo[at + i]
-        fold_few(job, at, n, low, invstd, scale, <T*> NULL)
+        fold_few(job, at, n, low, invstd, scale, tag)
         for i in range(n):
-            unusual |= is_unusual(job, m2[i], invstd[i], scale[i])
-        put_vector(job.mean_lo, at, n, low, <T*> NULL)
-        put_vector(job.invstd, at, n, invstd, <T*> NULL)
+            unusual |= is_unusual(m2[i], invstd[i], scale[i], tag)
+        put_vector(job.mean_lo, at, n, low, tag)
+        put_vector(job.invstd, at, n, invstd, tag)
         at += n
     memset(job.left + first, unusual, last - first)
     return not unusual
@@ -185,17 +185,42 @@ cdef void move_towards(C* running, const double* batch, double divisor, Py_ssize
         running[c] = <C> ((1 - momentum) * running[c] + momentum * (batch[c] / divisor))
 
 
-cdef void move(Running r, const double* batch, double divisor, Py_ssize_t channels, double momentum) noexcept nogil:
+cdef void move(Running r, const double* batch, double divisor, Py_ssize_t first, Py_ssize_t last, double momentum) noexcept nogil:
     if r.data != NULL and r.is_double:
-        move_towards(<double*> r.data, batch, divisor, channels, momentum)
+        move_towards(<double*> r.data + first, batch + first, divisor, last - first, momentum)
     elif r.data != NULL:
-        move_towards(<float*> r.data, batch, divisor, channels, momentum)
+        move_towards(<float*> r.data + first, batch + first, divisor, last - first, momentum)
+
+
+cdef void move_channels(Call* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Move the running statistics of channels first ... last towards those that a forward has found."""
+    move(job.running_mean, job.batch_mean, 1, first, last, job.momentum)
+    move(job.running_var, job.batch_m2, <double> job.outer * job.inner - job.correction, first, last, job.momentum)
 
 
 cdef void move_running(Call* job) noexcept nogil:
     """Move running statistics towards those that a forward has found; nothing that can fail comes after it."""
-    move(job.running_mean, job.batch_mean, 1, job.channels, job.momentum)
-    move(job.running_var, job.batch_m2, <double> job.outer * job.inner - job.correction, job.channels, job.momentum)
+    move_channels(job, 0, job.channels)
+
+
+cdef inline void copy_running(Running r, void* kept, Py_ssize_t first, Py_ssize_t last, bint back) noexcept nogil:
+    """Keep what running statistics are, or take them back to it."""
+    cdef Py_ssize_t size = sizeof(double) if r.is_double else sizeof(float)
+    cdef char* data = <char*> r.data + first * size
+    if r.data != NULL:
+        memcpy(data if back else <char*> kept + first * size, <char*> kept + first * size if back else data, (last - first) * size)
+
+
+cdef void move_early(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Move some channels' on the thread that has found them; what they were is kept until it is known that none was left."""
+    copy_running(job.running_mean, job.kept_mean, first, last, False)
+    copy_running(job.running_var, job.kept_var, first, last, False)
+    move_channels(job, first, last)
+
+
+cdef void take_back(Work* job) noexcept nogil:
+    copy_running(job.running_mean, job.kept_mean, 0, job.channels, True)
+    copy_running(job.running_var, job.kept_var, 0, job.channels, True)
 
 
 cdef inline bint any_outside(const C* values, Py_ssize_t n, double limit) noexcept nogil:

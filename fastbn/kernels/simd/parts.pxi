@@ -42,7 +42,7 @@ cdef bint fold_parts(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t la
             Block[T].set_value(job.plane_mean, plane, Block[T].value(job.mean, c))
             Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
             Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
-            unusual = unusual or is_unusual(job, job.batch_m2[c], invstd, scale)
+            unusual = unusual or is_unusual(job.batch_m2[c], invstd, scale, <T*> NULL)
             plane += 1
             at = at + 1 if at + 1 < job.period else 0
     if unusual:

@@ -164,7 +164,7 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
             fold_part(&own, c, &low, &invstd)
             Block[T].set_value(own.scale, c, narrow(invstd, Block[T].largest()))
             Block[T].set_value(own.shift, c, 0 if low == 0 else -low * invstd)
-            if is_unusual(&own, own.batch_m2[c], invstd, invstd):
+            if is_unusual(own.batch_m2[c], invstd, invstd, <T*> NULL):
                 leave(&own, c, c + 1)
                 job.any_left = True
         map_along(&own, n, first, min(n, last - first - n))

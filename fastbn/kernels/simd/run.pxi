@@ -90,17 +90,24 @@ cdef TypedCall[Normalize, T] to_scaling(TypedCall[Backward, T]* job) noexcept no
 
 
 cdef void forward_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
-    """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
+    """All planes of a group of channels: statistics, unless they are given, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, end
     if not job.by_columns:
         for tile in range(job.tiles):
             find_pivots(<TypedCall[Stats, T]*> job, first, last, tile)
     while first < last:
         end = min(first + job.channels_per_pass, last)
-        sum_channels(<TypedCall[Stats, T]*> job, first, end)
-        merge_stats(job, first, end)
-        if fold_batch(job, first, end):
+        if job.folds:
+            fold_given(job, first, end, <T*> NULL)
+        else:
+            sum_channels(<TypedCall[Stats, T]*> job, first, end)
+            merge_stats(job, first, end)
+        if job.folds or fold_batch(job, first, end, <T*> NULL):
             map_group(job, first, end)
+        else:
+            job.any_left = True
+        if job.threads > 1 and not job.folds:
+            move_early(job, first, end)
         first = end
     if job.nontemporal:
         fence()
@@ -117,6 +124,8 @@ cdef void backward_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noexcept n
         after = to_grad_input(job)
     while first < last:
         end = min(first + job.channels_per_pass, last)
+        if job.folds:
+            fold_given(job, first, end, <T*> NULL)
         if Backward is GradInput:
             sum_channels(<TypedCall[GradSums, T]*> job, first, end)
         else:
@@ -160,7 +169,7 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     cdef Py_ssize_t size = job.tiles * job.width * sizeof(double) if sums else 0, vector = job.channels * sizeof(double)
     cdef Py_ssize_t for_columns = 5 * (job.columns + 2 * Block[T].width()) * sizeof(double)
     cdef Py_ssize_t for_planes = job.planes * sizeof(double)
-    cdef char* free = <char*> scratch(3 * size + 10 * vector + for_columns + 3 * for_planes + job.channels)
+    cdef char* free = <char*> scratch(3 * size + 12 * vector + for_columns + 3 * for_planes + job.channels)
     if free == NULL:
         return False
     job.pivots, job.sums, job.dots = <double*> free, <double*> (free + size), <double*> (free + 2 * size)
@@ -176,7 +185,10 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
         job.batch_mean, job.batch_m2 = <double*> room(&free, job.batch_mean, vector), <double*> room(&free, job.batch_m2, vector)
         job.batch_mean_lo = <double*> room(&free, job.batch_mean_lo, vector)
     if Op in Forward:
-        job.mean, job.mean_lo, job.invstd = room(&free, job.mean, vector), room(&free, job.mean_lo, vector), room(&free, job.invstd, vector)
+        job.mean, job.invstd = room(&free, job.mean, vector), room(&free, job.invstd, vector)
+    if Op in Forward and sums:
+        job.mean_lo = room(&free, job.mean_lo, vector)
+        job.kept_mean, job.kept_var = room(&free, NULL, vector), room(&free, NULL, vector)
     if Op in Map:
         job.scale, job.shift = room(&free, job.scale, vector), room(&free, job.shift, vector)
     job.left = free
@@ -192,7 +204,7 @@ cdef inline Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched)
     t.two_outputs = job.dresidual != NULL and job.dz == NULL
     t.streamable = is_fresh(job) and (job.dz == NULL or job.dz != job.out)
     t.to_line = Block[T].to_line(job.arrays().out, job.outer * job.channels * job.inner)
-    t.together, t.apart = job.batch, job.apart
+    t.together, t.apart, t.folds = job.batch, job.apart, job.folds
     return t
 
 
@@ -285,10 +297,14 @@ cdef Status map_call(TypedCall[Map, T]* job) noexcept nogil:
 cdef Status inference_call(TypedCall[Forward, T]* job) noexcept nogil:
     cdef Plan p
     cdef int arrays = 2 + (job.residual != NULL)
-    cdef const void* mean_lo = job.mean_lo  # of which a plan makes room
+    job.folds = True
     if not plan(job, &p, 0, arrays, arrays):
         return NO_MEMORY
-    fold_given(job, mean_lo, <T*> NULL)
+    if p.resident:
+        set_parameters(job, True)
+        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
+        return DONE
+    fold_given(job, 0, job.channels, <T*> NULL)
     run_map(job, &p)
     return DONE
 
@@ -303,11 +319,16 @@ cdef Status forward_call(TypedCall[Forward, T]* job) noexcept nogil:
         parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
     else:
         run_sums(<TypedCall[Stats, T]*> job)
-        if fold_batch(job, 0, job.channels):
+        if fold_batch(job, 0, job.channels, <T*> NULL):
             run_map(job, &p)
-    if memchr(job.left, 1, job.channels) != NULL:
+        else:
+            job.any_left = True
+    if job.any_left:
+        if p.resident and job.threads > 1:
+            take_back(job)
         return LEFT
-    move_running(job)
+    if not p.resident or job.threads == 1:
+        move_running(job)
     return DONE
 
 
@@ -351,8 +372,9 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
         arrays = 2
     if not plan(job, &p, reads if sums else 0, arrays if job.out != NULL else 0, touched):
         return NO_MEMORY
-    if not given and job.invstd != NULL:
-        fold_given(job, job.mean_lo, <T*> NULL)
+    job.folds = not given and job.invstd != NULL
+    if job.folds and not p.resident:
+        fold_given(job, 0, job.channels, <T*> NULL)
     if job.frozen:
         for c in range(job.channels):
             Block[T].set_value(job.grad_offset, c, 0)

@@ -30,6 +30,8 @@ struct Work : fastbn::Call, fastbn::Tiles, fastbn::Units {
     void *plane_mean, *plane_scale, *plane_shift;  // one for each of these planes
     bool apart;                       // the map waits for all sums
     bool any_left, no_memory;         // set by units
+    bool folds;                       // units make the parameters of the map from given statistics
+    void *kept_mean, *kept_var;       // running statistics as they were
     const void *at_mean, *at_scale, *at_shift, *at_slope, *at_bias;  // of the map; for columns one for each column
 
     void follow(const fastbn::Tiles& tiles, const fastbn::Units& units) {

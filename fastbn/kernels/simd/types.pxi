@@ -105,7 +105,9 @@ cdef extern from "simd/types.hpp" nogil:
         void *plane_mean
         void *plane_scale
         void *plane_shift
-        bint apart, any_left, no_memory
+        bint apart, any_left, no_memory, folds
+        void *kept_mean
+        void *kept_var
         const void *at_mean
         const void *at_scale
         const void *at_shift
