@@ -56,6 +56,7 @@ OPTIONAL = {
     "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
     "kernels.numba_cache": {"numba", "llvmlite"},
+    "kernels.numba_function": {"numba", "llvmlite"},
     "kernels.numba_lanes": {"numba", "llvmlite"},
     "kernels.numba_math": {"numba", "llvmlite"},
     "kernels.numba_passes": {"numba"},

@@ -80,9 +80,14 @@ def test_errors(example: Any) -> None:
         with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):
             fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
     no_number = r"activation cannot be compiled by Numba for float32: (.|\n)*it must give one real number, not "
-    for other in (lambda z: np.array([z, z]), lambda z: z + 1j):
-        with pytest.raises(TypeError, match=no_number):
+    for other in (lambda z: np.array([z, z]), lambda z: z + 1j, lambda z: (z, z), lambda z: None):
+        with pytest.raises(TypeError, match=no_number) as caught:
             fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
+        assert len(str(caught.value)) < 200
+    positive = numba.njit(lambda z: z if z > 0 else None)
+    same_bits(fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=positive), x)
+    with pytest.raises(TypeError, match=r"must give one real number, but gave None for -1"):
+        fastbn.batch_norm_elemt(-x, [0.0] * 3, [1.0] * 3, activation=positive)
     _, saved = fastbn.batch_norm_forward(x, activation=fastbn.Activation(example.mish, numba.njit(lambda z: np.empty(0))))
     with pytest.raises(TypeError, match=no_number):
         fastbn.batch_norm_backward(x, x, saved)
@@ -91,6 +96,20 @@ def test_errors(example: Any) -> None:
         fastbn.batch_norm_forward(x.astype(np.float16), activation=numba.njit(lambda z: "z"))
     with fastbn.use_kernel("reference"), pytest.raises(RuntimeError, match="it takes no functions of the user's"):
         fastbn.batch_norm_forward(x, activation=example.mish)
+
+
+def test_a_function_that_may_raise_says_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    import numba
+
+    def inverse(z: float) -> float:
+        if z == 0:
+            raise ZeroDivisionError("no inverse of 0")
+        return 1 / z
+
+    for shape in ((4, 3), (4, 3, 5), (40, 3), (2, 3, 40)):
+        x = np.full(shape, 2, np.float32)
+        same_bits(fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=numba.njit(inverse)), 1 / x)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,11 +35,13 @@ import numpy as np
 from numba import config, from_dtype, njit
 from numba.core import types
 from numba.core.errors import NumbaError
+from numba.core.registry import cpu_target
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 from fastbn.kernels import numba_cache, numba_passes, numba_threads
+from fastbn.kernels.numba_function import on_lanes
 from fastbn.kernels.numba_lanes import (
     BLOCK,
     MEMORY,
@@ -54,7 +56,6 @@ from fastbn.kernels.numba_lanes import (
     fence,
     fields_of,
     least,
-    on_lanes,
     parallel,
     stack,
 )
@@ -868,17 +869,32 @@ def _compile(function: Any, name: str, arguments: int, keep: bool = True) -> int
     return numba_cache.compiled(function, types.void(*[types.intp] * arguments), name, keep)
 
 
+def _check(function: Any, number: Any) -> None:
+    """Look at a function of the user's alone: of the loops around it, an error would be pages long."""
+    failed = f"activation cannot be compiled by Numba for {number}: {function.__name__}:"
+    try:
+        found = types.Dispatcher(function).get_call_type(cpu_target.typing_context, (number,), {})
+    except NumbaError as error:
+        raise TypeError(f"{failed} {error}") from error
+    given = types.none if found is None else found.return_type
+    one: Any = given.type if isinstance(given, types.misc.Optional) else given  # None is refused when it comes
+    if isinstance(one, types.Complex) or not isinstance(one, types.Number | types.Boolean):
+        raise TypeError(f"{failed} it must give one real number, not {one}")
+
+
 @cache
 def _loop(loop: Loop) -> int:
     """The address of a loop."""
     sums = loop.operation in ("stats", "grad_sums")
     custom = loop.activation is not None and not isinstance(loop.activation, str)
+    number = STORAGE[loop.storage].number
+    if custom:
+        _check(loop.activation.derivative if loop.operation.startswith("grad") else loop.activation.forward, number)
     try:
         return _compile(_LOOPS[loop.pattern, sums](loop), loop.name, 4 if sums else 5, not custom)
     except NumbaError as error:
         if not custom:
             raise
-        number = STORAGE[loop.storage].number
         raise TypeError(f"activation cannot be compiled by Numba for {number}: {error}") from error
 
 
@@ -1090,7 +1106,10 @@ class _Call:
 def _raise(activation: Any, kind: int, block: Array) -> None:
     """Raise here what a function of the user's raised in some thread."""
     function = _functions(activation)[kind >= GRAD_SUMS]
+    own = activation.derivative if kind >= GRAD_SUMS else activation.forward
     for z in block:
+        if own(z) is None:
+            raise TypeError(f"activation: {own.__name__} must give one real number, but gave None for {z}")
         function(z, activation.parameter)
     raise RuntimeError("the activation raised an exception, but not when it was called again")
 

@@ -8,22 +8,20 @@ Loads convert from the storage type, stores convert to it. Memory is given by it
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba import typeof
 from numba.core import types
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 BLOCK = 128  # bytes of arithmetic
 
-_WORD = ir.IntType(64)
+WORD = ir.IntType(64)
 _SHORT = ir.IntType(16)
-_FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
+FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
 FEATURES = llvm.get_host_cpu_features()
 HAS_FMA = bool(FEATURES.get("fma", False)) or not llvm.get_process_triple().startswith("x86_64")
 HAS_HALF = bool(FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
@@ -41,7 +39,7 @@ class Lanes(types.Type):
     @property
     def vector(self) -> Any:
         """LLVM's type of it."""
-        return ir.VectorType(_FLOATS[self.number], self.count)
+        return ir.VectorType(FLOATS[self.number], self.count)
 
 
 @register_model(Lanes)
@@ -50,7 +48,7 @@ class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(dmm, fe_type, fe_type.vector)
 
 
-BLOCKS = {number: Lanes(number) for number in _FLOATS}
+BLOCKS = {number: Lanes(number) for number in FLOATS}
 
 
 def _register(operation: Any, instruction: str) -> None:
@@ -100,7 +98,7 @@ def _emit(result: Any, arguments: tuple[Any, ...], body: Callable[..., Any]) -> 
 
 def _at(builder: Any, address: Any, index: Any, kind: Any, size: int) -> Any:
     byte = ir.IntType(8)
-    start, offset = builder.inttoptr(address, byte.as_pointer()), builder.mul(index, _WORD(size))
+    start, offset = builder.inttoptr(address, byte.as_pointer()), builder.mul(index, WORD(size))
     return builder.bitcast(builder.gep(start, [offset], source_etype=byte), kind.as_pointer())
 
 
@@ -122,7 +120,8 @@ def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(function, arguments)
 
 
-def _local(builder: Any, kind: Any) -> Any:
+def local(builder: Any, kind: Any) -> Any:
+    """Room on the stack, made once in a function."""
     with builder.goto_entry_block():
         room = builder.alloca(kind)
         room.align = BLOCK
@@ -247,8 +246,8 @@ class Memory:
             return ir.Constant(ir.IntType(8).as_pointer(), None)
 
         def read(builder: Any, address: Any, index: Any, n: Any) -> Any:
-            room = _local(builder, lanes)
-            with builder.if_else(builder.icmp_signed(">=", n, _WORD(count)), likely=True) as (whole, part):
+            room = local(builder, lanes)
+            with builder.if_else(builder.icmp_signed(">=", n, WORD(count)), likely=True) as (whole, part):
                 with whole:
                     builder.store(load(builder, address, index), room)
                 with part:
@@ -256,8 +255,8 @@ class Memory:
             return builder.load(room)
 
         def write(builder: Any, address: Any, index: Any, v: Any, n: Any, nontemporal: Any) -> Any:
-            with builder.if_else(builder.icmp_signed(">=", n, _WORD(count)), likely=True) as (whole, part):
-                with whole, builder.if_else(builder.icmp_signed("!=", nontemporal, _WORD(0))) as (past, through):
+            with builder.if_else(builder.icmp_signed(">=", n, WORD(count)), likely=True) as (whole, part):
+                with whole, builder.if_else(builder.icmp_signed("!=", nontemporal, WORD(0))) as (past, through):
                     with past:
                         stream(builder, address, index, v)
                     with through:
@@ -267,7 +266,7 @@ class Memory:
             return ir.Constant(ir.IntType(8).as_pointer(), None)
 
         def copy(builder: Any, to: Any, source: Any, n: Any) -> None:
-            nbytes = builder.mul(n, _WORD(size))
+            nbytes = builder.mul(n, WORD(size))
             _call(builder, "llvm.memcpy.p0.p0.i64", ir.VoidType(), to, source, nbytes, ir.IntType(1)(0))
 
         def load_part(builder: Any, address: Any, index: Any, n: Any) -> Any:
@@ -276,7 +275,7 @@ class Memory:
                 mask, rest = _first(builder, n, count), ir.Constant(plain, None)
                 v = _call(builder, f"llvm.masked.load.{suffix}", plain, pointer, ir.IntType(32)(size), mask, rest)
                 return _widened(builder, storage, builder.bitcast(v, raw), count)
-            room = _local(builder, raw)
+            room = local(builder, raw)
             builder.store(ir.Constant(raw, None), room)
             copy(builder, room, _at(builder, address, index, raw, size), n)
             return _widened(builder, storage, builder.load(room), count)
@@ -288,7 +287,7 @@ class Memory:
                 mask = _first(builder, n, count)
                 _call(builder, f"llvm.masked.store.{suffix}", ir.VoidType(), builder.bitcast(v, plain), pointer, ir.IntType(32)(size), mask)
             else:
-                room = _local(builder, raw)
+                room = local(builder, raw)
                 builder.store(v, room)
                 copy(builder, _at(builder, address, index, raw, size), room, n)
             return ir.Constant(ir.IntType(8).as_pointer(), None)
@@ -362,55 +361,6 @@ class Memory:
 MEMORY = {name: Memory(name) for name in STORAGE}
 
 
-def on_lanes(function: Any, number: Any) -> Any:
-    """An intrinsic that applies a compiled function of a number and a parameter to every lane of a block.
-
-    It is a loop over two registers' lanes, and LLVM is told to make one step of it: what it then has is a function of vectors, in
-    registers. It must not unroll the loop before it tries; what cannot be vectorized stays a loop.
-    """
-    block, element, kind = BLOCKS[number], _FLOATS[number], typeof(function)
-    step = min(block.count, 16 * REGISTER // number.bitwidth)
-
-    def typed(typingctx: Any, v: Any, parameter: Any) -> Any:
-        called = kind.get_call_type(typingctx, (number, types.float64), {})
-
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            apply = context.get_function(kind, called)
-            rooms = [_local(builder, block.vector) for _ in range(2)]
-            source, to = (builder.bitcast(room, element.as_pointer()) for room in rooms)
-            builder.store(arguments[0], rooms[0])
-            for start in range(0, block.count, step):
-                with _steps(builder, start, step) as i:
-                    z = builder.load(builder.gep(source, [i], source_etype=element))
-                    builder.store(apply(builder, (z, arguments[1])), builder.gep(to, [i], source_etype=element))
-            return builder.load(rooms[1])
-
-        return block(block, types.float64), generate
-
-    return intrinsic(typed)
-
-
-@contextmanager
-def _steps(builder: Any, start: int, count: int) -> Iterator[Any]:
-    """A loop over so many lanes that is to be one step."""
-    module, before = builder.module, builder.block
-    body, after = builder.append_basic_block("lanes"), builder.append_basic_block("done")
-    builder.branch(body)
-    builder.position_at_end(body)
-    i = builder.phi(_WORD)
-    i.add_incoming(_WORD(start), before)
-    yield i
-    following = builder.add(i, _WORD(1))
-    i.add_incoming(following, builder.block)
-    again = builder.cbranch(builder.icmp_signed("<", following, _WORD(start + count)), body, after)
-    whole = module.add_metadata([ir.MetaDataString(module, "llvm.loop.vectorize.width"), ir.IntType(32)(count)])
-    late = module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")])
-    name = module.add_metadata([ir.MetaDataString(module, f"loop {len(module.metadata)}")])
-    name.operands = (name, whole, late)  # a loop is known by what names itself
-    again.set_metadata("llvm.loop", name)
-    builder.position_at_end(after)
-
-
 # ---- One number, and what is not arithmetic ----
 
 
@@ -418,7 +368,7 @@ class Numbers:
     """Single numbers of one type in memory: get(address, index), and put(address, index, value)."""
 
     def __init__(self, number: Any):
-        kind, size = _FLOATS.get(number, _WORD), number.bitwidth // 8
+        kind, size = FLOATS.get(number, WORD), number.bitwidth // 8
 
         def get(builder: Any, address: Any, index: Any) -> Any:
             return builder.load(_at(builder, address, index, kind, size), align=size)
@@ -431,7 +381,7 @@ class Numbers:
         self.put = _emit(types.none, (types.intp, types.intp, number), put)
 
 
-NUMBERS = {number: Numbers(number) for number in (*_FLOATS, types.intp)}
+NUMBERS = {number: Numbers(number) for number in (*FLOATS, types.intp)}
 
 
 def fields_of(record: Any) -> Any:
@@ -454,7 +404,7 @@ def _invoke(builder: Any, function: Any, *arguments: Any) -> Any:
 
 def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, threads: Any, reverse: Any, nbytes: Any) -> Any:
     threads, reverse = builder.trunc(threads, ir.IntType(32)), builder.trunc(reverse, ir.IntType(32))
-    return _invoke(builder, function, unit, job, units, threads, reverse, nbytes, _WORD(0))
+    return _invoke(builder, function, unit, job, units, threads, reverse, nbytes, WORD(0))
 
 
 def _least(builder: Any, a: Any, b: Any) -> Any:
@@ -465,11 +415,11 @@ def _stack(builder: Any) -> Any:
     with builder.goto_entry_block():
         room = builder.alloca(ir.ArrayType(ir.IntType(8), STACK))
         room.align = BLOCK
-    return builder.ptrtoint(room, _WORD)
+    return builder.ptrtoint(room, WORD)
 
 
 def _next(builder: Any, address: Any) -> Any:
-    return builder.atomic_rmw("add", builder.inttoptr(address, _WORD.as_pointer()), _WORD(1), "monotonic")
+    return builder.atomic_rmw("add", builder.inttoptr(address, WORD.as_pointer()), WORD(1), "monotonic")
 
 
 def _fence(builder: Any) -> Any:
