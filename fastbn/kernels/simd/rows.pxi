@@ -173,9 +173,11 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
         fence()
 
 
-cdef const void* padded(const void* vector, double instead, Py_ssize_t n, char* room, T* tag) noexcept nogil:
-    """A copy of a vector of channels, with what a block may read behind it; of a number where there is none."""
+cdef const void* padded(const void* vector, double instead, Py_ssize_t n, Py_ssize_t row, char* room, T* tag) noexcept nogil:
+    """A vector of channels, with what a block may read behind it if rows are not whole blocks; a number where there is none."""
     cdef Py_ssize_t number = BLOCK // Block[T].width(), c
+    if vector != NULL and row % Block[T].width() == 0:
+        return vector  # a copy would have to be fetched by the other threads
     if vector == NULL:
         for c in range(n):
             Block[T].set_value(room, c, instead)
@@ -194,8 +196,8 @@ cdef Status forward_rows(TypedCall[Forward, T]* job) noexcept nogil:
     cdef char* room = <char*> scratch(2 * size)
     if room == NULL:
         return NO_MEMORY
-    job.at_scale = padded(job.weight, 1, job.period, room, <T*> NULL)
-    job.at_shift = padded(job.bias, 0, job.period, room + size, <T*> NULL)
+    job.at_scale = padded(job.weight, 1, job.period, job.group, room, <T*> NULL)
+    job.at_shift = padded(job.bias, 0, job.period, job.group, room + size, <T*> NULL)
     job.channels, job.inner = job.batch * job.channels // job.group, job.group
     job.batch = 1
     t = task(job, 1, arrays, arrays)
@@ -327,7 +329,7 @@ cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
     cdef double low
     if room == NULL:
         return NO_MEMORY
-    job.at_scale = padded(job.weight, 1, k, room, <T*> NULL)
+    job.at_scale = padded(job.weight, 1, k, k, room, <T*> NULL)
     job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
     job.expanded = <double*> (room + size + rows * number + BLOCK)
     for c in range(rows):
