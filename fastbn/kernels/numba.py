@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from math import gcd, isfinite, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, from_dtype, njit
+from numba import config, from_dtype, jit, njit
 from numba.core import types
 from numba.core.errors import NumbaError
 
@@ -132,11 +133,33 @@ def _functions(activation: Any) -> tuple[Any, Any]:
     return FUNCTIONS[activation] if isinstance(activation, str) else _custom(activation)
 
 
+def _apart(function: Any) -> Any:
+    """The same function of the user's, compiled for the kernels alone.
+
+    A function takes the error model of whoever compiles it first: divisions by zero would raise here if the user had called it
+    before, and would give infinities to the user, too, if not. Compiled for one signature, it stays as it is.
+    """
+    return jit(**{"error_model": "numpy", **function.targetoptions})(function.py_func) if function._can_compile else function
+
+
+def _complaint(activation: Any, number: Any, error: NumbaError) -> str:
+    """What is wrong with a function of the user's: what Numba says of it alone, not of the loop around it, which is pages."""
+    for name, function in (("forward", activation.forward), ("derivative", activation.derivative)):
+        try:
+            if function is not None:
+                _apart(function).compile((number,))
+        except (NumbaError, TypeError) as own:  # noqa: PERF203  two of them
+            return f"{name}: {own}"
+    found = re.search("it must give one real number, not .*", str(error))
+    return found.group() if found else str(error)
+
+
 @cache
 def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
         if function is None:
             return None
+        function = _apart(function)
         return njit(nogil=True, **numba_passes.FUNCTION, fastmath={"contract"})(lambda z, _: like(z, function(z)))
 
     return with_parameter(activation.forward), with_parameter(activation.derivative)
@@ -879,7 +902,7 @@ def _loop(loop: Loop) -> int:
         if not custom:
             raise
         number = STORAGE[loop.storage].number
-        raise TypeError(f"activation cannot be compiled by Numba for {number}: {error}") from error
+        raise TypeError(f"activation cannot be compiled by Numba for {number}: {_complaint(loop.activation, number, error)}") from error
 
 
 @cache
