@@ -16,6 +16,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -477,6 +478,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def to_the_end(command: Callable[[], int]) -> int:
     """Run a command; where its reader, its disk or its user gives up, say so in a line at most."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it, as by `>&-`
+            setattr(sys, name, io.StringIO())
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to say nothing
     try:
@@ -486,8 +490,8 @@ def to_the_end(command: Callable[[], int]) -> int:
         print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        # Python would try again to write what is left, at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(io.UnsupportedOperation):  # Python would try again to write what is left, at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # as after `| head`
             return 128 + signal.SIGPIPE
         print(f"python -m fastbn: {error.strerror}", file=sys.stderr)

@@ -181,6 +181,14 @@ def test_a_closed_pipe_is_quiet():
     assert done.returncode == 128 + signal.SIGPIPE
 
 
+def test_without_a_standard_output_nothing_is_printed(monkeypatch, capsys):
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as closed:
+            closed.setattr(sys, name, None)
+            assert main(["info"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
