@@ -108,6 +108,8 @@ def test_a_division_by_zero_does_not_depend_on_who_compiled_the_function_first()
         assert np.isposinf(fastbn.batch_norm_forward(x, activation=inverse)[0]).all()
         with pytest.raises(ZeroDivisionError):
             inverse(np.float32(0))
+    with pytest.raises(ZeroDivisionError):  # its own options hold
+        fastbn.batch_norm_forward(x, activation=numba.njit(error_model="python", locals={"a": numba.int64})(lambda a: 1 / a))
 
 
 def test_a_function_may_call_fastbn_itself() -> None:

@@ -139,7 +139,10 @@ def _apart(function: Any) -> Any:
     A function takes the error model of whoever compiles it first: divisions by zero would raise here if the user had called it
     before, and would give infinities to the user, too, if not. Compiled for one signature, it stays as it is.
     """
-    return jit(**{"error_model": "numpy", **function.targetoptions})(function.py_func) if function._can_compile else function
+    if not function._can_compile:
+        return function
+    options = {"error_model": "numpy", **function.targetoptions}
+    return jit(locals=function.locals, pipeline_class=function._compiler.pipeline_class, **options)(function.py_func)
 
 
 def _complaint(activation: Any, number: Any, error: NumbaError) -> str:
