@@ -8,6 +8,7 @@ that fastbn promises. It needs NumPy alone. `onnx` is `fastbn.onnx.check` and `f
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -318,12 +320,11 @@ def info(as_json: bool = False) -> int:
 
 def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: bool) -> int:
     """Print the normalization nodes of a model, and write the model without those that can be folded."""
-    if folded is not None and (wrong := _unwritable(Path(path), Path(folded))):
-        print(f"python -m fastbn: {wrong}", file=sys.stderr)
-        return 1
     try:
         import fastbn.onnx as models
 
+        if folded is not None and (wrong := _unwritable(Path(path), Path(folded))):
+            raise ValueError(wrong)
         report = models.check(path, seconds=seconds)
         smaller = None if folded is None else models.fold(path, rewrite)
     except (ImportError, ValueError) as error:
@@ -342,13 +343,17 @@ def onnx(path: str, seconds: float, folded: str | None, rewrite: bool, as_json: 
 
 def _unwritable(model: Path, folded: Path) -> str:
     """Why the folded model cannot have this name; looked for before anything is measured."""
+    from fastbn.onnx.protos import external_files
+
     if folded.is_dir() or not folded.parent.is_dir():
         return f"--fold must be a file in a folder that exists: {folded}"
     if folded.exists() and model.exists() and folded.samefile(model):
         return f"--fold must be another file than the model: {folded}"
+    tensors = [file for file in external_files(model) if file.exists()]
     data = folded.with_name(f"{folded.name}.data")  # where tensors go that are too large for one file
-    if data.exists() and model.exists() and data.parent.samefile(model.parent) and data.name.encode() in model.read_bytes():
-        return f"--fold must be a file whose tensors are not the model's: {data}"
+    for written in (folded, data):
+        if written.exists() and any(map(written.samefile, tensors)):
+            return f"--fold must be a file whose tensors are not the model's: {written}"
     return ""
 
 
@@ -473,6 +478,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def to_the_end(command: Callable[[], int]) -> int:
     """Run a command; where its reader, its disk or its user gives up, say so in a line at most."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it, as by `>&-`
+            setattr(sys, name, io.StringIO())
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to say nothing
     try:
         status = command()
         sys.stdout.flush()
@@ -480,8 +490,8 @@ def to_the_end(command: Callable[[], int]) -> int:
         print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except OSError as error:
-        # Python would try again to write what is left, at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(io.UnsupportedOperation):  # Python would try again to write what is left, at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):  # as after `| head`
             return 128 + signal.SIGPIPE
         print(f"python -m fastbn: {error.strerror}", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,21 +181,20 @@ def collect(
         sync.check(communicator)
     bar = None if callable(progress) or not checks.switch("progress", progress) else _Bar(batches)
     tell: Any = bar or (progress if callable(progress) else None)
-    for batch in batches:
-        try:
-            recorder.run(lambda batch=batch: call(batch))  # type: ignore[misc]
-        except (RuntimeError, TypeError, ValueError) as error:
-            shape = getattr(batches, "shape", None)
-            if shape is None or recorder.total.batches or type(error) not in (RuntimeError, TypeError, ValueError):
-                raise
-            hint = f"the batches were what one array of shape {tuple(shape)} has on its first axis; give [x] if it is one batch"
-            raise type(error)(f"{error} ({hint})") from error
-        if tell is not None:
-            tell(recorder.total)
-        if recorder.is_exact_enough():
-            break
-    if bar is not None:
-        bar.close()
+    with nullcontext() if bar is None else closing(bar):  # an error begins on a line of its own
+        for batch in batches:
+            try:
+                recorder.run(lambda batch=batch: call(batch))  # type: ignore[misc]
+            except (RuntimeError, TypeError, ValueError) as error:
+                shape = getattr(batches, "shape", None)
+                if shape is None or recorder.total.batches or type(error) not in (RuntimeError, TypeError, ValueError):
+                    raise
+                hint = f"the batches were what one array of shape {tuple(shape)} has on its first axis; give [x] if it is one batch"
+                raise type(error)(f"{error} ({hint})") from error
+            if tell is not None:
+                tell(recorder.total)
+            if recorder.is_exact_enough():
+                break
     found = recorder.total if communicator is None else recorder.together(communicator)
     if not found.layers:
         raise ValueError("there was no batch that came to a batch norm, and no start to go on from")

@@ -126,7 +126,10 @@ def _received(message: Array, rows: int) -> Stats:
     """Statistics as another process has sent them."""
     vectors = np.zeros((4, (message.size - 1) // rows))
     vectors[:rows] = message[1:].reshape(rows, -1)
-    return of_rows(int(message[0]), vectors)
+    count = float(message[0])
+    if not (count >= 0 and count.is_integer()):
+        raise ValueError(f"communicator.all_gather must return what each process sent, which begins with a count, got {count:g} there")
+    return of_rows(int(count), vectors)
 
 
 def _returned(method: str, found: object, sent: Array, *, gathered: bool = False) -> Array:

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -349,6 +350,8 @@ def test_an_epsilon_of_zero_trains_as_in_keras() -> None:
 def test_a_mask_of_another_rank_is_an_error() -> None:
     with pytest.raises(ValueError, match="mask must have one axis less than inputs"):
         made((4, 5, 3))(data((4, 5, 3)), training=True, mask=np.ones(4, bool))
+    with pytest.raises(TypeError, match="mask must be a tensor, got list"):
+        made((4, 5, 3)).call(data((4, 5, 3)), training=True, mask=[[True] * 5] * 4)
 
 
 def small(normalization: Any, fused: bool = False) -> Any:
@@ -388,6 +391,32 @@ def test_a_converted_model_computes_the_same(fuse: bool) -> None:
         near(a, b.astype(float), 2e-5)
 
 
+def test_layers_of_several_models_are_not_fused() -> None:
+    """What follows a layer in one model does not follow it in another."""
+    layers = keras.layers
+    shared, relu = layers.BatchNormalization(name="shared"), layers.ReLU(name="relu")
+    first, second, third = (layers.Input((3,)) for _ in range(3))
+    followed = keras.Model(first, layers.ReLU()(shared(first)), name="followed")
+    alone = keras.Model(second, shared(second), name="alone")
+    other = keras.Model(third, relu(layers.BatchNormalization(name="other")(third)), name="other_model")
+    x = layers.Input((3,))
+    model = keras.Model(x, layers.Add()([followed(x), alone(x), other(x), keras.Sequential([layers.Input((3,)), relu])(x)]))
+    converted = fastbn.keras.convert(model, fuse=True)
+    assert [layer.activation for layer in _norms(converted)] == [None, None]
+    near(converted(data((4, 3))), values(model(data((4, 3)))))
+
+
+def test_what_is_regularized_is_not_fused() -> None:
+    layers = keras.layers
+    for options in ({"activity_regularizer": "l2"}, {}), ({}, {"activity_regularizer": "l2"}):
+        parts = layers.BatchNormalization(**options[0]), layers.ReLU(**options[1])
+        model = keras.Sequential([layers.Input((3,)), *parts])
+        converted = fastbn.keras.convert(model, fuse=True)
+        near(converted(data((4, 3))), values(model(data((4, 3)))))
+        assert len(model.losses) == 1
+        np.testing.assert_allclose([values(v) for v in converted.losses], [values(v) for v in model.losses], rtol=1e-5)
+
+
 def test_files_are_read_by_both(tmp_path: Path) -> None:
     theirs, x = small(keras.layers.BatchNormalization), data((4, 6, 6, 4))
     ours = fastbn.keras.convert(theirs)
@@ -421,6 +450,8 @@ def test_what_cannot_be_cloned_is_said() -> None:
         fastbn.keras.convert(3)
     with pytest.raises(TypeError, match=r"model must be a keras\.Model, got int"):
         fastbn.keras.summary(3)
+    with pytest.raises(TypeError, match="fuse must be True or False, got 'no'"):
+        fastbn.keras.convert(keras.Sequential([keras.layers.Input((3,))]), fuse="no")
 
 
 def test_a_summary_is_a_table_of_all_layers() -> None:
@@ -539,7 +570,10 @@ def test_compiled_steps_take_the_operator() -> None:
     import torch
 
     layer, x = made((4, 8, 6)), torch.tensor(data((4, 8, 6)))
-    near(torch.compile(lambda x: layer(x, training=False), backend="eager")(x), truth(x.numpy(), layer, False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as of functions that torch looks through
+        y = torch.compile(lambda x: layer(x, training=False), backend="eager")(x)
+    near(y, truth(x.numpy(), layer, False))
 
 
 @pytest.mark.parametrize("module", ["conversion", "layer", "overview"])

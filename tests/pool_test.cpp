@@ -297,6 +297,17 @@ int memory() {
     wrong += fastbn::release_scratch() != 0;
     wrong += fastbn::scratch(SIZE_MAX) != nullptr;
 
+    // What was withdrawn is there again afterwards, whatever was used and given back in between.
+    char* outer = static_cast<char*>(fastbn::scratch(100));
+    outer[0] = 7;
+    void* withdrawn = fastbn::withdraw_scratch();
+    use(100);
+    fastbn::release_scratch();
+    use(1000 * KIB);
+    fastbn::restore_scratch(withdrawn);
+    wrong += outer[0] != 7;  // and not freed: it is given back by the next call
+    fastbn::release_scratch();
+
     std::atomic<int> turn{0};
     std::thread other([&] {
         use(1000 * KIB);

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -180,6 +181,14 @@ def test_a_closed_pipe_is_quiet():
     assert done.returncode == 128 + signal.SIGPIPE
 
 
+def test_without_a_standard_output_nothing_is_printed(monkeypatch, capsys):
+    for name in ("stdout", "stderr"):
+        with monkeypatch.context() as closed:
+            closed.setattr(sys, name, None)
+            assert main(["info"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_an_interrupt_is_one_line(monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -336,9 +345,30 @@ def test_onnx_does_not_write_over_the_tensors_of_the_model(model, capsys):
     large = model.with_name("large.onnx")
     onnx.save(onnx.load(model), large, save_as_external_data=True, location="out.onnx.data", size_threshold=0)
     tensors = model.with_name("out.onnx.data").read_bytes()
-    assert main(["onnx", str(large), "--fold", str(model.with_name("out.onnx"))]) == 1
-    assert "--fold must be a file whose tensors are not the model's" in capsys.readouterr().err
-    assert model.with_name("out.onnx.data").read_bytes() == tensors
+    for out in ("out.onnx", "out.onnx.data"):
+        assert main(["onnx", str(large), "--seconds", "0", "--fold", str(model.with_name(out))]) == 1
+        assert "--fold must be a file whose tensors are not the model's" in capsys.readouterr().err
+        assert model.with_name("out.onnx.data").read_bytes() == tensors
+
+
+@pytest.mark.parametrize("suffix", [".json", ".textproto", ""])
+def test_onnx_writes_what_it_can_read(model, suffix):
+    out = model.with_name(f"out{suffix}")
+    assert main(["onnx", str(model), "--seconds", "0", "--fold", str(out)]) == 0
+    assert main(["onnx", str(out), "--seconds", "0"]) == 0
+
+
+def test_onnx_prints_any_name_in_a_line_and_by_any_encoding(model, monkeypatch):
+    import onnx
+
+    named = onnx.load(model)
+    named.graph.node[1].name = "\x1b[31mn\n\u2603"
+    onnx.save(named, model)
+    for encoding, shown in (("utf-8", "\\x1b[31mn\\n\u2603  "), ("ascii", "\\x1b[31mn\\n\\u2603  ")):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding))
+        assert main(["onnx", str(model), "--seconds", "0"]) == 0
+        assert out.getvalue().decode(encoding).splitlines()[1].startswith(shown)
 
 
 def test_onnx_refuses_options_that_do_nothing(model, capsys):

@@ -144,6 +144,33 @@ def test_names_tell_nodes_apart() -> None:
     assert list(fastbn.onnx.extract(model)) == ["same -> a", "same -> c", "y"]
 
 
+def test_overloads_of_a_function_are_told_apart() -> None:
+    """Each has times and shapes of its own."""
+    function = f"""<domain: "local", opset_import: ["": 17]> f (a, s, b, m, v) => (o)
+        <float[N, 3] t> {{ t = Relu (a)  o = {BN} (t, s, b, m, v) }}"""
+    model = net("h = local.f (x, s, b, m, v) y = local.f (h, s, b, m, v)", (2, 3), norm(3), functions=function, ir=10)
+    model.functions.append(model.functions[0])
+    second = model.functions[1]
+    second.overload = model.graph.node[1].overload = "second"
+    del second.node[0], second.value_info[:]
+    second.node[0].input[0] = "a"
+    first, other = fastbn.onnx.check(model, seconds=0.001)
+    assert (first.shape, other.shape) == (("N", 3), None)
+    assert (first.before, other.before) == ("Relu", "the input")
+    assert "list index out of range" not in fastbn.onnx.check(model, seconds=0.001).timing
+
+
+def test_nodes_of_other_domains_may_be_anything() -> None:
+    """onnx.checker does not know them."""
+    model = net("y = Relu (x)", (2, 3), {})
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    for outputs, epsilon in (([], 1e-3), (["a"], "none"), (["b"], [1.0]), (["c"], 1e-3)):
+        node = onnx.helper.make_node("SkipLayerNormalization", ["x"], outputs, domain="com.microsoft", epsilon=epsilon)
+        model.graph.node.append(node)
+    assert [row.epsilon for row in fastbn.onnx.check(model)] == [None, None, pytest.approx(1e-3)]
+    assert len(fastbn.onnx.fold(model).graph.node) == 5
+
+
 def test_bodies_of_loops_and_scans_are_looked_into() -> None:
     loop = f"""n = Constant <value = int64 {{3}}> () t = Constant <value = bool {{1}}> ()
         y = Loop (n, t, x) <body = one (int64 i, bool go, float[2, 3] h) => (bool more, float[2, 3] k) {{

@@ -464,6 +464,8 @@ def test_what_is_no_model_is_refused(function: str, tmp_path: Path) -> None:
         call("missing.onnx")
     with pytest.raises(ValueError, match="model must be the path of a file"):
         call(tmp_path)
+    with pytest.raises(ValueError, match="model must be the path of a file"):
+        call("a" * 5000)
     for wrong in (None, 3, whole, model.graph, [model]):
         with pytest.raises(TypeError, match=f"model must be an onnx\\.ModelProto or a path, got {type(wrong).__name__}"):
             call(wrong)
@@ -546,6 +548,22 @@ def test_what_cannot_be_folded_is_rewritten(shape: tuple[int, ...], ir: int) -> 
     result = folded(model, x, rewrite=True)
     assert BN not in operators(result)
     assert operators(folded(model, x)) == ["Relu", BN, "Relu"]
+
+
+def test_float64_is_not_rewritten_as_a_convolution() -> None:
+    for shape in ((5, 3), (2, 3, 6), (2, 3, 5, 4), (1, 3, 2, 3, 4)):  # ONNX Runtime has none of it
+        model = net(f"r = Relu (x) y = {BN} (r, s, b, m, v)", shape, norm(3, np.float64), dtype="float64")
+        assert operators(folded(model, array(*shape, dtype=np.float64), rewrite=True, bound=1e-14)) == ["Relu", "Mul", "Add"]
+
+
+def test_a_function_called_like_an_operator_takes_nothing() -> None:
+    model = net(f"c = Conv (x, w) y = {BN} (c, s, b, m, v)", IMAGES.shape, CONV)
+    own = '<domain: "own", opset_import: ["": 17]> Conv (a, w) => (o) { e = Exp (w)  o = ConvTranspose (a, e) }'
+    model.functions.append(onnx.parser.parse_function(own))
+    model.functions[0].domain = ""
+    (row,) = fastbn.onnx.check(model)
+    assert row.why == "it stands between function Conv and the output"
+    assert operators(fastbn.onnx.fold(model)) == ["Conv", BN]
 
 
 def test_what_trains_or_has_16_bits_is_not_rewritten() -> None:

@@ -79,6 +79,11 @@ def test_errors(example: Any) -> None:
     for other in (lambda z: z.real(), lambda z, slope: z, lambda z: "z"):
         with pytest.raises(TypeError, match="activation cannot be compiled by Numba for float32: "):
             fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
+    said = r"activation cannot be compiled by Numba for float32: forward: .*(\n.*)?(attribute 'real_part'|name 'nothing' is|Cannot bind)"
+    for other in (lambda z: z.real_part, lambda z: nothing(z), lambda z, slope: z):  # type: ignore[name-defined]  # noqa: F821
+        with pytest.raises(TypeError, match=said) as wrong:
+            fastbn.batch_norm_forward(x, activation=numba.njit(other))
+        assert len(str(wrong.value)) < 2000
     no_number = r"activation cannot be compiled by Numba for float32: (.|\n)*it must give one real number, not "
     for other in (lambda z: np.array([z, z]), lambda z: z + 1j, lambda z: (z, z), lambda z: None):
         with pytest.raises(TypeError, match=no_number) as caught:
@@ -110,6 +115,43 @@ def test_a_function_that_may_raise_says_nothing_on_the_terminal(capfd: pytest.Ca
         x = np.full(shape, 2, np.float32)
         same_bits(fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=numba.njit(inverse)), 1 / x)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_division_by_zero_does_not_depend_on_who_compiled_the_function_first() -> None:
+    numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+    x = np.zeros((4, 3), np.float32)
+    for called_before in (True, False):
+        inverse = numba.njit(lambda z: 1 / z)
+        if called_before:
+            assert inverse(np.float32(2)) == 0.5
+        assert np.isposinf(fastbn.batch_norm_forward(x, activation=inverse)[0]).all()
+        with pytest.raises(ZeroDivisionError):
+            inverse(np.float32(0))
+    with pytest.raises(ZeroDivisionError):  # its own options hold
+        fastbn.batch_norm_forward(x, activation=numba.njit(error_model="python", locals={"a": numba.int64})(lambda a: 1 / a))
+
+
+def test_a_function_may_call_fastbn_itself() -> None:
+    """What the call around it keeps in its thread's memory is not what the calls within use."""
+    numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+    within_it, seen = rng(2).standard_normal((4, 500)).astype(np.float32), []
+
+    def call() -> None:
+        seen.append(fastbn.batch_norm_stats(within_it))
+        fastbn.release_memory()
+
+    @numba.njit
+    def calls(z: Any) -> Any:
+        with numba.objmode():
+            call()
+        return z
+
+    x = rng(1).standard_normal((2, 40, 8)).astype(np.float32)
+    plain, stats = fastbn.batch_norm_forward(x, activation=("leaky_relu", 1.0))[0], fastbn.batch_norm_stats(within_it)
+    for threads in (1, 1, 2):  # the second call takes another door
+        with fastbn.num_threads(threads):
+            within(fastbn.batch_norm_forward(x, activation=calls)[0], plain, 1e-6)
+    assert all(one == stats for one in seen)
 
 
 def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,9 @@ def test_a_line_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("\rupdate_bn: 1 of 5 batches, 0 s\rupdate_bn: 2 of 5")
     fastbn.update_bn(net.layers, iter(data()), net, progress=True)
     assert capsys.readouterr().err.endswith("update_bn: 5 batches, 0 s\n")
+    with pytest.raises(TypeError):
+        fastbn.update_bn(net.layers, [*data(), "no batch"], net, progress=True)
+    assert capsys.readouterr().err.endswith("update_bn: 5 of 6 batches, 0 s\n")
 
 
 def fails(net: Net) -> Callable[[Array], Array]:

@@ -234,6 +234,8 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "flat": (ValueError, r"all_gather must return a float64 array of shape \(ranks, 13\), got float64 and \(13,\)",
              lambda: sync.batch_norm_stats(X, Wrong(lambda a: a))),
     "narrow": (ValueError, "got float32 and", lambda: sync.batch_norm_stats(X, Wrong(lambda a: a[None].astype(np.float32)))),
+    "no count": (ValueError, "begins with a count, got nan there", lambda: sync.batch_norm_stats(X, Wrong(lambda a: a[None] * np.nan))),
+    "half": (ValueError, "begins with a count, got 0.5 there", lambda: sync.batch_norm_stats(X, Wrong(lambda a: a[None] / 4))),
     "nobody": (ValueError, r"got float64 and \(0, 13\)", lambda: sync.batch_norm_stats(X, Wrong(lambda a: a[None][:0]))),
     "nothing": (ValueError, r"all_reduce must return a float64 array of shape \(2, 3\), got object and \(\)",
                 lambda: backward(Wrong(None, lambda a: None))),

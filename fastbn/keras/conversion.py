@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
 
+from fastbn import checks
 from fastbn.keras.layer import BatchNormalization, known
 
 layers = keras.layers
@@ -114,9 +116,21 @@ def _follows(layer: Any) -> Any:
     return None
 
 
+def _holders(model: Any) -> Counter[int]:
+    """In how many models and layers each layer is, by its id."""
+    found: Counter[int] = Counter()
+    waiting = [model]
+    while waiting:
+        inside = {id(layer): layer for layer in waiting.pop()._flatten_layers(include_self=False, recursive=False)}
+        waiting += [layer for key, layer in inside.items() if key not in found]
+        found.update(inside.keys())
+    return found
+
+
 def _pairs(model: Any) -> dict[int, Any]:
     """Activations that may become part of a batch norm, by the ids of both layers; that of the activation has None."""
     found: dict[int, Any] = {}
+    holders = _holders(model)  # of another one of these, a layer here says nothing
     for _, layer, holder in norms(model):
         place = places(holder).get(layer.name) if isinstance(holder, keras.Model) else None
         if place is None or (place.calls, len(place.after)) != (1, 1) or not place.after[0] or getattr(layer, "activation", None):
@@ -124,6 +138,8 @@ def _pairs(model: Any) -> dict[int, Any]:
         after = holder.get_layer(place.after[0])
         function = _follows(after)
         if function is None or places(holder)[after.name].calls != 1 or after.compute_dtype != layer.compute_dtype:
+            continue
+        if holders[id(layer)] > 1 or holders[id(after)] > 1 or layer.activity_regularizer or after.activity_regularizer:
             continue
         found |= {id(layer): function, id(after): None}
     return found
@@ -157,14 +173,15 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
     Raises
     ------
     TypeError
-        If model is no keras.Model.
+        If model is no keras.Model, or fuse is neither True nor False.
     ValueError
         If it is of a class of its own, whose layers only its code knows, or is not built.
 
     Notes
     -----
     Batch norms that a layer of another class makes in its own code stay as they are, as do classes derived from Keras'
-    `BatchNormalization`; `summary` shows them.
+    `BatchNormalization`; `summary` shows them. Of a class derived from Sequential, or from Model with a constructor of its own, the
+    copy is a plain Sequential or Functional model, as ``clone_model`` makes it.
 
     Examples
     --------
@@ -175,6 +192,7 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
     'relu'
     """
     check(model)
+    fuse = checks.switch("fuse", fuse)
     if not isinstance(model, keras.Sequential) and not is_functional(model):
         raise ValueError(
             f"{type(model).__name__} is neither Sequential nor Functional, and only its own code knows its layers: use "

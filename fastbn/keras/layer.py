@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +18,9 @@ BACKENDS = ("numpy", "torch", "tensorflow", "jax")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
-@cache
+_loaded: dict[str, Any] = {}  # no functools.cache: torch.compile warns of it, and looks through it
+
+
 def backend() -> Any:
     """The module that runs the operation on the backend that Keras has chosen.
 
@@ -29,9 +30,11 @@ def backend() -> Any:
         If it is none that fastbn knows.
     """
     name = keras.backend.backend()
-    if name not in BACKENDS:
-        raise RuntimeError(f"fastbn.keras runs on the backends {', '.join(BACKENDS)}, and Keras' is {name}")
-    return import_module(f"fastbn.keras.in_{name}")
+    if name not in _loaded:
+        if name not in BACKENDS:
+            raise RuntimeError(f"fastbn.keras runs on the backends {', '.join(BACKENDS)}, and Keras' is {name}")
+        _loaded[name] = import_module(f"fastbn.keras.in_{name}")
+    return _loaded[name]
 
 
 def _activation(given: Any) -> tuple[Any, Builtin | None]:
@@ -136,8 +139,11 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         tensor
             Of the shape of inputs.
         """
-        if mask is not None and len(mask.shape) != len(inputs.shape) - 1:
-            raise ValueError(f"mask must have one axis less than inputs, of shape {inputs.shape}, got {mask.shape}")
+        if mask is not None:
+            if not hasattr(mask, "shape"):
+                raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+            if len(mask.shape) != len(inputs.shape) - 1:
+                raise ValueError(f"mask must have one axis less than inputs, of shape {tuple(inputs.shape)}, got {tuple(mask.shape)}")
         if self.synchronized and backend().replicas() > 1:
             return self._after(super().call(inputs, training=training, mask=mask))
         dtype = keras.backend.standardize_dtype(inputs.dtype)

@@ -12,7 +12,9 @@ from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from fastbn.kernels._call cimport DONE, FLOAT64, LEFT, NO_MEMORY, Call, Kernels, Status
-from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, scratch
+from fastbn.kernels._pool cimport (
+    end_scratch, enter_default_mode, leave_default_mode, restore_scratch, scratch, withdraw_scratch,
+)
 
 cdef extern from "jobs.hpp" namespace "fastbn" nogil:
     enum:
@@ -156,6 +158,8 @@ cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noe
     cdef char* job = <char*> words
     cdef Tail* tail
     cdef char* memory
+    cdef char* block
+    cdef void* withdrawn
     cdef uint32_t mode
     cdef int64_t kept = 0
     cdef bint fresh = is_fresh(call, at(call.dy) if kind >= GRAD_SUMS else 0), frozen = call.frozen and kind != GRAD_SUMS
@@ -180,13 +184,19 @@ cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noe
         set_constants(call, kind, <Head*> job, memory + t.scratch_bytes)
     tail = <Tail*> (job + t.job_bytes - sizeof(Tail))
     tail.eps, tail.momentum, tail.correction, tail.parameter = call.eps, call.momentum, call.correction, call.activation.parameter
+    block = memory + t.scratch_bytes - BLOCK
     mode = enter_default_mode()
-    t.run(job)
+    if key.activation >= CUSTOM:  # a function of the user's may call fastbn itself: from here on `t` may be another's, too
+        withdrawn = withdraw_scratch()
+        t.run(job)
+        restore_scratch(withdrawn)
+    else:
+        t.run(job)
     leave_default_mode(mode)
     if found != NULL:
         found[0] = (<Head*> job)[0]
     if key.activation >= CUSTOM and (<int64_t*> tail - 1)[0]:  # `raised` is the last of the integers
-        tell(&key, memory + t.scratch_bytes - BLOCK)
+        tell(&key, block)
         return NO_MEMORY
     return LEFT if (<Head*> job).unusual else DONE
 

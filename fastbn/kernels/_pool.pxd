@@ -17,3 +17,5 @@ cdef void parallel(
 ) noexcept nogil
 cdef void* scratch(size_t nbytes) noexcept nogil
 cdef void end_scratch() noexcept nogil
+cdef void* withdraw_scratch() noexcept nogil
+cdef void restore_scratch(void* withdrawn) noexcept nogil

@@ -28,6 +28,8 @@ cdef extern from "float_mode.hpp" namespace "fastbn" nogil:
 cdef extern from "scratch.hpp" namespace "fastbn" nogil:
     void* own_memory "fastbn::scratch"(size_t nbytes) noexcept
     void end_own_memory "fastbn::end_scratch"() noexcept
+    void* withdraw_own_memory "fastbn::withdraw_scratch"() noexcept
+    void restore_own_memory "fastbn::restore_scratch"(void* withdrawn) noexcept
     size_t release_own_memory "fastbn::release_scratch"() noexcept
 
 
@@ -43,6 +45,14 @@ cdef void* scratch(size_t nbytes) noexcept nogil:
 
 cdef void end_scratch() noexcept nogil:
     end_own_memory()
+
+
+cdef void* withdraw_scratch() noexcept nogil:
+    return withdraw_own_memory()
+
+
+cdef void restore_scratch(void* withdrawn) noexcept nogil:
+    restore_own_memory(withdrawn)
 
 
 def release_scratch():

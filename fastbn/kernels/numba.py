@@ -32,7 +32,7 @@ from math import gcd, isfinite, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, from_dtype, njit
+from numba import config, from_dtype, jit, njit
 from numba.core import types
 from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
@@ -134,10 +134,24 @@ def _functions(activation: Any) -> tuple[Any, Any]:
 
 
 @cache
+def _apart(function: Any) -> Any:
+    """The same function of the user's, compiled for the kernels alone.
+
+    A function takes the error model of whoever compiles it first: divisions by zero would raise here if the user had called it
+    before, and would give infinities to the user, too, if not. Compiled for one signature, it stays as it is.
+    """
+    if not function._can_compile:
+        return function
+    options = {"error_model": "numpy", **function.targetoptions}
+    return jit(locals=function.locals, pipeline_class=function._compiler.pipeline_class, **options)(function.py_func)
+
+
+@cache
 def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
         if function is None:
             return None
+        function = _apart(function)
         return njit(nogil=True, **numba_passes.FUNCTION, fastmath={"contract"})(lambda z, _: like(z, function(z)))
 
     return with_parameter(activation.forward), with_parameter(activation.derivative)
@@ -869,11 +883,12 @@ def _compile(function: Any, name: str, arguments: int, keep: bool = True) -> int
     return numba_cache.compiled(function, types.void(*[types.intp] * arguments), name, keep)
 
 
-def _check(function: Any, number: Any) -> None:
+def _check(activation: Any, role: str, number: Any) -> None:
     """Look at a function of the user's alone: of the loops around it, an error would be pages long."""
-    failed = f"activation cannot be compiled by Numba for {number}: {function.__name__}:"
+    failed = f"activation cannot be compiled by Numba for {number}: {role}:"
     try:
-        found = types.Dispatcher(function).get_call_type(cpu_target.typing_context, (number,), {})
+        function = types.Dispatcher(_apart(getattr(activation, role)))
+        found = function.get_call_type(cpu_target.typing_context, (number,), {})
     except NumbaError as error:
         raise TypeError(f"{failed} {error}") from error
     given = types.none if found is None else found.return_type
@@ -889,7 +904,7 @@ def _loop(loop: Loop) -> int:
     custom = loop.activation is not None and not isinstance(loop.activation, str)
     number = STORAGE[loop.storage].number
     if custom:
-        _check(loop.activation.derivative if loop.operation.startswith("grad") else loop.activation.forward, number)
+        _check(loop.activation, "derivative" if loop.operation.startswith("grad") else "forward", number)
     try:
         return _compile(_LOOPS[loop.pattern, sums](loop), loop.name, 4 if sums else 5, not custom)
     except NumbaError as error:
@@ -1108,7 +1123,7 @@ def _raise(activation: Any, kind: int, block: Array) -> None:
     function = _functions(activation)[kind >= GRAD_SUMS]
     own = activation.derivative if kind >= GRAD_SUMS else activation.forward
     for z in block:
-        if own(z) is None:
+        if _apart(own)(z) is None:
             raise TypeError(f"activation: {own.__name__} must give one real number, but gave None for {z}")
         function(z, activation.parameter)
     raise RuntimeError("the activation raised an exception, but not when it was called again")

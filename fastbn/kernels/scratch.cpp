@@ -63,6 +63,17 @@ void end_scratch() noexcept {
     if (mine != nullptr && mine->size > SCRATCH_KEPT) scratch_key.clear();
 }
 
+void* withdraw_scratch() noexcept {
+    void* mine = scratch_key.get();
+    scratch_key.set(nullptr);
+    return mine;
+}
+
+void restore_scratch(void* withdrawn) noexcept {
+    scratch_key.clear();
+    scratch_key.set(static_cast<Scratch*>(withdrawn));
+}
+
 std::size_t release_scratch() noexcept {
     releases.fetch_add(1, std::memory_order_relaxed);
     const Scratch* mine = scratch_key.get();

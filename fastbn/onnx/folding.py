@@ -301,7 +301,7 @@ def _rewrite(node: Node) -> None:
         parts = [stored(part, dtype, 0).reshape(-1, *[1] * (rank - 2)) for part in (scale, shift)]
     except Stays:
         return
-    depthwise = _depthwise(node, rank)
+    depthwise = dtype == np.float32 and _depthwise(node, rank)  # ONNX Runtime has no convolution of float64
     if depthwise:
         parts = [parts[0][:, None], parts[1].ravel()]
     output, name = node.proto.output[0], node.proto.name

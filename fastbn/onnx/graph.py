@@ -19,7 +19,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from onnx.reference import ReferenceEvaluator
 
 from fastbn.layout import Array
-from fastbn.onnx.protos import DEFAULT, Body, Key, Type, bodies, everything, names, names_read, opset, said, types
+from fastbn.onnx.protos import DEFAULT, Body, Key, Type, bodies, everything, function_key, names, names_read, opset, said, types
 
 MICROSOFT = "com.microsoft"
 NORMS = {  # operator -> the domains that have it
@@ -56,9 +56,11 @@ class Node:
 
     @property
     def op(self) -> str:
-        """Its operator; of a foreign domain, with that."""
-        domain = self.proto.domain
-        return self.proto.op_type if domain in DEFAULT else f"{domain}.{self.proto.op_type}"
+        """Its operator; of a foreign domain, with that; a function of the model's own is none of ONNX's, whatever its name."""
+        domain, name = self.proto.domain, self.proto.op_type
+        if domain not in DEFAULT:
+            return f"{domain}.{name}"
+        return f"function {name}" if (domain, name) in self.scope.model.functions else name
 
     def input(self, index: int) -> str:
         """Name of an input; empty where there is none."""
@@ -293,7 +295,7 @@ class Model:
         self._open(self.proto.graph, None, (), "", opset(proto.opset_import))
         for function in self.proto.functions:
             label = ".".join(filter(None, (function.domain, function.name)))
-            self._open(function, None, (function.domain, function.name), label, opset(function.opset_import))
+            self._open(function, None, function_key(function), label, opset(function.opset_import))
         self.norms = [node for scope in self.scopes for node in scope.nodes if self._is_norm(node)]
         self._name_norms()
 
@@ -307,7 +309,8 @@ class Model:
 
     def _is_norm(self, node: Node) -> bool:
         domain, op = node.proto.domain, node.proto.op_type
-        return domain in NORMS.get(op, ()) and (domain, op) not in self.functions
+        # One of a domain that the checker does not know may return nothing.
+        return domain in NORMS.get(op, ()) and (domain, op) not in self.functions and bool(node.proto.output)
 
     def _name_norms(self) -> None:
         """Give each node a name of its own: the model's, where it has one and no other node has it."""

@@ -15,7 +15,7 @@ from fastbn import checks
 DEFAULT = ("", "ai.onnx")  # the names of ONNX's own domain
 LARGE = 2_000_000_000  # bytes: protobuf writes messages below 2 GiB, and there is more in a model than tensors
 _ELSEWHERE = "fastbn.deprecated"  # a domain whose operators onnx.checker does not know
-Key = tuple[object, ...]  # of a body: the indices of the nodes and subgraphs it lies in; of a function, behind its name
+Key = tuple[object, ...]  # of a body: the indices of the nodes and subgraphs it lies in; of a function, behind its `function_key`
 Body = GraphProto | FunctionProto
 
 
@@ -24,6 +24,11 @@ class Type(NamedTuple):
 
     kind: int
     shape: tuple[int | str | None, ...] | None
+
+
+def function_key(function: FunctionProto) -> Key:
+    """What tells a function from the others: several may have one name, as overloads."""
+    return (function.domain, function.name, function.overload)
 
 
 def bodies(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
@@ -47,7 +52,7 @@ def everything(proto: ModelProto) -> Iterator[tuple[Key, Body]]:
     """The main graph, all that lies in it, and the functions, with the keys of their scopes."""
     yield from walk(proto.graph, ())
     for function in proto.functions:
-        yield from walk(function, (function.domain, function.name))
+        yield from walk(function, function_key(function))
 
 
 def names_read(proto: ModelProto) -> set[str]:
@@ -133,8 +138,8 @@ def load(model: object) -> tuple[ModelProto, str]:
         path = Path(os.fspath(model)) if isinstance(os.fspath(model), str) else None
         if path is None:
             raise TypeError(f"model must be a ModelProto or a path, got {type(model).__name__}")
-        if not path.is_file():
-            raise ValueError(f"model must be the path of a file, but there is none at {checks.short(str(path))}")
+        if not _is_file(path):
+            raise ValueError(f"model must be the path of a file, but there is none at {checks.short(os.fspath(model))}")
         try:
             proto = onnx.load(str(path), load_external_data=False)
         except Exception as error:  # a file that cannot be read: permissions, an end that is missing, another kind of file
@@ -150,6 +155,13 @@ def load(model: object) -> tuple[ModelProto, str]:
     except Exception as error:  # of several classes, that of the checker itself among them
         raise ValueError(f"model must be one that onnx.checker lets pass: {said(error)}") from error
     return proto, folder
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, or in a folder that may not be read
+        return False
 
 
 def _check(given: ModelProto | str, proto: ModelProto) -> None:
@@ -182,6 +194,16 @@ def _is_deprecated(op: str, version: int) -> bool:
         return False
 
 
+def external_files(path: Path) -> list[Path]:
+    """The files that a model's tensors lie in; none where it cannot be read, which `load` says."""
+    try:
+        proto = onnx.load(str(path), load_external_data=False)
+    except Exception:
+        return []
+    outside = filter(onnx.external_data_helper.uses_external_data, _tensors(proto))
+    return [path.parent / name for name in {onnx.external_data_helper.ExternalDataInfo(tensor).location for tensor in outside}]
+
+
 def load_external(proto: ModelProto, folder: str) -> ModelProto:
     """The same, with its external data in it where it came from a folder."""
     if folder:
@@ -195,7 +217,7 @@ def load_external(proto: ModelProto, folder: str) -> ModelProto:
 def write(proto: ModelProto, path: Path) -> None:
     """Write a model; where it is too large for one file, its tensors into another beside it, of the same name and ".data"."""
     if sum(tensor.ByteSize() for tensor in _tensors(proto)) < LARGE:
-        path.write_bytes(proto.SerializeToString())
+        onnx.save(proto, str(path))  # in the format of the suffix, by which it will be read
         return
     beside = path.with_name(f"{path.name}.data")
     beside.unlink(missing_ok=True)  # onnx.save would write behind what is there

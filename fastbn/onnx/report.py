@@ -68,7 +68,13 @@ class Norm(NamedTuple):
         share = "-" if self.share is None else f"{100 * self.share:.1f} %" if self.share else "not by itself"
         numbers = ("?" if self.channels is None else str(self.channels)), ("-" if self.epsilon is None else f"{self.epsilon:.3g}")
         fold = f"folds into {self.into}" if self.into else f"{self.state}: {self.why}"
-        return self.name, self.op, shape, *numbers, self.before, self.after, share, fold
+        cells = (self.name, self.op, shape, *numbers, self.before, self.after, share, fold)
+        return tuple(_printable(cell) for cell in cells)
+
+
+def _printable(text: str) -> str:
+    """A text of one line: a model may name its nodes by anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 NOTHING = "it changes nothing"
@@ -100,7 +106,8 @@ class Report(tuple[Norm, ...]):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         counts = {state: sum(row.state == state for row in self) for state in ("foldable", "folded", "stays")}
-        lines.append(f"{len(self)} nodes: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay")
+        nodes = "1 node" if len(self) == 1 else f"{len(self)} nodes"
+        lines.append(f"{nodes}: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay")
         return "\n".join(filter(None, [*lines, self.timing]))
 
     def to_dict(self) -> dict[str, Any]:
@@ -195,7 +202,7 @@ def _epsilon(node: Node) -> float | None:
         found = node.attribute("epsilon", known)
     except Stays:
         return None
-    return None if found is None else float(found)
+    return float(found) if isinstance(found, (int, float)) else None  # of a foreign domain, it may be anything
 
 
 def extract(model: ModelProto | str | os.PathLike[str]) -> dict[str, FrozenBatchNorm]:
