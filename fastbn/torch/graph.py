@@ -114,7 +114,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
 def in_function(frame: Any, codes: set[Any]) -> Any:
