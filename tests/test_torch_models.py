@@ -186,6 +186,23 @@ def test_the_order_of_memory_of_weights_stays() -> None:
     assert fastbn.torch.fold(model).model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_batch_norm_that_has_several_names_is_folded_under_all() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.second, self.more = self.first, nn.ModuleDict({"third": self.first})
+
+        def forward(self, x: Any) -> Any:
+            return self.more["third"](self.conv(x))
+
+    model, x = lived(Named()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert found.folded == {"first": "conv"}
+    torch.testing.assert_close(found.model(x), model(x))
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in found.model.modules())
+
+
 def test_summary_lists_every_normalization_layer() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=None), nn.ReLU(), nn.InstanceNorm2d(4), nn.LazyBatchNorm2d(),

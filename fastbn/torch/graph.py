@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import checkpoint
 
+if TYPE_CHECKING:
+    from typing import Self
+
+T = TypeVar("T")
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
 STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+# What normalizations are called in graphs, without their namespaces.
+CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
+    "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm_with_update",
+    "batch_norm_with_update_functional",
+}  # fmt: skip
 
 
 def check(model: object) -> None:
@@ -215,6 +224,51 @@ def size(layer: Any) -> int:
     if isinstance(layer, nn.LayerNorm):
         return prod(layer.normalized_shape)
     return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features)
+
+
+def unseen(model: nn.Module) -> dict[str, str]:
+    """Parts of a model with normalizations that are no layers, by path: what they are."""
+    found: dict[str, str] = {}
+    jit: Any = torch.jit  # it has no types
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            names = [str(getattr(node.target, "__name__", "")) for node in module.graph.nodes if node.op == "call_function"]
+            count, where = sum(name.partition(".")[0] in CALLS for name in names), "a graph"
+        elif isinstance(module, jit.ScriptModule) and hasattr(module, "forward") and not any(_is_in(outer, path) for outer in found):
+            graph: Any = module.inlined_graph
+            count, where = sum(len(graph.findAllNodes(f"aten::{name}")) for name in CALLS), "what torch.jit compiled"
+        else:
+            continue
+        if count:
+            found[path] = f"calls of normalizations that are no layers, in {where}: {count}"
+    return found
+
+
+def _is_in(outer: str, path: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
+
+
+class Listed(tuple[T, ...]):
+    """Layers of a model, in its order.
+
+    Attributes
+    ----------
+    unseen : dict of str to str
+        Parts of the model whose normalizations are no layers, by path: what they are.
+    """
+
+    unseen: dict[str, str]
+
+    def __new__(cls, layers: Iterable[T], unseen: dict[str, str] | None = None) -> Self:
+        """Of layers, and what is none."""
+        made = super().__new__(cls, layers)
+        made.unseen = dict(unseen or {})
+        return made
+
+    def of(self, lines: list[str]) -> str:
+        """Lines about layers, if there are any, and one for each part that has others."""
+        others = [f"{path or 'the model'}: {what}" for path, what in self.unseen.items()]
+        return "\n".join([*(lines if self else ["the model has no normalization layers"]), *others])
 
 
 def is_batch_norm(layer: nn.Module) -> bool:

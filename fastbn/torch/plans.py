@@ -17,6 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import Steps
+from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.graph import AROUND, Part, parts, traced
 
@@ -61,6 +62,8 @@ NOBODY = Plan(why="what calls it cannot be traced")
 
 def refuses(layer: Any) -> tuple[str, Plan]:
     """Why a layer cannot be converted, or nothing; and what its own code does with what it has normalized."""
+    if is_overlaid(layer):
+        return f"{type(layer).__name__} was derived from the class of a converted layer", NOBODY
     if not isinstance(layer, _BatchNorm):
         if not isinstance(layer, nn.GroupNorm) and type(layer).forward is not _InstanceNorm.forward:
             return f"the code of {type(layer).__name__} is not understood", NOBODY
