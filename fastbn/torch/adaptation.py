@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.results import Stats
-from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, unreadable, vector
 from fastbn.torch.derived import OWN, Derived, derive, refuse_script
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.sync import unusual
@@ -64,6 +64,8 @@ class _Memory:
 
 def _mixed(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance to normalize x with."""
+    if why := unreadable({}):  # a trace would hold the statistics of its example
+        raise TypeError(f"a layer that adapts reads the values of its input, and not {why}; fastbn.torch.Adaptation(model).revert() first")
     stats = layer.__dict__[STATE].statistics(layer, x)
     if stats is None:
         return layer.running_mean, layer.running_var
