@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -242,6 +243,29 @@ def test_frozen_layers_stay_so_through_train_copies_and_pickles() -> None:
         assert all(parameter.requires_grad for parameter in frozen[0].parameters())
         frozen.train()(torch.randn(5, 3) + 2)
         assert not torch.equal(frozen[0].running_mean, state["0.running_mean"])
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+@pytest.mark.parametrize("function", [fastbn.torch.freeze, fastbn.torch.unfreeze])
+def test_what_an_interrupt_leaves_frozen_can_be_unfrozen(function: Any, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), itertools.count(1)
+    model[0].bias.requires_grad_(False)
+    if function is fastbn.torch.unfreeze:
+        fastbn.torch.freeze(model)
+    requires = torch.Tensor.requires_grad_
+
+    def interrupted(self: Any, *value: Any) -> Any:
+        if next(calls) == last:
+            raise KeyboardInterrupt
+        return requires(self, *value)
+
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        function(model)
+    monkeypatch.undo()
+    fastbn.torch.unfreeze(model)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(layer.training and not layer._forward_pre_hooks for layer in model)
 
 
 def test_parameters_of_frozen_layers_may_go_on_learning() -> None:

@@ -84,9 +84,9 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
             continue
         affine = _affine(layer)
         setattr(layer, STATE, [p.requires_grad for p in affine])
+        layer.register_forward_pre_hook(stay_frozen)  # from here on `unfreeze` undoes it, if Ctrl-C comes in between
         for p in affine if parameters else ():
             p.requires_grad_(False)
-        layer.register_forward_pre_hook(stay_frozen)
         layer.eval()
         count += 1
     return count
@@ -120,10 +120,11 @@ def unfreeze(model: nn.Module) -> int:
     for layer in _layers(model):
         if not is_frozen(layer):
             continue
-        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_frozen]:
-            del layer._forward_pre_hooks[key]
-        for p, required in zip(_affine(layer), layer.__dict__.pop(STATE), strict=False):
+        for p, required in zip(_affine(layer), layer.__dict__[STATE], strict=False):
             p.requires_grad_(required)
         layer.train(model.training)
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_frozen]:
+            del layer._forward_pre_hooks[key]
+        del layer.__dict__[STATE]
         count += 1
     return count
