@@ -237,3 +237,47 @@ def test_a_parametrized_batch_norm_is_not_synchronized() -> None:
     with pytest.raises(ValueError, match="2 cannot be converted: it is parametrized"):
         fastbn.torch.convert_sync_batchnorm(model)
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def patched(model: Any, path: str, after: Any = torch.tanh) -> Any:
+    """A model of which one module has a forward of its own, as packages give to modules that they wrap."""
+    module = model.get_submodule(path)
+    forward = module.forward
+    module.forward = lambda x: after(forward(x))
+    return model
+
+
+PATCHED = {
+    "a convolution": ("0", "the Conv2d beside it has a forward of its own", "", ("ReLU",)),
+    "a batch norm": ("1", "BatchNorm2d has a forward of its own", "it has a forward of its own", ()),
+    "an activation": ("2", "", "ReLU follows", ()),
+    "the model": ("", "what calls it cannot be traced", "what calls it cannot be traced", ()),
+}
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+@pytest.mark.parametrize(("path", "left", "why", "fused"), PATCHED.values(), ids=PATCHED.keys())
+def test_a_forward_of_an_objects_own_is_what_runs(path: str, left: str, why: str, fused: tuple[str, ...]) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        made = small().eval()
+        made[1].running_mean.uniform_(-1, 1)
+        return patched(made, path)
+
+    x = torch.randn(2, 3, 5, 5)
+    want = model()(x)
+    folded = fastbn.torch.fold(model())
+    assert folded.left == ({"1": left} if left else {})
+    torch.testing.assert_close(folded.model(x), want)
+    twin = model()
+    found = fastbn.torch.convert(twin)[0]
+    assert (found.why, found.fused) == (why, fused)
+    torch.testing.assert_close(twin(x), want)
+
+
+def test_a_whole_model_with_a_forward_of_its_own_is_not_folded_by_that_of_its_class() -> None:
+    model = small().eval()
+    model[1].running_mean.uniform_(-1, 1)
+    model.forward = lambda x: model[1](model[0](x).tanh())
+    folded = fastbn.torch.fold(model)
+    assert folded.left == {"1": "what calls it cannot be traced"}

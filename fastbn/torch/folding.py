@@ -58,7 +58,7 @@ def changed(layer: nn.Module) -> str:
         return "has hooks"
     if is_parametrized(layer):
         return "is parametrized"
-    return ""
+    return "has a forward of its own" if "forward" in layer.__dict__ else ""
 
 
 def _features(layer: Any) -> int:

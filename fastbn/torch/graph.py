@@ -179,6 +179,8 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
     defaults : bool
         Where it cannot be traced, try again with what optional arguments are by default.
     """
+    if "forward" in part.__dict__:  # torch.fx would trace that of its class
+        return None
     optional = {}
     if defaults:
         parameters = inspect.signature(part.forward).parameters.values()

@@ -120,7 +120,7 @@ def _activation(part: Part, node: fx.Node) -> Any:
     """Class or function of a node that is an activation, or None."""
     layer = _module(part, node)
     if layer is not None:
-        return type(layer) if type(layer) in ACTIVATIONS else None
+        return type(layer) if type(layer) in ACTIVATIONS and "forward" not in layer.__dict__ else None
     return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
 
 
