@@ -204,6 +204,30 @@ def test_a_batch_norm_that_has_several_names_is_folded_under_all() -> None:
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in found.model.modules())
 
 
+@pytest.mark.parametrize("shared", ["by the model", "by another part", "a batch norm"])
+def test_what_parts_of_a_model_share_is_not_folded(shared: str) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.part = nn.Sequential(nn.Sequential(self.conv, self.bn), nn.ReLU())
+            self.other = nn.Sequential(self.bn if shared == "a batch norm" else self.conv, nn.BatchNorm2d(3))
+            if shared == "by another part":
+                del self.conv
+            if shared != "a batch norm":
+                del self.bn
+
+        def forward(self, x: Any) -> Any:
+            if x.sum() > 1e9:
+                return x
+            return self.part(x) + (self.conv(x) if shared == "by the model" else self.other(x))
+
+    model, x = lived(Branches()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert not found.folded
+    torch.testing.assert_close(found.model(x), model(x))
+
+
 def test_summary_lists_every_normalization_layer() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=None), nn.ReLU(), nn.InstanceNorm2d(4), nn.LazyBatchNorm2d(),

@@ -180,7 +180,8 @@ def fold(model: nn.Module) -> Folded:
     """Fold the batch norms of a model in evaluation mode into the convolutions and linear layers beside them.
 
     The layer before a batch norm takes it; where that is none, a convolution after it that pads nothing. The model itself
-    stays as it is. What stands beside a batch norm is what torch.fx finds, in the parts of a model that it can trace.
+    stays as it is. What stands beside a batch norm is what torch.fx finds, in the parts of a model that it can trace. Such a part
+    must be called as a whole by code that could not be traced: what calls its layers one by one, or reads their weights, is not seen.
 
     Parameters
     ----------

@@ -283,16 +283,21 @@ def trace(model: nn.Module) -> Graph:
     whole = Graph({}, {}, set())
     if isinstance(model, NORMS):
         whole.places[""] = Place(1, before_is="the input", after_is="the output")
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(path)
     for part in parts(model):
-        _read(part, whole)
+        _read(part, whole, names)
     return Graph({path: whole.places.get(path, Place()) for path, _ in all_norms(model)}, whole.calls, whole.read)
 
 
-def _read(part: Part, whole: Graph) -> None:
+def _read(part: Part, whole: Graph, names: dict[int, list[str]]) -> None:
     for node in part.nodes:
         if node.op == "call_module":
             path = part.prefix + str(node.target)
-            whole.calls[path] = whole.calls.get(path, 0) + 1
+            others = names[id(part.module.get_submodule(str(node.target)))]
+            # By a name outside of the part, which could not be traced, it may be called, too.
+            whole.calls[path] = whole.calls.get(path, 0) + 1 + (not all(name.startswith(part.prefix) for name in others))
         elif node.op == "get_attr":
             whole.read.add(part.prefix + str(node.target))
     for node in part.nodes:
