@@ -160,6 +160,22 @@ def test_data_that_are_not_finite_are_not_remembered() -> None:
     assert plain(bad[:0]).shape == (0, 3, 4, 2)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Converting a tensor")
+def test_where_values_cannot_be_read_it_says_so() -> None:
+    model, x = layer(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    adapt(model)
+    for why, call in (
+        ("inside of torch.func's transforms", lambda: torch.func.vmap(model)(x[None])),
+        ("inside of torch.func's transforms", lambda: torch.func.grad(lambda x: model(x).sum())(x)),
+        ("while torch.jit traces", lambda: torch.jit.trace(model, x)),
+        ("while torch.jit traces or torch.export exports|where torch records", lambda: torch.export.export(model, (x,))),
+    ):
+        with pytest.raises(TypeError, match=f"a layer that adapts reads the values of its input, and not .*({why})"):
+            call()
+    fastbn.torch.Adaptation(model).revert()
+    torch.func.vmap(model)(x[None])
+
+
 def test_one_sample_of_one_value() -> None:
     model = layer(nn.BatchNorm1d)
     x = torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)

@@ -998,6 +998,23 @@ def test_hooks_and_modules_that_come_later_see_tensors(change: Callable[..., Any
     agree(*found)
 
 
+@pytest.mark.parametrize("outside", [True, False])
+@pytest.mark.parametrize("name", ["drop", "act"])
+@pytest.mark.parametrize("hook", [True, False])
+def test_hooks_and_modules_that_come_later_into_a_layers_own_code_see_tensors(name: str, hook: bool, outside: bool) -> None:
+    own = nn.Sequential(*((BatchNormAct(3, nn.Identity()), nn.ReLU()) if outside else (BatchNormAct(3, nn.ReLU()),)))
+    model, x, found = copy.deepcopy(own), image(), []
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    for m in (model, own):
+        seen: list[Any] = []
+        if hook:
+            m[0].get_submodule(name).register_forward_pre_hook(lambda _, x, seen=seen: seen.extend(x))
+        else:
+            setattr(m[0], name, Rounding())
+        found.append([m(x), *seen])
+    agree(*found)
+
+
 def test_an_error_leaves_nothing_open() -> None:
     model, own = pair(lambda m, x: (z := m.bn(m.conv(x)), 1 / 0 if m.flag else m.act(z))[1])
     x, found = image(), []

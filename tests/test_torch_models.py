@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -186,6 +187,47 @@ def test_the_order_of_memory_of_weights_stays() -> None:
     assert fastbn.torch.fold(model).model[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_batch_norm_that_has_several_names_is_folded_under_all() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.first = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.second, self.more = self.first, nn.ModuleDict({"third": self.first})
+
+        def forward(self, x: Any) -> Any:
+            return self.more["third"](self.conv(x))
+
+    model, x = lived(Named()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert found.folded == {"first": "conv"}
+    torch.testing.assert_close(found.model(x), model(x))
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in found.model.modules())
+
+
+@pytest.mark.parametrize("shared", ["by the model", "by another part", "a batch norm"])
+def test_what_parts_of_a_model_share_is_not_folded(shared: str) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+            self.part = nn.Sequential(nn.Sequential(self.conv, self.bn), nn.ReLU())
+            self.other = nn.Sequential(self.bn if shared == "a batch norm" else self.conv, nn.BatchNorm2d(3))
+            if shared == "by another part":
+                del self.conv
+            if shared != "a batch norm":
+                del self.bn
+
+        def forward(self, x: Any) -> Any:
+            if x.sum() > 1e9:
+                return x
+            return self.part(x) + (self.conv(x) if shared == "by the model" else self.other(x))
+
+    model, x = lived(Branches()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert not found.folded
+    torch.testing.assert_close(found.model(x), model(x))
+
+
 def test_summary_lists_every_normalization_layer() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=None), nn.ReLU(), nn.InstanceNorm2d(4), nn.LazyBatchNorm2d(),
@@ -225,6 +267,29 @@ def test_frozen_layers_stay_so_through_train_copies_and_pickles() -> None:
         assert all(parameter.requires_grad for parameter in frozen[0].parameters())
         frozen.train()(torch.randn(5, 3) + 2)
         assert not torch.equal(frozen[0].running_mean, state["0.running_mean"])
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+@pytest.mark.parametrize("function", [fastbn.torch.freeze, fastbn.torch.unfreeze])
+def test_what_an_interrupt_leaves_frozen_can_be_unfrozen(function: Any, last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), itertools.count(1)
+    model[0].bias.requires_grad_(False)
+    if function is fastbn.torch.unfreeze:
+        fastbn.torch.freeze(model)
+    requires = torch.Tensor.requires_grad_
+
+    def interrupted(self: Any, *value: Any) -> Any:
+        if next(calls) == last:
+            raise KeyboardInterrupt
+        return requires(self, *value)
+
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        function(model)
+    monkeypatch.undo()
+    fastbn.torch.unfreeze(model)
+    assert [p.requires_grad for p in model.parameters()] == [True, False, True, True]
+    assert all(layer.training and not layer._forward_pre_hooks for layer in model)
 
 
 def test_parameters_of_frozen_layers_may_go_on_learning() -> None:

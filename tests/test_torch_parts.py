@@ -125,7 +125,10 @@ LEFT: dict[str, tuple[Callable[[], Any], str]] = {
     "another layer": (lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.MaxPool2d(2)), "MaxPool2d follows"),
     "running statistics": (lambda: nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()), "it has running statistics"),
     "a hook": (lambda: hooked(nn.Sequential(nn.GroupNorm(2, 4), nn.ReLU())), "it has hooks"),
-    "own code": (lambda: nn.Sequential(Twice(2, 4), nn.ReLU()), "the code of Twice is not understood"),
+    "own code": (lambda: nn.Sequential(Twice(2, 4), nn.ReLU()), "mul follows"),
+    "own code that branches": (lambda: nn.Sequential(Branches(2, 4), nn.ReLU()), "the code of Branches is not understood"),
+    "own code of an instance norm": (lambda: nn.Sequential(Own(4), nn.ReLU()), "the code of Own is not understood"),
+    "own code with a sum": (lambda: nn.Sequential(Sum(2, 4)), "add follows"),
 }
 
 
@@ -137,6 +140,41 @@ def hooked(model: Any) -> Any:
 class Twice(nn.GroupNorm):
     def forward(self, x: Any) -> Any:
         return 2 * super().forward(x)
+
+
+class Branches(nn.GroupNorm):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) if x.sum() < 1e9 else x
+
+
+class Sum(nn.GroupNorm):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x) + x.mul(2)
+
+
+class Own(nn.InstanceNorm2d):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x)
+
+
+class GroupNormAct(nn.GroupNorm):
+    """As other packages have them: a layer whose own code normalizes, and does more."""
+
+    def __init__(self, groups: int, channels: int, act: Any) -> None:
+        super().__init__(groups, channels)
+        self.drop, self.act, self.fast = nn.Identity(), act, False
+
+    def forward(self, x: Any) -> Any:
+        if self.fast:
+            x = F.group_norm(x.half(), self.num_groups, self.weight.half(), self.bias.half(), self.eps).float()
+        else:
+            x = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return self.act(self.drop(x))
+
+
+class Renamed(nn.GroupNorm):
+    def forward(self, x: Any) -> Any:
+        return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
 @pytest.mark.parametrize(("make", "why"), LEFT.values(), ids=LEFT.keys())
@@ -222,3 +260,21 @@ def test_compiled_and_exported_models_hold_one_node() -> None:
     for graph in (graphs[0], exported.graph):
         assert sum("fastbn.group_norm" in str(node.target) for node in graph.nodes) == 1
     torch._dynamo.reset()
+
+
+def test_layers_of_other_packages_are_fused(ran: list[Any]) -> None:
+    acts = [GroupNormAct(2, 4, act) for act in (nn.SiLU(), nn.Identity(), nn.Softmax(1))]
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), *acts[:2], nn.ReLU(), Renamed(4, 4), nn.GELU(), acts[2]), torch.randn(2, 3, 4, 4)
+    found = same(model, x)
+    assert [layer.fused for layer in found] == [("SiLU",), ("ReLU",), ("GELU",), ()]
+    assert [layer.converted for layer in found] == [True, True, True, False]
+    assert len(ran) == 3
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301  our own
+        torch.testing.assert_close(step(twin, x), step(model, x), rtol=0, atol=0)
+    with torch.no_grad():
+        want = model(x)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="eager")(x), want)
+        model[1].fast = True  # another way through the same code, on which something else follows
+        torch.testing.assert_close(model(x), want, rtol=0.01, atol=0.01)
+    assert fastbn.torch.revert(model) == 3
+    assert type(model[1]) is GroupNormAct

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ nn = torch.nn
 pytestmark = [
     pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels"),
     pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning"),  # of PyTorch 2.14
 ]
 
 
@@ -94,3 +96,188 @@ def test_frozen_layers_stay_frozen_in_scripts() -> None:
     script = torch.jit.script(model).train()
     torch.testing.assert_close(script(x), model(x))
     assert not model[1].running_mean.any()
+
+
+def exported(model: Any) -> Any:
+    return torch.export.export(model, (torch.randn(2, 3, 5, 5),)).module()
+
+
+class Lists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([small()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+SCRIPT, GRAPH = "in what torch.jit compiled", "in a graph"
+UNSEEN: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
+    "a script": (lambda: torch.jit.script(small()), {"": SCRIPT}),
+    "a script with a list": (lambda: nn.Sequential(torch.jit.script(Lists())), {"0": SCRIPT}),
+    "a scripted layer": (lambda: small(torch.jit.script(nn.BatchNorm2d(4)), nn.ReLU()), {"1": SCRIPT}),
+    "a traced part": (lambda: nn.Sequential(torch.jit.trace(small().eval(), torch.randn(2, 3, 5, 5)), nn.ReLU()), {"0": SCRIPT}),
+    "a graph": (lambda: exported(small()), {"": GRAPH}),
+    "a part that is a graph": (lambda: nn.Sequential(nn.Sequential(exported(small(nn.GroupNorm(2, 4)).eval()))), {"0.0": GRAPH}),
+    "no normalization": (lambda: nn.Sequential(torch.jit.script(nn.ReLU()), exported(nn.Conv2d(3, 4, 1))), {}),
+    "a graph of layers": (lambda: torch.fx.symbolic_trace(small()), {}),
+}
+
+
+@pytest.mark.parametrize(("make", "unseen"), UNSEEN.values(), ids=UNSEEN.keys())
+def test_normalizations_that_are_no_layers_are_named(make: Callable[[], Any], unseen: dict[str, str]) -> None:
+    model, x = make(), torch.randn(2, 3, 5, 5)
+    lines = {path: f"calls of normalizations that are no layers, {where}: 1" for path, where in unseen.items()}
+    found = fastbn.torch.fold(model)
+    assert {path: why for path, why in found.left.items() if path in lines} == lines
+    want = model(x)
+    for listed in (fastbn.torch.summary(model), fastbn.torch.convert(model)):
+        assert listed.unseen == copy.copy(listed).unseen == lines
+        for path, line in lines.items():
+            assert str(listed).endswith(f"\n{path or 'the model'}: {line}")
+            assert f"{path or 'the model'}: {line}, taken as those of layers" in fastbn.torch.explain(model).splitlines()
+            assert f"{path or 'the model'}: left, {line}" in str(found).splitlines()
+    torch.testing.assert_close(model(x), want)
+    fastbn.torch.freeze(model)
+    with fastbn.torch.enabled():
+        fastbn.torch.report(reset=True)
+        model(x)
+        assert not lines or sum(fastbn.torch.report().taken.values()) == 1
+
+
+class Doubled(nn.Module):
+    def forward(self, w: Any) -> Any:
+        return 2 * w
+
+
+def parametrized(layer: Any, name: str = "weight") -> Any:
+    nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    return layer
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+@pytest.mark.parametrize("norm", [lambda: nn.BatchNorm2d(4), lambda: nn.GroupNorm(2, 4)])
+def test_what_is_derived_from_a_converted_layer_stays_when_that_is_reverted(norm: Callable[[], Any]) -> None:
+    own, x = small(norm(), nn.ReLU()), torch.randn(2, 3, 5, 5)
+    model = converted(copy.deepcopy(own))
+    for m in (own, model):
+        parametrized(m[1])
+    want = own(x)
+    torch.testing.assert_close(model(x), want)
+    assert fastbn.torch.revert(model) == 1
+    assert "fastbn" not in str(model)
+    torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+    assert fastbn.torch.convert(model)[0].why == f"Parametrized{type(norm()).__name__} was derived from the class of a converted layer"
+    torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    torch.testing.assert_close(model(x), want)
+    fastbn.torch.revert(model)
+    assert type(model[1]) is type(norm())
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+def test_a_class_around_that_of_a_converted_container_stays() -> None:
+    class Sharded:
+        """As torch's fully_shard makes them, of a container's class."""
+
+    own, x = nn.Sequential(small()), torch.randn(2, 3, 5, 5)
+    model = converted(copy.deepcopy(own))
+    kind = type(model[0])
+    model[0].__class__ = type("ShardedSequential", (Sharded, kind), {})
+    for fuse in (False, True):
+        torch.testing.assert_close(model(x), own(x))
+        fastbn.torch.revert(model)
+        assert isinstance(model[0], Sharded)
+        torch.testing.assert_close(model(x), own(x), rtol=0, atol=0)
+        assert fastbn.torch.convert(model, fuse=fuse)[0].fused == (("ReLU",) if fuse else ())
+    torch.testing.assert_close(model(x), own(x))
+
+
+def test_a_converted_layer_that_adapts_is_pickled_and_goes_on_when_it_is_reverted() -> None:
+    model, x = converted(small().eval()), torch.randn(2, 3, 5, 5)
+    plain = model(x)
+    adaptation = fastbn.torch.adapt(model, prior=0)
+    want = model(x)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):  # noqa: S301  our own
+        torch.testing.assert_close(twin(x), want, rtol=0, atol=0)
+    assert fastbn.torch.fold(model).left == {"1": "AdaptedBatchNorm2d has a forward of its own"}
+    fastbn.torch.revert(model)
+    torch.testing.assert_close(model(x), want, rtol=0, atol=0)
+    adaptation.revert()
+    torch.testing.assert_close(model(x), plain)
+    fastbn.torch.revert(model)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def pruned(layer: Any) -> Any:
+    from torch.nn.utils import prune
+
+    prune.identity(layer, "weight")
+    return layer
+
+
+@pytest.mark.parametrize("change", [parametrized, pruned, lambda layer: parametrized(parametrized(layer), "bias")])
+def test_a_batch_norm_whose_weight_is_computed_is_frozen(change: Callable[[Any], Any]) -> None:
+    model = small(change(nn.BatchNorm2d(4)))
+    parameters = [*model[1].parameters()]
+    parameters[0].requires_grad_(False)
+    assert fastbn.torch.freeze(model) == 1
+    assert not any(p.requires_grad for p in parameters)
+    model.train()(torch.randn(2, 3, 5, 5)).sum().backward()
+    assert model[1].num_batches_tracked == 0
+    assert fastbn.torch.unfreeze(model) == 1
+    assert [p.requires_grad for p in parameters] == [False, True]
+
+
+def test_a_parametrized_batch_norm_is_not_synchronized() -> None:
+    model = small(nn.BatchNorm2d(4), parametrized(nn.BatchNorm2d(4)))
+    with pytest.raises(ValueError, match="2 cannot be converted: it is parametrized"):
+        fastbn.torch.convert_sync_batchnorm(model)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
+def patched(model: Any, path: str, after: Any = torch.tanh) -> Any:
+    """A model of which one module has a forward of its own, as packages give to modules that they wrap."""
+    module = model.get_submodule(path)
+    forward = module.forward
+    module.forward = lambda x: after(forward(x))
+    return model
+
+
+PATCHED = {
+    "a convolution": ("0", "the Conv2d beside it has a forward of its own", "", ("ReLU",)),
+    "a batch norm": ("1", "BatchNorm2d has a forward of its own", "it has a forward of its own", ()),
+    "an activation": ("2", "", "ReLU follows", ()),
+    "the model": ("", "what calls it cannot be traced", "what calls it cannot be traced", ()),
+}
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+@pytest.mark.parametrize(("path", "left", "why", "fused"), PATCHED.values(), ids=PATCHED.keys())
+def test_a_forward_of_an_objects_own_is_what_runs(path: str, left: str, why: str, fused: tuple[str, ...]) -> None:
+    def model() -> Any:
+        torch.manual_seed(0)
+        made = small().eval()
+        made[1].running_mean.uniform_(-1, 1)
+        return patched(made, path)
+
+    x = torch.randn(2, 3, 5, 5)
+    want = model()(x)
+    folded = fastbn.torch.fold(model())
+    assert folded.left == ({"1": left} if left else {})
+    torch.testing.assert_close(folded.model(x), want)
+    twin = model()
+    found = fastbn.torch.convert(twin)[0]
+    assert (found.why, found.fused) == (why, fused)
+    torch.testing.assert_close(twin(x), want)
+
+
+def test_a_whole_model_with_a_forward_of_its_own_is_not_folded_by_that_of_its_class() -> None:
+    model = small().eval()
+    model[1].running_mean.uniform_(-1, 1)
+    model.forward = lambda x: model[1](model[0](x).tanh())
+    folded = fastbn.torch.fold(model)
+    assert folded.left == {"1": "what calls it cannot be traced"}

@@ -223,3 +223,24 @@ def test_after_an_error_the_model_is_as_before(name: str) -> None:
     assert model.bn.track_running_stats
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert np.isfinite(float(model.bn.running_var.sum()))
+
+
+@pytest.mark.parametrize("last", range(1, 6))
+def test_an_interrupt_while_statistics_are_written_leaves_the_old_ones(last: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, copy_ = network(), torch.Tensor.copy_
+    before = copy.deepcopy(model.state_dict())
+    batch = batches()[0]
+    written: list[Any] = []
+
+    def interrupted(self: Any, *values: Any) -> Any:
+        written.extend([self] if any(self is buffer for buffer in model.buffers()) else [])
+        if len(written) == last:
+            written.append(None)
+            raise KeyboardInterrupt
+        return copy_(self, *values)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastbn.torch.update_bn(model, [batch, batch])
+    monkeypatch.undo()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

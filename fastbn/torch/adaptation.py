@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.results import Stats
-from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
-from fastbn.torch.derived import refuse_script
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, unreadable, vector
+from fastbn.torch.derived import OWN, Derived, derive, refuse_script
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.sync import unusual
 
@@ -64,6 +64,8 @@ class _Memory:
 
 def _mixed(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance to normalize x with."""
+    if why := unreadable({}):  # a trace would hold the statistics of its example
+        raise TypeError(f"a layer that adapts reads the values of its input, and not {why}; fastbn.torch.Adaptation(model).revert() first")
     stats = layer.__dict__[STATE].statistics(layer, x)
     if stats is None:
         return layer.running_mean, layer.running_var
@@ -91,7 +93,9 @@ class _Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the layer's own class: this one is made anew where it is read."""
-        return _empty, (type(self).__bases__[1],), self.__dict__
+        kind = type(self).__bases__[1]
+        of = vars(kind).get(OWN)  # a converted layer, whose class has no name either
+        return _empty, (kind,) if of is None else (of, kind.__bases__[0]), self.__dict__
 
 
 @cache
@@ -100,8 +104,8 @@ def _adapted(kind: Any) -> Any:
     return type(f"Adapted{kind.__name__}", (_Adapted, kind), {"__doc__": f"A {kind.__name__} that adapts.", "__module__": __name__})
 
 
-def _empty(kind: type) -> Any:
-    made = _adapted(kind)
+def _empty(kind: type, mixin: type[Derived] | None = None) -> Any:
+    made = _adapted(kind if mixin is None else derive(mixin, kind))
     return made.__new__(made)
 
 

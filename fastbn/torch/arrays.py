@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -72,3 +73,26 @@ def vector(tensor: Tensor | None) -> Array | None:
         return None
     known: Any = tensor.detach()
     return array_of(known if known.dtype in (torch.float32, torch.float64) else known.float())
+
+
+def unreadable(tensors: Mapping[str, Tensor | None]) -> str:
+    """Why values of tensors cannot be read where a call runs, or nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return "inside of torch.func's transforms"
+    jit: Any = torch.jit  # it has no types
+    if jit.is_tracing():
+        return "while torch.jit traces or torch.export exports"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "in forward-mode differentiation"
+    modes: Any = torch._C
+    keys = modes._TorchDispatchModeKey
+    if any(modes._get_dispatch_mode(mode) is not None for mode in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
+        return "where torch records operations"
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if type(t) not in (Tensor, torch.nn.Parameter):
+            return f"with {name} of type {type(t).__name__}"
+        if t.device.type != "cpu" or t.layout is not torch.strided or t.is_nested or t.dtype not in TYPES:
+            return f"with {name} of {t.dtype} and {'nested' if t.is_nested else t.layout} on {t.device}"
+    return ""

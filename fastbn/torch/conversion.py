@@ -18,12 +18,13 @@ from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
+import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, has_hooks, settled
-from fastbn.torch.derived import Derived, derive
+from fastbn.torch.derived import Derived, derive, own_class, release
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import STEPS, check, size
+from fastbn.torch.graph import STEPS, Listed, check, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import Parts
@@ -48,7 +49,7 @@ class Converted(Derived):
         alone = not (steps.sum or steps.activation)
         if (alone and not steps.from_output and is_enabled()) or not is_ours(input):
             return torch.batch_norm(input, a.weight, a.bias, a.mean, a.var, a.training, a.momentum, a.eps, True)
-        if alone or self._is_watched() or (visit := steps.visit()) is None:
+        if alone or self._is_watched() or (visit := steps.visit(self)) is None:
             return run(a)
         return deferred(a, steps, visit)
 
@@ -67,15 +68,17 @@ class Converted(Derived):
     def _by_own_code(self, input: Tensor, steps: Steps) -> Any:  # noqa: A002
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
         original: Any = super().forward  # type: ignore[misc]
-        visit = steps.visit()
+        visit = steps.visit(self)
         if visit is None:
             steps = steps.alone()
         if not self._is_ours(input, steps):
             return original(input)
         found = original(Input(input, steps, visit))
-        if steps.scope is None and isinstance(visit, Visit):  # nothing waits but in the layer's own code
+        if visit is not None and steps.outside:
+            return found
+        if isinstance(visit, Visit):  # nothing waits but in the layer's own code
             visit.end()
-        return found if visit is not None and steps.scope is not None else settled(found)
+        return settled(found)
 
     def _is_ours(self, x: Any, steps: Steps) -> bool:
         if torch.compiler.is_compiling():
@@ -93,7 +96,9 @@ class Converted(Derived):
     def extra_repr(self) -> str:
         """As the layer's own, and what is expected to follow."""
         of_layer: str = super().extra_repr()  # type: ignore[misc]
-        state: Steps = self.__dict__.get(STEPS, Steps())
+        state: Steps | None = self.__dict__.get(STEPS)
+        if state is None:
+            return of_layer
         names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
         kind = "group_norm" if isinstance(self, ConvertedParts) else "batch_norm"
         return f"{of_layer}, fastbn={' + '.join([kind, *names])}"
@@ -105,13 +110,18 @@ class ConvertedParts(Converted):
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.GroupNorm
         """Normalize, or return what stands for that."""
         steps: Steps | None = self.__dict__.get(STEPS)
-        visit = None if steps is None or self._is_watched() else steps.visit()
+        if steps is not None and not steps.plain:
+            return self._by_own_code(input, steps)
+        visit = None if steps is None or self._is_watched() else steps.visit(self)
         a = None if visit is None else _parts(self, input)
         return self._original(input) if steps is None or a is None else deferred(a, steps, visit)
 
+    def _is_ours(self, x: Any, steps: Steps) -> bool:
+        known = isinstance(x, Tensor) if torch.compiler.is_compiling() else type(x) is Tensor
+        return known and steps.activation and not self._is_watched() and is_ours(x)
+
     def _original(self, input: Tensor) -> Tensor:  # noqa: A002
-        own: Any = type(self).__bases__[1]
-        y: Tensor = own.forward(self, input)
+        y: Tensor = super(Converted, self).forward(input)  # type: ignore[misc]
         return y
 
     def followed(self, x: Tensor, activation: Any) -> Any:
@@ -201,21 +211,23 @@ class Layer(NamedTuple):
     keeps: str
 
 
-class Conversion(tuple[Layer, ...]):
-    """Layers of a model, in its order; printed, a table."""
+class Conversion(Listed[Layer]):
+    """Layers of a model, in its order; printed, a table.
 
-    __slots__ = ()
+    Attributes
+    ----------
+    unseen : dict of str to str
+        Parts of the model whose normalizations are no layers, by path: what they are.
+    """
 
     def __str__(self) -> str:
         """A table of columns, and what it counts in all."""
-        if not self:
-            return "the model has no normalization layers"
         rows = [("path", "kind", "channels", "keeps", "fused with", "why not")]
         for layer in self:
             what = ", ".join(layer.fused) or ("alone" if layer.converted else "left")
             rows.append((layer.path or "(the model)", layer.kind, str(layer.channels), layer.keeps, what, layer.why))
         converted, fused = sum(layer.converted for layer in self), sum(bool(layer.fused) for layer in self)
-        return "\n".join([*table(rows), f"{len(self)} layers, {converted} converted, {fused} fused"])
+        return self.of([*table(rows), f"{len(self)} layers, {converted} converted, {fused} fused"])
 
 
 def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -> Conversion:
@@ -274,30 +286,33 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
         why, inner = refuses(layer)
         plan = Plan(why=why)
         mixin = Converted if isinstance(layer, _BatchNorm) else ConvertedParts
-        if not why and mixin is ConvertedParts:
-            plan = planned.get(id(layer), NOBODY) if fuse else Plan(why="it was not asked for")
-            why = plan.why
         if not why:
             plan = planned.get(id(layer), NOBODY) if inner.fits_outside else inner
-            plain = inner.steps.plain
             if not fuse:
                 plan = Plan(why="it was not asked for", steady=plan.steady and not plan.names)
+            why = plan.why if mixin is ConvertedParts else ""
+        if not why:
             keeps_output = inplace_abn and mixin is Converted and plan.steady and inner.fits_outside
-            steps = plan.steps._replace(from_output=keeps_output, plain=plain)
-            if steps.outside and plan.within is not None:
-                scope = scopes.setdefault(plan.within, Scope())
+            steps = plan.steps._replace(from_output=keeps_output, plain=inner.steps.plain)
+            if plan.names and plan.within is not None:
+                scope = scopes.setdefault(plan.within, Scope()) if steps.outside else Scope()
                 scope.places += plan.places
+                if steps.outside:  # what the layer's own code calls sees what waits, too
+                    way = next(tuple(name.split(".")) for name, module in plan.within.named_modules() if module is layer)
+                    scope.places += [((*way, *names), kind) for names, kind in inner.places]
                 steps = steps._replace(scope=scope)
             layer.__dict__[STEPS] = steps
-            layer.__class__ = derive(mixin, type(layer))
+            if not isinstance(layer, mixin):
+                layer.__class__ = derive(mixin, type(layer))
         keeps = "output" if not why and keeps_output else "input"
-        found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, isinstance(layer, Converted), keeps))
+        found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, STEPS in layer.__dict__, keeps))
     for module, scope in scopes.items():
-        if type(module).forward is nn.Sequential.forward:
+        if own_class(module).forward is nn.Sequential.forward:
             scope.pairs = _pairs(module, scope)
         module.__dict__[SCOPE] = scope
-        module.__class__ = derive(Scoped, type(module))
-    return Conversion(found)
+        if not isinstance(module, Scoped):
+            module.__class__ = derive(Scoped, type(module))
+    return Conversion(found, unseen(model))
 
 
 def revert(model: nn.Module) -> int:
@@ -326,12 +341,13 @@ def revert(model: nn.Module) -> int:
     (1, True)
     """
     check(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, Converted)]
-    for module in (*layers, *(module for module in model.modules() if isinstance(module, Scoped))):
-        module.__class__ = type(module).__bases__[1]
-        for name in (STEPS, SCOPE):
-            module.__dict__.pop(name, None)
-    return len(layers)
+    count = 0
+    for module in model.modules():
+        if isinstance(module, Converted | Scoped):
+            release(module)
+            count += module.__dict__.pop(STEPS, None) is not None  # without it a layer is what it was, whatever its class is
+            module.__dict__.pop(SCOPE, None)
+    return count
 
 
 def _pairs(module: Any, scope: Scope) -> set[str]:

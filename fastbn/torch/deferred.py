@@ -33,9 +33,8 @@ from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import function_codes, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 from fastbn.torch.parts import Parts
-from fastbn.torch.standing import RULES, Standing, tensor_of
+from fastbn.torch.standing import Standing, tensor_of
 
-F = torch.nn.functional
 SCOPE = "_fastbn_scope"  # of a module: its Scope
 LAYERS = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu",
@@ -57,7 +56,7 @@ class Steps(NamedTuple):
     from_output : bool
         Whether a backward may find the input from the output.
     scope : Scope, optional
-        Where `outside` things are expected.
+        Where things are expected: the code of a module around the layer if they are `outside`, else the layer's own.
     """
 
     sum: bool = False
@@ -67,11 +66,14 @@ class Steps(NamedTuple):
     from_output: bool = False
     scope: Scope | None = None
 
-    def visit(self) -> Any:
-        """The call in which something may wait, or None."""
+    def visit(self, layer: Any) -> Any:
+        """The call in which something of a layer may wait, or None."""
         if not (self.sum or self.activation):
             return None
-        return Visit() if self.scope is None else self.scope.visit()
+        if self.outside and self.scope is not None:
+            return self.scope.visit()
+        visit = Visit(self.scope, layer)
+        return visit if visit.is_fit() else None
 
     def alone(self) -> Steps:
         """The same where nothing may wait."""
@@ -84,7 +86,6 @@ class Visit:
     Attributes
     ----------
     scope, module : Scope, Module, optional
-        None is a layer's own code.
     is_open : bool
     fits : bool, optional
         Whether something may wait; None before somebody has asked.
@@ -316,7 +317,7 @@ def settled(output: Any) -> Any:
 
 
 class Input(Standing):
-    """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm`."""
+    """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm` or `group_norm`."""
 
     def __init__(self, x: Tensor, steps: Steps, visit: Any):
         self.x = x
@@ -443,85 +444,3 @@ def _refuse_functions() -> None:
             "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
             "fastbn.torch.revert(model) makes it a layer of torch's again"
         )
-
-
-def _batch_norm(
-    input: Any, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None,  # noqa: A002
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Any:  # fmt: skip
-    if not isinstance(input, Input):
-        return None
-    steps = input.steps
-    a = Arguments(input.x, None, weight, bias, running_mean, running_var, training, momentum, eps, IDENTITY, steps.from_output)
-    if not a.is_usual():
-        return None
-    return deferred(a, steps, input.visit)
-
-
-def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:
-    """Of an activation without a parameter."""
-
-    def rule(input: Any = None, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
-        return input.activated(name, 0.0, in_place or inplace) if isinstance(input, Pending) and not others else None
-
-    return rule
-
-
-def _leaky_relu(input: Any = None, negative_slope: Any = 0.01, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
-    if not isinstance(input, Pending) or type(negative_slope) is not float or not -inf < negative_slope < inf or others:
-        return None
-    return input.activated("leaky_relu", negative_slope, inplace)
-
-
-def _leaky_relu_(input: Any = None, negative_slope: Any = 0.01, **others: Any) -> Any:  # noqa: A002
-    return _leaky_relu(input, negative_slope, True, **others)
-
-
-def _hardtanh(input: Any = None, min_val: Any = -1.0, max_val: Any = 1.0, inplace: bool = False, **others: Any) -> Any:  # noqa: A002
-    """Which `torch.nn.ReLU6` is."""
-    is_relu6 = isinstance(input, Pending) and type(min_val) in (int, float) and (min_val, max_val) == (0, 6) and not others
-    return input.activated("relu6", 0.0, inplace) if is_relu6 else None
-
-
-def _hardtanh_(input: Any = None, min_val: Any = -1.0, max_val: Any = 1.0, **others: Any) -> Any:  # noqa: A002
-    return _hardtanh(input, min_val, max_val, True, **others)
-
-
-def _gelu(input: Any = None, *, approximate: str = "none", **others: Any) -> Any:  # noqa: A002
-    name = {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
-    return input.activated(name, 0.0, False) if isinstance(input, Pending) and name and not others else None
-
-
-def _add(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any) -> Any:  # noqa: A002
-    if type(alpha) is not int or alpha != 1 or others:
-        return None
-    found = input.plus(other, False) if isinstance(input, Pending) else None
-    return other.plus(input, False) if found is None and isinstance(other, Pending) else found
-
-
-def _add_(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any) -> Any:  # noqa: A002
-    if type(alpha) is not int or alpha != 1 or others or not isinstance(input, Pending):
-        return None
-    return input.plus(other, True)
-
-
-_RULES: dict[Any, Callable[..., Any]] = {
-    F.batch_norm: _batch_norm,
-    F.leaky_relu: _leaky_relu,
-    F.leaky_relu_: _leaky_relu_,
-    F.hardtanh: _hardtanh,
-    F.hardtanh_: _hardtanh_,
-    F.gelu: _gelu,
-    F.relu6: _rule("relu6"),
-    F.hardswish: _rule("hardswish"),
-    F.silu: _rule("silu"),
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _rule("relu")),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), _rule("relu", in_place=True)),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, Tensor.sigmoid), _rule("sigmoid")),
-    **dict.fromkeys((torch.sigmoid_, Tensor.sigmoid_), _rule("sigmoid", in_place=True)),
-    **dict.fromkeys((F.tanh, torch.tanh, Tensor.tanh), _rule("tanh")),
-    **dict.fromkeys((torch.tanh_, Tensor.tanh_), _rule("tanh", in_place=True)),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _add),
-    **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _add_),
-}
-RULES.update(_RULES)

@@ -28,7 +28,7 @@ class Derived:
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the module's own class, of which this one is derived again."""
         made: Any = super().__reduce_ex__(max(protocol, 2))
-        if made[1][:1] != (type(self),):  # it says itself how it is made
+        if made[1][:1] != (type(self),) or is_overlaid(self):  # it says itself how it is made, or has a name
             return made
         mixin, kind = type(self).__bases__
         return _make, (made[0], mixin, kind, *made[1][1:]), *made[2:]
@@ -48,10 +48,19 @@ def derive(mixin: type[Derived], kind: Any) -> type:
     return found
 
 
-def own_class(module: object) -> type:
+def release(module: object) -> None:
+    """Give a module its own class again. Where somebody has derived another one from ours since, as parametrizations do, that stays."""
+    module.__class__ = own_class(module)
+
+
+def is_overlaid(module: object) -> bool:
+    """Whether somebody has derived another class from ours since."""
+    return isinstance(module, Derived) and OWN not in vars(type(module))
+
+
+def own_class(module: object) -> Any:
     """The class that a module had, or has."""
-    found: type = getattr(type(module), OWN, type(module))
-    return found
+    return vars(type(module)).get(OWN, type(module))
 
 
 def _make(make: Any, mixin: type[Derived], kind: type, *arguments: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import stay_frozen
-from fastbn.torch.graph import Graph, check, check_called, is_batch_norm, norms, trace
+from fastbn.torch.graph import Graph, check, check_called, is_batch_norm, norms, trace, unseen
 from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,7 +29,7 @@ class Folded(NamedTuple):
     folded : dict of str to str
         Path of a batch norm -> path of the layer that took it.
     left : dict of str to str
-        Path of a normalization layer that is still there -> why.
+        Path of a normalization layer that is still there -> why; of a part whose normalizations are no layers -> what they are.
     """
 
     model: nn.Module
@@ -39,7 +39,7 @@ class Folded(NamedTuple):
     def __str__(self) -> str:
         """A line for each layer."""
         lines = [f"{path}: folded into {into}" for path, into in self.folded.items()]
-        return "\n".join(lines + [f"{path}: left, {why}" for path, why in self.left.items()]) or "no normalization layers"
+        return "\n".join(lines + [f"{path or 'the model'}: left, {why}" for path, why in self.left.items()]) or "no normalization layers"
 
 
 class Rows(nn.Identity):
@@ -58,7 +58,7 @@ def changed(layer: nn.Module) -> str:
         return "has hooks"
     if is_parametrized(layer):
         return "is parametrized"
-    return ""
+    return "has a forward of its own" if "forward" in layer.__dict__ else ""
 
 
 def _features(layer: Any) -> int:
@@ -180,7 +180,8 @@ def fold(model: nn.Module) -> Folded:
     """Fold the batch norms of a model in evaluation mode into the convolutions and linear layers beside them.
 
     The layer before a batch norm takes it; where that is none, a convolution after it that pads nothing. The model itself
-    stays as it is. What stands beside a batch norm is what torch.fx finds, in the parts of a model that it can trace.
+    stays as it is. What stands beside a batch norm is what torch.fx finds, in the parts of a model that it can trace. Such a part
+    must be called as a whole by code that could not be traced: what calls its layers one by one, or reads their weights, is not seen.
 
     Parameters
     ----------
@@ -212,7 +213,7 @@ def fold(model: nn.Module) -> Folded:
     twin = copy.deepcopy(model)
     graph = trace(twin)
     folded: dict[str, str] = {}
-    left: dict[str, str] = {}
+    left = unseen(twin)
     for path, layer in list(norms(twin)):
         into, why = target(twin, graph, path)
         if not into:
@@ -221,7 +222,9 @@ def fold(model: nn.Module) -> Folded:
         other = twin.get_submodule(into)
         with torch.no_grad():
             _take(layer, other, backwards=into == graph.places[path].after)
-        parent, _, name = path.rpartition(".")
-        setattr(twin.get_submodule(parent), name, (Rows() if isinstance(other, nn.Linear) else nn.Identity()).train(layer.training))
+        stand_in = (Rows() if isinstance(other, nn.Linear) else nn.Identity()).train(layer.training)
+        for parent in list(twin.modules()):
+            for name in [name for name, child in parent._modules.items() if child is layer]:
+                setattr(parent, name, stand_in)
         folded[path] = into
     return Folded(twin, folded, left)

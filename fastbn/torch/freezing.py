@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.graph import check, check_called, is_batch_norm, norms
 
@@ -26,11 +27,20 @@ def _layers(model: nn.Module) -> list[Any]:
     return [layer for _, layer in norms(model) if is_batch_norm(layer)]
 
 
+def _affine(layer: nn.Module) -> list[nn.Parameter]:
+    """Weight and bias, or the parameters that they are computed of where they are parametrized, pruned or the like."""
+    own = [*layer.named_parameters(recurse=False)]
+    if is_parametrized(layer):
+        own += [(name, p) for name, made in layer.parametrizations.items() for p in made.parameters()]  # type: ignore[union-attr, operator]
+    return [p for vector in ("weight", "bias") for name, p in own if name == vector or name.startswith(f"{vector}_")]
+
+
 def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     """Keep the batch norms of a model in evaluation mode, whatever `model.train()` says.
 
     For fine-tuning with small batches: running statistics do not move, and normalize. Layers stay what they are, with the
-    same parameters and names; copies and pickles of the model are frozen, too.
+    same parameters and names; copies and pickles of the model are frozen, too. What is no layer, as torch.jit's scripts and
+    graphs of torch.export, stays as it is: `summary` names it.
 
     Parameters
     ----------
@@ -72,11 +82,11 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     for layer in layers:
         if is_frozen(layer) or layer.running_mean is None:  # without statistics of its own it needs the batch's
             continue
-        affine = [p for p in (layer.weight, layer.bias) if p is not None]
+        affine = _affine(layer)
         setattr(layer, STATE, [p.requires_grad for p in affine])
+        layer.register_forward_pre_hook(stay_frozen)  # from here on `unfreeze` undoes it, if Ctrl-C comes in between
         for p in affine if parameters else ():
             p.requires_grad_(False)
-        layer.register_forward_pre_hook(stay_frozen)
         layer.eval()
         count += 1
     return count
@@ -110,10 +120,11 @@ def unfreeze(model: nn.Module) -> int:
     for layer in _layers(model):
         if not is_frozen(layer):
             continue
-        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_frozen]:
-            del layer._forward_pre_hooks[key]
-        for p, required in zip([p for p in (layer.weight, layer.bias) if p is not None], layer.__dict__.pop(STATE), strict=True):
+        for p, required in zip(_affine(layer), layer.__dict__[STATE], strict=False):
             p.requires_grad_(required)
         layer.train(model.training)
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_frozen]:
+            del layer._forward_pre_hooks[key]
+        del layer.__dict__[STATE]
         count += 1
     return count

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import checkpoint
 
+if TYPE_CHECKING:
+    from typing import Self
+
+T = TypeVar("T")
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
 STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+# What normalizations are called in graphs, without their namespaces.
+CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
+    "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm_with_update",
+    "batch_norm_with_update_functional",
+}  # fmt: skip
 
 
 def check(model: object) -> None:
@@ -114,7 +123,7 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _NormBase) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
 def in_function(frame: Any, codes: set[Any]) -> Any:
@@ -170,6 +179,8 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
     defaults : bool
         Where it cannot be traced, try again with what optional arguments are by default.
     """
+    if "forward" in part.__dict__:  # torch.fx would trace that of its class
+        return None
     optional = {}
     if defaults:
         parameters = inspect.signature(part.forward).parameters.values()
@@ -217,6 +228,51 @@ def size(layer: Any) -> int:
     return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features)
 
 
+def unseen(model: nn.Module) -> dict[str, str]:
+    """Parts of a model with normalizations that are no layers, by path: what they are."""
+    found: dict[str, str] = {}
+    jit: Any = torch.jit  # it has no types
+    for path, module in model.named_modules():
+        if isinstance(module, fx.GraphModule):
+            names = [str(getattr(node.target, "__name__", "")) for node in module.graph.nodes if node.op == "call_function"]
+            count, where = sum(name.partition(".")[0] in CALLS for name in names), "a graph"
+        elif isinstance(module, jit.ScriptModule) and hasattr(module, "forward") and not any(_is_in(outer, path) for outer in found):
+            graph: Any = module.inlined_graph
+            count, where = sum(len(graph.findAllNodes(f"aten::{name}")) for name in CALLS), "what torch.jit compiled"
+        else:
+            continue
+        if count:
+            found[path] = f"calls of normalizations that are no layers, in {where}: {count}"
+    return found
+
+
+def _is_in(outer: str, path: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
+
+
+class Listed(tuple[T, ...]):
+    """Layers of a model, in its order.
+
+    Attributes
+    ----------
+    unseen : dict of str to str
+        Parts of the model whose normalizations are no layers, by path: what they are.
+    """
+
+    unseen: dict[str, str]
+
+    def __new__(cls, layers: Iterable[T], unseen: dict[str, str] | None = None) -> Self:
+        """Of layers, and what is none."""
+        made = super().__new__(cls, layers)
+        made.unseen = dict(unseen or {})
+        return made
+
+    def of(self, lines: list[str]) -> str:
+        """Lines about layers, if there are any, and one for each part that has others."""
+        others = [f"{path or 'the model'}: {what}" for path, what in self.unseen.items()]
+        return "\n".join([*(lines if self else ["the model has no normalization layers"]), *others])
+
+
 def is_batch_norm(layer: nn.Module) -> bool:
     """Whether a layer is batch norm, and not instance norm."""
     return isinstance(layer, _BatchNorm)
@@ -227,16 +283,21 @@ def trace(model: nn.Module) -> Graph:
     whole = Graph({}, {}, set())
     if isinstance(model, NORMS):
         whole.places[""] = Place(1, before_is="the input", after_is="the output")
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(path)
     for part in parts(model):
-        _read(part, whole)
+        _read(part, whole, names)
     return Graph({path: whole.places.get(path, Place()) for path, _ in all_norms(model)}, whole.calls, whole.read)
 
 
-def _read(part: Part, whole: Graph) -> None:
+def _read(part: Part, whole: Graph, names: dict[int, list[str]]) -> None:
     for node in part.nodes:
         if node.op == "call_module":
             path = part.prefix + str(node.target)
-            whole.calls[path] = whole.calls.get(path, 0) + 1
+            others = names[id(part.module.get_submodule(str(node.target)))]
+            # By a name outside of the part, which could not be traced, it may be called, too.
+            whole.calls[path] = whole.calls.get(path, 0) + 1 + (not all(name.startswith(part.prefix) for name in others))
         elif node.op == "get_attr":
             whole.read.add(part.prefix + str(node.target))
     for node in part.nodes:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastbn import dispatch
-from fastbn.torch.graph import all_norms, dtype_name, size
+from fastbn.torch.graph import all_norms, dtype_name, size, unseen
 
 OLDEST = (2, 10)
 _lock = threading.RLock()
@@ -308,6 +308,7 @@ def explain(x: torch.Tensor | torch.nn.Module) -> str:
     if not isinstance(x, torch.nn.Module):
         raise TypeError(f"x must be a torch.Tensor or a torch.nn.Module, got {type(x).__name__}")
     lines = [f"{path or 'the model'}: {_explain_layer(layer)}" for path, layer in all_norms(x)]
+    lines += [f"{path or 'the model'}: {what}, taken as those of layers" for path, what in unseen(x).items()]
     return "\n".join(lines) or "the model has no normalization layers"
 
 

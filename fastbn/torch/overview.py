@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastbn.tables import table
 from fastbn.torch.folding import target
 from fastbn.torch.freezing import is_frozen
-from fastbn.torch.graph import all_norms, check, size, trace
+from fastbn.torch.graph import Listed, all_norms, check, size, trace, unseen
 
 DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
 
@@ -62,19 +62,21 @@ class Layer(NamedTuple):
         return self.path or "(the model)", self.kind, *numbers, self.before, self.after, self.fold
 
 
-class Summary(tuple[Layer, ...]):
-    """Layers of a model, in its order; printed, a table."""
+class Summary(Listed[Layer]):
+    """Layers of a model, in its order; printed, a table.
 
-    __slots__ = ()
+    Attributes
+    ----------
+    unseen : dict of str to str
+        Parts of the model whose normalizations are no layers, by path: what they are.
+    """
 
     def __str__(self) -> str:
         """A table of columns, and what it counts in all."""
-        if not self:
-            return "the model has no normalization layers"
         header = "path", "kind", "channels", "eps", "momentum", "mode", "running variance", "dead", "before", "after", "in inference"
         rows = [header, *(layer.cells() for layer in self)]
         can = sum(layer.fold.startswith("folds") for layer in self)
-        return "\n".join([*table(rows), f"{len(self)} layers, {sum(layer.channels for layer in self)} channels, {can} can be folded"])
+        return self.of([*table(rows), f"{len(self)} layers, {sum(layer.channels for layer in self)} channels, {can} can be folded"])
 
 
 def summary(model: nn.Module) -> Summary:
@@ -118,7 +120,7 @@ def summary(model: nn.Module) -> Summary:
                 _dead(layer), place.before_is, place.after_is, f"folds into {into}" if into else why,
             )
         )  # fmt: skip
-    return Summary(found)
+    return Summary(found, unseen(model))
 
 
 def _mode(layer: Any) -> str:

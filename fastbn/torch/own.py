@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastbn import functional
 from fastbn.activations import Activation
 from fastbn.layout import Array
-from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, unreadable, vector
 from fastbn.torch.operators import Arguments
 
 
@@ -94,29 +94,6 @@ def _run(activation: Activation, a: Arguments) -> Tensor:
     return _forward(a, activation, saves=False)[0]
 
 
-def _refused(a: Arguments) -> str:
-    """Why the kernels cannot read the tensors, or nothing."""
-    if torch._C._are_functorch_transforms_active():
-        return "inside of torch.func's transforms"
-    jit: Any = torch.jit  # it has no types
-    if jit.is_tracing():
-        return "while torch.jit traces or torch.export exports"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "in forward-mode differentiation"
-    modes: Any = torch._C
-    keys = modes._TorchDispatchModeKey
-    if any(modes._get_dispatch_mode(mode) is not None for mode in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL)):
-        return "where torch records operations"
-    for name, t in zip(a._fields, a[:6], strict=False):
-        if t is None:
-            continue
-        if type(t) not in (Tensor, torch.nn.Parameter):
-            return f"with {name} of type {type(t).__name__}"
-        if t.device.type != "cpu" or t.layout is not torch.strided or t.is_nested or t.dtype not in TYPES:
-            return f"with {name} of {t.dtype} and {'nested' if t.is_nested else t.layout} on {t.device}"
-    return ""
-
-
 def batch_norm(a: Arguments, activation: Activation) -> Tensor:
     """Normalize, add what is to be added, and apply the function.
 
@@ -136,7 +113,7 @@ def batch_norm(a: Arguments, activation: Activation) -> Tensor:
 
 
 def _checked(activation: Activation, a: Arguments) -> Tensor:
-    if why := _refused(a):
+    if why := unreadable(dict(zip(a._fields, a[:6], strict=False))):
         raise TypeError(f"an activation of one's own runs on strided floating-point tensors of the CPU, and not {why}")
     if a.x.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions, (N, C, ...), got {tuple(a.x.shape)}")

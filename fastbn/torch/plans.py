@@ -17,6 +17,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import Steps
+from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.graph import AROUND, Part, parts, traced
 
@@ -61,8 +62,10 @@ NOBODY = Plan(why="what calls it cannot be traced")
 
 def refuses(layer: Any) -> tuple[str, Plan]:
     """Why a layer cannot be converted, or nothing; and what its own code does with what it has normalized."""
+    if is_overlaid(layer):
+        return f"{type(layer).__name__} was derived from the class of a converted layer", NOBODY
     if not isinstance(layer, _BatchNorm):
-        if type(layer).forward not in (_InstanceNorm.forward, nn.GroupNorm.forward):
+        if not isinstance(layer, nn.GroupNorm) and type(layer).forward is not _InstanceNorm.forward:
             return f"the code of {type(layer).__name__} is not understood", NOBODY
         if isinstance(layer, _InstanceNorm) and (layer.running_mean is not None or layer.running_var is not None):
             return "it has running statistics", NOBODY
@@ -72,13 +75,13 @@ def refuses(layer: Any) -> tuple[str, Plan]:
         return "it was never called", NOBODY
     if why := changed(layer):
         return f"it {why}", NOBODY
-    if type(layer).forward is _BatchNorm.forward or not isinstance(layer, _BatchNorm):
+    if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, nn.GroupNorm.forward):
         return "", Plan(steps=Steps(plain=True), fits_outside=True)
-    part = traced(layer)
-    inside = [node for node in part.nodes if node.target is F.batch_norm] if part else []
+    part, function = traced(layer), F.batch_norm if isinstance(layer, _BatchNorm) else F.group_norm
+    inside = [node for node in part.nodes if node.target is function] if part else []
     if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
         return f"the code of {type(layer).__name__} is not understood", NOBODY
-    plan = _follow(part, inside[0], set())
+    plan = _follow(part, inside[0], set(), sums=isinstance(layer, _BatchNorm))
     return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
 
 
@@ -117,7 +120,7 @@ def _activation(part: Part, node: fx.Node) -> Any:
     """Class or function of a node that is an activation, or None."""
     layer = _module(part, node)
     if layer is not None:
-        return type(layer) if type(layer) in ACTIVATIONS else None
+        return type(layer) if type(layer) in ACTIVATIONS and "forward" not in layer.__dict__ else None
     return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
 
 
@@ -233,7 +236,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = Tru
             taken.add(user)
     inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
     steady = inverts and node not in part.stored and not _is_changed(part, node)
-    place = _within(part, passed[:read]) if names else {}
+    place = _within(part, passed[:read] if names else passed)
     if names and not place:
         return Plan(why="a module of somebody else follows")
     return Plan(steps, tuple(names), "" if names else why, steady=steady, **place)

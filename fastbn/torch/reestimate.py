@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastbn import checks
 from fastbn.functional import batch_norm_stats
@@ -104,14 +104,26 @@ def update_bn(
     stance: Any = torch.compiler.set_stance  # it is typed in part only
     with torch.no_grad(), stance("force_eager"), _watched(model, moving, recorder):
         found = collect(recorder, loader, call, communicator, progress)
-    new = [(layer, running_of(path, found, unbiased=True)) for path, layer in moving.items() if path in found.layers]
+    new: list[tuple[Tensor, Tensor]] = []
+    for path, layer in moving.items():
+        if path in found.layers:
+            statistics = map(torch.from_numpy, running_of(path, found, unbiased=True))
+            buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
+            values = *statistics, torch.tensor(found.batches)
+            new += [pair for pair in zip(buffers, values, strict=True) if pair[0] is not None]
+    old = [(buffer, buffer.clone()) for buffer, _ in new]
     with torch.no_grad():
-        for layer, (mean, var) in new:
-            layer.running_mean.copy_(torch.from_numpy(mean))
-            layer.running_var.copy_(torch.from_numpy(var))
-            if layer.num_batches_tracked is not None:
-                layer.num_batches_tracked.fill_(found.batches)
+        try:
+            _write(new)
+        except BaseException:  # Ctrl-C: all are new, or none
+            _write(old)
+            raise
     return found
+
+
+def _write(values: list[tuple[Tensor, Tensor]]) -> None:
+    for buffer, value in values:
+        buffer.copy_(value)
 
 
 def _called(model: nn.Module, batch: Any) -> object:

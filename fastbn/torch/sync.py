@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn import sync
 from fastbn.layout import Array
@@ -245,7 +246,7 @@ def unusual(layer: nn.Module) -> str:
     """Why a batch norm does something else than torch's, or nothing."""
     if isinstance(layer, _LazyNormBase):
         return "it is a lazy batch norm, which was never called: call the model once"
-    kind: Any = own_class(layer)  # whose results a converted layer has
+    kind = own_class(layer)  # whose results a converted layer has
     if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     return ""
@@ -272,7 +273,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     TypeError
         If model is no Module.
     ValueError
-        If a lazy batch norm was never called, or a layer is of a class whose forward is another than batch norm's. Nothing
+        If a lazy batch norm was never called, or a layer is parametrized or of a class whose forward is another than batch norm's. Nothing
         is changed then.
 
     Examples
@@ -284,7 +285,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     """
     check(model)
     for path, layer in model.named_modules():
-        if is_batch_norm(layer) and (why := unusual(layer)):
+        if is_batch_norm(layer) and (why := unusual(layer) or ("it is parametrized" if is_parametrized(layer) else "")):
             raise ValueError(f"{path or 'the model'} cannot be converted: {why}")
     made: dict[nn.Module, SyncBatchNorm] = {}
 
