@@ -202,14 +202,11 @@ cdef cnp.ndarray train(Calls calls, Call* call, int number, x, y, tuple vectors,
     call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
     call.scale, call.shift = row(made, 3), row(made, 4)
     if run(calls.table.forward, call) == LEFT:
-        if after is not None:
-            activation, residual = after
-            epilogue = calls.epilogue(activation, None if residual is None else in_memory(residual, dims_of(call)))
-        finish(calls, call, made, x, y, vectors, epilogue)
+        finish(calls, call, made, x, y, vectors, epilogue, after)
     return made
 
 
-cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, tuple given, epilogue) except -1:
+cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, tuple given, epilogue, tuple after) except -1:
     """Compute the channels that a forward has left, then move the running statistics, which cannot fail any more.
 
     The tiles of so many channels alone are those of all: planes are cut without regard to the number of channels, and
@@ -217,12 +214,16 @@ cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, tuple given, ep
     """
     cdef cnp.ndarray mask = np.empty(call.channels, np.bool_), found = new_vectors(call, 2, cnp.NPY_DOUBLE)
     memcpy(cnp.PyArray_DATA(mask), call.left, call.channels)
-    memcpy(row(found, 0), call.batch_mean, call.channels * sizeof(double))  # other calls use the scratch memory
+    # Before any line of Python runs: a handler of signals may call, too, and other calls use the scratch memory.
+    memcpy(row(found, 0), call.batch_mean, call.channels * sizeof(double))
     memcpy(row(found, 1), call.batch_m2, call.channels * sizeof(double))
     call.batch_mean, call.batch_m2 = <double*> row(found, 0), <double*> row(found, 1)
     end_scratch()
     weight, bias, running_mean, running_var = given
     dims = dims_of(call)
+    if after is not None:
+        activation, residual = after
+        epilogue = calls.epilogue(activation, None if residual is None else in_memory(residual, dims))
     channels = np.flatnonzero(mask)
     part = calls.part(channels, np.zeros_like(channels))
     rows, own_mean, own_var = part.of(in_memory(x, dims)), part.of(running_mean), part.of(running_var)
