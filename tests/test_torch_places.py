@@ -126,6 +126,7 @@ UNSEEN: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # of torch.export in PyTorch 2.13
 @pytest.mark.parametrize(("make", "unseen"), UNSEEN.values(), ids=UNSEEN.keys())
 def test_normalizations_that_are_no_layers_are_named(make: Callable[[], Any], unseen: dict[str, str]) -> None:
     model, x = make(), torch.randn(2, 3, 5, 5)
