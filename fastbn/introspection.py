@@ -91,13 +91,14 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
     else:
         tiles = f"{min(plan['images'], dims[0])} images for each channel"
     work, written = f"{last['units']}", int(op != "stats")
-    if plan["resident"]:
+    if plan["resident"] and sums:
         work += f" of {sums['channels_per_unit']} channels, sums and map on resident data"
         resident = reads * sums["channels_per_unit"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
         reads *= 1 if resident else 2
     elif sums and mapped:
         work, reads = f"{sums['units']}, then backwards {work}", 2 * reads
     elif mapped:
+        work += f" of {mapped['channels_per_unit']} channels, whose parameters they make" if plan["resident"] else ""
         reads = 1
     size = (reads + written) * dims[0] * dims[1] * dims[2] * itemsize
     return {

@@ -97,6 +97,22 @@ def test_large_outputs_are_streamed(op: str) -> None:
             assert (plan["map"] or plan["sums"])["nontemporal"] is streamed
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_inference_of_few_rows_is_explained_as_it_runs(threads: int) -> None:
+    """Where several threads share them, whole columns are units, as in training."""
+    x = np.zeros((64, 1024), np.float32)
+    if not MODULES or core.doors(x) is None:
+        pytest.skip("no compiled kernel runs here by itself")
+    plan, training = plans.plan("normalize", (64, 1024, 1), 4, threads), plans.plan("forward", (64, 1024, 1), 4, threads)
+    assert plan["resident"] == (threads > 1)
+    with fastbn.num_threads(threads):
+        text = fastbn.explain("normalize", x)
+    assert ("whose parameters they make" in text) == (threads > 1)
+    if threads > 1:
+        assert plan["map"]["channels_per_unit"] == training["sums"]["channels_per_unit"]
+        assert f"units: {training['sums']['units']} of" in text
+
+
 @pytest.mark.parametrize("op", ["stats", "normalize", "forward", "backward"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_explain_prints_the_plan(op: str, layout: Any) -> None:

@@ -211,12 +211,13 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
     t.outer, t.channels, t.inner = dims
     t.item, t.threads, t.streamable = itemsize, thread_count(threads), True
     t.reads, t.arrays, t.touched = TRAFFIC[op]
+    t.folds = op == "normalize"  # as inference does
     make_plan(&p, &t)
     return {
         "count": p.tiles.count, "tiles": p.tiles.tiles, "width": p.tiles.width, "images": p.tiles.images,
         "pieces": p.tiles.pieces, "piece": p.tiles.piece, "columns": p.tiles.columns, "repeats": p.tiles.repeats,
         "run": p.tiles.run, "resident": bool(p.resident), "sums": numbers(&p.sums) if t.reads else None,
-        "map": numbers(&p.map) if t.arrays and not p.resident else None,
+        "map": None if not t.arrays or (t.reads and p.resident) else numbers(&p.sums if p.resident else &p.map),
     }
 
 
