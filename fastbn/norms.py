@@ -290,7 +290,8 @@ def _checked_instance_norm(
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
     if mean is not None or var is not None:
-        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "weight": weight, "bias": bias})
+        read = {"x": call.x, "residual": call.residual, "weight": weight, "bias": bias}
+        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out} | read)
     if call.x.size and call.shape.values == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got x of shape {call.x.shape}")
     tracked = mean is not None or var is not None

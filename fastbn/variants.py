@@ -153,7 +153,7 @@ def batch_channel_norm_forward(
     mean, var = running_mean, running_var
     if trained:
         mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
-        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out})
+        checks.apart({"running_mean": mean, "running_var": var}, {"out": call.out, "x": call.x, "residual": call.residual})
         count = call.x.size // max(channels[0], 1)
         if call.x.size and count < 1 + unbiased:
             raise ValueError(f"Expected more than {unbiased} value per channel when training, got x of shape {call.x.shape}")

@@ -420,6 +420,9 @@ ERRORS = (
     (lambda x: fastbn.batch_channel_norm(x, None, None, np.ones(3), training=True), ValueError, "mix has shape"),
     (lambda x: fastbn.batch_renorm(x, np.zeros(4), np.ones(4), training=True, rmax=0.5), ValueError, "rmax must be"),
     (lambda x: fastbn.ghost_batch_norm(x, None, None, training=True, virtual_batch_size=0), ValueError, "virtual_batch_size"),
+    (lambda x: fastbn.instance_norm(x, x[0, :, 0, 0]), ValueError, "running_mean and x share memory"),
+    (lambda x: fastbn.batch_channel_norm(x, x[0, :, 0, 0], None, np.ones(4), training=True), ValueError, "running_mean and x share memory"),
+    (lambda x: fastbn.batch_renorm(x, np.zeros(4), x[0, :, 0, 0], training=True), ValueError, "running_var and x share memory"),
 )
 
 
