@@ -42,6 +42,11 @@ class Builtin(NamedTuple):
         """Whether the input can be had from the output."""
         return self.name == "leaky_relu" and self.parameter > 0
 
+    @property
+    def argument(self) -> tuple[str, float] | str:
+        """What `lookup` makes it of."""
+        return (self.name, self.parameter) if self.name == "leaky_relu" else self.name
+
 
 class Activation:
     """A function of the user's, which Numba compiles into its kernels.
@@ -97,7 +102,7 @@ class Activation:
 
 
 NAMES = ("relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh")
-_ALL = {name: Builtin(name, 0.01 if name == "leaky_relu" else 0.0, code) for code, name in enumerate(NAMES, 1)}
+BUILTINS = {name: Builtin(name, 0.01 if name == "leaky_relu" else 0.0, code) for code, name in enumerate(NAMES, 1)}
 
 
 class Epilogue(NamedTuple):
@@ -149,8 +154,8 @@ def lookup(activation: object) -> Builtin | Activation:
     TypeError, ValueError
         If there is no such activation.
     """
-    if type(activation) is str and activation in _ALL:
-        return _ALL[activation]
+    if type(activation) is str and activation in BUILTINS:
+        return BUILTINS[activation]
     if isinstance(activation, Activation):
         return activation
     if callable(activation):
@@ -160,20 +165,20 @@ def lookup(activation: object) -> Builtin | Activation:
     name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str):
         raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(name)}")
-    if name not in _ALL:
+    if name not in BUILTINS:
         raise ValueError(f"activation must be one of {', '.join(NAMES)} or None, got {name!r}{_hint(name)}")
     if not parameters:
-        return _ALL[name]
+        return BUILTINS[name]
     if name not in ("leaky_relu", "gelu") or len(parameters) > 1:
         raise ValueError(f"{_PARAMETERS}, got {activation!r}")
     (parameter,) = parameters
     if name == "leaky_relu":
-        return _ALL[name]._replace(parameter=_slope(parameter))
+        return BUILTINS[name]._replace(parameter=_slope(parameter))
     if not isinstance(parameter, str):
         raise TypeError(f"{_PARAMETERS}, got {activation!r}")
     if parameter not in ("none", "tanh"):
         raise ValueError(f"{_PARAMETERS}, got {activation!r}")
-    return _ALL["gelu" if parameter == "none" else "gelu_tanh"]
+    return BUILTINS["gelu" if parameter == "none" else "gelu_tanh"]
 
 
 def _slope(value: Any) -> float:

@@ -19,22 +19,25 @@ class DType(NamedTuple):
         Short name, the last part of a kernel's name (``normalize_ncsp_f32``).
     compute : numpy.dtype
         Type of the arithmetic, of the parameters and of the statistics.
+    step : float
+        From 1 to the next number.
     """
 
     storage: str
     name: str
     compute: np.dtype[Any]
+    step: float
 
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 DTYPES = {
     row.storage: row
     for row in (
-        DType("float32", "f32", _F32),
-        DType("float64", "f64", _F64),
-        DType("float16", "f16", _F32),
+        DType("float32", "f32", _F32, 2.0**-23),
+        DType("float64", "f64", _F64, 2.0**-52),
+        DType("float16", "f16", _F32, 2.0**-10),
         # ml_dtypes' type is found by its name, so that nothing has to import ml_dtypes.
-        DType("bfloat16", "bf16", _F32),
+        DType("bfloat16", "bf16", _F32, 2.0**-7),
     )
 }
 

@@ -12,6 +12,7 @@ from fastbn import checks, core
 from fastbn.activations import Activation
 from fastbn.checks import Channels
 from fastbn.core import Request, Running, Total
+from fastbn.dtypes import DTYPES
 from fastbn.layout import Array, LayoutName, view
 from fastbn.results import MADE_ACTIVATION, Gradients, Saved, Stats, of_rows
 
@@ -423,16 +424,13 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
     with np.errstate(all="ignore"):
         weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
         # The output is known to its last place, which is one of the bias; the input times the weight must be larger.
-        lost = np.isfinite(saved.shift) & (np.abs(saved.shift) * _LAST_PLACE[dtype.name] >= weight / 8)
+        lost = np.isfinite(saved.shift) & (np.abs(saved.shift) * DTYPES[dtype.name].step >= weight / 8)
     if lost.any() and saved.count:
         c = int(np.argmax(lost))
         raise ValueError(
             f"from_output needs weights that are not 0 and not tiny beside the biases, or the input cannot be had from the "
             f"output: weight[{c}] is {weight[c]:g}, bias[{c}] about {saved.shift[c]:g}"
         )
-
-
-_LAST_PLACE = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def batch_norm_stats(

@@ -611,7 +611,7 @@ def _layer_norm(
 ) -> tuple[Array, SavedParts | None]:
     weight, bias, eps = given
     if eps is None and kind == "rms_norm" and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
-        eps = _SMALLEST_STEP[row.storage]
+        eps = row.step
     plain = _Plain(kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out)
     if (done := plain.forward(keep)) is not None:
         return done
@@ -620,9 +620,6 @@ def _layer_norm(
     w, b = row_vector("weight", weight, shape, compute), row_vector("bias", bias, shape, compute)
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), kind == "layer_norm", compute, call.threads)
     return _forward(call, norm, keep, weight, bias)
-
-
-_SMALLEST_STEP = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def layer_norm(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import core, cpu
+from fastbn import activations, core, cpu
 from fastbn.dispatch import TABLE, Kernel
 
 plans = pytest.importorskip("fastbn.kernels._plan", reason="built without a compiler")
@@ -126,3 +128,15 @@ def test_explain_prints_the_plan(op: str, layout: Any) -> None:
     assert f"{plan['tiles']} tiles of" in text
     assert f"{last['units']}" in text.split("units: ")[1].split("\n")[0]
     assert f"streaming: {'yes' if last['nontemporal'] else 'no'}" in text
+
+
+def test_the_numba_kernels_count_with_the_same_numbers() -> None:
+    """Their constants are those of the compiled kernels by name and value, but for the caches, and so are their activations' codes."""
+    numba = pytest.importorskip("fastbn.kernels.numba", reason="Numba is not installed")
+    sources = (Path(__file__).parents[1] / "fastbn" / "kernels" / name for name in ("plan.hpp", "_plan.pyx", "simd/tiles.pxi"))
+    text = "\n".join(path.read_text() for path in sources)
+    theirs = dict(re.findall(r"^ *(?:constexpr std::ptrdiff_t )?([A-Z]+(?:_[A-Z]+)*) *= *(\d+)\b", text, re.MULTILINE))
+    shared = sorted(name for name in theirs if hasattr(numba, name))
+    assert {"BATCH", "BLOCK", "CHAIN", "COLUMNS", "FEW_VALUES", "LONG_ROW", "MANY_ROWS", "PLANES", "TILE", "TILE_ROWS"} <= set(shared)
+    assert {name: getattr(numba, name) for name in shared} == {name: int(theirs[name]) for name in shared}
+    assert tuple(numba.FUNCTIONS) == activations.NAMES

@@ -36,8 +36,7 @@ class Plan(NamedTuple):
     @property
     def after(self) -> tuple[str, float] | str | None:
         """The activation as the functions of fastbn take it."""
-        f = self.activation
-        return f if f is None else ("leaky_relu", f.parameter) if f.name == "leaky_relu" else f.name
+        return None if self.activation is None else self.activation.argument
 
 
 def computed(dtype: object) -> str:

@@ -4,7 +4,7 @@ from fastbn.kernels._pool cimport Host
 
 cdef extern from "call.hpp" namespace "fastbn" nogil:
     cdef enum Dtype:
-        FLOAT32, FLOAT64, BFLOAT16, FLOAT16
+        FLOAT32, FLOAT64, BFLOAT16, FLOAT16, DTYPES
 
     cdef enum Status:
         DONE, NO_MEMORY, LEFT

@@ -1,7 +1,10 @@
 """Plans, for the modules that follow them; plan.hpp says what the numbers mean."""
 
 cdef extern from "plan.hpp" namespace "fastbn" nogil:
-    const Py_ssize_t LINE, BLOCK, COLUMNS, PLANES, STAGE, CHAIN, TILE_ROWS, MAP_ROWS
+    const Py_ssize_t LINE, BLOCK, COLUMNS, PLANES, STAGE, CHAIN, TILE_ROWS, MAP_ROWS, TILE, FEW_ROWS
+
+    enum:
+        MOST_TILES
 
     cdef cppclass Task:
         Py_ssize_t outer, channels, inner, item

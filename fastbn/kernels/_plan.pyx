@@ -7,12 +7,10 @@ Tiles decide the bits of a result, so that no cache, thread or ISA may have a sa
 from libc.string cimport memset
 
 cdef enum:
-    TILE = 16384         # elements of a tile of planes
     MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
     LONG_ROW = 2048      # gather rows up to this many columns
     FAR = 3              # arrays of more than this part of L3, which others use too, do not stay in it
     LEAST_RUN = 1024     # bytes of an image that are worth a turn
-    FEW_ROWS = 256       # rows up to which groups of columns are summed and mapped at once: one tile
     MOST_L3 = 32 << 20   # bytes of an L3 that one program has to itself, however large that of the whole processor is
     UNITS = 4            # units for each thread, so that none waits long for the last
     WHOLE_UNITS = 8      # the same of whole channels, whose last unit takes the longest

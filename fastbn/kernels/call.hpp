@@ -4,6 +4,7 @@
 // Nothing here needs Python: a call may come from any thread, with or without Python's lock.
 #pragma once
 
+#include "plan.hpp"
 #include "pool.hpp"
 
 namespace fastbn {
@@ -74,7 +75,7 @@ struct Call {
     bool uncentered;  // the mean is taken to be 0
 };
 
-constexpr std::ptrdiff_t LONGEST_ROW = 1 << 20;  // elements
+constexpr std::ptrdiff_t LONGEST_ROW = MOST_TILES * TILE;  // elements
 
 // Whether the kernels take calls over parts of such memory: planes, columns, or rows of several elements and not too many.
 inline bool are_parts(std::ptrdiff_t outer, std::ptrdiff_t inner, std::ptrdiff_t group) {

@@ -69,10 +69,13 @@ CHAIN = 64  # blocks, or images, added to one accumulator: long chains lose digi
 BATCH = 8  # rows taken at once
 MANY_ROWS = 32  # images from which planes of less than two blocks are columns
 LONG_ROW = 2048  # rows are gathered up to this many columns
-GROUP = 4096  # bytes of the accumulators of a unit's columns
+COLUMNS = 4096  # bytes of the accumulators of a unit's columns
+PLANES = 32  # channels of a unit whose planes are summed
+LINE = 64  # bytes of a cache line
 STAGE = 2048  # bytes of a plane from which it is worth its lines' being whole
 UNITS = 4  # units for each thread
 LEAST, MOST = 1e-25, 3e38  # sums of squares in float32 between these keep their digits
+FAR = 3  # arrays of more than this part of L3 do not stay in it
 FEW_VALUES = 64  # values of a tile up to which its sums round so seldom that the pivot may be farther away
 L2, L3 = 1 << 20, 32 << 20  # bytes that the units are cut for, and from which outputs are written past the caches
 
@@ -962,7 +965,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
     The sums read so many arrays, and the map reads and writes so many; `fresh` is an output of its own.
     """
     job.outer, job.channels, job.inner = outer, channels, inner = shape
-    lanes, total = 128 // max(size, 4), outer * channels * inner
+    lanes, total = BLOCK // max(size, 4), outer * channels * inner
     enough = UNITS * threads
     job.images = job.pieces = job.repeats = job.run = 1
     job.piece, job.columns, job.width = inner, channels, channels
@@ -975,7 +978,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
         job.columns = job.width * inner
         job.rows, job.tail_columns = outer // job.repeats, outer % job.repeats * channels
         job.tiles = _up(job.rows, TILE_ROWS) + (job.tail_columns > 0)
-        room, groups = GROUP // (128 // lanes), _up(enough, job.tiles)
+        room, groups = COLUMNS // (BLOCK // lanes), _up(enough, job.tiles)
         if inner > 1:
             job.group = max(1, min(room // inner, _up(channels, groups))) * inner
         else:
@@ -988,12 +991,12 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
         else:
             job.images = max(1, min(CHAIN, TILE // inner))
         job.tiles = _up(outer, job.images) * job.pieces
-        job.group = max(1, min(32, channels // _up(enough, job.tiles)))
+        job.group = max(1, min(PLANES, channels // _up(enough, job.tiles)))
         job.sum_units = job.tiles * _up(channels, job.group)
     job.sum_bytes, job.map_bytes = reads * total * size, arrays * total * size
     if arrays == 0:
         return
-    job.nontemporal = fresh and total * size * arrays > L3 and (job.columns * size % 64 == 0 if columns else inner * size > STAGE)
+    job.nontemporal = fresh and total * size * arrays > L3 and (job.columns * size % LINE == 0 if columns else inner * size > STAGE)
     part = max(lanes, min(L2 // 2 // (arrays * size), _up(total, enough)))
     if columns:
         job.map_piece = _even(job.columns, part, lanes)
@@ -1005,7 +1008,7 @@ def _cut(job: Job, shape: tuple[int, int, int], size: int, threads: int, reads: 
     if reads == 0 or columns or not fresh or (threads > 1 and channels < enough):
         return
     channel, all_of_it = reads * outer * inner * size, arrays * total * size
-    if outer > 1 and L3 // 3 < all_of_it <= L3:
+    if outer > 1 and L3 // FAR < all_of_it <= L3:
         return  # long runs from L3 take less time than short ones
     job.together = 1
     job.group = max(1, min(L2 // 2 // channel, channels // enough))

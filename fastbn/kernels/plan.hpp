@@ -12,7 +12,10 @@ constexpr std::ptrdiff_t COLUMNS = 4096;   // bytes of the accumulators of one u
 constexpr std::ptrdiff_t PLANES = 32;      // channels of a unit whose planes are summed
 constexpr std::ptrdiff_t STAGE = 2048;     // bytes of short planes that are gathered before they are streamed
 constexpr std::ptrdiff_t CHAIN = 64;       // additions to one accumulator, before it is added to another: long chains lose digits
+constexpr std::ptrdiff_t TILE = 16384;     // elements of a tile of planes
 constexpr std::ptrdiff_t TILE_ROWS = 256;  // rows of a tile of columns
+constexpr std::ptrdiff_t FEW_ROWS = TILE_ROWS;  // up to which groups of columns are summed and mapped at once: never more than one tile
+constexpr std::ptrdiff_t MOST_TILES = 64;  // of a row, and of the rows that are summed together
 constexpr std::ptrdiff_t MAP_ROWS = 4;     // rows mapped with one load of the parameters
 
 // What a plan is made from, besides the sizes of the caches.

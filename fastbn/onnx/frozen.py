@@ -11,7 +11,6 @@ from fastbn.layout import Array
 from fastbn.onnx.graph import Node, Stays
 
 EPSILON = 1e-5  # ONNX's default
-LAST_PLACE = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 class Frozen(NamedTuple):
@@ -36,7 +35,7 @@ class Frozen(NamedTuple):
     def changes_nothing(self) -> bool:
         """Whether the scale is 1 and the shift is 0, but for what its dtype rounds away."""
         scale, shift = self.affine()
-        last = 2 * LAST_PLACE[self.scale.dtype.name]
+        last = 2 * DTYPES[self.scale.dtype.name].step
         return bool((np.abs(scale - 1) <= last).all() and (np.abs(shift) <= last * np.abs(self.bias.astype(np.float64))).all())
 
 

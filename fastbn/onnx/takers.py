@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.dtypes import DTYPES
 from fastbn.layout import Array
-from fastbn.onnx.frozen import LAST_PLACE, frozen
+from fastbn.onnx.frozen import frozen
 from fastbn.onnx.graph import Node, Stays
 
 
@@ -45,14 +46,14 @@ class Change(NamedTuple):
 
 def stored(exact: Array, dtype: np.dtype[Any], axis: int | None = None) -> Array:
     """What a float64 array becomes in a dtype; `Stays` where the numbers of a channel do not fit."""
-    if dtype.name not in LAST_PLACE:
+    if dtype.name not in DTYPES:
         raise Stays(f"a constant beside it is {dtype}")
     with np.errstate(all="ignore"):
         result = exact.astype(dtype)
         lost = np.abs(result.astype(np.float64) - exact)
         others = tuple(i for i in range(exact.ndim) if i != axis) if axis is not None else None
         largest = np.abs(exact).max(axis=others, keepdims=True, initial=0.0)
-        if not (lost <= LAST_PLACE[dtype.name] * largest).all():
+        if not (lost <= DTYPES[dtype.name].step * largest).all():
             raise Stays(f"what a constant beside it would become does not fit {dtype}")
     return result
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import Module, Parameter, Sequential
 
-from fastbn.activations import NAMES, Builtin
+from fastbn.activations import BUILTINS, Builtin
 from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
@@ -40,7 +40,6 @@ LAYERS = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.Hardswish: "hardswish", nn.SiLU: "silu", nn.GELU: "gelu",
     nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
 }  # fmt: skip
-BUILTINS = {name: Builtin(name, 0.0, code) for code, name in enumerate(NAMES, 1)}
 
 
 class Steps(NamedTuple):
@@ -258,7 +257,7 @@ def builtin(activation: Any) -> Builtin | None:
     name = LAYERS.get(type(activation))
     if name == "leaky_relu":
         slope = activation.negative_slope
-        return Builtin(name, slope, BUILTINS[name].code) if type(slope) is float and -inf < slope < inf else None
+        return BUILTINS[name]._replace(parameter=slope) if type(slope) is float and -inf < slope < inf else None
     if name == "relu6":
         return BUILTINS[name] if (activation.min_val, activation.max_val) == (0, 6) else None
     if name == "gelu":
@@ -426,7 +425,8 @@ class Pending(Standing):
         if self.residual is not None and name not in FROM_OUTPUT:
             return None
         self._release()
-        y = self.call.run(self.residual, BUILTINS[name]._replace(parameter=parameter) if parameter else BUILTINS[name])
+        after = BUILTINS[name]
+        y = self.call.run(self.residual, after if parameter == after.parameter else after._replace(parameter=parameter))
         if in_place:
             self.value = y
         return y

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastbn.activations import NAMES, Builtin
+from fastbn.activations import BUILTINS, Builtin
 from fastbn.torch.override import ready
 
 F = torch.nn.functional
@@ -107,8 +107,7 @@ class Arguments(NamedTuple):
         """Whether the input can be had from the output, to some digits at least."""
         if not self.from_output:
             return False
-        invertible = self.activation.code == 0 or (self.activation.name == "leaky_relu" and self.activation.parameter > 0)
-        if not (self.training and invertible) or self.residual is not None:
+        if not (self.training and (self.activation.code == 0 or self.activation.invertible)) or self.residual is not None:
             return False
         if any(t.dtype not in (torch.float32, torch.float64) for t in (self.weight, self.bias) if t is not None):
             return False
@@ -292,7 +291,7 @@ _OWN.define(
 
 
 def _builtin(name: str, parameter: float) -> Builtin:
-    return Builtin(name, parameter, NAMES.index(name) + 1) if name in NAMES else IDENTITY
+    return BUILTINS[name]._replace(parameter=parameter) if name in BUILTINS else IDENTITY
 
 
 def is_compiled(x: Tensor) -> bool:

@@ -117,9 +117,7 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
 
 def _function(activation: Builtin) -> Any:
     """An activation as the functions of fastbn are given it."""
-    if not activation.code:
-        return None
-    return (activation.name, activation.parameter) if activation.name == "leaky_relu" else activation.name
+    return activation.argument if activation.code else None
 
 
 class _Fused(torch.autograd.Function):

@@ -135,6 +135,7 @@ template <int kind, class R> inline R smooth(R z) {
     if (kind == SILU) return z / one_and_exp(z);
     if (kind == TANH) return hyperbolic_tangent(z);
     if (kind == GELU) return z * normal(z).below;
+    static_assert(kind >= SIGMOID && kind <= GELU_TANH, "a smooth activation has a formula here, and its derivative below");
     return z / one_and_exp(twice_u(z));
 }
 

@@ -35,6 +35,7 @@ template <class T> struct Block {
     R r[registers];
 
     static constexpr ptrdiff_t width() { return BLOCK / sizeof(C); }
+    static constexpr ptrdiff_t item() { return sizeof(C); }  // bytes of one number of a vector of channels
 
     Block operator+(Block b) const {
         FOR_REGISTERS b.r[i] = r[i] + b.r[i];
@@ -55,6 +56,12 @@ template <class T> struct Block {
     static Block fma(Block a, Block b, Block c) {
         FOR_REGISTERS c.r[i] = multiply_add(a.r[i], b.r[i], c.r[i]);
         return c;
+    }
+
+    // dy times the slope of a smooth activation: where that is 0 nothing passes, not even infinity, as where relu is flat.
+    static Block through(Block dy, Block slope) {
+        FOR_REGISTERS dy.r[i] = select(slope.r[i] == 0, R{}, dy.r[i] * slope.r[i]);
+        return dy;
     }
 
     // A smooth activation of several blocks, or its derivative.
@@ -95,7 +102,7 @@ template <class T> struct Block {
                     dy.r[i] = select(z.r[i] <= -3, R{}, select(z.r[i] >= 3, dy.r[i], inside));
                 }
                 break;
-            default: dy = dy * smooth(z, f, true);
+            default: dy = through(dy, smooth(z, f, true));
         }
         return dy;
     }

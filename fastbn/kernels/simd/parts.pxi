@@ -165,8 +165,8 @@ cdef inline void* further(const void* p, Py_ssize_t bytes) noexcept nogil:
 cdef TypedCall[Op, T] image(TypedCall[Op, T]* job, Py_ssize_t b) noexcept nogil:
     """The call on one image."""
     cdef TypedCall[Op, T] one = job[0]
-    cdef Py_ssize_t size = b * job.outer * job.channels * job.inner * sizeof(T), number = BLOCK // Block[T].width()
-    cdef Py_ssize_t parts = b * (job.channels // job.group) * number, channels = b * job.channels * sizeof(double)
+    cdef Py_ssize_t size = b * job.outer * job.channels * job.inner * sizeof(T), item = Block[T].item()
+    cdef Py_ssize_t parts = b * (job.channels // job.group) * item, channels = b * job.channels * sizeof(double)
     one.x, one.dy, one.residual = further(job.x, size), further(job.dy, size), further(job.residual, size)
     one.out, one.dresidual, one.dz = further(job.out, size), further(job.dresidual, size), further(job.dz, size)
     one.mean, one.mean_lo = further(job.mean, parts), further(job.mean_lo, parts)

@@ -2,11 +2,10 @@
 
 cdef enum:
     ROWS = 8             # rows at most that are summed before they are mapped: the last steps of their sums go on at once
-    ROW_BYTES = 4096     # of floats at most so many bytes, and of shorter types, whose arithmetic takes longer, more
+    ROW_BYTES = 4096     # of floats at most; of halves, which take longer to compute for a byte, twice, of doubles half as many
     BACK_BYTES = 16384   # of each array of a backward
     ROW_TILE = 64        # rows whose columns are summed before they are merged in double
     FEW_COLUMNS = 128    # that are merged together
-    MOST_TILES = 64      # of a row, and of the rows that are summed together
 
 
 cdef inline Block[T] along(
@@ -110,7 +109,7 @@ cdef void sum_few_rows(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nog
     """The merged sums of rows. What is not of one tile, with a pivot that is near and sums in range, is summed as planes are."""
     cdef TypedCall[GradSums, T] squares
     cdef Py_ssize_t c, tile
-    if job.uncentered:
+    if job.uncentered:  # x^2 is summed as a gradient's dy (x - mean) is, with x as dy and no mean
         squares = (<TypedCall[GradSums, T]*> job)[0]
         squares.dy, squares.at_mean = job.x, job.at_mean
         squares.sum_dy, squares.sum_dy_xmu = job.batch_mean, job.batch_m2
@@ -140,10 +139,10 @@ cdef void sum_few_rows(TypedCall[Forward, T]* job, Py_ssize_t rows) noexcept nog
 cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several rows: a few at a time, statistics, then the map."""
     cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), n, c, size
-    cdef Py_ssize_t together = min(<Py_ssize_t> ROWS, ROW_BYTES * 4 // (job.inner * <Py_ssize_t> (sizeof(T) * sizeof(T))))
-    cdef Py_ssize_t number = BLOCK // Block[T].width()
+    cdef Py_ssize_t together = min(<Py_ssize_t> ROWS, ROW_BYTES * 4 // <Py_ssize_t> sizeof(T) // (job.inner * <Py_ssize_t> sizeof(T)))
+    cdef Py_ssize_t item = Block[T].item()
     cdef double partial[3 * MOST_TILES]
-    cdef double vectors[7 * ROWS]
+    cdef double vectors[6 * ROWS]
     cdef double low, invstd
     cdef TypedCall[Forward, T] own = job[0]
     together = max(<Py_ssize_t> 1, min(together, MOST_TILES // job.tiles))
@@ -156,8 +155,8 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
         n = min(together, last - first)
         size = first * job.inner * sizeof(T)
         own.x, own.out, own.residual = further(job.x, size), further(job.out, size), further(job.residual, size)
-        own.mean, own.mean_lo = further(job.mean, first * number), further(job.mean_lo, first * number)
-        own.invstd = further(job.invstd, first * number)
+        own.mean, own.mean_lo = further(job.mean, first * item), further(job.mean_lo, first * item)
+        own.invstd = further(job.invstd, first * item)
         own.channels = own.width = n
         sum_few_rows(&own, n)
         for c in range(n):
@@ -175,15 +174,15 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
 
 cdef const void* padded(const void* vector, double instead, Py_ssize_t n, Py_ssize_t row, char* room, T* tag) noexcept nogil:
     """A vector of channels, with what a block may read behind it if rows are not whole blocks; a number where there is none."""
-    cdef Py_ssize_t number = BLOCK // Block[T].width(), c
+    cdef Py_ssize_t item = Block[T].item(), c
     if vector != NULL and row % Block[T].width() == 0:
         return vector  # a copy would have to be fetched by the other threads
     if vector == NULL:
         for c in range(n):
             Block[T].set_value(room, c, instead)
     else:
-        memcpy(room, vector, n * number)
-    memset(room + n * number, 0, BLOCK)
+        memcpy(room, vector, n * item)
+    memset(room + n * item, 0, BLOCK)
     return room
 
 
@@ -192,7 +191,7 @@ cdef Status forward_rows(TypedCall[Forward, T]* job) noexcept nogil:
     cdef Plan p
     cdef Task t
     cdef int arrays = 2 + (job.residual != NULL)
-    cdef Py_ssize_t size = job.period * (BLOCK // Block[T].width()) + BLOCK
+    cdef Py_ssize_t size = job.period * Block[T].item() + BLOCK
     cdef char* room = <char*> scratch(2 * size)
     if room == NULL:
         return NO_MEMORY
@@ -273,7 +272,7 @@ cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noex
     """A tile of rows, a few at a time: sums along each, sums of each column, and then, because dx may be dy, the map."""
     cdef Py_ssize_t together = max(<Py_ssize_t> 2, min(<Py_ssize_t> ROWS, BACK_BYTES // (job.inner * <Py_ssize_t> sizeof(T))))
     cdef Py_ssize_t first = unit * ROW_TILE, last = min(first + ROW_TILE, job.channels), W = Block[T].width(), n, r, j
-    cdef Py_ssize_t size = job.inner * (BLOCK // W) + BLOCK
+    cdef Py_ssize_t size = job.inner * Block[T].item() + BLOCK
     cdef char* dweight = <char*> job.expanded + 2 * unit * size
     cdef double sums[2 * ROWS]
     cdef double g0, g1, invstd, low
@@ -323,15 +322,15 @@ cdef void merge_columns(TypedCall[GradInput, T]* job, Py_ssize_t tiles, Py_ssize
 
 cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
     """Gradients of rows along which the weights run."""
-    cdef Py_ssize_t rows = job.batch, k = job.channels, number = BLOCK // Block[T].width(), size = k * number + BLOCK
+    cdef Py_ssize_t rows = job.batch, k = job.channels, item = Block[T].item(), size = k * item + BLOCK
     cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), c, bytes
-    cdef char* room = <char*> scratch(size + rows * number + BLOCK + 2 * tiles * size)
+    cdef char* room = <char*> scratch(size + rows * item + BLOCK + 2 * tiles * size)
     cdef double low
     if room == NULL:
         return NO_MEMORY
     job.at_scale = padded(job.weight, 1, k, k, room, <T*> NULL)
     job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
-    job.expanded = <double*> (room + size + rows * number + BLOCK)
+    job.expanded = <double*> (room + size + rows * item + BLOCK)
     for c in range(rows):
         low = Block[T].value(job.mean_lo, c)
         Block[T].set_value(room + size, c, 0 if low == 0 else -low * Block[T].value(job.invstd, c))

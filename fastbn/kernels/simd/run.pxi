@@ -223,7 +223,7 @@ cdef const void* expand(TypedCall[Op, T]* job, const void* vector, Py_ssize_t in
     # What a training forward has found is copied even so: lines that other cores read are slow to write in the next call.
     if job.columns == job.channels and job.channels % Block[T].width() == 0 and job.peel == 0 and not (Op in Forward and job.reverse):
         return vector
-    cdef Py_ssize_t W = Block[T].width(), size = BLOCK // W, repeat, c
+    cdef Py_ssize_t W = Block[T].width(), size = Block[T].item(), repeat, c
     cdef char* p = <char*> (job.expanded + index * (job.columns + 2 * W))
     if job.run == 1:
         for repeat in range(job.repeats):

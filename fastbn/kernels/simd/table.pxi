@@ -3,8 +3,8 @@
 ctypedef Status (*work_fn)(Work* job) noexcept nogil
 
 # Of each dtype, plain and active.
-cdef work_fn[4][1] STATS
-cdef work_fn[4][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, PARTS_FORWARD, PARTS_BACKWARD
+cdef work_fn[<int> DTYPES][1] STATS
+cdef work_fn[<int> DTYPES][2] GRAD_SUMS, NORMALIZE, GRAD_INPUT, INFERENCE, FORWARD, BACKWARD, PARTS_FORWARD, PARTS_BACKWARD
 
 
 cdef void register(T* tag, Dtype dtype) noexcept:
