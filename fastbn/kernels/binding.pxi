@@ -41,11 +41,7 @@ cdef int bind(Call* call, cnp.ndarray x, threads) except -1:
 
 cdef void* like(cnp.ndarray x, cnp.ndarray a) except NULL:
     """Memory of an array that is laid out as the input."""
-    if (
-        cnp.PyArray_NDIM(a) != 3 or not is_dense(a) or dtype_of(a) != dtype_of(x)
-        or cnp.PyArray_DIM(a, 0) != cnp.PyArray_DIM(x, 0) or cnp.PyArray_DIM(a, 1) != cnp.PyArray_DIM(x, 1)
-        or cnp.PyArray_DIM(a, 2) != cnp.PyArray_DIM(x, 2)
-    ):
+    if not cnp.PyArray_SAMESHAPE(a, x) or not is_dense(a) or dtype_of(a) != dtype_of(x):
         raise ValueError("the arrays of a kernel call must have one shape and dtype and be C-contiguous and aligned")
     return cnp.PyArray_DATA(a)
 

@@ -18,26 +18,6 @@ cdef int bind_parts(Call* call, cnp.ndarray x, Py_ssize_t group, threads) except
     return arithmetic(call.dtype)
 
 
-cdef void* twin(cnp.ndarray x, a, bint written) except NULL:
-    """Memory of an array that is like the input."""
-    if not isinstance(a, cnp.ndarray) or not cnp.PyArray_SAMESHAPE(a, x) or not is_dense(a) or dtype_of(a) != dtype_of(x):
-        raise ValueError("the arrays of a kernel call must have one shape and dtype and be C-contiguous and aligned")
-    if written and not cnp.PyArray_ISWRITEABLE(a):
-        raise ValueError("the outputs of a kernel call must be writable")
-    return cnp.PyArray_DATA(<cnp.ndarray> a)
-
-
-cdef int bind_epilogue_of_parts(Call* call, cnp.ndarray x, epilogue) except -1:
-    if epilogue is None:
-        return 0
-    bind_activation(call, epilogue.activation)
-    if epilogue.residual is not None:
-        call.residual = twin(x, epilogue.residual, False)
-    if epilogue.dresidual is not None:
-        call.dresidual = twin(x, epilogue.dresidual, True)
-    return 0
-
-
 cdef object forward_of_parts(
     Calls calls, cnp.ndarray x, cnp.ndarray y, weight, bias, double eps, Py_ssize_t group, bint centered, threads, epilogue
 ):
@@ -48,8 +28,8 @@ cdef object forward_of_parts(
     cdef bint rows = call.outer == 1 and call.inner == 1
     if not are_parts(call.outer, call.inner, group) or (not rows and not centered):
         return None
-    bind_epilogue_of_parts(&call, x, epilogue)
-    call.out = twin(x, y, True)
+    bind_epilogue(&call, x, epilogue)
+    call.out = target(x, y)
     call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
     call.eps, call.uncentered = eps, not centered
     made = cnp.PyArray_EMPTY(2, shape, number, 0)
@@ -71,9 +51,9 @@ cdef object backward_of_parts(
     cdef cnp.ndarray sums, made
     if not are_parts(call.outer, call.inner, group):
         return None
-    bind_epilogue_of_parts(&call, x, epilogue)
-    call.dy = twin(x, dy, False)
-    call.out = NULL if dx is None else twin(x, dx, True)
+    bind_epilogue(&call, x, epilogue)
+    call.dy = like(x, dy)
+    call.out = NULL if dx is None else target(x, dx)
     call.uncentered = not centered
     call.weight, call.bias = optional(&call, "weight", number, affine[0]), optional(&call, "bias", number, affine[1])
     for v in statistics:
