@@ -218,41 +218,47 @@ cdef Status forward_parts(TypedCall[Forward, T]* job) noexcept nogil:
     return forward_rows(job)
 
 
-cdef void unfold_parts(TypedCall[Backward, T]* job, Py_ssize_t planes) noexcept nogil:
+cdef void unfold_parts(TypedCall[Backward, T]* job, Py_ssize_t parts) noexcept nogil:
     """The parameters of planes, as the forward had them."""
-    cdef Py_ssize_t plane, c, at
-    cdef double low, scale, shift, most = Block[T].largest()
-    for plane in range(planes):
-        c, at = plane // job.group, plane % job.period
-        low = Block[T].value(job.mean_lo, c)
-        scale = Block[T].value(job.invstd, c)
-        if job.weight != NULL:
-            scale *= Block[T].value(job.weight, at)
-        shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
-        Block[T].set_value(job.plane_mean, plane, Block[T].value(job.mean, c))
-        Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
-        Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
+    cdef Py_ssize_t plane = 0, c, at = 0, end  # counted: a division takes longer than all else
+    cdef double mean, low, invstd, scale, shift, most = Block[T].largest()
+    for c in range(parts):
+        mean, low, invstd = Block[T].value(job.mean, c), Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c)
+        end = plane + job.group
+        while plane < end:
+            scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, at)
+            shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
+            Block[T].set_value(job.plane_mean, plane, mean)
+            Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
+            Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
+            plane += 1
+            at = at + 1 if at + 1 < job.period else 0
     job.mean, job.scale, job.shift = job.plane_mean, job.plane_scale, job.plane_shift
 
 
 cdef void fold_parts_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged sums of whole parts' planes to the parameters of the map."""
-    cdef Py_ssize_t plane, c, k = job.group
+    cdef Py_ssize_t plane, c, k = job.group, start = first % job.period, at
     cdef double low, invstd, g0, g1, weight, count = job.count * k
     for c in range(first // k, last // k):
+        at = start
         low, invstd = Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c)
         g0 = g1 = 0
         for plane in range(c * k, c * k + k):
-            weight = Block[T].value(job.weight, plane % job.period) if k > 1 and job.weight != NULL else 1
+            weight = Block[T].value(job.weight, at) if k > 1 and job.weight != NULL else 1
+            at += 1
             job.sum_dy_xmu[plane] -= low * job.sum_dy[plane]
             g0 += weight * job.sum_dy[plane]
             g1 += weight * job.sum_dy_xmu[plane]
         g1 = invstd * (invstd * g1 / count)
         g0 = g0 / count - low * g1
+        at = start
         for plane in range(c * k, c * k + k):
-            weight = Block[T].value(job.weight, plane % job.period) if k > 1 and job.weight != NULL else 1
+            weight = Block[T].value(job.weight, at) if k > 1 and job.weight != NULL else 1
+            at += 1
             Block[T].set_value(job.grad_offset, plane, g0 / weight)
             Block[T].set_value(job.grad_slope, plane, -g1 / weight)
+        start = at if at < job.period else 0
 
 
 cdef void sum_planes_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -327,7 +333,7 @@ cdef Status backward_planes(TypedCall[Backward, T]* job) noexcept nogil:
     job.follow(p.tiles, p.sums)
     if not allocate(job, True):
         return NO_MEMORY
-    unfold_parts(job, job.planes)
+    unfold_parts(job, job.planes // k)
     if p.resident:
         set_parameters(job, True)
         parallel(<unit_fn> backward_parts_unit[Backward, T], job, job.units, job.threads, False, job.bytes, job.host)
@@ -343,7 +349,7 @@ cdef Status backward_image(TypedCall[Backward, T]* job) noexcept nogil:
     job.planes, job.apart = job.channels, True
     if not plan(job, &p, reads, arrays_of(job), reads + 1 + (job.dresidual != NULL)):
         return NO_MEMORY
-    unfold_parts(job, job.channels)
+    unfold_parts(job, job.channels // job.group)
     sum_and_map_gradient(job, &p)
     return DONE
 
@@ -360,7 +366,7 @@ cdef bint may_divide(TypedCall[Backward, T]* job) noexcept nogil:
 
 cdef Status backward_parts(TypedCall[Backward, T]* job) noexcept nogil:
     """Gradients through the statistics of parts."""
-    cdef Py_ssize_t b, c, batch = job.batch, channels = job.channels, parts = job.channels // job.group
+    cdef Py_ssize_t b, c, g, batch = job.batch, channels = job.channels, k = job.group, parts = job.channels // job.group
     cdef double dweight, dbias
     cdef TypedCall[Backward, T] own = job[0]
     cdef Status status
@@ -383,13 +389,14 @@ cdef Status backward_parts(TypedCall[Backward, T]* job) noexcept nogil:
         status = backward_planes(&own)
     if status != DONE:
         return status
-    for c in range(channels):
-        dweight = dbias = 0
-        for b in range(batch):
-            dbias += job.sum_dy[b * channels + c]
-            dweight += job.sum_dy_xmu[b * channels + c] * Block[T].value(job.invstd, b * parts + c // job.group)
-        if job.dweight != NULL:
-            Block[T].set_value(job.dweight, c, dweight)
-        if job.dbias != NULL:
-            Block[T].set_value(job.dbias, c, dbias)
+    for g in range(parts):
+        for c in range(g * k, g * k + k):
+            dweight = dbias = 0
+            for b in range(batch):
+                dbias += job.sum_dy[b * channels + c]
+                dweight += job.sum_dy_xmu[b * channels + c] * Block[T].value(job.invstd, b * parts + g)
+            if job.dweight != NULL:
+                Block[T].set_value(job.dweight, c, dweight)
+            if job.dbias != NULL:
+                Block[T].set_value(job.dbias, c, dbias)
     return DONE
