@@ -138,10 +138,11 @@ def modules() -> list[Extension]:
         return []
     compiler = find_compiler()
     if compiler is None:
-        found_none = "no C++17 compiler was found" + (f" (CXX={os.environ['CXX']})" if os.environ.get("CXX") else "")
+        if os.environ.get("CXX"):
+            raise SystemExit(f"fastbn: CXX={os.environ['CXX']} compiles no C++17; FASTBN_NO_EXTENSIONS=1 installs the Python part alone")
         if is_on("FASTBN_REQUIRE_EXTENSIONS"):
-            raise SystemExit(f"fastbn: {found_none}, and FASTBN_REQUIRE_EXTENSIONS is set")
-        print(f"fastbn: {found_none}; the Python part is installed alone", file=sys.stderr)
+            raise SystemExit("fastbn: no C++17 compiler was found, and FASTBN_REQUIRE_EXTENSIONS is set")
+        print("fastbn: no C++17 compiler was found; the Python part is installed alone", file=sys.stderr)
         return []
     os.environ["CXX"] = shlex.join(compiler)
     common = [extension("_pool", [], ("pool.cpp", "scratch.cpp")), *(extension(name, []) for name in ("_cpu", "_plan", "_calls", "_jobs"))]

@@ -35,6 +35,7 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; background: var(--paper)
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 p, li { color: var(--soft); font-size: .92rem; } ul { padding-left: 1.2rem; }
+.warning { border-left: .25rem solid var(--c1); padding-left: .75rem; color: var(--ink); }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; margin: 1rem 0; }
 .card { background: var(--shade); border-radius: .5rem; padding: .75rem; } .card b { display: block; font-size: 1.5rem; line-height: 1.3; }
 .card span { color: var(--soft); font-size: .85rem; }
@@ -272,11 +273,13 @@ def html(about: dict[str, Any], rows: Sequence[Row], left_out: Mapping[str, int]
     (_, facts, *rest), every = report.summary(about, rows, left_out), report.layers(rows)
     title = f"fastbn {about['config']['fastbn']}: batch norm on {about['processor']}"
     names = ", ".join(NETWORKS[name].title if name in NETWORKS else name for name in dict.fromkeys(row.network for row in rows))
+    warning = "".join(f'<p class="warning">{escape(text)}</p>' for text in report.unstable(about, [row.times for row in rows]))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{escape(title)}</h1>
 <p>{escape(names)}. {escape(about["dtype"])}, {about["threads"]} threads, {escape(about["date"][:10])}.</p>
+{warning}
 {_cards(report.widest(rows))}
 <div class="plots">
 {_plots(rows)}

@@ -284,15 +284,17 @@ def problems() -> list[str]:
         found.append(f"FASTBN_KERNEL must be one of {', '.join(dispatch.KERNELS)}, got {name!r}")
     elif name is not None and (reason := dispatch.KERNELS[name].unusable()):
         found.append(f"FASTBN_KERNEL is {name}, which cannot run here: {reason}")
+    elif name is None and dispatch.select("float32").name == "reference":
+        found.append("only the reference can run, which is there to compare with: install fastbn with a C++ compiler, or Numba (pip install numba)")
     return found
 
 
 def info(as_json: bool = False) -> int:
     """Print what `fastbn.show_config` says, and what is wrong; 1 if anything is."""
-    wrong = problems()
     report: Mapping[str, Any] = {"fastbn": fastbn.__version__}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        wrong = problems()
         try:
             report = fastbn.show_config()
         except Exception as error:  # whoever asks what is wrong needs an answer

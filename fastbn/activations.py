@@ -60,8 +60,6 @@ class Activation:
 
     Raises
     ------
-    ImportError
-        If Numba is not installed.
     TypeError
         If a function is not compiled by Numba.
 
@@ -84,9 +82,7 @@ class Activation:
         for name, function in {"forward": forward, "derivative": derivative}.items():
             if hasattr(function, "py_func") or (name == "derivative" and function is None):
                 continue
-            if find_spec("numba") is None:
-                raise ImportError("a function as activation needs Numba, which is not installed (pip install numba)")
-            raise TypeError(f"{name} must be a function compiled by numba.njit, got {function!r}")
+            raise TypeError(f"{name} must be a function compiled by numba.njit, got {function!r}{_without_numba()}")
         self.forward = forward
         self.derivative = derivative
 
@@ -149,19 +145,17 @@ def lookup(activation: object) -> Builtin | Activation:
 
     Raises
     ------
-    ImportError
-        If it is a function, and Numba is not installed.
     TypeError, ValueError
-        If there is no such activation.
+        If there is no such activation, or a function is not compiled by Numba.
     """
     if type(activation) is str and activation in BUILTINS:
         return BUILTINS[activation]
     if isinstance(activation, Activation):
         return activation
     if callable(activation):
-        if hasattr(activation, "py_func") or (find_spec("numba") is None and not _hint(activation)):
+        if hasattr(activation, "py_func"):
             return Activation(activation)
-        raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(activation)}")
+        raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(activation) or _without_numba()}")
     name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str):
         raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(name)}")
@@ -192,6 +186,10 @@ def _slope(value: Any) -> float:
     if not isfinite(slope):
         raise ValueError(f"activation: the slope of leaky_relu must be a finite float64, got {value if isinstance(value, float) else inf}")
     return slope
+
+
+def _without_numba() -> str:
+    return "" if find_spec("numba") else "; Numba, which compiles functions, is not installed (pip install numba)"
 
 
 def _hint(meant: object) -> str:

@@ -18,7 +18,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 # What brings a package that a block imports; all else comes with Python or NumPy.
 EXTRAS = {
     "torch": "torch", "numba": "numba", "onnx": "onnx", "onnxruntime": "onnx", "keras": "keras", "tensorflow": "keras", "jax": "keras",
-    "ml_dtypes": "bf16", "dask": "test", "joblib": "test", "sklearn": "test", "mpi4py": "mpi",
+    "ml_dtypes": "bf16", "sklearn": "test", "mpi4py": "mpi",
 }  # fmt: skip
 
 

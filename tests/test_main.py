@@ -156,6 +156,12 @@ def test_info_shows_what_nobody_thought_of(monkeypatch, capsys):
     assert "problem    no such thing" in capsys.readouterr().out
 
 
+def test_only_the_reference_is_a_problem(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "select", lambda dtype: dispatch.KERNELS["reference"])
+    assert main(["info"]) == 1
+    assert "problem    only the reference can run" in capsys.readouterr().out
+
+
 def test_info_shows_warnings_in_the_report(monkeypatch, capsys):
     monkeypatch.setattr(fastbn, "show_config", lambda: warnings.warn("slow", RuntimeWarning, stacklevel=1) or {})
     assert main(["info"]) == 0

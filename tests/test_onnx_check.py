@@ -172,6 +172,7 @@ def test_nodes_of_other_domains_may_be_anything() -> None:
 
 
 def test_bodies_of_loops_and_scans_are_looked_into() -> None:
+    pytest.importorskip("onnxruntime")
     loop = f"""n = Constant <value = int64 {{3}}> () t = Constant <value = bool {{1}}> ()
         y = Loop (n, t, x) <body = one (int64 i, bool go, float[2, 3] h) => (bool more, float[2, 3] k) {{
             more = Identity (go) g = Gemm (h, w) q = {BN} (g, s, b, m, v) k = Relu (q) }}>"""
@@ -198,6 +199,7 @@ def test_reports_are_values() -> None:
 
 
 def test_times_are_measured_where_onnxruntime_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
     nodes = f"""y = {BN} (x, s, b, m, v) c = Conv (x, w) z = {BN} (c, s, b, m, v)
         h = ReduceMax <keepdims = 0> (x) t = Greater (h, k)
         u = If (t) <then_branch = p () => (float[A, B, C, D] e) {{ e = {BN} (x, s, b, m, v) }},
@@ -223,6 +225,7 @@ def test_times_are_measured_where_onnxruntime_is_installed(monkeypatch: pytest.M
 
 
 def test_times_of_a_batch_norm_between_convolutions() -> None:
+    pytest.importorskip("onnxruntime")
     nodes = f"c = Conv (x, w) r = Relu (c) n = {BN} (r, s, b, m, v) q = Relu (n) y = Conv <pads = [1, 1, 1, 1]> (q, u)"
     constants = {"w": array(16, 3, 3, 3), "u": array(16, 16, 3, 3), **norm(16)}
     (row,) = fastbn.onnx.check(net(nodes, (1, 3, 40, 40), constants), seconds=0.01)
@@ -232,6 +235,7 @@ def test_times_of_a_batch_norm_between_convolutions() -> None:
 
 
 def test_times_of_what_has_external_data_or_lies_in_functions(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
     function = f'<domain: "local", opset_import: ["": 17]> block (a, s, b, m, v) => (r) {{ h = {BN} (a, s, b, m, v) r = Relu (h) }}'
     model = net("t = Relu (x) y = local.block (t, s, b, m, v)", (2, 3, 60, 60), norm(3), functions=function)
     onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="w", size_threshold=0)
@@ -241,6 +245,7 @@ def test_times_of_what_has_external_data_or_lies_in_functions(tmp_path: Path) ->
 
 
 def test_extracted_layers_compute_what_the_nodes_do() -> None:
+    pytest.importorskip("onnxruntime")
     nodes = f"""y = {BN} <epsilon = 0.01> (x, s, b, m, v) z = {BN} (x, s1, b, m, v) k = Exp (s) w = {BN} (x, k, b, m, v)"""
     model = net(nodes, (2, 3, 6, 6), {**norm(3), "s1": array(3)}, outputs=("y", "z", "w"))
     layers = fastbn.onnx.extract(model)

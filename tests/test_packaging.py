@@ -117,9 +117,18 @@ def runs_on_numba(installed: Path, nowhere: Path) -> None:
 
 
 def test_whoever_publishes_can_insist_on_a_compiler(unpacked: Path, tmp_path: Path) -> None:
-    done = _wheel(unpacked, tmp_path / "wheel", CXX="no-such-compiler", FASTBN_REQUIRE_EXTENSIONS="1")
+    nowhere = tmp_path / "nowhere"
+    nowhere.mkdir()
+    done = _wheel(unpacked, tmp_path / "wheel", PATH=str(nowhere), CXX="", FASTBN_REQUIRE_EXTENSIONS="1")
     assert done.returncode != 0
-    assert "no C++17 compiler was found (CXX=no-such-compiler), and FASTBN_REQUIRE_EXTENSIONS is set" in done.stderr
+    assert "no C++17 compiler was found, and FASTBN_REQUIRE_EXTENSIONS is set" in done.stderr
+    assert not (tmp_path / "wheel").exists()
+
+
+def test_a_compiler_that_was_asked_for_and_is_none_is_an_error(unpacked: Path, tmp_path: Path) -> None:
+    done = _wheel(unpacked, tmp_path / "wheel", CXX="no-such-compiler")
+    assert done.returncode != 0
+    assert "fastbn: CXX=no-such-compiler compiles no C++17; FASTBN_NO_EXTENSIONS=1 installs the Python part alone" in done.stderr
     assert not (tmp_path / "wheel").exists()
 
 

@@ -757,6 +757,7 @@ def test_a_pinned_kernel_runs() -> None:
         torch.testing.assert_close(other, found[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # by what torch.compile imports
 def test_explain_says_what_would_happen() -> None:
     x = torch.ones(8, 64, 4, 4)
     lines = {
@@ -778,6 +779,8 @@ def test_explain_says_what_would_happen() -> None:
     assert list(lines) == list(lines.values())
     with pytest.raises(TypeError, match=r"x must be a torch.Tensor or a torch.nn.Module, got int"):
         fastbn.torch.explain(3)  # type: ignore[arg-type]
+    compiled = fastbn.torch.explain(torch.compile(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))).splitlines()
+    assert [line.partition(":")[0] for line in compiled] == ["_orig_mod.0", "compiled"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy
@@ -783,6 +784,51 @@ def test_checkpointed_parts_are_computed_again() -> None:
         before = taken()
         same(model, image())
         assert taken() == before + 3
+
+
+CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+BODIES: dict[str, Callable[..., Any]] = {
+    "closure": lambda m, x: CHECKPOINT(lambda z: m.bn(m.conv(z)).relu(), x),
+    "closure with a sum": lambda m, x: CHECKPOINT(lambda z: (m.bn(m.conv(z)) + m.other(z)).relu(), x),
+    "method": lambda m, x: CHECKPOINT(m.inner, x),
+    "code of a part": lambda m, x: CHECKPOINT(m.part.forward, x),
+    "part": lambda m, x: CHECKPOINT(m.part, x),
+    "lambda": lambda m, x: CHECKPOINT(lambda z: m.part(z), x),
+    "saved elsewhere": lambda m, x: m.saved(x),
+}
+
+
+class Checkpointed(Body):
+    def inner(self, x: Any) -> Any:
+        return self.bn(self.conv(x)).relu()
+
+    def saved(self, x: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu():
+            z = self.bn(self.conv(x))
+        return z.relu()
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_checkpoints_in_a_modules_own_code(body: str) -> None:
+    """A checkpoint runs its part again outside of the module's call, and refuses to find other operations there."""
+    model = Checkpointed(BODIES[body], part=sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    found = {layer.path: layer for layer in same(model, image())}
+    assert bool(found["part.1"].fused) == (body in ("part", "lambda"))
+    repeated = "a checkpoint runs it again outside of its module's call"
+    assert (found["part.1" if body == "code of a part" else "bn"].why == repeated) == (body not in ("part", "lambda", "saved elsewhere"))
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_checkpoints_that_were_not_foreseen(body: str) -> None:
+    """As where a package has a switch for them."""
+    plain = {"method": lambda m, x: m.inner(x), "code of a part": lambda m, x: m.part(x)}
+    without = plain.get(body, lambda m, x: m.bn(m.conv(x)).relu())
+    model = Checkpointed(lambda m, x: (BODIES[body] if m.flag else without)(m, x), part=sequential(nn.BatchNorm2d(4), nn.ReLU()), flag=False)
+    own, x = copy.deepcopy(model), image()
+    assert any(layer.fused for layer in fastbn.torch.convert(model))
+    model.flag = own.flag = True
+    for got, want in zip(step(model, x), step(own, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

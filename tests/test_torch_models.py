@@ -330,18 +330,20 @@ def test_benchmark_times_both_sides_and_leaves_everything_as_it_was(training: bo
 
 
 def test_the_verdict_of_a_benchmark() -> None:
-    def of(torchs: float, ours: float, noise: float, share: float = 1.0) -> str:
-        return str(fastbn.torch.Benchmark({"torch": torchs, "fastbn": ours}, {"torch": share, "fastbn": share}, noise, 6, {}).verdict)
+    def of(torchs: float, ours: float, noise: float, share: float = 1.0, steps: int = 20) -> str:
+        return str(fastbn.torch.Benchmark({"torch": torchs, "fastbn": ours}, {"torch": share, "fastbn": share}, noise, steps, {}).verdict)
 
     assert of(12, 10, 0.05) == "a step is 1.20 times as fast with fastbn"
     assert of(10, 12, 0.05) == "a step is 0.83 times as fast with fastbn: leave it to torch"
     assert of(10, 10.2, 0.05) == "no difference beyond the noise of 5 %"
     assert of(10, 5, 0.05, 0.0) == "no normalization ran on the CPU"
+    assert of(10, 5, 0.05, steps=6) == "too few to say more: give it more seconds, for 20 steps or more"
+    assert of(10, 5, 0.6).startswith("times differ by more than 50 % from step to step")
 
 
 @needs_kernels
 def test_benchmark_refuses_what_it_cannot_time() -> None:
-    with pytest.raises(ValueError, match="seconds must not be negative, got -1"):
+    with pytest.raises(ValueError, match="seconds must be a finite number of at least 0, got -1"):
         fastbn.torch.benchmark(nn.ReLU(), seconds=-1)
     with pytest.raises(ValueError, match="returns no tensor of floating-point numbers"):
         fastbn.torch.benchmark(nn.Identity(), torch.ones(2, dtype=torch.long), seconds=0)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastbn.checks import number
 from fastbn.torch.conversion import convert
 from fastbn.torch.graph import check, check_called
 from fastbn.torch.override import either, report
@@ -20,6 +21,8 @@ OPERATORS = tuple(kind + way for kind in KINDS for way in ("", "_forward", "_bac
 SIDES = ("torch", "fastbn")
 TURN = 3  # steps of one side in a row, of which the first does not count: it finds the other's data in the caches
 LEAST = 3  # turns of each side
+FEW = 20  # steps, below which nothing is said of the difference
+SPREAD = 0.5  # of the steps of one side, above which nothing is, either
 PROFILED = 3  # steps
 
 
@@ -57,6 +60,10 @@ class Benchmark(NamedTuple):
         """One sentence."""
         if not self.batch_norm["torch"]:
             return "no normalization ran on the CPU"
+        if self.steps < FEW:
+            return f"too few to say more: give it more seconds, for {FEW} steps or more"
+        if self.noise > SPREAD:
+            return f"times differ by more than {100 * SPREAD:.0f} % from step to step: other programs run, or a step is too short to time"
         if abs(self.ratio - 1) <= self.noise:
             return f"no difference beyond the noise of {100 * self.noise:.0f} %"
         return f"a step is {self.ratio:.2f} times as fast with fastbn" + ("" if self.ratio > 1 else ": leave it to torch")
@@ -98,7 +105,7 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     Raises
     ------
     TypeError
-        If model is no Module.
+        If model is no Module, or seconds are no number.
     ValueError
         If seconds are negative, the model has lazy layers that were never called, or it returns no tensor of floating-point numbers.
     RuntimeError
@@ -114,8 +121,7 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     """
     check(model)
     check_called(model)
-    if not seconds >= 0:
-        raise ValueError(f"seconds must not be negative, got {seconds}")
+    seconds = number("seconds", seconds, 0.0)
     twins = {side: copy.deepcopy(model) for side in SIDES}
     if fuse:
         convert(twins["fastbn"])

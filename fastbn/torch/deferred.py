@@ -5,7 +5,8 @@
   that it stands for. So results never depend on what somebody foresaw of the code: that decides only where a `Pending` is
   worth it.
 - Nothing waits but inside a call of the module whose code holds the batch norm and what follows it (`Scope`). The call ends
-  with all computed, what it returns and what nobody asked for.
+  with all computed, what it returns and what nobody asked for. Nor does anything wait where hooks for saved tensors were set
+  since: a checkpoint runs what is in it again, and is to find the same operations, but not that call.
 - In an `nn.Sequential`, whose code is known, nothing need wait: a layer is called with the activation after it.
 - What torch.compile traces goes through torch's own code of a layer, which meets an `Input`.
 """
@@ -79,6 +80,9 @@ class Steps(NamedTuple):
         return self._replace(sum=False, activation=False)
 
 
+_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
 class Visit:
     """A call of a module, and what waits in it.
 
@@ -88,17 +92,20 @@ class Visit:
     is_open : bool
     fits : bool, optional
         Whether something may wait; None before somebody has asked.
+    hooks : tuple, optional
+        For saved tensors, when the call of a scope's module began.
     waiting : dict of int to Pending or weak reference to one
         By its id. Somebody may still ask for what was computed with what follows it: that is known by a weak reference.
     """
 
-    __slots__ = "fits", "is_open", "module", "scope", "waiting"
+    __slots__ = "fits", "hooks", "is_open", "module", "scope", "waiting"
 
     def __init__(self, scope: Scope | None = None, module: Any = None):
         self.scope = scope
         self.module = module
         self.is_open = True
         self.fits: bool | None = None
+        self.hooks: Any = None
         self.waiting: dict[int, Any] = {}
 
     def is_fit(self) -> bool:
@@ -168,7 +175,7 @@ class Scope:
             return self if self.depth > 0 else None
         for visit in reversed(_thread.visits):
             if visit.scope is self:
-                return visit if visit.is_fit() else None
+                return visit if visit.is_fit() and visit.hooks == _saved_hooks(True) else None
         return None
 
     def fits(self, module: Any) -> bool:
@@ -221,6 +228,7 @@ class Scoped(Derived):
             if torch.compiler.is_compiling():
                 return scope.traced(self, kind.forward, args, kwargs)
             visit, visits = Visit(scope, self), _thread.visits
+            visit.hooks = _saved_hooks(True)
             depth = len(visits)
             visits.append(visit)
             try:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
+OUTSIDE = "fastbn_outside"  # and how many calls of modules, the model's apart, are around that
 STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 # What normalizations are called in graphs, without their namespaces.
@@ -119,7 +120,8 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        node.meta[AROUND] = in_function(sys._getframe(1), self.codes)
+        frame = node.meta[AROUND] = in_function(sys._getframe(1), self.codes)
+        node.meta[OUTSIDE] = _calls_of_modules(frame)
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -131,6 +133,14 @@ def in_function(frame: Any, codes: set[Any]) -> Any:
     while frame is not None and frame.f_code not in codes and frame.f_code.co_filename != checkpoint.__file__:
         frame = frame.f_back
     return frame
+
+
+def _calls_of_modules(frame: Any) -> int:
+    count = 0
+    while frame is not None:
+        count += frame.f_code is fx.Tracer.call_module.__code__
+        frame = frame.f_back
+    return count
 
 
 def function_codes() -> set[Any]:

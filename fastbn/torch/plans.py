@@ -19,7 +19,7 @@ from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import Steps
 from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
-from fastbn.torch.graph import AROUND, Part, parts, traced
+from fastbn.torch.graph import AROUND, OUTSIDE, Part, parts, traced
 
 F = torch.nn.functional
 KINDS = (_NormBase, nn.GroupNorm)
@@ -173,12 +173,24 @@ def _callers(part: Part, node: fx.Node) -> list[str]:
     return paths[:-1] if _module(part, node) is not None else paths
 
 
-def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
-    """The innermost module in whose code nodes are, and the ways from there to those that are modules; nothing if there is none."""
-    first, *others = (_callers(part, node) for node in nodes)
+def _shared(callers: list[list[str]]) -> int:
+    """How many of the callers, from the outermost on, nodes have in common."""
+    first, *others = callers
     shared = 0
     while shared < len(first) and all(first[: shared + 1] == other[: shared + 1] for other in others):
         shared += 1
+    return shared
+
+
+def _is_repeated(part: Part, nodes: list[fx.Node]) -> bool:
+    """Whether nodes are in a checkpoint, which runs them again, but not the call of the module in whose code they are."""
+    return nodes[0].meta[AROUND] is not None and _shared([_callers(part, node) for node in nodes]) <= nodes[0].meta[OUTSIDE]
+
+
+def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
+    """The innermost module in whose code nodes are, and the ways from there to those that are modules; nothing if there is none."""
+    first, *others = (_callers(part, node) for node in nodes)
+    shared = _shared([first, *others])
     module = part.module.get_submodule(first[shared - 1] if shared else "")
     names = {id(layer): name for name, layer in module.named_modules()}
     paths = [path for callers in (first, *others) for path in callers[shared:]]
@@ -237,6 +249,8 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = Tru
     inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
     steady = inverts and node not in part.stored and not _is_changed(part, node)
     place = _within(part, passed[:read] if names else passed)
+    if names and _is_repeated(part, passed[:read]):
+        return Plan(why="a checkpoint runs it again outside of its module's call")
     if names and not place:
         return Plan(why="a module of somebody else follows")
     return Plan(steps, tuple(names), "" if names else why, steady=steady, **place)
