@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import keras
@@ -87,6 +88,8 @@ def places(model: Any) -> dict[str, Place]:
         return {}
     try:
         config = model.get_config()
+        if "layers" not in config:  # of a class with a constructor of its own, it is this one's arguments
+            config = keras.Model(model.inputs, model.outputs).get_config()
     except NotImplementedError:  # of a layer in it
         return {}
     found = {layer["name"]: Place(len(layer["inbound_nodes"]), list(_sources(layer["inbound_nodes"])), []) for layer in config["layers"]}
@@ -154,6 +157,17 @@ def _ours(config: Any) -> Any:
     return type(config)(map(_ours, config)) if type(config) in (list, tuple) else config
 
 
+def _copy_adapted(old: Any, new: Any) -> None:
+    """What `adapt` found: Keras keeps vocabularies beside the weights, and numbers made of these, and copies both by files alone."""
+    store: dict[str, Any] = {}
+    old.save_own_variables(store)
+    new.load_own_variables(store)
+    if hasattr(old, "save_assets"):
+        with TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+
+
 def convert(model: Any, *, fuse: bool = False) -> Any:
     """Copy a model, with fastbn's `BatchNormalization` in place of Keras' own.
 
@@ -201,6 +215,7 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
     if not model.built:
         raise ValueError("model must be built, so that it has weights to copy: call it, or give it an Input")
     pairs = _pairs(model) if fuse else {}
+    adapted: list[tuple[Any, Any]] = []
 
     def clone(layer: Any) -> Any:
         config = layer.get_config()
@@ -209,8 +224,13 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
             return BatchNormalization.from_config(config if activation is None else config | {"activation": activation})
         if id(layer) in pairs:
             return layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
-        return type(layer).from_config(_ours(config))
+        made = type(layer).from_config(_ours(config))
+        if hasattr(layer, "adapt"):
+            adapted.append((layer, made))
+        return made
 
     converted = keras.models.clone_model(model, clone_function=clone, recursive=True)
     converted.set_weights(model.get_weights())
+    for pair in adapted:
+        _copy_adapted(*pair)
     return converted
