@@ -420,9 +420,9 @@ def test_programs_of_their_own_are_named(capsys):
     pytest.importorskip("rich")
     main = import_module("bench.__main__")
     folder = Path(main.__file__).parent
-    files = {**{file.stem: file for file in folder.glob("*.py")}, **{file.parent.name: file for file in folder.glob("*/__main__.py")}}
-    del files["__main__"]
-    assert sorted(name for name, file in files.items() if "\nif __name__ ==" in file.read_text(encoding="utf-8") or file.stem == "__main__") == sorted(main.PROGRAMS)
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in folder.glob("*.py") if file.stem != "__main__"}
+    programs = [name for name, text in texts.items() if '\nif __name__ == "__main__":' in text]
+    assert sorted(programs + [file.parent.name for file in folder.glob("*/__main__.py")]) == sorted(main.PROGRAMS)
     with pytest.raises(SystemExit):
         main.main(["situations", "--help"])
     assert capsys.readouterr().err.endswith("error: situations is a program of its own: python -m bench.situations\n")
