@@ -168,6 +168,48 @@ def _copy_adapted(old: Any, new: Any) -> None:
             new.load_assets(folder)
 
 
+def _unused(given: Any) -> Any:
+    """What a model was compiled with, for another model: what has a state is made anew, functions and losses are the same."""
+    if isinstance(given, dict):
+        return {key: _unused(value) for key, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(map(_unused, given))
+    if not isinstance(given, (keras.Metric, keras.optimizers.Optimizer)):
+        return given
+    config = given.get_config()
+    schedule = getattr(given, "_learning_rate", None)
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        config["learning_rate"] = schedule
+    return type(given).from_config(config)
+
+
+def _is_compiled_by_keras(model: Any) -> bool:
+    kind, plain = type(model), keras.Model
+    return bool(model.compiled and kind.compile == plain.compile and kind.compile_from_config == plain.compile_from_config)
+
+
+def _models(model: Any) -> list[Any]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.Model)]
+
+
+def _clone(model: Any, clone: Any) -> Any:
+    """A copy of a model and those in it, compiled as they are: Keras would look up a loss of the user's by its name, in vain."""
+    compiled = [one for one in _models(model) if _is_compiled_by_keras(one)]
+    for one in compiled:
+        one.compiled = False
+    try:
+        copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    finally:
+        for one in compiled:
+            one.compiled = True
+    for old, new in zip(_models(model), _models(copy), strict=True) if compiled else ():
+        if old in compiled:
+            new.compile(**_unused(old._compile_config.config))
+            if new.optimizer is not None:
+                new.optimizer.build(new.trainable_variables)
+    return copy
+
+
 def convert(model: Any, *, fuse: bool = False) -> Any:
     """Copy a model, with fastbn's `BatchNormalization` in place of Keras' own.
 
@@ -229,7 +271,7 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
             adapted.append((layer, made))
         return made
 
-    converted = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    converted = _clone(model, clone)
     converted.set_weights(model.get_weights())
     for pair in adapted:
         _copy_adapted(*pair)
