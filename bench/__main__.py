@@ -27,6 +27,9 @@ RESULTS = Path(__file__).parent / "results"
 UNUSUAL = ("floor", "tiny", *SETS)  # networks that run when they are named
 LARGEST_ITEM = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 COMMANDS = {"compare": "bench.compare", "report": "bench.again", "merge": "bench.again", "readme": "bench.readme"}
+PROGRAMS = (  # of their own: python -m bench.NAME
+    "busy", "growth", "in_keras", "in_torch", "instructions", "norms", "preactivation", "roofline", "same", "situ", "situations", "sync",
+)  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in COMMANDS:
         return int(import_module(COMMANDS[argv[0]]).main(argv))
+    if argv and argv[0] in PROGRAMS:
+        _parser().error(f"{argv[0]} is a program of its own: python -m bench.{argv[0]}")
     arguments = _arguments(argv)
     chosen = _choose(arguments.networks, arguments.layouts, arguments.quick, arguments.largest * 1e6 / LARGEST_ITEM[arguments.dtype])
     contenders = choose(arguments.peers)

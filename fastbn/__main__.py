@@ -285,7 +285,7 @@ def problems() -> list[str]:
     elif name is not None and (reason := dispatch.KERNELS[name].unusable()):
         found.append(f"FASTBN_KERNEL is {name}, which cannot run here: {reason}")
     elif name is None and dispatch.select("float32").name == "reference":
-        found.append("only the reference can run, which is there to compare with: install fastbn with a C++ compiler, or Numba (pip install numba)")
+        found.append("only the reference can run, which is slow: install fastbn with a C++ compiler, or Numba (pip install numba)")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from math import inf, isfinite
 from typing import Any, NamedTuple
@@ -48,6 +49,12 @@ class Builtin(NamedTuple):
         return (self.name, self.parameter) if self.name == "leaky_relu" else self.name
 
 
+def _is_compiled(function: object) -> bool:
+    """Whether numba.njit made a function; not numba.cuda.jit, nor numba.vectorize. Numba is not imported for the question."""
+    registry = sys.modules.get("numba.core.registry")
+    return registry is not None and isinstance(function, registry.CPUDispatcher)
+
+
 class Activation:
     """A function of the user's, which Numba compiles into its kernels.
 
@@ -80,7 +87,7 @@ class Activation:
 
     def __init__(self, forward: Any, derivative: Any = None):
         for name, function in {"forward": forward, "derivative": derivative}.items():
-            if hasattr(function, "py_func") or (name == "derivative" and function is None):
+            if _is_compiled(function) or (name == "derivative" and function is None):
                 continue
             raise TypeError(f"{name} must be a function compiled by numba.njit, got {function!r}{_without_numba()}")
         self.forward = forward
@@ -153,7 +160,7 @@ def lookup(activation: object) -> Builtin | Activation:
     if isinstance(activation, Activation):
         return activation
     if callable(activation):
-        if hasattr(activation, "py_func"):
+        if _is_compiled(activation):
             return Activation(activation)
         raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(activation) or _without_numba()}")
     name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)

@@ -417,6 +417,77 @@ def test_what_is_regularized_is_not_fused() -> None:
         np.testing.assert_allclose([values(v) for v in converted.losses], [values(v) for v in model.losses], rtol=1e-5)
 
 
+class Descent(keras.optimizers.SGD):
+    """An optimizer that Keras does not know by its name."""
+
+
+class Half(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step: Any) -> float:
+        return 0.5
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+
+class Distance(keras.metrics.MeanSquaredError):
+    """A metric of one's own."""
+
+
+def test_what_a_model_is_compiled_with_may_be_of_ones_own() -> None:
+    inner = keras.Sequential([keras.layers.Input((3,)), keras.layers.BatchNormalization(), keras.layers.Dense(2)])
+    inner.compile("adam", loss=lambda y, p: keras.ops.sum(p - y))
+    model = keras.Sequential([keras.layers.Input((3,)), inner, keras.layers.BatchNormalization()])
+    model.compile(Descent(Half(), momentum=0.9), loss=keras.losses.Huber(0.5), metrics=[Distance()], run_eagerly=True)
+    converted = fastbn.keras.convert(model)
+    assert model.compiled and inner.compiled and converted.compiled and converted.layers[0].compiled  # noqa: PT018
+    assert converted.layers[0].loss is inner.loss
+    assert (type(converted.optimizer), converted.optimizer.momentum, converted.run_eagerly) == (Descent, 0.9, True)
+    assert converted.optimizer is not model.optimizer
+    assert float(converted.optimizer.learning_rate) == 0.5
+    if BACKEND != "numpy":
+        x = data((8, 3))
+        losses = [one.fit(x, np.zeros((8, 2)), epochs=2, shuffle=False, verbose=0).history["loss"] for one in (model, converted)]
+        np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_what_was_adapted_is_copied() -> None:
+    """A normalization has numbers made of its weights, and a lookup a vocabulary beside them."""
+    x = data((64, 3), mean=7.0)
+    scaling = keras.layers.Normalization()
+    scaling.adapt(x)
+    inner = keras.Sequential([keras.layers.Input((3,)), scaling, keras.layers.BatchNormalization(), keras.layers.ReLU()])
+    model = keras.Sequential([keras.layers.Input((3,)), inner])
+    near(fastbn.keras.convert(model, fuse=True)(x), values(model(x)))
+
+
+@only("tensorflow")
+def test_vocabularies_are_copied() -> None:
+    lookup = keras.layers.IntegerLookup(output_mode="one_hot")
+    lookup.adapt(np.array([3, 5, 7]))
+    model = keras.Sequential([keras.layers.Input((1,), dtype="int64"), lookup, keras.layers.BatchNormalization()])
+    x = np.array([[3], [5], [9]])
+    near(fastbn.keras.convert(model)(x), values(model(x)))
+
+
+class WithItsOwn(keras.Model):
+    """A Functional model whose constructor makes the graph."""
+
+    def __init__(self) -> None:
+        x = keras.layers.Input((3,))
+        super().__init__(x, keras.layers.ReLU(name="relu")(keras.layers.BatchNormalization(name="bn")(x)))
+
+
+def test_a_functional_model_with_a_constructor_of_its_own_is_fused() -> None:
+    x = data((4, 3))
+    outside = keras.layers.Input((3,))
+    for model in (WithItsOwn(), keras.Model(outside, WithItsOwn()(outside))):
+        assert "ReLU" in str(fastbn.keras.summary(model))
+        converted = fastbn.keras.convert(model, fuse=True)
+        (norm,) = _norms(converted)
+        assert norm.activation is keras.activations.relu
+        near(converted(x, training=True), values(model(x, training=True)))
+
+
 def test_files_are_read_by_both(tmp_path: Path) -> None:
     theirs, x = small(keras.layers.BatchNormalization), data((4, 6, 6, 4))
     ours = fastbn.keras.convert(theirs)

@@ -416,6 +416,18 @@ def test_commands_refuse_a_wrong_argument_with_one_line_before_they_measure(modu
     assert "error: " in said
 
 
+def test_programs_of_their_own_are_named(capsys):
+    pytest.importorskip("rich")
+    main = import_module("bench.__main__")
+    folder = Path(main.__file__).parent
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in folder.glob("*.py") if file.stem != "__main__"}
+    programs = [name for name, text in texts.items() if '\nif __name__ == "__main__":' in text]
+    assert sorted(programs + [file.parent.name for file in folder.glob("*/__main__.py")]) == sorted(main.PROGRAMS)
+    with pytest.raises(SystemExit):
+        main.main(["situations", "--help"])
+    assert capsys.readouterr().err.endswith("error: situations is a program of its own: python -m bench.situations\n")
+
+
 @pytest.mark.parametrize("module", WRONG)
 def test_commands_have_help_for_every_option(module, capsys):
     pytest.importorskip("rich")

@@ -55,6 +55,7 @@ OPTIONAL = {
     "keras.in_torch": {"torch"},
     "mpi": {"mpi4py"},
     "kernels.numba": {"numba"},
+    "kernels.numba_apart": {"numba"},
     "kernels.numba_cache": {"numba", "llvmlite"},
     "kernels.numba_function": {"numba", "llvmlite"},
     "kernels.numba_lanes": {"numba", "llvmlite"},

@@ -651,6 +651,15 @@ def test_the_cache_is_used(tmp_path: Path) -> None:
     assert first[1] == second[2] != "0"
 
 
+def test_the_cache_is_that_of_one_python_and_one_processor() -> None:
+    """Several may share a directory: installations from one checkout do."""
+    stamp = "sys.implementation.cache_tag = sys.argv[1]\nfrom fastbn.kernels import numba_cache\nprint(numba_cache._stamp())"
+    generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    found = [python(stamp, "cpython-311"), python(stamp, "cpython-312"), python(stamp, "cpython-311", **generic)]
+    assert len(set(found)) == 3
+    assert python(stamp, "cpython-311") == found[0]
+
+
 def test_processes_may_race_for_the_cache(tmp_path: Path) -> None:
     """Four that write the same files at the same time are right, and so is one that reads what they wrote."""
     found: list[str] = []

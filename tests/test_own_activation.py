@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
-from math import exp, log1p, tanh
+import warnings
+from math import erf, exp, log1p, tanh
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +72,11 @@ def test_errors(example: Any) -> None:
     with pytest.raises(ValueError, match=r"the backward needs the derivative of Activation\(mish, None\)"):
         fastbn.batch_norm_backward(x, x, saved)
     import numba
+    import numba.cuda
 
-    for other in (abs, numba.vectorize(lambda z: z), numba.cfunc("float64(float64)")(lambda z: z)):
-        with pytest.raises(TypeError, match=r"activation must be .*, a function compiled by numba.njit, or a fastbn.Activation, got <"):
+    cuda, cfunc = numba.cuda.jit(lambda z: z, device=True), numba.cfunc("float64(float64)")(lambda z: z)
+    for other in (abs, numba.vectorize(lambda z: z), cuda, cfunc):
+        with pytest.raises(TypeError, match=r"activation must be .*, a function compiled by numba.njit, or a fastbn.Activation, got .*<"):
             fastbn.batch_norm_forward(x, activation=other)
         with pytest.raises(TypeError, match=r"forward must be a function compiled by numba.njit"):
             fastbn.Activation(other)
@@ -89,6 +94,13 @@ def test_errors(example: Any) -> None:
         with pytest.raises(TypeError, match=no_number) as caught:
             fastbn.batch_norm_forward(x, None, None, *running, activation=numba.njit(other))
         assert len(str(caught.value)) < 200
+    with pytest.raises(TypeError, match=r"activation cannot be compiled by Numba for float32: forward: .*float16"):
+        fastbn.batch_norm_forward(x, activation=numba.njit(lambda z: np.float16(z)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        of_objects = numba.jit(lambda z: z, forceobj=True)
+    with pytest.raises(TypeError, match=r"forward: numba.njit made no code of it that takes float32"):
+        fastbn.batch_norm_forward(x, activation=of_objects)
     positive = numba.njit(lambda z: z if z > 0 else None)
     same_bits(fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=positive), x)
     with pytest.raises(TypeError, match=r"must give one real number, but gave None for -1"):
@@ -103,7 +115,7 @@ def test_errors(example: Any) -> None:
         fastbn.batch_norm_forward(x, activation=example.mish)
 
 
-def test_a_function_that_may_raise_says_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_function_that_is_no_vectors_says_nothing_on_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
 
     def inverse(z: float) -> float:
@@ -114,6 +126,9 @@ def test_a_function_that_may_raise_says_nothing_on_the_terminal(capfd: pytest.Ca
     for shape in ((4, 3), (4, 3, 5), (40, 3), (2, 3, 40)):
         x = np.full(shape, 2, np.float32)
         same_bits(fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=numba.njit(inverse)), 1 / x)
+    for called in (erf, log1p):  # of the C library: LLVM has no vectors of them
+        y = fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=numba.njit(lambda z, called=called: called(z)))
+        within(y, np.full_like(x, called(2)), 1e-6)
     assert capfd.readouterr() == ("", "")
 
 
@@ -129,6 +144,54 @@ def test_a_division_by_zero_does_not_depend_on_who_compiled_the_function_first()
             inverse(np.float32(0))
     with pytest.raises(ZeroDivisionError):  # its own options hold
         fastbn.batch_norm_forward(x, activation=numba.njit(error_model="python", locals={"a": numba.int64})(lambda a: 1 / a))
+
+
+@pytest.mark.parametrize("called_before", [True, False])
+def test_functions_that_it_calls_divide_as_it_does(called_before: bool) -> None:
+    numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+    inverse = numba.njit(lambda z: 1 / z)
+    if called_before:
+        assert inverse(np.float32(2)) == 0.5
+    space = {"inverse": inverse}
+    exec("def by_name(z): return [inverse(w) for w in (z,)][0]", space)  # noqa: S102  globals of its own
+    for function in (space["by_name"], lambda z: inverse(z), lambda z, call=inverse: call(z)):
+        y, _ = fastbn.batch_norm_forward(np.zeros((4, 3), np.float32), activation=numba.njit(function))
+        assert np.isposinf(y).all()
+    with pytest.raises(ZeroDivisionError):
+        inverse(np.float32(0))
+
+
+def test_a_function_may_call_itself() -> None:
+    numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+
+    space = {"numba": numba}
+    code = "@numba.njit\ndef fraction(z):\n    if z >= 1:\n        return fraction(z - 1)\n    return z"
+    exec(code, space)  # noqa: S102  globals of its own
+    fraction: Any = space["fraction"]
+    x = np.arange(12.0).reshape(4, 3) / 4
+    for _ in range(2):  # for the second, compiled by the user, too
+        same_bits(fastbn.batch_norm_elemt(x, [0.0] * 3, [1.0] * 3, activation=fraction), x % 1)
+        assert fraction(2.5) == 0.5
+
+
+def test_it_starts_no_threads_of_numbas() -> None:
+    """In the layer that everybody has, several launches at once end the process."""
+    code = """
+import numba, numpy as np, fastbn
+@numba.njit(parallel=True)
+def fourfold(z):
+    s = z - z
+    for _ in numba.prange(4):
+        s += z
+    return s
+x = np.ones((64, 8, 32, 32), np.float32)
+with fastbn.num_threads(4):
+    y = fastbn.batch_norm_elemt(x, [0.0] * 8, [1.0] * 8, activation=fourfold)
+assert (y == 4).all()
+"""
+    environment = {**os.environ, "NUMBA_THREADING_LAYER": "workqueue", "NUMBA_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_function_may_call_fastbn_itself() -> None:

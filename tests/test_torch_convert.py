@@ -823,7 +823,8 @@ def test_checkpoints_that_were_not_foreseen(body: str) -> None:
     """As where a package has a switch for them."""
     plain = {"method": lambda m, x: m.inner(x), "code of a part": lambda m, x: m.part(x)}
     without = plain.get(body, lambda m, x: m.bn(m.conv(x)).relu())
-    model = Checkpointed(lambda m, x: (BODIES[body] if m.flag else without)(m, x), part=sequential(nn.BatchNorm2d(4), nn.ReLU()), flag=False)
+    part = sequential(nn.BatchNorm2d(4), nn.ReLU())
+    model = Checkpointed(lambda m, x: (BODIES[body] if m.flag else without)(m, x), part=part, flag=False)
     own, x = copy.deepcopy(model), image()
     assert any(layer.fused for layer in fastbn.torch.convert(model))
     model.flag = own.flag = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import keras
@@ -87,6 +88,8 @@ def places(model: Any) -> dict[str, Place]:
         return {}
     try:
         config = model.get_config()
+        if "layers" not in config:  # of a class with a constructor of its own, it is this one's arguments
+            config = keras.Model(model.inputs, model.outputs).get_config()
     except NotImplementedError:  # of a layer in it
         return {}
     found = {layer["name"]: Place(len(layer["inbound_nodes"]), list(_sources(layer["inbound_nodes"])), []) for layer in config["layers"]}
@@ -154,6 +157,59 @@ def _ours(config: Any) -> Any:
     return type(config)(map(_ours, config)) if type(config) in (list, tuple) else config
 
 
+def _copy_adapted(old: Any, new: Any) -> None:
+    """What `adapt` found: Keras keeps vocabularies beside the weights, and numbers made of these, and copies both by files alone."""
+    store: dict[str, Any] = {}
+    old.save_own_variables(store)
+    new.load_own_variables(store)
+    if hasattr(old, "save_assets"):
+        with TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
+
+
+def _unused(given: Any) -> Any:
+    """What a model was compiled with, for another model: what has a state is made anew, functions and losses are the same."""
+    if isinstance(given, dict):
+        return {key: _unused(value) for key, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(map(_unused, given))
+    if not isinstance(given, (keras.Metric, keras.optimizers.Optimizer)):
+        return given
+    config = given.get_config()
+    schedule = getattr(given, "_learning_rate", None)
+    if isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
+        config["learning_rate"] = schedule
+    return type(given).from_config(config)
+
+
+def _is_compiled_by_keras(model: Any) -> bool:
+    kind, plain = type(model), keras.Model
+    return bool(model.compiled and kind.compile == plain.compile and kind.compile_from_config == plain.compile_from_config)
+
+
+def _models(model: Any) -> list[Any]:
+    return [layer for layer in model._flatten_layers() if isinstance(layer, keras.Model)]
+
+
+def _clone(model: Any, clone: Any) -> Any:
+    """A copy of a model and those in it, compiled as they are: Keras would look up a loss of the user's by its name, in vain."""
+    compiled = [one for one in _models(model) if _is_compiled_by_keras(one)]
+    for one in compiled:
+        one.compiled = False
+    try:
+        copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    finally:
+        for one in compiled:
+            one.compiled = True
+    for old, new in zip(_models(model), _models(copy), strict=True) if compiled else ():
+        if old in compiled:
+            new.compile(**_unused(old._compile_config.config))
+            if new.optimizer is not None:
+                new.optimizer.build(new.trainable_variables)
+    return copy
+
+
 def convert(model: Any, *, fuse: bool = False) -> Any:
     """Copy a model, with fastbn's `BatchNormalization` in place of Keras' own.
 
@@ -201,6 +257,7 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
     if not model.built:
         raise ValueError("model must be built, so that it has weights to copy: call it, or give it an Input")
     pairs = _pairs(model) if fuse else {}
+    adapted: list[tuple[Any, Any]] = []
 
     def clone(layer: Any) -> Any:
         config = layer.get_config()
@@ -209,8 +266,13 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
             return BatchNormalization.from_config(config if activation is None else config | {"activation": activation})
         if id(layer) in pairs:
             return layers.Activation("linear", name=layer.name, dtype=layer.dtype_policy)
-        return type(layer).from_config(_ours(config))
+        made = type(layer).from_config(_ours(config))
+        if hasattr(layer, "adapt"):
+            adapted.append((layer, made))
+        return made
 
-    converted = keras.models.clone_model(model, clone_function=clone, recursive=True)
+    converted = _clone(model, clone)
     converted.set_weights(model.get_weights())
+    for pair in adapted:
+        _copy_adapted(*pair)
     return converted

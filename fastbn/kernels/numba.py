@@ -32,7 +32,7 @@ from math import gcd, isfinite, sqrt
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import config, from_dtype, jit, njit
+from numba import config, from_dtype, njit
 from numba.core import types
 from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
@@ -41,6 +41,7 @@ if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 from fastbn.kernels import numba_cache, numba_passes, numba_threads
+from fastbn.kernels.numba_apart import apart
 from fastbn.kernels.numba_function import on_lanes
 from fastbn.kernels.numba_lanes import (
     BLOCK,
@@ -137,24 +138,11 @@ def _functions(activation: Any) -> tuple[Any, Any]:
 
 
 @cache
-def _apart(function: Any) -> Any:
-    """The same function of the user's, compiled for the kernels alone.
-
-    A function takes the error model of whoever compiles it first: divisions by zero would raise here if the user had called it
-    before, and would give infinities to the user, too, if not. Compiled for one signature, it stays as it is.
-    """
-    if not function._can_compile:
-        return function
-    options = {"error_model": "numpy", **function.targetoptions}
-    return jit(locals=function.locals, pipeline_class=function._compiler.pipeline_class, **options)(function.py_func)
-
-
-@cache
 def _custom(activation: Any) -> tuple[Any, Any]:
     def with_parameter(function: Any) -> Any:
         if function is None:
             return None
-        function = _apart(function)
+        function = apart(function)
         return njit(nogil=True, **numba_passes.FUNCTION, fastmath={"contract"})(lambda z, _: like(z, function(z)))
 
     return with_parameter(activation.forward), with_parameter(activation.derivative)
@@ -890,11 +878,13 @@ def _check(activation: Any, role: str, number: Any) -> None:
     """Look at a function of the user's alone: of the loops around it, an error would be pages long."""
     failed = f"activation cannot be compiled by Numba for {number}: {role}:"
     try:
-        function = types.Dispatcher(_apart(getattr(activation, role)))
+        function = types.Dispatcher(apart(getattr(activation, role)))
         found = function.get_call_type(cpu_target.typing_context, (number,), {})
-    except NumbaError as error:
-        raise TypeError(f"{failed} {error}") from error
-    given = types.none if found is None else found.return_type
+    except (NumbaError, NotImplementedError) as error:
+        raise TypeError(f"{failed} {error if isinstance(error, NumbaError) else repr(error)}") from error
+    if found is None:
+        raise TypeError(f"{failed} numba.njit made no code of it that takes {number}")
+    given = found.return_type
     one: Any = given.type if isinstance(given, types.misc.Optional) else given  # None is refused when it comes
     if isinstance(one, types.Complex) or not isinstance(one, types.Number | types.Boolean):
         raise TypeError(f"{failed} it must give one real number, not {one}")
@@ -1126,7 +1116,7 @@ def _raise(activation: Any, kind: int, block: Array) -> None:
     function = _functions(activation)[kind >= GRAD_SUMS]
     own = activation.derivative if kind >= GRAD_SUMS else activation.forward
     for z in block:
-        if _apart(own)(z) is None:
+        if apart(own)(z) is None:
             raise TypeError(f"activation: {own.__name__} must give one real number, but gave None for {z}")
         function(z, activation.parameter)
     raise RuntimeError("the activation raised an exception, but not when it was called again")

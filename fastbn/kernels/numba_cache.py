@@ -1,8 +1,8 @@
 """C functions compiled by Numba, and kept on disk, each in files of its own.
 
 Numba keeps an index of all signatures of a function, which two processes may write at the same time: one could find the other's
-code under its own key. Here every function has one signature and a name of its own, which also tells the processor, and the state of
-the sources: whoever writes last, what is read is right.
+code under its own key. Here every function has one signature and a name of its own, which also tells the processor, Python, and the
+state of the sources: whoever writes last, what is read is right.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
-import llvmlite.binding as llvm
 import numba
 from numba import cfunc
 from numba.core import sigutils
@@ -26,6 +25,7 @@ from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.errors import NumbaError
+from numba.core.registry import cpu_target
 
 from fastbn.kernels.numba_passes import Passes
 
@@ -38,7 +38,8 @@ read_here: list[str] = []
 def _stamp() -> str:
     """What compiled code depends on besides its name."""
     here = Path(__file__).parent
-    parts = [numba.__version__, llvmlite.__version__, llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()]
+    python = f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
+    parts = [python, numba.__version__, llvmlite.__version__, *cpu_target.target_context.codegen().magic_tuple()]
     parts += [str(file.read_bytes()) for file in sorted(here.glob("numba*.py"))]  # none in a zip file: Numba looks at its time
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
-from numba import typeof
+from numba import config, typeof
 from numba.core import types
 from numba.extending import intrinsic
 
@@ -19,8 +19,8 @@ def on_lanes(function: Any, number: Any) -> Any:
     """An intrinsic that applies a compiled function of a number and a parameter to every lane of a block.
 
     It is a loop over two registers' lanes, and LLVM is told to make one step of it: what it then has is a function of vectors, in
-    registers. It must not unroll the loop before it tries; what cannot be vectorized stays a loop. Of a function that may raise
-    it is not told so: it would say on the terminal that it cannot.
+    registers. It must not unroll the loop before it tries; what cannot be vectorized stays a loop. Of a function that may raise,
+    or calls the C library, it is not told so: it would say on the terminal that it cannot.
     """
     block, element, kind = BLOCKS[number], FLOATS[number], typeof(function)
     step = min(block.count, 16 * REGISTER // number.bitwidth)
@@ -30,7 +30,7 @@ def on_lanes(function: Any, number: Any) -> Any:
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             apply = context.get_function(kind, called)
-            whole = not _may_raise(function.overloads[called.args].library.get_llvm_str())
+            whole = _is_vectorizable(function.overloads[called.args])
             rooms = [local(builder, block.vector) for _ in range(2)]
             source, to = (builder.bitcast(room, element.as_pointer()) for room in rooms)
             builder.store(arguments[0], rooms[0])
@@ -45,9 +45,12 @@ def on_lanes(function: Any, number: Any) -> Any:
     return intrinsic(typed)
 
 
-def _may_raise(code: str) -> bool:
-    """Whether a function returns another status than 0."""
-    return re.search(r"^ *ret i32 (?!0$)", code, re.MULTILINE) is not None
+def _is_vectorizable(compiled: Any) -> bool:
+    """Whether a function always returns 0 as its status, and calls nothing but LLVM's own or, with a library of vectors, C's."""
+    name = compiled.fndesc.llvm_func_name
+    (code,) = (str(function) for function in compiled.library.get_defined_functions() if function.name == name)
+    obstacles = r"^ *ret i32 (?!0$)" if config.USING_SVML else r"^ *ret i32 (?!0$)|\bcall\b(?!.* @llvm\.)"
+    return re.search(obstacles, code, re.MULTILINE) is None
 
 
 @contextmanager
