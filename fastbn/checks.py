@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from contextlib import suppress
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -164,11 +165,20 @@ def apart(written: Mapping[str, object], used: Mapping[str, object] | None = Non
     arrays = {name: a for name, a in written.items() if isinstance(a, np.ndarray)}
     if not arrays:
         return
-    pairs = list(combinations(arrays.items(), 2))
-    pairs += [(w, (name, a)) for w in arrays.items() for name, a in (used or {}).items() if isinstance(a, np.ndarray)]
+    others = {name: _memory(a) for name, a in (used or {}).items()}
+    pairs = [*combinations(arrays.items(), 2), *product(arrays.items(), others.items())]
     for (first, a), (second, b) in pairs:
-        if np.may_share_memory(a, b) and overlap(a, b):
+        if b is not None and np.may_share_memory(a, b) and overlap(a, b):
             raise ValueError(f"{first} and {second} share memory, and the call writes {first}; give each memory of its own")
+
+
+def _memory(a: object) -> Array | None:
+    """The memory of what is given as an array: its own, or that of which NumPy makes a view, as of a buffer or a tensor."""
+    if a is None or isinstance(a, (np.ndarray, list, tuple)):
+        return a if isinstance(a, np.ndarray) else None  # of a list, NumPy makes a copy
+    with suppress(Exception):  # a stranger's; where it is no array, another check says so
+        return np.asarray(a)
+    return None
 
 
 def overlap(a: Array, b: Array) -> bool:
