@@ -686,17 +686,53 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
 }
 
 
+class _Interface:
+    """Memory of an array under NumPy's protocol."""
+
+    def __init__(self, a: Array):
+        self.__array_interface__ = a.__array_interface__
+
+
+class _Convertible:
+    """What turns into an array, without a copy."""
+
+    def __init__(self, a: Array):
+        self.a = a
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+        return self.a
+
+
+@pytest.mark.parametrize("given", [np.asarray, memoryview, _Interface, _Convertible])
 @pytest.mark.parametrize("step", [1, -1, 2])
 @pytest.mark.parametrize("which", ["weight", "bias"])
 @pytest.mark.parametrize("norm", SHARED)
 @pytest.mark.only(lambda norm, which: (norm, which) != ("rms_norm", "bias"))
-def test_an_output_over_a_parameter_is_refused(norm: str, which: str, step: int) -> None:
+def test_an_output_over_a_parameter_is_refused(norm: str, which: str, step: int, given: Callable[[Array], Any]) -> None:
     function, first, options = SHARED[norm]
     x, out = _random((4, 4, 3, 4), "float32"), _random((4, 4, 3, 4), "float32")
     before = out.copy()
     with pytest.raises(ValueError, match=f"out and {which} share memory"):
-        function(x, *first, **{which: out.reshape(-1)[16:48][::step][:4]}, out=out, **options)
+        function(x, *first, **{which: given(out.reshape(-1)[16:48][::step][:4])}, out=out, **options)
     np.testing.assert_array_equal(out, before)
+
+
+@pytest.mark.parametrize("layer", [fastbn.BatchRenorm2d, fastbn.BatchChannelNorm2d])
+def test_a_batch_that_cannot_be_counted_moves_nothing(layer: Callable[[int], Any]) -> None:
+    bn = layer(4)
+    bn.num_batches_tracked.setflags(write=False)
+    with pytest.raises(ValueError, match="num_batches_tracked is updated in place but is read-only"):
+        bn(_random((2, 4, 3, 3), "float32"))
+    assert not bn.running_mean.any()
+
+
+def test_a_forward_that_fails_leaves_the_one_before_it() -> None:
+    layer, x = fastbn.GroupNorm(2, 4), _random((2, 4, 3, 3), "float32")
+    layer(x)
+    want = layer.backward(x)
+    with pytest.raises(ValueError, match="residual must have the shape of x"):
+        layer(x, x[:1])
+    np.testing.assert_array_equal(layer.backward(x).dx, want.dx)
 
 
 @pytest.mark.parametrize("which", ["weight", "bias", "x", "residual"])

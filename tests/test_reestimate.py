@@ -240,3 +240,20 @@ def test_one_array_in_place_of_batches_is_said() -> None:
         fastbn.update_bn([bn], list(x), bn)
     with pytest.raises(KeyError, match="own"):
         fastbn.update_bn([bn], x, lambda _: {}["own"])
+
+
+@pytest.mark.parametrize("key", ["running_mean", "running_var", "num_batches_tracked"])
+def test_statistics_that_cannot_be_written_are_said_before_a_batch_runs(key: str) -> None:
+    first, second = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3)
+    getattr(second, key).setflags(write=False)
+    with pytest.raises(ValueError, match=f"{key} of layer 'last' is .*read-only"):
+        fastbn.update_bn({"first": first, "last": second}, iter(()), pytest.fail)
+    assert not first.running_mean.any()
+
+
+def test_statistics_in_16_bits_overflow_without_an_error() -> None:
+    bn, x = fastbn.BatchNorm1d(1), np.array([[-1e4], [1e4]], np.float32)
+    bn.running_var = bn.running_var.astype(np.float16)
+    with np.errstate(all="raise"):
+        fastbn.update_bn([bn], [x], bn)
+    assert (bn.running_mean.tolist(), bn.running_var.tolist(), int(bn.num_batches_tracked)) == ([0.0], [np.inf], 1)
