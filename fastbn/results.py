@@ -125,7 +125,7 @@ class Stats:
     def __setstate__(self, state: tuple[int, Array]) -> None:
         """Without the checks of what users give: many counts, each below the limit, may have added up."""
         count, given = state
-        vectors = np.zeros((4, given.shape[1]), given.dtype)
+        vectors = np.zeros((4, given.shape[1]), given.dtype.newbyteorder("="))  # another machine's may be the other way round
         vectors[: len(given)] = given
         self._set(count, vectors)
 

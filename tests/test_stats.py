@@ -584,3 +584,12 @@ def test_statistics_that_are_not_of_the_batch_are_refused(error: type[Exception]
         with pytest.raises(error, match=message):
             call(**given)
     assert all((a == 1).all() for a in (mean, var, out))
+
+
+def test_a_pickle_of_the_other_byte_order_is_the_same_value() -> None:
+    stats = fastbn.batch_norm_stats(rng().normal(size=(5, 3)))
+    make, given, (count, vectors) = stats.__reduce__()
+    other = make(*given)
+    other.__setstate__((count, vectors.astype(vectors.dtype.newbyteorder())))
+    assert other == stats
+    assert other.merge(other) == stats.merge(stats)
