@@ -197,21 +197,22 @@ class BatchNorm(Layer, FromOthers):
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
-        if not found.trainable:
-            raise ValueError("the layer uses batch renormalization, which fastbn trains in fastbn.keras alone; FrozenBatchNorm takes it")
+        if found.trained:
+            raise ValueError(f"the layer is trained by {found.trained}, which is not what {cls.__name__} does; FrozenBatchNorm takes it")
         given = dict(zip(found.names, found.vectors, strict=True))
         sizes = [np.shape(v) for v in given.values() if v is not None]
         if not sizes:
             raise ValueError("a layer without parameters and statistics does not say how many channels it has")
         if len(sizes[0]) != 1:
             raise ValueError(f"{next(name for name, v in given.items() if v is not None)} must have shape (C,), got {sizes[0]}")
-        where = {} if options.keys() & {"layout", "axis"} else {"axis": found.axis}
+        if (found.vectors[0] is None) != (found.vectors[1] is None):
+            raise ValueError(f"{found.names[0]} and {found.names[1]} must both be given, or both be None")
         taken = {
             "eps": checks.number("epsilon" if found.correction == 0 else "eps", found.eps, 0.0), "momentum": found.momentum,
             "affine": any(v is not None for v in found.vectors[2:]), "track_running_stats": found.vectors[0] is not None,
             "correction": found.correction, "activation": found.activation, "dtype": found.dtype,
         }  # fmt: skip
-        layer = cls(sizes[0][0], **taken | where | options)
+        layer = cls(sizes[0][0], **taken | dict(found.options) | found.where(options) | options)
         own = ("running_mean", "running_var", "weight", "bias")
         channels = Channels(layer.num_features, f"the layer has {layer.num_features} channels")
         loaded: dict[str, Array | None] = {}
@@ -224,8 +225,8 @@ class BatchNorm(Layer, FromOthers):
         for key, value in loaded.items():
             setattr(layer, key, None if value is None else value.copy())
         if layer.num_batches_tracked is not None and found.batches is not None:
-            layer.num_batches_tracked[...] = found.batches
-        return layer.train(found.training)
+            layer.num_batches_tracked = _loaded("num_batches_tracked", found.batches, layer.num_batches_tracked)
+        return layer.train(found.training).freeze(found.frozen)
 
     @property
     def affine(self) -> bool:
@@ -470,6 +471,8 @@ def _loaded(key: str, value: Any, own: Array) -> Array:
     n = np.asarray(value)
     if n.shape not in ((), (1,)):
         raise ValueError(f"{key} must have shape (), got {n.shape}")
+    if n.dtype.kind not in "fiu":
+        raise TypeError(f"{key} must be an int, got {checks.short(value)}")
     number = n.reshape(()).item()
     if n.dtype.kind == "f" and isinstance(number, float) and number.is_integer():
         number = int(number)
@@ -625,8 +628,7 @@ class FrozenBatchNorm(FromOthers):
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
         vectors = _vectors(**dict(zip(found.names, found.vectors, strict=True)))
         eps = options.get("eps", checks.number("epsilon" if found.correction == 0 else "eps", found.eps, 0.0))
-        where = {} if options.keys() & {"layout", "axis"} else {"axis": found.axis}
-        return cls(*vectors, **{"activation": found.activation} | where | options | {"eps": eps})
+        return cls(*vectors, **{"activation": found.activation} | found.where(options) | options | {"eps": eps})
 
     @property
     def scale(self) -> Array:
