@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -282,6 +282,11 @@ def saved_after(saved: Any, x: Array) -> None:
         same("saved.residual", saved.residual, x)
     elif saved.has_residual and saved.activation is not None:
         raise ValueError("saved.residual must not be None: the activation's derivative depends on it")
+
+
+def is_iterable(value: object) -> bool:
+    """Whether one can go through something; an array without axes counts as an Iterable, and cannot be gone through."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
 
 
 def names(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:

@@ -175,7 +175,7 @@ def collect(
     recorder: Recorder, batches: Iterable[Any], call: Callable[[Any], object], communicator: Communicator | None, progress: object
 ) -> Estimate:
     """Run the batches through a model, and return what its layers saw."""
-    if not isinstance(batches, Iterable):
+    if not checks.is_iterable(batches):
         raise TypeError(f"the batches must be an iterable, got {type(batches).__name__}")
     if communicator is not None:
         sync.check(communicator)

@@ -247,7 +247,7 @@ class Stats:
         >>> Stats.concat([Stats(4, [1.0], [0.0]), Stats(4, [2.0, 3.0], [0.0, 5.0])])
         Stats(count=4, mean=array([1., 2., 3.]), var=array([0., 0., 5.]))
         """
-        if not isinstance(parts, Iterable):
+        if not checks.is_iterable(parts):
             raise TypeError(f"concat takes an iterable of Stats, got {type(parts).__name__}")
         given = list(parts)
         for part in given:
@@ -391,7 +391,7 @@ class Stats:
         >>> Stats.from_arrays(Stats(2, [1.0], [0.25]).to_arrays())
         Stats(count=2, mean=array([1.]), var=array([0.25]))
         """
-        if not isinstance(arrays, Iterable):
+        if not checks.is_iterable(arrays):
             raise TypeError(f"arrays must be an iterable of arrays, got {type(arrays).__name__}")
         given: list[Any] = list(arrays)
         if not 3 <= len(given) <= 5:

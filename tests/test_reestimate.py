@@ -192,6 +192,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Net], object]]] = {
     "layer": (TypeError, "must hold BatchNorm1d.* got int for '0'", lambda n: fastbn.update_bn([3], [], n)),  # type: ignore[list-item]
     "forward": (TypeError, "forward must be a function of a batch", lambda n: fastbn.update_bn(n.layers, [], None)),  # type: ignore[arg-type]
     "batches": (TypeError, "the batches must be an iterable, got int", lambda n: fastbn.update_bn(n.layers, 3, n)),  # type: ignore[arg-type]
+    "scalar": (TypeError, "the batches must be an iterable, got ndarray", lambda n: fastbn.update_bn(n.layers, np.array(0), n)),
     "start": (TypeError, "start must be an Estimate", lambda n: fastbn.update_bn(n.layers, [], n, start={})),  # type: ignore[arg-type]
     "tolerance": (ValueError, "tolerance must be a finite number of at least 0", lambda n: fastbn.update_bn(n.layers, [], n, tolerance=-1)),
     "progress": (TypeError, "progress must be True or False", lambda n: fastbn.update_bn(n.layers, [], n, progress="yes")),  # type: ignore[arg-type]

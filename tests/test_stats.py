@@ -535,6 +535,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "merge-channels": (ValueError, "merge needs statistics of 3 channels, got 2", lambda: S.merge(Stats.identity(2))),
     "concat-counts": (ValueError, "concat needs statistics with one count, got 4 and 5", lambda: Stats.concat([S, Stats(5, [1.0], [1.0])])),
     "concat-type": (TypeError, "concat takes an iterable of Stats, got int in it", lambda: Stats.concat([S, 3])),  # type: ignore[list-item]
+    "concat-scalar": (TypeError, "concat takes an iterable of Stats, got ndarray$", lambda: Stats.concat(np.array(0))),
     "concat-one": (TypeError, "concat takes an iterable of Stats, got Stats$", lambda: Stats.concat(S)),  # type: ignore[arg-type]
     "concat-none": (ValueError, "concat needs at least one Stats", lambda: Stats.concat([])),
     "running-one": (ValueError, "unbiased variance needs a count of at least 2, got 1", lambda: Stats.running([1.0], [1.0], 1)),
@@ -544,6 +545,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "to_running-none": (ValueError, "no values have no mean", lambda: Stats.identity(1).to_running(unbiased=False)),
     "to_arrays-count": (OverflowError, r"count must be below 2\*\*63", lambda: Stats(2**63, [1.0], [0.0]).to_arrays()),
     "from_arrays-few": (ValueError, "arrays must be count, mean, var, mean_lo and var_lo, got 2", lambda: Stats.from_arrays([1, [1.0]])),
+    "from_arrays-scalar": (TypeError, "arrays must be an iterable of arrays, got ndarray", lambda: Stats.from_arrays(np.array(0))),
     "from_arrays-number": (TypeError, "arrays must be an iterable of arrays, got int", lambda: Stats.from_arrays(3)),  # type: ignore[arg-type]
     "from_arrays-count": (ValueError, r"count must have one element, got shape \(2,\)", lambda: Stats.from_arrays([[1, 2], [1.0], [1.0]])),
     "from_arrays-half": (TypeError, "count must be an int, got 1.5", lambda: Stats.from_arrays([[1.5], [1.0], [1.0]])),
