@@ -534,3 +534,24 @@ class Gradients(NamedTuple):
     dweight: Array | None
     dbias: Array | None
     dresidual: Array | None
+
+
+class MixedGradients(Gradients):
+    """Gradients of `batch_channel_norm_forward`: those that all have, and that of the mix.
+
+    Attributes
+    ----------
+    dmix : ndarray of shape (C,), or None
+    """
+
+    dmix: Array | None = None
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, dmix={self.dmix!r})"
+
+    def _replace(self, **given: Any) -> MixedGradients:
+        """Others of the same, as for any named tuple; dmix, which is none of its fields, goes along."""
+        dmix = given.pop("dmix", self.dmix)
+        made = type(self)(*super()._replace(**given))
+        made.dmix = dmix
+        return made

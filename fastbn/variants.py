@@ -19,21 +19,7 @@ from fastbn.composed import split, update_running
 from fastbn.floating import default_mode
 from fastbn.functional import USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
-from fastbn.results import Function, Gradients, Saved, variance
-
-
-class MixedGradients(Gradients):
-    """Gradients of `batch_channel_norm_forward`: those that all have, and that of the mix.
-
-    Attributes
-    ----------
-    dmix : ndarray of shape (C,), or None
-    """
-
-    dmix: Array | None = None
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, dmix={self.dmix!r})"
+from fastbn.results import Function, Gradients, MixedGradients, Saved, variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -639,12 +625,12 @@ def ghost_batch_norm_forward(
     at = checks.channel(array, layout, axis)
     if at == 0:
         raise ValueError("axis must not be 0, which is the images'")
-    given = (weight, bias, running_mean, running_var)
     numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
     with threading.num_threads(norm_calls.thread_count(threads, "forward", array)):
         if not checks.switch("training", training) or not array.size:
+            given = (weight, bias, running_mean, running_var)
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
             return y, SavedGhosts((saved,), (len(array),))
         sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), -(-len(array) // size)))
@@ -653,16 +639,22 @@ def ghost_batch_norm_forward(
                 f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
                 f"shape {array.shape}"
             )
-        moved = {"running_mean": running_mean, "running_var": running_var}
+        channels = checks.channels_of(array, at)
+        moved = {name: checks.running(name, v, channels) for name, v in (("running_mean", running_mean), ("running_var", running_var))}
         checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
         checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
         y = memory.empty_like(array) if target is None else target
+        mean, var = (v if v is None else v.copy() for v in moved.values())  # the second virtual batch may fail
         found, first = [], 0
         for size in sizes:
             own = slice(first, first + size)
             rest = None if r is None else r[own]
-            found.append(functional.batch_norm_forward(array[own], *given, axis=at, residual=rest, out=y[own], **numbers)[1])
+            call = functional.batch_norm_forward(array[own], weight, bias, mean, var, axis=at, residual=rest, out=y[own], **numbers)
+            found.append(call[1])
             first += size
+        for old, new in zip(moved.values(), (mean, var), strict=True):
+            if old is not None and new is not None:
+                old[...] = new
     return y, SavedGhosts(tuple(found), sizes)
 
 

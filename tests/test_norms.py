@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import core, reference
+from fastbn import core, functional, reference
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -746,3 +746,27 @@ def test_what_the_next_virtual_batch_needs_is_not_moved(moved: str, which: str) 
     with pytest.raises(ValueError, match=f"{moved} and {which} share memory, and the call writes {moved}"):
         fastbn.ghost_batch_norm(**given, **statistics, training=True, virtual_batch_size=2)
     np.testing.assert_array_equal(statistics[moved], before)
+
+
+def test_a_virtual_batch_that_fails_moves_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, calls, mean, var = fastbn.batch_norm_forward, itertools.count(), np.zeros(4, np.float32), np.ones(4, np.float32)
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        if next(calls):
+            raise MemoryError
+        return usual(*args, **options)
+
+    monkeypatch.setattr(functional, "batch_norm_forward", second_fails)
+    with pytest.raises(MemoryError):
+        fastbn.ghost_batch_norm(_random((4, 4, 3, 4), "float32"), mean, var, training=True, virtual_batch_size=2)
+    assert (mean.tolist(), var.tolist()) == ([0.0] * 4, [1.0] * 4)
+
+
+def test_the_gradient_of_the_mix_stays_with_the_others() -> None:
+    x = _random((4, 4, 3, 4), "float32")
+    _, saved = fastbn.batch_channel_norm_forward(x, None, None, np.full(4, 0.5), training=True)
+    g = fastbn.batch_channel_norm_backward(x, x, saved)
+    for same in (copy.copy(g), copy.deepcopy(g), g._replace(dx=None)):
+        np.testing.assert_array_equal(same.dmix, g.dmix)
+        np.testing.assert_array_equal(same.dweight, g.dweight)
+    assert g._replace(dmix=None).dmix is None
