@@ -257,7 +257,7 @@ class Stats:
                 raise ValueError(f"concat needs statistics with one count, got {given[0].count} and {part.count}")
         if not given:
             raise ValueError("concat needs at least one Stats, got none")
-        return Stats(given[0].count, *np.concatenate([part._vectors for part in given], 1))
+        return of_rows(given[0].count, np.concatenate([part._vectors for part in given], 1))
 
     @classmethod
     @default_mode

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -645,13 +646,12 @@ def ghost_batch_norm_forward(
         checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
         y = memory.empty_like(array) if target is None else target
         mean, var = (v if v is None else v.copy() for v in moved.values())  # the second virtual batch may fail
-        found, first = [], 0
-        for size in sizes:
-            own = slice(first, first + size)
+        found = []
+        for size, end in zip(sizes, accumulate(sizes), strict=True):
+            own = slice(end - size, end)
             rest = None if r is None else r[own]
             call = functional.batch_norm_forward(array[own], weight, bias, mean, var, axis=at, residual=rest, out=y[own], **numbers)
             found.append(call[1])
-            first += size
         for old, new in zip(moved.values(), (mean, var), strict=True):
             if old is not None and new is not None:
                 old[...] = new
@@ -762,14 +762,16 @@ def ghost_batch_norm_backward(
         _whole(array, saved, wanted, out)
         target = checks.output(out, array, {"dy": given, "x": array})
         dx = None if "x" not in wanted else memory.empty_like(array) if target is None else target
-        found, first = [], 0
-        for size, one in zip(saved.sizes, saved.saved, strict=True):
-            own = slice(first, first + size)
-            found.append(functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own]))
-            first += size
+        dresidual = memory.empty_like(array) if "residual" in wanted else None
+        found = []
+        for size, end, one in zip(saved.sizes, accumulate(saved.sizes), saved.saved, strict=True):
+            own = slice(end - size, end)
+            g = functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own])
+            if dresidual is not None:
+                dresidual[own] = g.dresidual
+            found.append(g._replace(dresidual=None))
     vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
     sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
-    dresidual = np.concatenate([g.dresidual for g in found]) if "residual" in wanted else None
     return Gradients(dx, sums[0], sums[1], dresidual)
 
 

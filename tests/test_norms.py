@@ -770,3 +770,15 @@ def test_the_gradient_of_the_mix_stays_with_the_others() -> None:
         np.testing.assert_array_equal(same.dmix, g.dmix)
         np.testing.assert_array_equal(same.dweight, g.dweight)
     assert g._replace(dmix=None).dmix is None
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_residuals_gradient_of_virtual_batches_lies_in_memory_as_x(activation: Any) -> None:
+    x = _random((4, 3, 4, 5), "float32").transpose(0, 3, 1, 2)
+    dy = np.ascontiguousarray(x[::-1])
+    _, saved = fastbn.ghost_batch_norm_forward(x, None, None, training=True, residual=x, activation=activation, virtual_batch_size=2)
+    g = fastbn.ghost_batch_norm_backward(dy.copy(), x, saved, wrt=("x", "residual"))
+    assert g.dresidual.strides == x.strides
+    assert activation or np.array_equal(g.dresidual, dy)
+    again = fastbn.ghost_batch_norm_backward(dy, x, saved, wrt=("x", "residual"), out=dy)
+    np.testing.assert_array_equal(again.dresidual, g.dresidual)

@@ -588,6 +588,12 @@ def test_statistics_that_are_not_of_the_batch_are_refused(error: type[Exception]
     assert all((a == 1).all() for a in (mean, var, out))
 
 
+def test_counts_that_have_added_up_beyond_the_limit_are_concatenated() -> None:
+    stats = Stats(10**30, [1.0], [2.0]).merge(Stats(1, [1.0], [2.0]))
+    both = Stats.concat([stats, stats])
+    assert (both.count, both.mean.tolist(), both.var.tolist()) == (10**30 + 1, [1.0, 1.0], [2.0, 2.0])
+
+
 def test_a_pickle_of_the_other_byte_order_is_the_same_value() -> None:
     stats = fastbn.batch_norm_stats(rng().normal(size=(5, 3)))
     make, given, (count, vectors) = stats.__reduce__()
