@@ -212,8 +212,10 @@ class Stats:
         vectors = np.array([s._vectors for s in batches], np.float64)
         vectors[:, ::2] *= 0.5
         halves, variances, halves_lo, variances_lo = vectors.swapaxes(0, 1)
-        # Means as offsets from that of the largest batch: the difference of two near means is exact.
+        # Means as offsets from that of the largest batch: the difference of two near means is exact. An infinite one has no
+        # difference to itself, and the mean of all is infinite, as that of the whole.
         base = halves[shares.argmax()]
+        base = np.where(np.isfinite(base), base, 0.0)
         offsets = (halves - base) + halves_lo
         offset = np.add.reduce(shares * offsets)
         distances = 2.0 * (offsets - offset)

@@ -601,3 +601,17 @@ def test_a_pickle_of_the_other_byte_order_is_the_same_value() -> None:
     other.__setstate__((count, vectors.astype(vectors.dtype.newbyteorder())))
     assert other == stats
     assert other.merge(other) == stats.merge(stats)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_what_is_not_finite_is_the_same_in_any_order(order: list[int], value: float) -> None:
+    x = rng().normal(size=(30, 2))
+    x[0, 0] = value
+    for ends in ((3, 10), (20, 25), (10, 20)):
+        parts = np.split(x, ends)
+        first, *others = (fastbn.batch_norm_stats(parts[i]) for i in order)
+        merged = first.merge(*others)
+        np.testing.assert_array_equal(merged.mean[0], value)
+        assert np.isnan(merged.var[0])
+        np.testing.assert_allclose(merged.mean[1], x[:, 1].mean(), rtol=1e-12)
