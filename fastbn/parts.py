@@ -294,8 +294,7 @@ class _Apart(NamedTuple):
         largest = np.maximum(np.abs(values).max((1, 2, 3)), np.sqrt(norm.eps))
         e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e[:, None, None, None])
-        mean = values.mean((1, 2, 3), keepdims=True) if norm.centered else np.zeros((len(e), 1, 1, 1))
-        mean = mean + ((values - mean).mean((1, 2, 3), keepdims=True) if norm.centered else 0)
+        mean = _means(values) if norm.centered else np.zeros((len(e), 1, 1, 1))
         own = 1.0 / np.sqrt(np.square(values - mean).mean((1, 2, 3)) + np.ldexp(norm.eps, -2 * e))
         z = (values - mean) * own[:, None, None, None]
         for vector, times in ((norm.weight, True), (norm.bias, False)):
@@ -305,9 +304,7 @@ class _Apart(NamedTuple):
         if epilogue is not None:
             residual = None if epilogue.residual is None else _gather(epilogue.residual, shape, at)
             z = reference.finish(z, epilogue._replace(residual=residual))
-        wide = np.ldexp(mean[:, 0, 0, 0], e)
-        high = wide.astype(norm.compute)
-        return cls(at, z, high, wide - high, np.ldexp(own, -e))
+        return cls(at, z, *split(np.ldexp(mean[:, 0, 0, 0], e), np.zeros(1), norm.compute), np.ldexp(own, -e))
 
     def finish(self, y: Array, vectors: Vectors) -> None:
         """Write them."""
@@ -323,6 +320,13 @@ def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
     """Some parts, in float64: of shape (number, outer, group, inner)."""
     k = shape.group
     return np.array([a[b, :, g * k : (g + 1) * k] for b, g in zip(*at, strict=True)], np.float64)
+
+
+def _means(values: Array) -> Array:
+    """Of some parts, to the last digit; infinite where a value is."""
+    mean = values.mean((1, 2, 3), keepdims=True)
+    rest = (values - mean).mean((1, 2, 3), keepdims=True)
+    return np.asarray(mean + np.where(np.isfinite(rest), rest, 0.0))
 
 
 class Sums(NamedTuple):
@@ -480,8 +484,7 @@ def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int
         largest = np.abs(values).max((1, 2, 3), keepdims=True)
         e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e)
-        center = values.mean((1, 2, 3), keepdims=True)
-        center = center + (values - center).mean((1, 2, 3), keepdims=True)
+        center = _means(values)
         mean[at], var[at], units[at] = center[:, 0, 0, 0], np.square(values - center).mean((1, 2, 3)), e[:, 0, 0, 0]
     return mean, var, units
 

@@ -782,3 +782,19 @@ def test_the_residuals_gradient_of_virtual_batches_lies_in_memory_as_x(activatio
     assert activation or np.array_equal(g.dresidual, dy)
     again = fastbn.ghost_batch_norm_backward(dy, x, saved, wrt=("x", "residual"), out=dy)
     np.testing.assert_array_equal(again.dresidual, g.dresidual)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_the_mean_of_what_is_not_finite_is_not_finite(value: float) -> None:
+    x = _random((3, 2, 4, 4), "float32")
+    x[1, 0, 2, 2] = value
+    mean, var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    _, saved = fastbn.instance_norm_forward(x, mean, var)
+    np.testing.assert_array_equal([mean[0], var[0], saved.mean[1, 0], saved.mean_lo[1, 0]], [value, np.nan, value, 0.0])
+    assert np.isfinite([mean[1], var[1]]).all()
+    for forward, given in ((fastbn.group_norm_forward, 1), (fastbn.layer_norm_forward, (2, 4, 4))):
+        _, saved = forward(x, given)
+        np.testing.assert_array_equal([saved.mean[1, 0], saved.mean_lo[1, 0]], [value, 0.0])
+    _, mixed = fastbn.batch_channel_norm_forward(x, None, None, np.full(2, 0.5), training=True)
+    np.testing.assert_array_equal(mixed.layer_mean[1, 0], value)
