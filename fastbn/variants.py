@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core, extremes, functional, memory, norm_calls, parts
 from fastbn import threads as threading
-from fastbn.activations import Activation, Epilogue
+from fastbn.activations import Epilogue
 from fastbn.composed import split, update_running
 from fastbn.floating import default_mode
 from fastbn.functional import USUAL, ActivationLike, Number
@@ -303,6 +303,8 @@ def batch_channel_norm_backward(
         checks.saved_vector(name, getattr(saved, name), (channels.number,), channels.words, wide)
     for name in ("layer_mean", "layer_invstd"):
         checks.saved_vector(name, getattr(saved, name), (images, 1), f"x has {images} images", wide)
+    vectors = ("mean", "mean_lo", "invstd", "weight", "bias", "mix", "layer_mean", "layer_invstd")
+    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in vectors})
     call = call._replace(shape=call.shape._replace(group=1))
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
     compute = call.dtype.compute
@@ -548,6 +550,8 @@ def batch_renorm_backward(
         if v is not None and isinstance(saved.saved, Saved):
             channels = checks.Channels(saved.saved.mean.size, f"saved has {saved.saved.mean.size} channels")
             checks.vector(name, v, channels, np.dtype(np.float64))
+    if (saved.r is None) != (saved.d is None):
+        raise ValueError("saved.r and saved.d must both be vectors, or both be None")
     both = saved.r is not None and "weight" in wanted and "bias" not in wanted
     with threading.num_threads(norm_calls.thread_count(threads, "backward", x)):
         g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)
@@ -753,13 +757,13 @@ def ghost_batch_norm_backward(
         raise TypeError(f"saved must be what ghost_batch_norm_forward returned, got {type(saved).__name__}")
     array, _ = checks.array(x)
     given = checks.same("dy", dy, array)
+    if not isinstance(saved.saved, tuple) or not saved.saved or not all(isinstance(one, Saved) for one in saved.saved):
+        raise TypeError(f"saved.saved must be a tuple of Saved, one of each virtual batch, got {checks.short(saved.saved)}")
     with threading.num_threads(norm_calls.thread_count(threads, "backward", array)):
         if len(saved.saved) == 1:
             return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, out=out)
-        if len(array) != sum(saved.sizes):
-            raise ValueError(f"saved is of a forward of {sum(saved.sizes)} images, but x has shape {array.shape}")
         wanted = checks.names("wrt", wrt, functional.GRADIENTS)
-        _whole(array, saved, wanted, out)
+        norm_calls.check_virtual_batches(array, saved, wanted, out)
         target = checks.output(out, array, {"dy": given, "x": array})
         dx = None if "x" not in wanted else memory.empty_like(array) if target is None else target
         dresidual = memory.empty_like(array) if "residual" in wanted else None
@@ -773,17 +777,3 @@ def ghost_batch_norm_backward(
     vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
     sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
     return Gradients(dx, sums[0], sums[1], dresidual)
-
-
-def _whole(x: Array, saved: SavedGhosts, wanted: tuple[str, ...], out: object) -> None:
-    """Check what the first virtual batch would, before another one is written."""
-    if out is not None and "x" not in wanted:
-        raise ValueError("out is where dx goes, but wrt does not name 'x'")
-    one = saved.saved[0]
-    if "residual" in wanted and not one.has_residual:
-        raise ValueError("wrt names 'residual', but the forward had none")
-    if (one.shape[1:], one.dtype) != (x.shape[1:], x.dtype):
-        had = f"images had shape {one.shape[1:]} and dtype {one.dtype}"
-        raise ValueError(f"saved is of a forward whose {had}, but x has shape {x.shape} and dtype {x.dtype}")
-    if isinstance(one.activation, Activation) and one.activation.derivative is None:
-        raise ValueError(f"the backward needs the derivative of {one.activation}: give fastbn.Activation(forward, derivative)")

@@ -798,3 +798,51 @@ def test_the_mean_of_what_is_not_finite_is_not_finite(value: float) -> None:
         np.testing.assert_array_equal([saved.mean[1, 0], saved.mean_lo[1, 0]], [value, 0.0])
     _, mixed = fastbn.batch_channel_norm_forward(x, None, None, np.full(2, 0.5), training=True)
     np.testing.assert_array_equal(mixed.layer_mean[1, 0], value)
+
+
+GHOSTS = fastbn.ghost_batch_norm_forward(np.arange(8.0).reshape(4, 2), None, None, training=True, virtual_batch_size=2)[1]
+RENORM = fastbn.batch_renorm_forward(np.arange(8.0).reshape(4, 2), np.zeros(2), np.ones(2), training=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("saved", None), ("saved", ()), ("saved", (3, 3)), ("saved", list(GHOSTS.saved)), ("saved", GHOSTS.saved * 2),
+        ("sizes", None), ("sizes", 4), ("sizes", ("2", "2")), ("sizes", (2, 2, 0)), ("sizes", (1, 3)), ("sizes", (3, 3)),
+    ],
+)  # fmt: skip
+def test_what_virtual_batches_have_saved_is_checked_before_one_is_written(name: str, value: Any) -> None:
+    x, out = np.arange(8.0).reshape(4, 2), np.zeros((4, 2))
+    with pytest.raises((TypeError, ValueError), match="saved"):
+        fastbn.ghost_batch_norm_backward(x, x, dataclasses.replace(GHOSTS, **{name: value}), out=out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("name", ["r", "d"])
+def test_a_correction_is_whole_or_none(name: str) -> None:
+    x = np.arange(8.0).reshape(4, 2)
+    with pytest.raises(ValueError, match=r"saved\.r and saved\.d must both"):
+        fastbn.batch_renorm_backward(x, x, dataclasses.replace(RENORM, **{name: None}))
+
+
+def test_numbers_that_were_saved_may_be_arrays_without_axes() -> None:
+    x = _random((2, 4, 3), "float32")
+    _, saved = fastbn.group_norm_forward(x, 2)
+    want = fastbn.group_norm_backward(x, x, saved)
+    for name in ("axis", "group"):
+        with fastbn.use_kernel("reference"):
+            got = fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **{name: np.array(getattr(saved, name))}))
+        np.testing.assert_allclose(got.dx, want.dx, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_is_not_written_over_what_was_saved() -> None:
+    x, cases = np.arange(3.0)[None] + 1, []
+    cases += [(fastbn.layer_norm_backward, fastbn.layer_norm_forward(x, 3, np.ones(3), np.ones(3))[1], ("weight", "bias"))]
+    cases += [(fastbn.layer_norm_backward, fastbn.layer_norm_forward(x.T, 1)[1], ("mean", "mean_lo", "invstd"))]
+    mixed = fastbn.batch_channel_norm_forward(x, None, None, np.ones(3), training=True, correction=0)[1]
+    cases += [(fastbn.batch_channel_norm_backward, mixed, ("mean", "mean_lo", "invstd", "weight", "bias", "mix"))]
+    for backward, saved, names in cases:
+        for name in names:
+            given = x.reshape(saved.shape)
+            with pytest.raises(ValueError, match=rf"out and saved\.{name} share memory"):
+                backward(given, given, saved, out=getattr(saved, name).reshape(saved.shape))
