@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fastbn import activations
-from fastbn.activations import Activation, Builtin
 from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.floating import default_mode
 from fastbn.layout import Array, channel_axis, plain
@@ -276,7 +275,7 @@ def saved_vector(name: str, v: object, shape: tuple[int, ...], what: str, dtype:
 def saved_after(saved: Any, x: Array) -> None:
     """Check what a forward saved of what follows the normalization."""
     switch("saved.has_residual", saved.has_residual)
-    if not (saved.activation is None or isinstance(saved.activation, (Activation, Builtin))):
+    if not (saved.activation is None or activations.is_found(saved.activation)):
         raise TypeError(f"saved.activation must be what the forward made of it, got {short(saved.activation)}")
     if saved.residual is not None:
         same("saved.residual", saved.residual, x)
