@@ -165,7 +165,10 @@ def keras(
         )
         epsilon = layer.epsilon if epsilon is None else epsilon
         momentum = layer.momentum if momentum is None else momentum
-        own = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
+        several = isinstance(layer.axis, (list, tuple))
+        if several and len(layer.axis) != 1:
+            raise ValueError(f"layer must have one axis of channels, got axis={checks.short(layer.axis)}")
+        own = layer.axis[0] if several else layer.axis
         axis = own if axis is None else axis
         activation = _keras_activation(layer) if activation is None else activation
         dtype = str(getattr(layer, "compute_dtype", "float32"))
@@ -199,10 +202,10 @@ def flax(source: Any, epsilon: Any, momentum: Any, axis: Any) -> Found:
     """A layer of Flax's nnx, or the variables of one of linen."""
     names = ("mean", "var", "scale", "bias")
     if isinstance(source, Mapping):
-        flat = {**source.get("params", {}), **source.get("batch_stats", {})} or source
-        if not isinstance(flat, Mapping) or not {"mean", "var"} <= flat.keys():
-            listed = sorted(map(str, flat)) if isinstance(flat, Mapping) else type(flat).__name__
-            raise TypeError(f"variables must hold the batch_stats of one layer, mean and var, got {listed}")
+        held = (source.get("params"), source.get("batch_stats"))
+        flat = {key: value for part in held if isinstance(part, Mapping) for key, value in part.items()} or source
+        if not {"mean", "var"} <= flat.keys():
+            raise TypeError(f"variables must hold the batch_stats of one layer, mean and var, got {sorted(map(str, flat))}")
         found, own = dict(flat), {}
     else:
         if not (hasattr(source, "mean") and hasattr(source, "var") and hasattr(source, "epsilon")):
@@ -230,6 +233,8 @@ def onnx(node: Any, given: Any, input_mean: Any, input_var: Any, epsilon: Any, m
             raise ValueError(f"node must be a BatchNormalization, got {node.op_type}")
         if not attributes.get("spatial", 1):
             raise ValueError("node must have one value for each channel, but its attribute spatial is 0")
+        if len(node.input) < 5 or not all(node.input[1:5]):
+            raise ValueError(f"node must have the inputs X, scale, B, input_mean and input_var, got {checks.short(list(node.input))}")
         if missing := [name for name in node.input[1:5] if name not in tensors]:
             raise ValueError(f"the node's inputs must be initializers or constants, but {', '.join(missing)} is not among those given")
         scale, bias, input_mean, input_var = (tensors[name] for name in node.input[1:5])
