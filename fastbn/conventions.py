@@ -132,7 +132,8 @@ def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
         names, (mean, var, weight, bias), eps, momentum, correction, training=bool(numbers.get("training", True)),
         dtype=_dtype(mean, var, weight, bias), batches=array_of(found.get("num_batches_tracked")), trained=_trained(source),
     )  # fmt: skip
-    return made._replace(**_own(source)) if hasattr(source, "layout") and hasattr(source, "activation") else made
+    of_fastbn = all(hasattr(source, name) for name in ("layout", "axis", "activation", "dtype"))
+    return made._replace(**_own(source)) if of_fastbn else made
 
 
 def _trained(source: Any) -> str:
