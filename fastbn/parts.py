@@ -406,14 +406,14 @@ class Maps(NamedTuple):
         offsets, slopes = (_repeated(v, self.shape).ravel() for v in (offset, slope))
         with np.errstate(all="ignore"):
             g0, g1 = -offsets / self.scale, -slopes / self.scale
-        one_sweep = bool((np.abs(weight) > 2.0**-40).all())
+        one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all())
         if one_sweep:
             for see, at in self._each():
                 own = g0[at].astype(compute), g1[at].astype(compute)
                 after = self._epilogue(see, at, self.dresidual)
                 self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], *own, n, after)
             return
-        # A weight of nearly 0 cannot be divided by: two sweeps, of which the second adds to the first.
+        # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the second adds to the first.
         zero = np.zeros_like(self.means)
         narrow = dx.dtype != compute
         kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x

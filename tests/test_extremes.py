@@ -314,3 +314,22 @@ def test_what_is_not_finite_stays_in_its_channel_of_running_statistics() -> None
     fastbn.instance_norm(x, *running)
     for v in running:
         np.testing.assert_array_equal(np.isfinite(v), [True, False, False, True])
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("eps", "size", "weight"), [(1e200, 1.0, 1.0), (1e300, 1.0, 1e30), (1e-5, 1e37, 1e-10)])
+def test_a_scale_that_underflows_gives_a_gradient_of_zero(eps: float, size: float, weight: float, last: bool) -> None:
+    draw = np.random.default_rng(0)
+    x, dy = (draw.uniform(0.5, 1.0, (3, 4, 5, 6)) * size).astype(np.float32), draw.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    if last:
+        x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) for a in (x, dy))
+    w = np.full(4, weight)
+    for forward, backward, given in (
+        (fastbn.group_norm_forward, fastbn.group_norm_backward, (2, w)),
+        (fastbn.instance_norm_forward, fastbn.instance_norm_backward, (None, None, w)),
+        (fastbn.batch_norm_forward, fastbn.batch_norm_backward, (w,)),
+    ):
+        g = backward(dy, x, forward(x, *given, eps=eps)[1])
+        assert np.abs(g.dx).max() < 1e-37
+        np.testing.assert_allclose(g.dbias, dy.sum((0, 2, 3)), rtol=1e-4, atol=1e-5)
