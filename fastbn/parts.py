@@ -413,8 +413,11 @@ class Maps(NamedTuple):
                 after = self._epilogue(see, at, self.dresidual)
                 self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], *own, n, after)
             return
-        # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the second adds to the first.
-        zero = np.zeros_like(self.means)
+        # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the first has the scale and
+        # the second all the rest, in units of the larger of scale and offset, as a slope alone may leave the range.
+        zero, wide_scale = np.zeros_like(self.means), self.scale.astype(np.float64)
+        unit = np.ldexp(1.0, np.frexp(np.maximum(np.abs(wide_scale), np.abs(offsets)))[1])
+        first, units, g0, g1 = (v.astype(compute) for v in (wide_scale / unit, unit, -offsets / unit, -slopes / unit))
         narrow = dx.dtype != compute
         kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x
         wide_dy = dy.astype(compute) if narrow else dy
@@ -423,11 +426,15 @@ class Maps(NamedTuple):
         if narrow:
             wide = [None if a is None else a.astype(compute) for a in (self.residual, self.dresidual)]
             maps = self._replace(residual=wide[0], dresidual=wide[1])
+        dz = wide_dy
+        if self.activation is not None:  # its argument needs the scale itself
+            dz = np.empty(dx.shape, compute) if maps.dresidual is None else maps.dresidual
         for see, at in maps._each():
-            after = maps._epilogue(see, at, maps.dresidual)
-            self.module.grad_input(see(wide_dy), see(kept), see(out), self.means[at], self.scale[at], zero[at], zero[at], n, after)
-            again = slopes[at].astype(compute), offsets[at].astype(compute)
-            self.module.normalize(see(kept), see(out), self.means[at], *again, n, Epilogue(None, see(out)))
+            if self.activation is not None:
+                after = maps._epilogue(see, at, dz)
+                self.module.grad_input(see(wide_dy), see(kept), see(out), self.means[at], self.scale[at], zero[at], zero[at], n, after)
+            self.module.grad_input(see(dz), see(kept), see(out), self.means[at], first[at], zero[at], zero[at], n, None)
+            self.module.grad_input(see(out), see(kept), see(out), self.means[at], units[at], g0[at], g1[at], n, None)
         if narrow:
             dx[...] = out
             if self.dresidual is not None:
