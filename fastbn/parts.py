@@ -406,7 +406,8 @@ class Maps(NamedTuple):
         offsets, slopes = (_repeated(v, self.shape).ravel() for v in (offset, slope))
         with np.errstate(all="ignore"):
             g0, g1 = -offsets / self.scale, -slopes / self.scale
-        one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all())
+        outside = (np.abs([g0, g1]) > np.finfo(compute).max).any()
+        one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all()) and not outside
         if one_sweep:
             for see, at in self._each():
                 own = g0[at].astype(compute), g1[at].astype(compute)

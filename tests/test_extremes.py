@@ -357,3 +357,13 @@ def test_a_weight_of_zero_takes_values_of_any_size(power: int, last: bool, weigh
             own = (*given[:-1], near)
             one = backward(dy, x, forward(x, *own, eps=0.0, activation=after)[1]).dx
             np.testing.assert_allclose(want, one, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_weight_that_is_tiny_beside_another_takes_small_values() -> None:
+    x, dy = (np.random.default_rng(i).normal(size=(3, 4, 5, 6)).astype(np.float32) for i in range(2))
+    given, size = (None, None, np.full(4, 0.5), np.array([1e-20, 1.0, 1e9, -1.0]), None, True), np.float32(2.0**-84)
+    forward, backward = fastbn.batch_channel_norm_forward, fastbn.batch_channel_norm_backward
+    want = backward(dy, x, forward(x, *given, eps=0.0)[1]).dx.astype(np.float64)
+    got = backward(dy, x * size, forward(x * size, *given, eps=0.0)[1]).dx * 2.0**-84
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
