@@ -142,7 +142,7 @@ def lookup(activation: object) -> Builtin | Activation:
 
     Parameters
     ----------
-    activation : str, tuple, Activation or function
+    activation : str, tuple, Activation, function or Builtin
         A name of `NAMES`, ``("leaky_relu", slope)``, ``("gelu", "tanh")``, which is "gelu_tanh", or a function
         compiled by Numba.
 
@@ -157,8 +157,8 @@ def lookup(activation: object) -> Builtin | Activation:
     """
     if type(activation) is str and activation in BUILTINS:
         return BUILTINS[activation]
-    if isinstance(activation, Activation):
-        return activation
+    if is_found(activation):
+        return activation  # type: ignore[return-value]
     if callable(activation):
         if _is_compiled(activation):
             return Activation(activation)
@@ -180,6 +180,15 @@ def lookup(activation: object) -> Builtin | Activation:
     if parameter not in ("none", "tanh"):
         raise ValueError(f"{_PARAMETERS}, got {activation!r}")
     return BUILTINS["gelu" if parameter == "none" else "gelu_tanh"]
+
+
+def is_found(activation: object) -> bool:
+    """Whether something is what `lookup` returns, as the `activation` of what a forward saved."""
+    if not isinstance(activation, Builtin):
+        return isinstance(activation, Activation)
+    own = BUILTINS.get(activation.name) if isinstance(activation.name, str) else None
+    slope = activation.parameter
+    return own is not None and type(slope) is float and isfinite(slope) and activation == own._replace(parameter=slope)
 
 
 def _slope(value: Any) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +28,13 @@ def folders(controller: str, root: str = ROOT, membership: str = MEMBERSHIP) -> 
         A limit in any of them holds for this process.
     """
     try:
-        lines = Path(membership).read_text().splitlines()
+        text = os.fsdecode(Path(membership).read_bytes())  # a group's name may be any bytes, as a file's
     except OSError:
-        lines = []
+        text = ""
     places = {(Path(root), "/"), (Path(root) / controller, "/")}  # in a container the path may be the host's
-    for line in lines:
+    for line in text.split("\n"):
+        if line.count(":") < 2:
+            continue
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             places.add((Path(root), path))

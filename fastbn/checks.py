@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fastbn import activations
-from fastbn.activations import Activation, Builtin
 from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.floating import default_mode
 from fastbn.layout import Array, channel_axis, plain
@@ -164,11 +164,20 @@ def apart(written: Mapping[str, object], used: Mapping[str, object] | None = Non
     arrays = {name: a for name, a in written.items() if isinstance(a, np.ndarray)}
     if not arrays:
         return
-    pairs = list(combinations(arrays.items(), 2))
-    pairs += [(w, (name, a)) for w in arrays.items() for name, a in (used or {}).items() if isinstance(a, np.ndarray)]
+    others = {name: _memory(a) for name, a in (used or {}).items()}
+    pairs = [*combinations(arrays.items(), 2), *product(arrays.items(), others.items())]
     for (first, a), (second, b) in pairs:
-        if np.may_share_memory(a, b) and overlap(a, b):
+        if b is not None and np.may_share_memory(a, b) and overlap(a, b):
             raise ValueError(f"{first} and {second} share memory, and the call writes {first}; give each memory of its own")
+
+
+def _memory(a: object) -> Array | None:
+    """The memory of what is given as an array: its own, or that of which NumPy makes a view, as of a buffer or a tensor."""
+    if a is None or isinstance(a, (np.ndarray, list, tuple)):
+        return a if isinstance(a, np.ndarray) else None  # of a list, NumPy makes a copy
+    with suppress(Exception):  # a stranger's; where it is no array, another check says so
+        return np.asarray(a)
+    return None
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -266,12 +275,17 @@ def saved_vector(name: str, v: object, shape: tuple[int, ...], what: str, dtype:
 def saved_after(saved: Any, x: Array) -> None:
     """Check what a forward saved of what follows the normalization."""
     switch("saved.has_residual", saved.has_residual)
-    if not (saved.activation is None or isinstance(saved.activation, (Activation, Builtin))):
+    if not (saved.activation is None or activations.is_found(saved.activation)):
         raise TypeError(f"saved.activation must be what the forward made of it, got {short(saved.activation)}")
     if saved.residual is not None:
         same("saved.residual", saved.residual, x)
     elif saved.has_residual and saved.activation is not None:
         raise ValueError("saved.residual must not be None: the activation's derivative depends on it")
+
+
+def is_iterable(value: object) -> bool:
+    """Whether one can go through something; an array without axes counts as an Iterable, and cannot be gone through."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", None) != 0
 
 
 def names(name: str, value: object, known: Sequence[str]) -> tuple[str, ...]:

@@ -53,8 +53,13 @@ class Found(NamedTuple):
         Of the input.
     batches : object
         How many were counted.
-    trainable : bool
-        Whether fastbn trains as it does.
+    trained : str
+        What its training is, where that is none of batch normalization.
+    layout : str or None
+        In place of an axis.
+    options : mapping
+        What else a layer of fastbn that can be trained has.
+    frozen : bool
     """
 
     names: tuple[str, str, str, str]
@@ -67,7 +72,14 @@ class Found(NamedTuple):
     activation: Any = None
     dtype: Any = "float32"
     batches: Any = None
-    trainable: bool = True
+    trained: str = ""
+    layout: Any = None
+    options: Mapping[str, Any] = {}
+    frozen: bool = False
+
+    def where(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Where the channels are, unless the options say so."""
+        return {} if options.keys() & {"layout", "axis"} else {"layout": self.layout, "axis": self.axis}
 
 
 def old_weight(name: str, value: object) -> float:
@@ -99,7 +111,8 @@ def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
     names = ("running_mean", "running_var", "weight", "bias")
     if isinstance(source, Mapping):
         if not {"running_mean", "running_var"} <= source.keys():
-            raise TypeError(f"module must be a layer, or a state_dict with running_mean and running_var, got one with {sorted(source)}")
+            listed = sorted(map(str, source))
+            raise TypeError(f"module must be a layer, or a state_dict with running_mean and running_var, got one with {listed}")
         found, numbers = dict(source), {}
     else:
         if missing := [name for name in (*names, "eps") if not hasattr(source, name)]:
@@ -107,16 +120,34 @@ def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
                 f"module must have running_mean, running_var, weight, bias and eps, or be a state_dict, got {type(source).__name__} "
                 f"without {', '.join(missing)}"
             )
+        if hasattr(source, "mix"):
+            raise TypeError(f"module must be a batch normalization, got {type(source).__name__}, which has a part of another one")
         found = {name: getattr(source, name, None) for name in (*names, "num_batches_tracked")}
         numbers = {name: getattr(source, name) for name in ("eps", "momentum", "training", "correction") if hasattr(source, name)}
     mean, var, weight, bias = (array_of(found.get(name)) for name in names)
     eps = numbers.get("eps", 1e-5) if eps is None else eps
     momentum = numbers.get("momentum", 0.1) if momentum is ... else momentum
     correction = numbers.get("correction", 1)
-    return Found(
+    made = Found(
         names, (mean, var, weight, bias), eps, momentum, correction, training=bool(numbers.get("training", True)),
-        dtype=_dtype(mean, var, weight, bias), batches=array_of(found.get("num_batches_tracked")),
+        dtype=_dtype(mean, var, weight, bias), batches=array_of(found.get("num_batches_tracked")), trained=_trained(source),
     )  # fmt: skip
+    of_fastbn = all(hasattr(source, name) for name in ("layout", "axis", "activation", "dtype"))
+    return made._replace(**_own(source)) if of_fastbn else made
+
+
+def _trained(source: Any) -> str:
+    """What a layer's training is, where that is none of batch normalization."""
+    if any("InstanceNorm" in kind.__name__ for kind in type(source).__mro__):
+        return "instance normalization"
+    return "batch renormalization" if hasattr(source, "rmax") else ""
+
+
+def _own(layer: Any) -> dict[str, Any]:
+    """What a layer of fastbn has besides, as fields of Found."""
+    options = {name: getattr(layer, name) for name in ("skip_nonfinite", "communicator") if hasattr(layer, name)}
+    fields = {name: getattr(layer, name) for name in ("layout", "axis", "activation")}
+    return fields | {"dtype": str(layer.dtype), "options": options, "frozen": getattr(layer, "frozen", False)}
 
 
 def keras(
@@ -124,7 +155,7 @@ def keras(
 ) -> Found:
     """A layer of Keras, or its weights in Keras' order."""
     names = ("moving_mean", "moving_variance", "gamma", "beta")
-    gamma, dtype, renormalized = layer, None, False
+    gamma, dtype, trained = layer, None, ""
     if hasattr(layer, "moving_mean") and hasattr(layer, "epsilon"):
         if any(v is not None for v in (beta, moving_mean, moving_variance)):
             raise TypeError("beta, moving_mean and moving_variance are the layer's own; give a layer, or the vectors")
@@ -135,11 +166,14 @@ def keras(
         )
         epsilon = layer.epsilon if epsilon is None else epsilon
         momentum = layer.momentum if momentum is None else momentum
-        own = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
+        several = isinstance(layer.axis, (list, tuple))
+        if several and len(layer.axis) != 1:
+            raise ValueError(f"layer must have one axis of channels, got axis={checks.short(layer.axis)}")
+        own = layer.axis[0] if several else layer.axis
         axis = own if axis is None else axis
         activation = _keras_activation(layer) if activation is None else activation
         dtype = str(getattr(layer, "compute_dtype", "float32"))
-        renormalized = bool(getattr(layer, "renorm", False))
+        trained = "batch renormalization" if getattr(layer, "renorm", False) else ""
     elif moving_mean is None or moving_variance is None:
         raise TypeError(
             "moving_mean and moving_variance must be given after gamma and beta, or a Keras layer alone, "
@@ -150,7 +184,7 @@ def keras(
     axis = -1 if axis is None else axis
     return Found(
         names, vectors, 1e-3 if epsilon is None else epsilon, new, 0, axis=axis, activation=activation, dtype=dtype or _dtype(*vectors),
-        trainable=not renormalized,
+        trained=trained,
     )  # fmt: skip
 
 
@@ -169,10 +203,10 @@ def flax(source: Any, epsilon: Any, momentum: Any, axis: Any) -> Found:
     """A layer of Flax's nnx, or the variables of one of linen."""
     names = ("mean", "var", "scale", "bias")
     if isinstance(source, Mapping):
-        flat = {**source.get("params", {}), **source.get("batch_stats", {})} or source
-        if not isinstance(flat, Mapping) or not {"mean", "var"} <= flat.keys():
-            listed = sorted(map(str, flat)) if isinstance(flat, Mapping) else type(flat).__name__
-            raise TypeError(f"variables must hold the batch_stats of one layer, mean and var, got {listed}")
+        held = (source.get("params"), source.get("batch_stats"))
+        flat = {key: value for part in held if isinstance(part, Mapping) for key, value in part.items()} or source
+        if not {"mean", "var"} <= flat.keys():
+            raise TypeError(f"variables must hold the batch_stats of one layer, mean and var, got {sorted(map(str, flat))}")
         found, own = dict(flat), {}
     else:
         if not (hasattr(source, "mean") and hasattr(source, "var") and hasattr(source, "epsilon")):
@@ -200,6 +234,8 @@ def onnx(node: Any, given: Any, input_mean: Any, input_var: Any, epsilon: Any, m
             raise ValueError(f"node must be a BatchNormalization, got {node.op_type}")
         if not attributes.get("spatial", 1):
             raise ValueError("node must have one value for each channel, but its attribute spatial is 0")
+        if len(node.input) < 5 or not all(node.input[1:5]):
+            raise ValueError(f"node must have the inputs X, scale, B, input_mean and input_var, got {checks.short(list(node.input))}")
         if missing := [name for name in node.input[1:5] if name not in tensors]:
             raise ValueError(f"the node's inputs must be initializers or constants, but {', '.join(missing)} is not among those given")
         scale, bias, input_mean, input_var = (tensors[name] for name in node.input[1:5])
@@ -269,7 +305,8 @@ class FromOthers:
         ----------
         module : torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, a layer of fastbn, or a mapping
             With the attributes running_mean, running_var, weight, bias and eps; or the state_dict of one, which has no eps and
-            no momentum: these are PyTorch's defaults then, or in the options.
+            no momentum: these are PyTorch's defaults then, or in the options. Of a layer of fastbn, layout, axis, activation and
+            dtype are taken too.
         **options
             Arguments of the constructor, which count for more than what was found: layout, axis, activation, eps and so on.
 
@@ -280,7 +317,8 @@ class FromOthers:
         Raises
         ------
         TypeError, ValueError
-            If the attributes are not there, or as the constructor.
+            If the attributes are not there, if it is to be trained and its training is another one (instance normalization, batch
+            renormalization), or as the constructor.
 
         Examples
         --------
@@ -322,7 +360,7 @@ class FromOthers:
         Raises
         ------
         TypeError, ValueError
-            If a layer is not built, or uses batch renormalization and is to be trained; or as the constructor.
+            If a layer is not built, or is one of batch renormalization and to be trained; or as the constructor.
 
         Examples
         --------
@@ -331,7 +369,8 @@ class FromOthers:
         >>> bn(np.array([[3.0]]))
         array([[7.]])
         """
-        return cls._of(keras(gamma, beta, moving_mean, moving_variance, epsilon, momentum, axis, activation), options)
+        found = keras(gamma, beta, moving_mean, moving_variance, epsilon, momentum, axis, activation)
+        return cls._of(found, options if axis is None else options | {"axis": axis})
 
     @classmethod
     def from_flax(
@@ -369,7 +408,7 @@ class FromOthers:
         >>> fastbn.FrozenBatchNorm.from_flax(variables, epsilon=0.0)(np.array([[3.0]]))
         array([[7.]])
         """
-        return cls._of(flax(variables, epsilon, momentum, axis), options)
+        return cls._of(flax(variables, epsilon, momentum, axis), options if axis is None else options | {"axis": axis})
 
     @classmethod
     def from_onnx(

@@ -282,7 +282,7 @@ def warmup(
     """
     patterns = {pattern(layout) for layout in _names("layouts", layouts, LAYOUTS)}
     names = _names("dtypes", dtypes, tuple(DTYPES))
-    if isinstance(activations, str) or not isinstance(activations, Iterable):
+    if isinstance(activations, str) or not isinstance(activations, Iterable) or getattr(activations, "ndim", None) == 0:
         activations = (activations,)
     chosen = [None if activation is None else lookup(activation) for activation in activations]
     for dtype in names:

@@ -83,6 +83,12 @@ class Layer:
     _keys: tuple[str, ...] = ("weight", "bias")
     training: bool
 
+    def _check_count(self) -> None:
+        """Check that a batch can be counted, before it moves the running statistics."""
+        n = getattr(self, "num_batches_tracked", None)
+        if isinstance(n, np.ndarray) and not n.flags.writeable:
+            raise ValueError("num_batches_tracked is updated in place but is read-only")
+
     def train(self, mode: bool = True) -> Self:
         """Use the statistics of the input from now on, where there is a choice; a frozen layer stays frozen.
 
@@ -191,21 +197,22 @@ class BatchNorm(Layer, FromOthers):
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
-        if not found.trainable:
-            raise ValueError("the layer uses batch renormalization, which fastbn trains in fastbn.keras alone; FrozenBatchNorm takes it")
+        if found.trained:
+            raise ValueError(f"the layer is trained by {found.trained}, which is not what {cls.__name__} does; FrozenBatchNorm takes it")
         given = dict(zip(found.names, found.vectors, strict=True))
         sizes = [np.shape(v) for v in given.values() if v is not None]
         if not sizes:
             raise ValueError("a layer without parameters and statistics does not say how many channels it has")
         if len(sizes[0]) != 1:
             raise ValueError(f"{next(name for name, v in given.items() if v is not None)} must have shape (C,), got {sizes[0]}")
-        where = {} if options.keys() & {"layout", "axis"} else {"axis": found.axis}
+        if (found.vectors[0] is None) != (found.vectors[1] is None):
+            raise ValueError(f"{found.names[0]} and {found.names[1]} must both be given, or both be None")
         taken = {
             "eps": checks.number("epsilon" if found.correction == 0 else "eps", found.eps, 0.0), "momentum": found.momentum,
             "affine": any(v is not None for v in found.vectors[2:]), "track_running_stats": found.vectors[0] is not None,
             "correction": found.correction, "activation": found.activation, "dtype": found.dtype,
         }  # fmt: skip
-        layer = cls(sizes[0][0], **taken | where | options)
+        layer = cls(sizes[0][0], **taken | dict(found.options) | found.where(options) | options)
         own = ("running_mean", "running_var", "weight", "bias")
         channels = Channels(layer.num_features, f"the layer has {layer.num_features} channels")
         loaded: dict[str, Array | None] = {}
@@ -218,8 +225,8 @@ class BatchNorm(Layer, FromOthers):
         for key, value in loaded.items():
             setattr(layer, key, None if value is None else value.copy())
         if layer.num_batches_tracked is not None and found.batches is not None:
-            layer.num_batches_tracked[...] = found.batches
-        return layer.train(found.training)
+            layer.num_batches_tracked = _loaded("num_batches_tracked", found.batches, layer.num_batches_tracked)
+        return layer.train(found.training).freeze(found.frozen)
 
     @property
     def affine(self) -> bool:
@@ -307,16 +314,15 @@ class BatchNorm(Layer, FromOthers):
         statistics: tuple[Array | None, Array | None] = (None, None)
         if not batch or (self.track_running_stats and self.training and not self.frozen):
             statistics = self.running_mean, self.running_var
-        moved = statistics
-        if batch and self.skip_nonfinite:
-            mean, var = (None if v is None else v.copy() for v in statistics)
-            moved = mean, var
+            if batch:
+                self._check_count()
+        before = [v if v is None else v.copy() for v in statistics] if batch and self.skip_nonfinite else []
         y, saved = functional.batch_norm_forward(
-            x, self.weight, self.bias, *moved, training=batch, momentum=self._weight_of_new(), eps=self.eps,
+            x, self.weight, self.bias, *statistics, training=batch, momentum=self._weight_of_new(), eps=self.eps,
             residual=residual, mask=mask, correction=self.correction, stats=stats, out=out, **options,
         )  # fmt: skip
         if batch and saved.count:
-            self._count(statistics, moved)
+            self._count(statistics, before)
         self._remember(x, saved, _is(out, x), asked)
         return y
 
@@ -324,15 +330,14 @@ class BatchNorm(Layer, FromOthers):
         """As `forward`."""
         return self.forward(x, residual, **options)
 
-    def _count(self, statistics: tuple[Array | None, ...], moved: tuple[Array | None, ...]) -> None:
-        """Take over statistics that were moved on the side, if they may be, and count the batch."""
-        if moved is not statistics:
-            if not all(new is None or np.isfinite(new).all() for new in moved):
-                self.num_batches_skipped += 1
-                return
-            for old, new in zip(statistics, moved, strict=True):
-                if old is not None and new is not None:
-                    old[...] = new
+    def _count(self, statistics: tuple[Array | None, ...], before: list[Array | None]) -> None:
+        """Count the batch; or where it may not count, set the statistics back to what they were before."""
+        if before and not all(v is None or np.isfinite(v).all() for v in statistics):
+            self.num_batches_skipped += 1
+            for moved, old in zip(statistics, before, strict=True):
+                if moved is not None:
+                    moved[...] = old
+            return
         if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
@@ -413,16 +418,24 @@ class BatchNorm(Layer, FromOthers):
 
     def reset_running_stats(self) -> None:
         """Forget the running statistics: mean 0, variance 1, no batches."""
-        for vector, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
-            if vector is not None:
-                vector[...] = value
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
 
     def reset_parameters(self) -> None:
         """Forget the running statistics, and set the weight to 1 and the bias to 0."""
-        self.reset_running_stats()
-        for vector, value in ((self.weight, 1), (self.bias, 0)):
-            if vector is not None:
-                vector[...] = value
+        self._reset(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
+
+    def _reset(self, **values: int) -> None:
+        """Set the arrays of the layer to a number each, all of them or none."""
+        own = {name: a for name in values if (a := getattr(self, name)) is not None}
+        check_writable(own)
+        for name, a in own.items():
+            a[...] = values[name]
+
+
+def check_writable(own: Mapping[str, Array], of: str = "the layer") -> None:
+    """Check that each of a layer's arrays can be written, before any is."""
+    for key, a in own.items():
+        checks.writable(key, layouts.plain(f"{key} of {of}", a), f"{key} of {of} is read-only")
 
 
 def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -> LoadedKeys:
@@ -435,8 +448,7 @@ def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -
         lists = {"lacks": sorted(missing), "has unknown": sorted(map(str, unknown))}
         raise KeyError("state_dict " + " and ".join(f"{verb} {keys}" for verb, keys in lists.items() if keys))
     found = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
-    for key in found:
-        checks.writable(key, own[key], f"{key} of the layer is read-only")
+    check_writable({key: own[key] for key in found})
     for key, value in found.items():
         own[key][...] = value
     return LoadedKeys(missing, unknown)
@@ -459,6 +471,8 @@ def _loaded(key: str, value: Any, own: Array) -> Array:
     n = np.asarray(value)
     if n.shape not in ((), (1,)):
         raise ValueError(f"{key} must have shape (), got {n.shape}")
+    if n.dtype.kind not in "fiu":
+        raise TypeError(f"{key} must be an int, got {checks.short(value)}")
     number = n.reshape(()).item()
     if n.dtype.kind == "f" and isinstance(number, float) and number.is_integer():
         number = int(number)
@@ -614,8 +628,7 @@ class FrozenBatchNorm(FromOthers):
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
         vectors = _vectors(**dict(zip(found.names, found.vectors, strict=True)))
         eps = options.get("eps", checks.number("epsilon" if found.correction == 0 else "eps", found.eps, 0.0))
-        where = {} if options.keys() & {"layout", "axis"} else {"axis": found.axis}
-        return cls(*vectors, **{"activation": found.activation} | where | options | {"eps": eps})
+        return cls(*vectors, **{"activation": found.activation} | found.where(options) | options | {"eps": eps})
 
     @property
     def scale(self) -> Array:

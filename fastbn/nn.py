@@ -167,7 +167,7 @@ def _narrow(v: Array, dtype: np.dtype[Any]) -> Array:
 
 
 def _axes(axes: object, ndim: int) -> tuple[int, ...]:
-    given = [axes] if isinstance(axes, (int, np.integer)) else axes
+    given = [axes] if isinstance(axes, (int, np.integer)) or getattr(axes, "ndim", None) == 0 else axes
     if not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
         raise TypeError(f"axes must be an int or a sequence of ints, got {checks.short(axes)}")
     found = []
@@ -226,7 +226,7 @@ def fused_batch_norm(
     >>> y.ravel(), mean, variance
     (array([-2.,  2.]), array([2.]), array([2.]))
     """
-    if data_format not in _FORMATS:
+    if not isinstance(data_format, str) or data_format not in _FORMATS:
         raise ValueError(f"data_format must be one of {', '.join(_FORMATS)}, got {checks.short(data_format)}")
     array, _ = checks.array(x)
     if array.ndim != len(data_format):

@@ -141,11 +141,12 @@ def on_backward(
     array, dtype = checks.array(x)
     checks.like_saved(array, saved.shape, saved.dtype)
     rows = kind in ("layer_norm", "rms_norm")
-    checks.integer("saved.axis", saved.axis, 0 if rows else 1, array.ndim - 1)
-    channels = checks.channels_of(array, saved.axis)
-    if not rows and channels[0] % max(1, checks.integer("saved.group", group, min(1, channels[0]))):
+    axis = checks.integer("saved.axis", saved.axis, 0 if rows else 1, array.ndim - 1)
+    channels = checks.channels_of(array, axis)
+    together = group if rows else checks.integer("saved.group", group, min(1, channels[0]))
+    if not rows and channels[0] % max(1, together):
         raise ValueError(f"saved.group must divide the channels, and {channels[1]}, got {group}")
-    shape = parts.rows_of(array, array.ndim - saved.axis) if rows else parts.shape_of(array, saved.axis, group)
+    shape = parts.rows_of(array, array.ndim - axis) if rows else parts.shape_of(array, axis, together)
     checks.saved_after(saved, array)
     given = checks.same("dy", dy, array)
     if "residual" in wanted and not saved.has_residual:
@@ -156,7 +157,7 @@ def on_backward(
         raise ValueError("out is where dx goes, but wrt does not name 'x'")
     target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
     n = thread_count(threads, "backward", array)
-    return Call(kind, array, dtype, saved.axis, shape, n, saved.activation), given, target
+    return Call(kind, array, dtype, axis, shape, n, saved.activation), given, target
 
 
 def targets(
@@ -171,3 +172,22 @@ def targets(
     elif "residual" in wanted:  # the gradient of a sum is dy itself, unless dx is about to be written over it
         dresidual = dy if out is None or not np.may_share_memory(out, dy) else core.copied(dy)
     return dx, written, dresidual, written_residual
+
+
+def check_virtual_batches(x: Array, saved: Any, wanted: tuple[str, ...], out: object) -> None:
+    """Check all that the backward of any virtual batch would, before that of the first writes."""
+    if out is not None and "x" not in wanted:
+        raise ValueError("out is where dx goes, but wrt does not name 'x'")
+    if not isinstance(saved.sizes, tuple) or len(saved.sizes) != len(saved.saved):
+        raise ValueError(f"saved.sizes must be {len(saved.saved)} numbers, one of each virtual batch, got {checks.short(saved.sizes)}")
+    images = sum(checks.integer("saved.sizes", size, 1) for size in saved.sizes)
+    if len(x) != images:
+        raise ValueError(f"saved is of a forward of {images} images, but x has shape {x.shape}")
+    for size, one in zip(saved.sizes, saved.saved, strict=True):
+        if "residual" in wanted and not one.has_residual:
+            raise ValueError("wrt names 'residual', but the forward had none")
+        if (one.shape, one.dtype) != ((size, *x.shape[1:]), x.dtype):
+            had = f"{size} images had shape {checks.short(one.shape)} and dtype {one.dtype}"
+            raise ValueError(f"saved is of a forward whose {had}, but x has shape {x.shape} and dtype {x.dtype}")
+        if isinstance(one.activation, Activation) and one.activation.derivative is None:
+            raise ValueError(f"the backward needs the derivative of {one.activation}: give fastbn.Activation(forward, derivative)")

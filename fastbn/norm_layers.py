@@ -104,7 +104,6 @@ class _Layer(Layer):
         backward is possible as long as the caller has it.
         """
         self._check(x)
-        self._context = None
         given, options = self._given(), self._options()
         call: dict[str, Any] = {"residual": residual, "threads": threads, "out": out}
         other, saved = None, None  # type: tuple[weakref.ref[Array] | None, Any]
@@ -196,6 +195,7 @@ class _Tracked(_OnChannels):
     """A layer with running statistics."""
 
     _keys: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    _counts = True  # the batches
 
     def __init__(
         self, num_features: int, eps: Number, momentum: Number | None, affine: bool, track_running_stats: bool, **options: Any
@@ -225,8 +225,13 @@ class _Tracked(_OnChannels):
         moves = self.training and self.track_running_stats
         return (self.running_mean, self.running_var) if moves or not own else (None, None)
 
+    def _check(self, x: Array) -> None:
+        super()._check(x)
+        if self._counts and self.training and self.track_running_stats:
+            self._check_count()
+
     def _moved(self, x: Array) -> None:
-        if self.training and self.track_running_stats and x.size and self.num_batches_tracked is not None:
+        if self._counts and self.training and self.track_running_stats and x.size and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
 
@@ -234,6 +239,7 @@ class InstanceNorm(_Tracked):
     """What InstanceNorm1d, 2d and 3d share; they differ in the number of axes they take."""
 
     _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
+    _counts = False  # as in PyTorch
 
     def __init__(
         self,
@@ -255,9 +261,6 @@ class InstanceNorm(_Tracked):
         own = self.training or not self.track_running_stats or self.running_mean is None or self.running_var is None
         momentum = 0.0 if self.momentum is None else self.momentum  # as PyTorch, which counts no batches here
         return (*self._statistics(own), self.weight, self.bias, own, momentum, self.eps)
-
-    def _moved(self, x: Array) -> None:
-        """PyTorch counts no batches here."""
 
 
 class InstanceNorm1d(InstanceNorm):

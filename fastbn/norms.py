@@ -178,6 +178,7 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     for name in ("weight", "bias"):
         if (v := getattr(saved, name)) is not None:
             checks.saved_vector(name, v, (shape.channels,), f"there are {shape.channels} weights", compute)
+    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in ("mean", "mean_lo", "invstd", "weight", "bias")})
     return _gradients(call, given, saved, wanted, target)
 
 

@@ -294,8 +294,7 @@ class _Apart(NamedTuple):
         largest = np.maximum(np.abs(values).max((1, 2, 3)), np.sqrt(norm.eps))
         e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e[:, None, None, None])
-        mean = values.mean((1, 2, 3), keepdims=True) if norm.centered else np.zeros((len(e), 1, 1, 1))
-        mean = mean + ((values - mean).mean((1, 2, 3), keepdims=True) if norm.centered else 0)
+        mean = _means(values) if norm.centered else np.zeros((len(e), 1, 1, 1))
         own = 1.0 / np.sqrt(np.square(values - mean).mean((1, 2, 3)) + np.ldexp(norm.eps, -2 * e))
         z = (values - mean) * own[:, None, None, None]
         for vector, times in ((norm.weight, True), (norm.bias, False)):
@@ -305,9 +304,7 @@ class _Apart(NamedTuple):
         if epilogue is not None:
             residual = None if epilogue.residual is None else _gather(epilogue.residual, shape, at)
             z = reference.finish(z, epilogue._replace(residual=residual))
-        wide = np.ldexp(mean[:, 0, 0, 0], e)
-        high = wide.astype(norm.compute)
-        return cls(at, z, high, wide - high, np.ldexp(own, -e))
+        return cls(at, z, *split(np.ldexp(mean[:, 0, 0, 0], e), np.zeros(1), norm.compute), np.ldexp(own, -e))
 
     def finish(self, y: Array, vectors: Vectors) -> None:
         """Write them."""
@@ -323,6 +320,13 @@ def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
     """Some parts, in float64: of shape (number, outer, group, inner)."""
     k = shape.group
     return np.array([a[b, :, g * k : (g + 1) * k] for b, g in zip(*at, strict=True)], np.float64)
+
+
+def _means(values: Array) -> Array:
+    """Of some parts, to the last digit; infinite where a value is."""
+    mean = values.mean((1, 2, 3), keepdims=True)
+    rest = (values - mean).mean((1, 2, 3), keepdims=True)
+    return np.asarray(mean + np.where(np.isfinite(rest), rest, 0.0))
 
 
 class Sums(NamedTuple):
@@ -402,15 +406,19 @@ class Maps(NamedTuple):
         offsets, slopes = (_repeated(v, self.shape).ravel() for v in (offset, slope))
         with np.errstate(all="ignore"):
             g0, g1 = -offsets / self.scale, -slopes / self.scale
-        one_sweep = bool((np.abs(weight) > 2.0**-40).all())
+        outside = (np.abs([g0, g1]) > np.finfo(compute).max).any()
+        one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all()) and not outside
         if one_sweep:
             for see, at in self._each():
                 own = g0[at].astype(compute), g1[at].astype(compute)
                 after = self._epilogue(see, at, self.dresidual)
                 self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], *own, n, after)
             return
-        # A weight of nearly 0 cannot be divided by: two sweeps, of which the second adds to the first.
-        zero = np.zeros_like(self.means)
+        # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the first has the scale and
+        # the second all the rest, in units of the larger of scale and offset, as a slope alone may leave the range.
+        zero, wide_scale = np.zeros_like(self.means), self.scale.astype(np.float64)
+        unit = np.ldexp(1.0, np.frexp(np.maximum(np.abs(wide_scale), np.abs(offsets)))[1])
+        first, units, g0, g1 = (v.astype(compute) for v in (wide_scale / unit, unit, -offsets / unit, -slopes / unit))
         narrow = dx.dtype != compute
         kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x
         wide_dy = dy.astype(compute) if narrow else dy
@@ -419,11 +427,15 @@ class Maps(NamedTuple):
         if narrow:
             wide = [None if a is None else a.astype(compute) for a in (self.residual, self.dresidual)]
             maps = self._replace(residual=wide[0], dresidual=wide[1])
+        dz = wide_dy
+        if self.activation is not None:  # its argument needs the scale itself
+            dz = np.empty(dx.shape, compute) if maps.dresidual is None else maps.dresidual
         for see, at in maps._each():
-            after = maps._epilogue(see, at, maps.dresidual)
-            self.module.grad_input(see(wide_dy), see(kept), see(out), self.means[at], self.scale[at], zero[at], zero[at], n, after)
-            again = slopes[at].astype(compute), offsets[at].astype(compute)
-            self.module.normalize(see(kept), see(out), self.means[at], *again, n, Epilogue(None, see(out)))
+            if self.activation is not None:
+                after = maps._epilogue(see, at, dz)
+                self.module.grad_input(see(wide_dy), see(kept), see(out), self.means[at], self.scale[at], zero[at], zero[at], n, after)
+            self.module.grad_input(see(dz), see(kept), see(out), self.means[at], first[at], zero[at], zero[at], n, None)
+            self.module.grad_input(see(out), see(kept), see(out), self.means[at], units[at], g0[at], g1[at], n, None)
         if narrow:
             dx[...] = out
             if self.dresidual is not None:
@@ -480,8 +492,7 @@ def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int
         largest = np.abs(values).max((1, 2, 3), keepdims=True)
         e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e)
-        center = values.mean((1, 2, 3), keepdims=True)
-        center = center + (values - center).mean((1, 2, 3), keepdims=True)
+        center = _means(values)
         mean[at], var[at], units[at] = center[:, 0, 0, 0], np.square(values - center).mean((1, 2, 3)), e[:, 0, 0, 0]
     return mean, var, units
 

@@ -18,7 +18,7 @@ import numpy as np
 from fastbn import checks, sync
 from fastbn.floating import default_mode
 from fastbn.functional import batch_norm_stats
-from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, check_writable
 from fastbn.layout import Array
 from fastbn.results import Stats
 from fastbn.sync import Communicator
@@ -175,7 +175,7 @@ def collect(
     recorder: Recorder, batches: Iterable[Any], call: Callable[[Any], object], communicator: Communicator | None, progress: object
 ) -> Estimate:
     """Run the batches through a model, and return what its layers saw."""
-    if not isinstance(batches, Iterable):
+    if not checks.is_iterable(batches):
         raise TypeError(f"the batches must be an iterable, got {type(batches).__name__}")
     if communicator is not None:
         sync.check(communicator)
@@ -266,15 +266,31 @@ def update_bn(
     if not callable(forward):
         raise TypeError(f"forward must be a function of a batch, got {type(forward).__name__}")
     moving = {name: layer for name, layer in named.items() if layer.running_mean is not None and not layer.frozen}
+    for name, layer in moving.items():
+        _check_own(name, layer)
     recorder = Recorder({name: layer.num_features for name, layer in moving.items()}, start, tolerance)
     with _watched(named, moving, recorder):
         found = collect(recorder, batches, forward, communicator, progress)
     new = [(layer, running_of(name, found, layer.correction == 1)) for name, layer in moving.items() if name in found.layers]
-    for layer, (mean, var) in new:
-        for old, v in ((layer.running_mean, mean), (layer.running_var, var), (layer.num_batches_tracked, found.batches)):
-            if old is not None:
-                old[...] = v
+    _set(new, found.batches)
     return found
+
+
+def _check_own(name: str, layer: Layer) -> None:
+    """Check that a layer's statistics can be set, before anything runs."""
+    channels = checks.Channels(layer.num_features, f"layer {name!r} has {layer.num_features} channels")
+    for key in ("running_mean", "running_var"):
+        checks.running(f"{key} of layer {name!r}", getattr(layer, key), channels)
+    if layer.num_batches_tracked is not None:
+        check_writable({"num_batches_tracked": layer.num_batches_tracked}, f"layer {name!r}")
+
+
+@default_mode
+def _set(new: Sequence[tuple[Layer, tuple[Array, Array]]], batches: int) -> None:
+    for layer, (mean, var) in new:
+        for old, v in ((layer.running_mean, mean), (layer.running_var, var), (layer.num_batches_tracked, batches)):
+            if old is not None:
+                old[...] = v  # what overflows becomes infinite, as in training
 
 
 def running_of(name: str, found: Estimate, unbiased: bool) -> tuple[Array, Array]:

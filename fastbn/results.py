@@ -125,7 +125,7 @@ class Stats:
     def __setstate__(self, state: tuple[int, Array]) -> None:
         """Without the checks of what users give: many counts, each below the limit, may have added up."""
         count, given = state
-        vectors = np.zeros((4, given.shape[1]), given.dtype)
+        vectors = np.zeros((4, given.shape[1]), given.dtype.newbyteorder("="))  # another machine's may be the other way round
         vectors[: len(given)] = given
         self._set(count, vectors)
 
@@ -212,8 +212,10 @@ class Stats:
         vectors = np.array([s._vectors for s in batches], np.float64)
         vectors[:, ::2] *= 0.5
         halves, variances, halves_lo, variances_lo = vectors.swapaxes(0, 1)
-        # Means as offsets from that of the largest batch: the difference of two near means is exact.
+        # Means as offsets from that of the largest batch: the difference of two near means is exact. An infinite one has no
+        # difference to itself, and the mean of all is infinite, as that of the whole.
         base = halves[shares.argmax()]
+        base = np.where(np.isfinite(base), base, 0.0)
         offsets = (halves - base) + halves_lo
         offset = np.add.reduce(shares * offsets)
         distances = 2.0 * (offsets - offset)
@@ -247,7 +249,7 @@ class Stats:
         >>> Stats.concat([Stats(4, [1.0], [0.0]), Stats(4, [2.0, 3.0], [0.0, 5.0])])
         Stats(count=4, mean=array([1., 2., 3.]), var=array([0., 0., 5.]))
         """
-        if not isinstance(parts, Iterable):
+        if not checks.is_iterable(parts):
             raise TypeError(f"concat takes an iterable of Stats, got {type(parts).__name__}")
         given = list(parts)
         for part in given:
@@ -257,7 +259,7 @@ class Stats:
                 raise ValueError(f"concat needs statistics with one count, got {given[0].count} and {part.count}")
         if not given:
             raise ValueError("concat needs at least one Stats, got none")
-        return Stats(given[0].count, *np.concatenate([part._vectors for part in given], 1))
+        return of_rows(given[0].count, np.concatenate([part._vectors for part in given], 1))
 
     @classmethod
     @default_mode
@@ -391,7 +393,7 @@ class Stats:
         >>> Stats.from_arrays(Stats(2, [1.0], [0.25]).to_arrays())
         Stats(count=2, mean=array([1.]), var=array([0.25]))
         """
-        if not isinstance(arrays, Iterable):
+        if not checks.is_iterable(arrays):
             raise TypeError(f"arrays must be an iterable of arrays, got {type(arrays).__name__}")
         given: list[Any] = list(arrays)
         if not 3 <= len(given) <= 5:
@@ -534,3 +536,24 @@ class Gradients(NamedTuple):
     dweight: Array | None
     dbias: Array | None
     dresidual: Array | None
+
+
+class MixedGradients(Gradients):
+    """Gradients of `batch_channel_norm_forward`: those that all have, and that of the mix.
+
+    Attributes
+    ----------
+    dmix : ndarray of shape (C,), or None
+    """
+
+    dmix: Array | None = None
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, dmix={self.dmix!r})"
+
+    def _replace(self, **given: Any) -> MixedGradients:
+        """Others of the same, as for any named tuple; dmix, which is none of its fields, goes along."""
+        dmix = given.pop("dmix", self.dmix)
+        made = type(self)(*super()._replace(**given))
+        made.dmix = dmix
+        return made

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import functional
-from fastbn.checks import short
+from fastbn.checks import is_iterable, short
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName
 from fastbn.results import Gradients, Saved, Stats, of_rows
@@ -102,6 +102,8 @@ def merge(parts: Sequence[Stats], communicator: Communicator) -> list[Stats]:
     >>> sync.merge([Stats(2, [1.0], [0.25])], sync.Alone())
     [Stats(count=2, mean=array([1.]), var=array([0.25]))]
     """
+    if not is_iterable(parts):
+        raise TypeError(f"parts must be a sequence of Stats, got {type(parts).__name__}")
     given = list(parts)
     for part in given:
         if not isinstance(part, Stats):

@@ -49,7 +49,10 @@ def _quota_of(folder: Path) -> float | None:
             maximum, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))  # v1
         except (OSError, ValueError):
             return None
-    return None if maximum in ("max", "-1") else int(maximum) / int(period)
+    try:
+        return None if maximum in ("max", "-1") else int(maximum) / int(period)
+    except (ValueError, ZeroDivisionError):  # not what Linux writes
+        return None
 
 
 def limits() -> dict[str, float | None]:

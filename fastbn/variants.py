@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,26 +15,12 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core, extremes, functional, memory, norm_calls, parts
 from fastbn import threads as threading
-from fastbn.activations import Activation, Epilogue
+from fastbn.activations import Epilogue
 from fastbn.composed import split, update_running
 from fastbn.floating import default_mode
 from fastbn.functional import USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
-from fastbn.results import Function, Gradients, Saved, variance
-
-
-class MixedGradients(Gradients):
-    """Gradients of `batch_channel_norm_forward`: those that all have, and that of the mix.
-
-    Attributes
-    ----------
-    dmix : ndarray of shape (C,), or None
-    """
-
-    dmix: Array | None = None
-
-    def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, dmix={self.dmix!r})"
+from fastbn.results import Function, Gradients, MixedGradients, Saved, variance
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +303,8 @@ def batch_channel_norm_backward(
         checks.saved_vector(name, getattr(saved, name), (channels.number,), channels.words, wide)
     for name in ("layer_mean", "layer_invstd"):
         checks.saved_vector(name, getattr(saved, name), (images, 1), f"x has {images} images", wide)
+    vectors = ("mean", "mean_lo", "invstd", "weight", "bias", "mix", "layer_mean", "layer_invstd")
+    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in vectors})
     call = call._replace(shape=call.shape._replace(group=1))
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
     compute = call.dtype.compute
@@ -561,6 +550,8 @@ def batch_renorm_backward(
         if v is not None and isinstance(saved.saved, Saved):
             channels = checks.Channels(saved.saved.mean.size, f"saved has {saved.saved.mean.size} channels")
             checks.vector(name, v, channels, np.dtype(np.float64))
+    if (saved.r is None) != (saved.d is None):
+        raise ValueError("saved.r and saved.d must both be vectors, or both be None")
     both = saved.r is not None and "weight" in wanted and "bias" not in wanted
     with threading.num_threads(norm_calls.thread_count(threads, "backward", x)):
         g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)
@@ -639,12 +630,12 @@ def ghost_batch_norm_forward(
     at = checks.channel(array, layout, axis)
     if at == 0:
         raise ValueError("axis must not be 0, which is the images'")
-    given = (weight, bias, running_mean, running_var)
     numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
     with threading.num_threads(norm_calls.thread_count(threads, "forward", array)):
         if not checks.switch("training", training) or not array.size:
+            given = (weight, bias, running_mean, running_var)
             y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
             return y, SavedGhosts((saved,), (len(array),))
         sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), -(-len(array) // size)))
@@ -653,16 +644,21 @@ def ghost_batch_norm_forward(
                 f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
                 f"shape {array.shape}"
             )
-        moved = {"running_mean": running_mean, "running_var": running_var}
+        channels = checks.channels_of(array, at)
+        moved = {name: checks.running(name, v, channels) for name, v in (("running_mean", running_mean), ("running_var", running_var))}
         checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
         checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
         y = memory.empty_like(array) if target is None else target
-        found, first = [], 0
-        for size in sizes:
-            own = slice(first, first + size)
+        mean, var = (v if v is None else v.copy() for v in moved.values())  # the second virtual batch may fail
+        found = []
+        for size, end in zip(sizes, accumulate(sizes), strict=True):
+            own = slice(end - size, end)
             rest = None if r is None else r[own]
-            found.append(functional.batch_norm_forward(array[own], *given, axis=at, residual=rest, out=y[own], **numbers)[1])
-            first += size
+            call = functional.batch_norm_forward(array[own], weight, bias, mean, var, axis=at, residual=rest, out=y[own], **numbers)
+            found.append(call[1])
+        for old, new in zip(moved.values(), (mean, var), strict=True):
+            if old is not None and new is not None:
+                old[...] = new
     return y, SavedGhosts(tuple(found), sizes)
 
 
@@ -761,35 +757,23 @@ def ghost_batch_norm_backward(
         raise TypeError(f"saved must be what ghost_batch_norm_forward returned, got {type(saved).__name__}")
     array, _ = checks.array(x)
     given = checks.same("dy", dy, array)
+    if not isinstance(saved.saved, tuple) or not saved.saved or not all(isinstance(one, Saved) for one in saved.saved):
+        raise TypeError(f"saved.saved must be a tuple of Saved, one of each virtual batch, got {checks.short(saved.saved)}")
     with threading.num_threads(norm_calls.thread_count(threads, "backward", array)):
         if len(saved.saved) == 1:
             return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, out=out)
-        if len(array) != sum(saved.sizes):
-            raise ValueError(f"saved is of a forward of {sum(saved.sizes)} images, but x has shape {array.shape}")
         wanted = checks.names("wrt", wrt, functional.GRADIENTS)
-        _whole(array, saved, wanted, out)
+        norm_calls.check_virtual_batches(array, saved, wanted, out)
         target = checks.output(out, array, {"dy": given, "x": array})
         dx = None if "x" not in wanted else memory.empty_like(array) if target is None else target
-        found, first = [], 0
-        for size, one in zip(saved.sizes, saved.saved, strict=True):
-            own = slice(first, first + size)
-            found.append(functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own]))
-            first += size
+        dresidual = memory.empty_like(array) if "residual" in wanted else None
+        found = []
+        for size, end, one in zip(saved.sizes, accumulate(saved.sizes), saved.saved, strict=True):
+            own = slice(end - size, end)
+            g = functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own])
+            if dresidual is not None:
+                dresidual[own] = g.dresidual
+            found.append(g._replace(dresidual=None))
     vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
     sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
-    dresidual = np.concatenate([g.dresidual for g in found]) if "residual" in wanted else None
     return Gradients(dx, sums[0], sums[1], dresidual)
-
-
-def _whole(x: Array, saved: SavedGhosts, wanted: tuple[str, ...], out: object) -> None:
-    """Check what the first virtual batch would, before another one is written."""
-    if out is not None and "x" not in wanted:
-        raise ValueError("out is where dx goes, but wrt does not name 'x'")
-    one = saved.saved[0]
-    if "residual" in wanted and not one.has_residual:
-        raise ValueError("wrt names 'residual', but the forward had none")
-    if (one.shape[1:], one.dtype) != (x.shape[1:], x.dtype):
-        had = f"images had shape {one.shape[1:]} and dtype {one.dtype}"
-        raise ValueError(f"saved is of a forward whose {had}, but x has shape {x.shape} and dtype {x.dtype}")
-    if isinstance(one.activation, Activation) and one.activation.derivative is None:
-        raise ValueError(f"the backward needs the derivative of {one.activation}: give fastbn.Activation(forward, derivative)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from decimal import Context, Decimal, localcontext
 from functools import cache
@@ -590,3 +591,19 @@ def test_the_residual_is_added_after_the_shift() -> None:
     p = problem((2, 3, 4, 4))
     y = fastbn.batch_norm(p.x, p.mean, p.var, np.zeros(3), p.bias, residual=p.dy)
     np.testing.assert_array_equal(y, columns(p.bias, p.x, 1) + p.dy)
+
+
+def test_what_a_forward_saved_as_activation_can_be_given_again() -> None:
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
+    y, saved = fastbn.batch_norm_forward(x, activation=("leaky_relu", 0.5))
+    same_bits(fastbn.batch_norm_forward(x, activation=saved.activation)[0], y)
+    assert lookup(saved.activation) is saved.activation
+
+
+@pytest.mark.parametrize("wrong", [{"name": "zzz"}, {"name": 1}, {"code": 999}, {"code": -1}, {"parameter": None}, {"parameter": np.nan}])
+def test_a_saved_activation_that_no_forward_made_is_refused(wrong: dict[str, Any]) -> None:
+    x = np.arange(8, dtype=np.float32).reshape(4, 2)
+    _, saved = fastbn.batch_norm_forward(x, activation=("leaky_relu", 0.5))
+    other = dataclasses.replace(saved, activation=saved.activation._replace(**wrong))
+    with pytest.raises(TypeError, match=r"saved\.activation must be what the forward made of it"):
+        fastbn.batch_norm_backward(x, x, other)

@@ -99,11 +99,49 @@ def test_a_layer_of_fastbn_and_its_state_are_taken_as_pytorchs() -> None:
         np.testing.assert_array_equal(again.eval()(x), layer.eval()(x))
 
 
+def test_what_a_layer_of_fastbn_does_besides_is_taken_too() -> None:
+    layer = fastbn.BatchNorm2d(3, layout="NHWC", activation="relu", dtype="float16", correction=0, skip_nonfinite=True).freeze()
+    layer.load_state_dict({"weight": GAMMA, "bias": BETA, "running_mean": MEAN, "running_var": VAR})
+    x = X.astype(np.float16)
+    for again in (fastbn.BatchNorm2d.from_torch(layer), fastbn.FrozenBatchNorm.from_torch(layer)):
+        np.testing.assert_allclose(again(x), layer(x), rtol=2e-3)
+    assert repr(fastbn.BatchNorm2d.from_torch(layer)) == repr(layer)
+    assert fastbn.FrozenBatchNorm.from_torch(layer, axis=1, activation=None).axis == 1
+    last = fastbn.FrozenBatchNorm.from_torch(fastbn.BatchNorm2d(3, axis=-1, activation=("leaky_relu", 0.5)))
+    assert (last.axis, last.activation) == (-1, ("leaky_relu", 0.5))
+
+
+@pytest.mark.parametrize("layer", [fastbn.BatchRenorm2d(3), fastbn.InstanceNorm2d(3, track_running_stats=True)])
+def test_a_layer_that_is_trained_otherwise_is_taken_for_inference_alone(layer: Any) -> None:
+    x = np.moveaxis(X, -1, 1).astype(np.float32)
+    np.testing.assert_allclose(fastbn.FrozenBatchNorm.from_torch(layer)(x), layer.eval()(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"trained by (instance |batch re)normalization, which is not what BatchNorm2d does"):
+        fastbn.BatchNorm2d.from_torch(layer)
+
+
+@pytest.mark.parametrize("count", [-1, 2.7, float("nan"), "3", [1, 2], 2**63, True, np.timedelta64(3)])
+def test_a_number_of_batches_is_a_number(count: Any) -> None:
+    state = {"running_mean": MEAN, "running_var": VAR, "num_batches_tracked": count}
+    with pytest.raises((TypeError, ValueError), match="num_batches_tracked must"):
+        fastbn.BatchNorm2d.from_torch(state)
+    with pytest.raises((TypeError, ValueError), match="num_batches_tracked must"):
+        fastbn.BatchNorm2d(3, affine=False).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("error", "text", "call"),
     [
         (TypeError, "module must have running_mean", lambda k: k.from_torch(3)),
         (TypeError, "module must be a layer, or a state_dict", lambda k: k.from_torch({"weight": GAMMA})),
+        (TypeError, "module must be a layer, or a state_dict", lambda k: k.from_torch({"weight": GAMMA, 1: BETA})),
+        (TypeError, "module must be a batch normalization, got BatchCh", lambda k: k.from_torch(fastbn.BatchChannelNorm2d(3))),
+        ((TypeError, ValueError), "running_mean .*must", lambda k: k.from_torch({"running_mean": None, "running_var": VAR})),
+        (ValueError, "running_var must", lambda k: k.from_torch({"running_mean": MEAN, "running_var": None})),
+        (ValueError, "give axis or layout, not both", lambda k: k.from_keras(GAMMA, BETA, MEAN, VAR, axis=1, layout="NHWC")),
+        (TypeError, "variables must hold the batch_stats", lambda k: k.from_flax({"params": None, "batch_stats": None})),
+        (ValueError, "layer must have one axis of channels, got axis=.1, 2.", lambda k: k.from_keras(keras_layer(axis=[1, 2]))),
+        (ValueError, "node must have the inputs X, sc", lambda k: k.from_onnx(SimpleNamespace(**vars(NODE) | {"input": ["x", "s"]}), {})),
+        (ValueError, "give axis or layout, not both", lambda k: k.from_flax(LINEN, axis=1, layout="NHWC")),
         (ValueError, "layer must be built", lambda k: k.from_keras(keras_layer(moving_mean=None))),
         (TypeError, "moving_mean and moving_variance must be given", lambda k: k.from_keras(GAMMA)),
         (TypeError, "are the layer's own", lambda k: k.from_keras(keras_layer(), BETA)),
@@ -120,7 +158,7 @@ def test_a_layer_of_fastbn_and_its_state_are_taken_as_pytorchs() -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", [fastbn.FrozenBatchNorm, fastbn.BatchNorm2d])
-def test_errors_name_what_is_wrong(kind: Any, error: type[Exception], text: str, call: Any) -> None:
+def test_errors_name_what_is_wrong(kind: Any, error: Any, text: str, call: Any) -> None:
     with pytest.raises(error, match=text):
         call(kind)
 

@@ -314,3 +314,56 @@ def test_what_is_not_finite_stays_in_its_channel_of_running_statistics() -> None
     fastbn.instance_norm(x, *running)
     for v in running:
         np.testing.assert_array_equal(np.isfinite(v), [True, False, False, True])
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("eps", "size", "weight"), [(1e200, 1.0, 1.0), (1e300, 1.0, 1e30), (1e-5, 1e37, 1e-10)])
+def test_a_scale_that_underflows_gives_a_gradient_of_zero(eps: float, size: float, weight: float, last: bool) -> None:
+    draw = np.random.default_rng(0)
+    x, dy = (draw.uniform(0.5, 1.0, (3, 4, 5, 6)) * size).astype(np.float32), draw.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    if last:
+        x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) for a in (x, dy))
+    w = np.full(4, weight)
+    for forward, backward, given in (
+        (fastbn.group_norm_forward, fastbn.group_norm_backward, (2, w)),
+        (fastbn.instance_norm_forward, fastbn.instance_norm_backward, (None, None, w)),
+        (fastbn.batch_norm_forward, fastbn.batch_norm_backward, (w,)),
+    ):
+        g = backward(dy, x, forward(x, *given, eps=eps)[1])
+        assert np.abs(g.dx).max() < 1e-37
+        np.testing.assert_allclose(g.dbias, dy.sum((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("weights", [[0.0, 1.0, 2.0, -1.0], [1e-20, 1.0, 1e9, -1.0]])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("power", [84, -84])
+def test_a_weight_of_zero_takes_values_of_any_size(power: int, last: bool, weights: list[float]) -> None:
+    x, dy = (np.random.default_rng(i).normal(size=(3, 4, 5, 6)).astype(np.float32) for i in range(2))
+    if last:
+        x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) for a in (x, dy))
+    w, size = np.array(weights), np.float32(2.0**power)
+    for forward, backward, given in (
+        (fastbn.group_norm_forward, fastbn.group_norm_backward, (2, w)),
+        (fastbn.instance_norm_forward, fastbn.instance_norm_backward, (None, None, w)),
+    ):
+        for after in (None, "silu"):
+            want = backward(dy, x, forward(x, *given, eps=0.0, activation=after)[1]).dx.astype(np.float64)
+            got = backward(dy, x * size, forward(x * size, *given, eps=0.0, activation=after)[1]).dx * 2.0**power
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+            # A tiny weight is as good as none where another one is not: by one sweep.
+            near = np.where(np.abs(w) < 1e-9, 1e-9, w)
+            own = (*given[:-1], near)
+            one = backward(dy, x, forward(x, *own, eps=0.0, activation=after)[1]).dx
+            np.testing.assert_allclose(want, one, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_weight_that_is_tiny_beside_another_takes_small_values() -> None:
+    x, dy = (np.random.default_rng(i).normal(size=(3, 4, 5, 6)).astype(np.float32) for i in range(2))
+    given, size = (None, None, np.full(4, 0.5), np.array([1e-20, 1.0, 1e9, -1.0]), None, True), np.float32(2.0**-84)
+    forward, backward = fastbn.batch_channel_norm_forward, fastbn.batch_channel_norm_backward
+    want = backward(dy, x, forward(x, *given, eps=0.0)[1]).dx.astype(np.float64)
+    got = backward(dy, x * size, forward(x * size, *given, eps=0.0)[1]).dx * 2.0**-84
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())

@@ -279,3 +279,28 @@ def test_repr_names_the_arguments() -> None:
     assert repr(bn) == "BatchNorm2d(7, eps=0.5, momentum=None, affine=False, track_running_stats=True, layout='NHWC', activation=None)"
     assert eval(repr(bn).replace("BatchNorm2d", "fastbn.BatchNorm2d")).layout == "NHWC"  # noqa: S307
     assert repr(fastbn.FrozenBatchNorm([0.0], [1.0])) == "FrozenBatchNorm(1 channels, eps=1e-05, layout=None, activation=None)"
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["usual", "skip_nonfinite"])
+@pytest.mark.parametrize("key", ["running_mean", "running_var", "num_batches_tracked"])
+def test_read_only_statistics_are_said_before_anything_is_written(key: str, skip: bool) -> None:
+    bn, p, out = fastbn.BatchNorm1d(7, skip_nonfinite=skip), problem((12, 7)), np.zeros((12, 7), np.float32)
+    getattr(bn, key).setflags(write=False)
+    for call in (lambda: bn(p.x, out=out), bn.reset_running_stats, bn.reset_parameters):
+        bn.weight[...] = 3.0
+        before = bn.state_dict()
+        with pytest.raises(ValueError, match=f"{key} .*is read-only"):
+            call()
+        assert not out.any()
+        for name, v in bn.state_dict().items():
+            same_bits(np.atleast_1d(v), np.atleast_1d(before[name]))
+
+
+def test_statistics_that_may_skip_a_batch_share_no_memory() -> None:
+    bn, p, out = fastbn.BatchNorm1d(7, skip_nonfinite=True), problem((12, 7)), np.zeros((12, 7), np.float32)
+    bn.running_mean = out[0]
+    with pytest.raises(ValueError, match="out and running_mean share memory"):
+        bn(p.x, out=out)
+    bn.running_mean = bn.running_var
+    with pytest.raises(ValueError, match="running_mean and running_var share memory"):
+        bn(p.x)

@@ -104,6 +104,8 @@ def test_one_value_has_a_variance_of_zero() -> None:
         (ValueError, "axes must be at most 3, got 4", lambda: nn.moments(X, [4])),
         (ValueError, "axes must name each axis once", lambda: nn.moments(X, [1, -3])),
         (TypeError, "axes must be an int or a sequence", lambda: nn.moments(X, "0")),
+        (TypeError, "axes must be an int, got array", lambda: nn.moments(X, np.array(0.5))),
+        (ValueError, "data_format must be one of", lambda: nn.fused_batch_norm(X, None, None, data_format=np.array("NHWC"))),
         (ValueError, "data_format must be one of NHWC", lambda: nn.fused_batch_norm(X, None, None, data_format="NWHC")),
         (ValueError, "data_format 'NDHWC' is for arrays with 5 axes", lambda: nn.fused_batch_norm(X, None, None, data_format="NDHWC")),
         (ValueError, "mean and variance must be given", lambda: nn.fused_batch_norm(X, None, None, is_training=False)),
@@ -151,3 +153,8 @@ def test_results_are_tensorflows(tmp_path: Path) -> None:
         [sys.executable, "-c", IN_TENSORFLOW], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_an_axis_may_be_an_array_without_axes() -> None:
+    for ours, theirs in zip(nn.moments(X, np.array(0)), nn.moments(X, 0), strict=True):
+        np.testing.assert_array_equal(ours, theirs)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import core, reference
+from fastbn import core, functional, reference
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -686,17 +686,53 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
 }
 
 
+class _Interface:
+    """Memory of an array under NumPy's protocol."""
+
+    def __init__(self, a: Array):
+        self.__array_interface__ = a.__array_interface__
+
+
+class _Convertible:
+    """What turns into an array, without a copy."""
+
+    def __init__(self, a: Array):
+        self.a = a
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Array:
+        return self.a
+
+
+@pytest.mark.parametrize("given", [np.asarray, memoryview, _Interface, _Convertible])
 @pytest.mark.parametrize("step", [1, -1, 2])
 @pytest.mark.parametrize("which", ["weight", "bias"])
 @pytest.mark.parametrize("norm", SHARED)
 @pytest.mark.only(lambda norm, which: (norm, which) != ("rms_norm", "bias"))
-def test_an_output_over_a_parameter_is_refused(norm: str, which: str, step: int) -> None:
+def test_an_output_over_a_parameter_is_refused(norm: str, which: str, step: int, given: Callable[[Array], Any]) -> None:
     function, first, options = SHARED[norm]
     x, out = _random((4, 4, 3, 4), "float32"), _random((4, 4, 3, 4), "float32")
     before = out.copy()
     with pytest.raises(ValueError, match=f"out and {which} share memory"):
-        function(x, *first, **{which: out.reshape(-1)[16:48][::step][:4]}, out=out, **options)
+        function(x, *first, **{which: given(out.reshape(-1)[16:48][::step][:4])}, out=out, **options)
     np.testing.assert_array_equal(out, before)
+
+
+@pytest.mark.parametrize("layer", [fastbn.BatchRenorm2d, fastbn.BatchChannelNorm2d])
+def test_a_batch_that_cannot_be_counted_moves_nothing(layer: Callable[[int], Any]) -> None:
+    bn = layer(4)
+    bn.num_batches_tracked.setflags(write=False)
+    with pytest.raises(ValueError, match="num_batches_tracked is updated in place but is read-only"):
+        bn(_random((2, 4, 3, 3), "float32"))
+    assert not bn.running_mean.any()
+
+
+def test_a_forward_that_fails_leaves_the_one_before_it() -> None:
+    layer, x = fastbn.GroupNorm(2, 4), _random((2, 4, 3, 3), "float32")
+    layer(x)
+    want = layer.backward(x)
+    with pytest.raises(ValueError, match="residual must have the shape of x"):
+        layer(x, x[:1])
+    np.testing.assert_array_equal(layer.backward(x).dx, want.dx)
 
 
 @pytest.mark.parametrize("which", ["weight", "bias", "x", "residual"])
@@ -710,3 +746,103 @@ def test_what_the_next_virtual_batch_needs_is_not_moved(moved: str, which: str) 
     with pytest.raises(ValueError, match=f"{moved} and {which} share memory, and the call writes {moved}"):
         fastbn.ghost_batch_norm(**given, **statistics, training=True, virtual_batch_size=2)
     np.testing.assert_array_equal(statistics[moved], before)
+
+
+def test_a_virtual_batch_that_fails_moves_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, calls, mean, var = fastbn.batch_norm_forward, itertools.count(), np.zeros(4, np.float32), np.ones(4, np.float32)
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        if next(calls):
+            raise MemoryError
+        return usual(*args, **options)
+
+    monkeypatch.setattr(functional, "batch_norm_forward", second_fails)
+    with pytest.raises(MemoryError):
+        fastbn.ghost_batch_norm(_random((4, 4, 3, 4), "float32"), mean, var, training=True, virtual_batch_size=2)
+    assert (mean.tolist(), var.tolist()) == ([0.0] * 4, [1.0] * 4)
+
+
+def test_the_gradient_of_the_mix_stays_with_the_others() -> None:
+    x = _random((4, 4, 3, 4), "float32")
+    _, saved = fastbn.batch_channel_norm_forward(x, None, None, np.full(4, 0.5), training=True)
+    g = fastbn.batch_channel_norm_backward(x, x, saved)
+    for same in (copy.copy(g), copy.deepcopy(g), g._replace(dx=None)):
+        np.testing.assert_array_equal(same.dmix, g.dmix)
+        np.testing.assert_array_equal(same.dweight, g.dweight)
+    assert g._replace(dmix=None).dmix is None
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_residuals_gradient_of_virtual_batches_lies_in_memory_as_x(activation: Any) -> None:
+    x = _random((4, 3, 4, 5), "float32").transpose(0, 3, 1, 2)
+    dy = np.ascontiguousarray(x[::-1])
+    _, saved = fastbn.ghost_batch_norm_forward(x, None, None, training=True, residual=x, activation=activation, virtual_batch_size=2)
+    g = fastbn.ghost_batch_norm_backward(dy.copy(), x, saved, wrt=("x", "residual"))
+    assert g.dresidual.strides == x.strides
+    assert activation or np.array_equal(g.dresidual, dy)
+    again = fastbn.ghost_batch_norm_backward(dy, x, saved, wrt=("x", "residual"), out=dy)
+    np.testing.assert_array_equal(again.dresidual, g.dresidual)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_the_mean_of_what_is_not_finite_is_not_finite(value: float) -> None:
+    x = _random((3, 2, 4, 4), "float32")
+    x[1, 0, 2, 2] = value
+    mean, var = np.zeros(2, np.float32), np.ones(2, np.float32)
+    _, saved = fastbn.instance_norm_forward(x, mean, var)
+    np.testing.assert_array_equal([mean[0], var[0], saved.mean[1, 0], saved.mean_lo[1, 0]], [value, np.nan, value, 0.0])
+    assert np.isfinite([mean[1], var[1]]).all()
+    for forward, given in ((fastbn.group_norm_forward, 1), (fastbn.layer_norm_forward, (2, 4, 4))):
+        _, saved = forward(x, given)
+        np.testing.assert_array_equal([saved.mean[1, 0], saved.mean_lo[1, 0]], [value, 0.0])
+    _, mixed = fastbn.batch_channel_norm_forward(x, None, None, np.full(2, 0.5), training=True)
+    np.testing.assert_array_equal(mixed.layer_mean[1, 0], value)
+
+
+GHOSTS = fastbn.ghost_batch_norm_forward(np.arange(8.0).reshape(4, 2), None, None, training=True, virtual_batch_size=2)[1]
+RENORM = fastbn.batch_renorm_forward(np.arange(8.0).reshape(4, 2), np.zeros(2), np.ones(2), training=True)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("saved", None), ("saved", ()), ("saved", (3, 3)), ("saved", list(GHOSTS.saved)), ("saved", GHOSTS.saved * 2),
+        ("sizes", None), ("sizes", 4), ("sizes", ("2", "2")), ("sizes", (2, 2, 0)), ("sizes", (1, 3)), ("sizes", (3, 3)),
+    ],
+)  # fmt: skip
+def test_what_virtual_batches_have_saved_is_checked_before_one_is_written(name: str, value: Any) -> None:
+    x, out = np.arange(8.0).reshape(4, 2), np.zeros((4, 2))
+    with pytest.raises((TypeError, ValueError), match="saved"):
+        fastbn.ghost_batch_norm_backward(x, x, dataclasses.replace(GHOSTS, **{name: value}), out=out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("name", ["r", "d"])
+def test_a_correction_is_whole_or_none(name: str) -> None:
+    x = np.arange(8.0).reshape(4, 2)
+    with pytest.raises(ValueError, match=r"saved\.r and saved\.d must both"):
+        fastbn.batch_renorm_backward(x, x, dataclasses.replace(RENORM, **{name: None}))
+
+
+def test_numbers_that_were_saved_may_be_arrays_without_axes() -> None:
+    x = _random((2, 4, 3), "float32")
+    _, saved = fastbn.group_norm_forward(x, 2)
+    want = fastbn.group_norm_backward(x, x, saved)
+    for name in ("axis", "group"):
+        with fastbn.use_kernel("reference"):
+            got = fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **{name: np.array(getattr(saved, name))}))
+        np.testing.assert_allclose(got.dx, want.dx, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_is_not_written_over_what_was_saved() -> None:
+    x, cases = np.arange(3.0)[None] + 1, []
+    cases += [(fastbn.layer_norm_backward, fastbn.layer_norm_forward(x, 3, np.ones(3), np.ones(3))[1], ("weight", "bias"))]
+    cases += [(fastbn.layer_norm_backward, fastbn.layer_norm_forward(x.T, 1)[1], ("mean", "mean_lo", "invstd"))]
+    mixed = fastbn.batch_channel_norm_forward(x, None, None, np.ones(3), training=True, correction=0)[1]
+    cases += [(fastbn.batch_channel_norm_backward, mixed, ("mean", "mean_lo", "invstd", "weight", "bias", "mix"))]
+    for backward, saved, names in cases:
+        for name in names:
+            given = x.reshape(saved.shape)
+            with pytest.raises(ValueError, match=rf"out and saved\.{name} share memory"):
+                backward(given, given, saved, out=getattr(saved, name).reshape(saved.shape))

@@ -192,6 +192,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Net], object]]] = {
     "layer": (TypeError, "must hold BatchNorm1d.* got int for '0'", lambda n: fastbn.update_bn([3], [], n)),  # type: ignore[list-item]
     "forward": (TypeError, "forward must be a function of a batch", lambda n: fastbn.update_bn(n.layers, [], None)),  # type: ignore[arg-type]
     "batches": (TypeError, "the batches must be an iterable, got int", lambda n: fastbn.update_bn(n.layers, 3, n)),  # type: ignore[arg-type]
+    "scalar": (TypeError, "the batches must be an iterable, got ndarray", lambda n: fastbn.update_bn(n.layers, np.array(0), n)),
     "start": (TypeError, "start must be an Estimate", lambda n: fastbn.update_bn(n.layers, [], n, start={})),  # type: ignore[arg-type]
     "tolerance": (ValueError, "tolerance must be a finite number of at least 0", lambda n: fastbn.update_bn(n.layers, [], n, tolerance=-1)),
     "progress": (TypeError, "progress must be True or False", lambda n: fastbn.update_bn(n.layers, [], n, progress="yes")),  # type: ignore[arg-type]
@@ -240,3 +241,20 @@ def test_one_array_in_place_of_batches_is_said() -> None:
         fastbn.update_bn([bn], list(x), bn)
     with pytest.raises(KeyError, match="own"):
         fastbn.update_bn([bn], x, lambda _: {}["own"])
+
+
+@pytest.mark.parametrize("key", ["running_mean", "running_var", "num_batches_tracked"])
+def test_statistics_that_cannot_be_written_are_said_before_a_batch_runs(key: str) -> None:
+    first, second = fastbn.BatchNorm1d(3), fastbn.BatchNorm1d(3)
+    getattr(second, key).setflags(write=False)
+    with pytest.raises(ValueError, match=f"{key} of layer 'last' is .*read-only"):
+        fastbn.update_bn({"first": first, "last": second}, iter(()), pytest.fail)
+    assert not first.running_mean.any()
+
+
+def test_statistics_in_16_bits_overflow_without_an_error() -> None:
+    bn, x = fastbn.BatchNorm1d(1), np.array([[-1e4], [1e4]], np.float32)
+    bn.running_var = bn.running_var.astype(np.float16)
+    with np.errstate(all="raise"):
+        fastbn.update_bn([bn], [x], bn)
+    assert (bn.running_mean.tolist(), bn.running_var.tolist(), int(bn.num_batches_tracked)) == ([0.0], [np.inf], 1)

@@ -535,6 +535,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "merge-channels": (ValueError, "merge needs statistics of 3 channels, got 2", lambda: S.merge(Stats.identity(2))),
     "concat-counts": (ValueError, "concat needs statistics with one count, got 4 and 5", lambda: Stats.concat([S, Stats(5, [1.0], [1.0])])),
     "concat-type": (TypeError, "concat takes an iterable of Stats, got int in it", lambda: Stats.concat([S, 3])),  # type: ignore[list-item]
+    "concat-scalar": (TypeError, "concat takes an iterable of Stats, got ndarray$", lambda: Stats.concat(np.array(0))),
     "concat-one": (TypeError, "concat takes an iterable of Stats, got Stats$", lambda: Stats.concat(S)),  # type: ignore[arg-type]
     "concat-none": (ValueError, "concat needs at least one Stats", lambda: Stats.concat([])),
     "running-one": (ValueError, "unbiased variance needs a count of at least 2, got 1", lambda: Stats.running([1.0], [1.0], 1)),
@@ -544,6 +545,7 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "to_running-none": (ValueError, "no values have no mean", lambda: Stats.identity(1).to_running(unbiased=False)),
     "to_arrays-count": (OverflowError, r"count must be below 2\*\*63", lambda: Stats(2**63, [1.0], [0.0]).to_arrays()),
     "from_arrays-few": (ValueError, "arrays must be count, mean, var, mean_lo and var_lo, got 2", lambda: Stats.from_arrays([1, [1.0]])),
+    "from_arrays-scalar": (TypeError, "arrays must be an iterable of arrays, got ndarray", lambda: Stats.from_arrays(np.array(0))),
     "from_arrays-number": (TypeError, "arrays must be an iterable of arrays, got int", lambda: Stats.from_arrays(3)),  # type: ignore[arg-type]
     "from_arrays-count": (ValueError, r"count must have one element, got shape \(2,\)", lambda: Stats.from_arrays([[1, 2], [1.0], [1.0]])),
     "from_arrays-half": (TypeError, "count must be an int, got 1.5", lambda: Stats.from_arrays([[1.5], [1.0], [1.0]])),
@@ -584,3 +586,32 @@ def test_statistics_that_are_not_of_the_batch_are_refused(error: type[Exception]
         with pytest.raises(error, match=message):
             call(**given)
     assert all((a == 1).all() for a in (mean, var, out))
+
+
+def test_counts_that_have_added_up_beyond_the_limit_are_concatenated() -> None:
+    stats = Stats(10**30, [1.0], [2.0]).merge(Stats(1, [1.0], [2.0]))
+    both = Stats.concat([stats, stats])
+    assert (both.count, both.mean.tolist(), both.var.tolist()) == (10**30 + 1, [1.0, 1.0], [2.0, 2.0])
+
+
+def test_a_pickle_of_the_other_byte_order_is_the_same_value() -> None:
+    stats = fastbn.batch_norm_stats(rng().normal(size=(5, 3)))
+    make, given, (count, vectors) = stats.__reduce__()
+    other = make(*given)
+    other.__setstate__((count, vectors.astype(vectors.dtype.newbyteorder())))
+    assert other == stats
+    assert other.merge(other) == stats.merge(stats)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_what_is_not_finite_is_the_same_in_any_order(order: list[int], value: float) -> None:
+    x = rng().normal(size=(30, 2))
+    x[0, 0] = value
+    for ends in ((3, 10), (20, 25), (10, 20)):
+        parts = np.split(x, ends)
+        first, *others = (fastbn.batch_norm_stats(parts[i]) for i in order)
+        merged = first.merge(*others)
+        np.testing.assert_array_equal(merged.mean[0], value)
+        assert np.isnan(merged.var[0])
+        np.testing.assert_allclose(merged.mean[1], x[:, 1].mean(), rtol=1e-12)

@@ -230,6 +230,8 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "layer": (TypeError, "communicator must have the methods", lambda: fastbn.BatchNorm1d(3, communicator=3)),  # type: ignore[arg-type]
     "backward": (TypeError, "communicator must have the methods", lambda: sync.batch_norm_backward(X, X, None, communicator=3)),  # type: ignore[arg-type]
     "saved": (TypeError, "saved must be what", lambda: sync.batch_norm_backward(X, X, None, communicator=sync.Alone())),  # type: ignore[arg-type]
+    "no parts": (TypeError, "parts must be a sequence of Stats, got NoneType", lambda: sync.merge(None, sync.Alone())),  # type: ignore[arg-type]
+    "scalar": (TypeError, "parts must be a sequence of Stats, got ndarray", lambda: sync.merge(np.array(0), sync.Alone())),  # type: ignore[arg-type]
     "parts": (TypeError, "parts must be a sequence of Stats, got int in it", lambda: sync.merge([3], sync.Alone())),  # type: ignore[list-item]
     "flat": (ValueError, r"all_gather must return a float64 array of shape \(ranks, 13\), got float64 and \(13,\)",
              lambda: sync.batch_norm_stats(X, Wrong(lambda a: a))),

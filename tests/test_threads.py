@@ -305,6 +305,20 @@ def test_quota_v1(tmp_path: Path) -> None:
     assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == 2.5
 
 
+@pytest.mark.parametrize("text", ["", "100000", "many 100000", "100000 0", "100000 100000 1"])
+def test_a_quota_that_cannot_be_read_is_none(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "fs", cpu__max=text)
+    write(tmp_path, cgroup="0::/\n")
+    assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) is None
+
+
+def test_the_name_of_a_group_may_be_any_bytes(tmp_path: Path) -> None:
+    name = os.fsdecode(b"gr\xfcn\x0b")
+    write(tmp_path / "fs" / name, cpu__max="150000 100000\n")
+    (tmp_path / "cgroup").write_bytes(b"strange\n0::/" + os.fsencode(name) + b"\n")
+    assert threads.quota(str(tmp_path / "fs"), str(tmp_path / "cgroup")) == 1.5
+
+
 def test_quota_of_a_container(tmp_path: Path) -> None:
     """Inside a container the group's own files are at the mount's root, whatever the path says."""
     write(tmp_path / "fs", cpu__max="50000 100000\n")
