@@ -21,10 +21,10 @@ from torch.overrides import has_torch_function
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
-from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, has_hooks, settled
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, settled
 from fastbn.torch.derived import Derived, derive, own_class, release
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import STEPS, Listed, check, size, unseen
+from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import Parts

@@ -30,7 +30,7 @@ from fastbn.activations import NAMES, Builtin
 from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import function_codes, in_function
+from fastbn.torch.graph import function_codes, has_hooks, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 from fastbn.torch.parts import Parts
 from fastbn.torch.standing import Standing, tensor_of
@@ -264,12 +264,6 @@ def builtin(activation: Any) -> Builtin | None:
     if name == "gelu":
         name = {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
     return BUILTINS[name] if name is not None else None
-
-
-def has_hooks(module: Any) -> bool:
-    """Whether a module has hooks."""
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def hooks_of_others(module: Any) -> bool:

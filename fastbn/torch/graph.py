@@ -1,7 +1,7 @@
 """What stands before and after the batch norms of a model, as torch.fx finds it.
 
 A model that cannot be traced as a whole is traced in parts: its children, theirs, and so on. Nothing is called but the
-model's own Python code, with stand-ins for tensors.
+model's own Python code, with stand-ins for tensors. Hooks are not called: a module that has some is a part by itself.
 """
 
 from __future__ import annotations
@@ -123,7 +123,13 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has hooks."""
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def in_function(frame: Any, codes: set[Any]) -> Any:
@@ -196,14 +202,17 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
 
 
 def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Part]:
-    """The largest parts of a model that can be traced and have normalization layers."""
+    """The largest parts of a model that can be traced and have normalization layers; one for each call."""
     if not any(True for _ in all_norms(model)) or isinstance(model, NORMS):
         return
     part = traced(model, prefix, defaults=defaults)
     if part is not None:
         yield part
-        return
-    for name, child in model.named_children():
+        inner = [(str(node.target), model.get_submodule(str(node.target))) for node in part.nodes if node.op == "call_module"]
+        within = [(name, child) for name, child in inner if has_hooks(child)]
+    else:
+        within = [*model.named_children()]
+    for name, child in within:
         yield from parts(child, f"{prefix}{name}.", defaults=defaults)
 
 

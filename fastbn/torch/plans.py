@@ -19,7 +19,7 @@ from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import Steps
 from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
-from fastbn.torch.graph import AROUND, Part, parts, traced
+from fastbn.torch.graph import AROUND, Part, has_hooks, parts, traced
 
 F = torch.nn.functional
 KINDS = (_NormBase, nn.GroupNorm)
@@ -212,7 +212,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = Tru
         kind = _activation(part, user)
         is_sum = sums and _is_sum(user, node) and not steps.sum
         if user.op == "output":
-            why = _OUTPUT
+            why = f"{part.prefix[:-1]} has hooks" if part.prefix and has_hooks(part.module) else _OUTPUT
         elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
             why = f"{_name(part, user)} follows"
         elif user in taken:
