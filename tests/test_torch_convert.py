@@ -934,6 +934,32 @@ def test_nothing_that_waits_leaves_a_model(name: str, graph: bool) -> None:
     agree(*found)
 
 
+class Joint:
+    def __init__(self) -> None:
+        self.others: list[Any] = []
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_a_model_keeps_and_returns_may_hold_itself(graph: bool) -> None:
+    def other(m: Any, z: Any) -> Any:
+        if graph:
+            return {"z": z, "same": [held := [z], held]}
+        found: dict[str, Any] = {"z": (pair := (z, [z])), "again": [pair, pair]}
+        return found | {"self": [found]}
+
+    model, own = pair(lambda m, x: (z := m.bn(m.conv(x)), other(m, z) if m.flag else m.act(z))[1])
+    torch.compiler.reset()  # there is a limit to what one function is compiled for, in all tests
+    x, found = image(), []
+    for m in (model, own):
+        one, two, loop = Joint(), Joint(), []
+        one.others, two.others = [two], [one]
+        loop.append(loop)
+        m.flag, m.skeleton, m.loop = True, [one, two], loop
+        y = (torch.compile(m, backend="eager") if graph else m)(x)
+        found.append([y["z"], *y["same"]] if graph else [y["z"], *y["again"], y["self"][0]["z"]])
+    agree(*found)
+
+
 def test_what_waits_can_be_shown_copied_and_kept() -> None:
     seen: list[Any] = []
 
