@@ -326,3 +326,29 @@ def test_a_container_with_hooks_is_converted_and_folded_inside() -> None:
     assert [(layer.fused, layer.why) for layer in fastbn.torch.convert(model)] == [(("ReLU",), ""), ((), "0 has hooks")]
     for one in (model, folded.model):
         torch.testing.assert_close(one(x), want)
+
+
+class Shifted(nn.BatchNorm2d):
+    """Does something else beside its forward."""
+
+    calls = 0
+
+    def __call__(self, x: Any) -> Any:
+        type(self).calls += 1
+        y = super().__call__(x)
+        return y if torch.is_grad_enabled() else y + 1
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+def test_a_layer_with_a_call_of_its_own_is_called() -> None:
+    model, x = small(Shifted(4), nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    want = model(x)
+    assert fastbn.torch.fold(model).left == {"1": "Shifted has a __call__ of its own"}
+    with pytest.raises(ValueError, match="Shifted has a __call__ of its own"):
+        fastbn.torch.adapt(model)
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    before = type(model[1]).calls
+    torch.testing.assert_close(model(x), want)
+    assert type(model[1]).calls == before + 1
+    with torch.no_grad():
+        assert (model(x) >= want).all()

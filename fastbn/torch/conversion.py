@@ -355,7 +355,8 @@ def _pairs(module: Any, scope: Scope) -> set[str]:
     found, children = set(), [*module._modules.items()]
     for (name, layer), (_, after) in pairwise(children):
         steps = layer.__dict__.get(STEPS)
-        if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS:
+        is_called = type(layer).__call__ is nn.Module.__call__  # and does nothing else then
+        if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS and is_called:
             found.add(name)
     return found
 

@@ -292,7 +292,12 @@ _OWN.define(
 
 
 def _builtin(name: str, parameter: float) -> Builtin:
-    return Builtin(name, parameter, NAMES.index(name) + 1) if name in NAMES else IDENTITY
+    """An activation of a graph, which another version of fastbn may have written."""
+    if name == IDENTITY.name:
+        return IDENTITY
+    if name not in NAMES:
+        raise ValueError(f"activation must be one of {IDENTITY.name}, {', '.join(NAMES)}, got {name!r}")
+    return Builtin(name, parameter, NAMES.index(name) + 1)
 
 
 def is_compiled(x: Tensor) -> bool:
