@@ -9,6 +9,7 @@ import itertools
 import operator
 import os
 import pickle
+import random
 import subprocess
 import sys
 import warnings
@@ -174,6 +175,10 @@ LEFT = {
     "kept": (
         lambda: Body(lambda m, x: (m.__dict__.update(seen=[z := m.bn(m.conv(x))]), z.relu())[1]), "the model's code keeps what it returns",
     ),
+    "kept deep inside": (
+        lambda: Body(lambda m, x: (m.__dict__.update(seen={"z": [z := m.bn(m.conv(x))]}), z.relu())[1]),
+        "the model's code keeps what it returns",
+    ),
     "hooks": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "1"), "it has hooks"),
     "a hooked activation": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "2"), "2 has hooks"),
     "hooks around": (lambda: hooked(nn.Sequential(sequential(nn.BatchNorm2d(4)), nn.ReLU()), "0"), "0 has hooks"),
@@ -262,26 +267,40 @@ def test_reverted_models_are_what_they_were() -> None:
         assert repr(model) == shown
 
 
+class Joint:
+    def __init__(self) -> None:
+        self.others: list[Any] = []
+
+
 def test_finding_what_follows_changes_nothing() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bn, self.calls, self.seen = nn.BatchNorm2d(3), 0, None
+            self.features: dict[str, list[Any]] = {"inputs": []}
+            self.joint = Joint()
             self.register_buffer("count", torch.zeros(()))
 
         def forward(self, x: Any) -> Any:
             self.calls += 1
             self.count.add_(1)
             self.seen = x
-            self.noise = torch.rand(1)
+            self.noise = torch.rand(1) + random.random() + numpy.random.rand()  # noqa: NPY002, S311  as old code does
+            self.features["inputs"].append(x)
+            self.joint.others.append({"x": x})
+            self.joint.mean = x.mean()
             return self.bn(x).relu() + self.count
 
+    def states() -> Any:
+        return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()  # noqa: NPY002
+
     model = Model()
-    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    state, before = copy.deepcopy(model.state_dict()), states()
     assert fastbn.torch.convert(model)[0].fused == ("relu",)
     assert (model.calls, model.seen, hasattr(model, "noise")) == (0, None, False)
+    assert (model.features, vars(model.joint)) == ({"inputs": []}, {"others": []})
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
+    assert states() == before
 
 
 def copies(model: Any) -> Iterator[Any]:
@@ -932,11 +951,6 @@ def test_nothing_that_waits_leaves_a_model(name: str, graph: bool) -> None:
             y = (torch.compile(m, backend="eager") if graph else m)(x)
         found.append([y, m.kept, m.__dict__.get("last"), *m.buffers()])
     agree(*found)
-
-
-class Joint:
-    def __init__(self) -> None:
-        self.others: list[Any] = []
 
 
 @pytest.mark.parametrize("graph", [False, True])
