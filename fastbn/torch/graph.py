@@ -28,6 +28,7 @@ T = TypeVar("T")
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
 STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+PLAIN = {str, int, float, bool, bytes, type(None)}  # hold nothing
 # What normalizations are called in graphs, without their namespaces.
 CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm_with_update",
@@ -162,7 +163,7 @@ def _held(model: nn.Module) -> Iterator[Any]:
             continue
         seen[id(value)] = value
         if isinstance(value, dict | list | set | tuple):
-            todo += value.values() if isinstance(value, dict) else value
+            todo += [inner for inner in ([*value.values()] if isinstance(value, dict) else value) if type(inner) not in PLAIN]
         elif type(value := getattr(value, "__dict__", None)) is dict:
             todo += [inner for inner in [*value.values()] if isinstance(inner, dict | list | set | tuple)]
         if isinstance(value, dict | list | set):
