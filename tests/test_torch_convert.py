@@ -458,6 +458,21 @@ def test_a_subclass_with_torchs_own_code_is_fused() -> None:
     assert isinstance(model[0], Mine)
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_subclass_with_numbers_that_are_computed_is_fused(graph: bool) -> None:
+    class Mine(nn.BatchNorm2d):
+        eps = property(lambda self: 1e4 * vars(self)["eps"], lambda self, value: vars(self).update(eps=value))
+        momentum = property(lambda self: 5 * vars(self)["momentum"], lambda self, value: vars(self).update(momentum=value))
+
+    model, x = nn.Sequential(Mine(3), nn.ReLU()), image()
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    torch.compiler.reset()  # there is a limit to what one function is compiled for, in all tests
+    call = torch.compile(model, backend="eager") if graph else model
+    torch.testing.assert_close(call(x), own(x))
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
+
+
 def test_parts_of_a_model_that_cannot_be_traced_are_fused() -> None:
     model = Body(lambda m, x: m.part(x) if x.sum() < 1e9 else x, part=sequential(nn.BatchNorm2d(4), nn.ReLU()))
     found = same(model, image())

@@ -57,6 +57,8 @@ class Plan(NamedTuple):
     places: tuple[tuple[tuple[str, ...], type], ...] = ()  # of both: the way from there, and the class
 
 
+# What a layer holds, and a class may have a property for.
+STATE = ("training", "momentum", "eps", "track_running_stats", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 NOBODY = Plan(why="what calls it cannot be traced")
 
 
@@ -76,7 +78,7 @@ def refuses(layer: Any) -> tuple[str, Plan]:
     if why := changed(layer):
         return f"it {why}", NOBODY
     if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, nn.GroupNorm.forward):
-        return "", Plan(steps=Steps(plain=True), fits_outside=True)
+        return "", Plan(steps=Steps(plain=not any(hasattr(type(layer), name) for name in STATE)), fits_outside=True)
     part, function = traced(layer), F.batch_norm if isinstance(layer, _BatchNorm) else F.group_norm
     inside = [node for node in part.nodes if node.target is function] if part else []
     if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
