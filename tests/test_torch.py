@@ -769,6 +769,7 @@ def test_explain_says_what_would_happen() -> None:
         fastbn.torch.explain(x[:0]): "left to torch: it is empty",
         fastbn.torch.explain(x.to("meta")): "left to torch: it lies on meta",
         fastbn.torch.explain(x.to_sparse()): "left to torch: its layout is sparse_coo",
+        fastbn.torch.explain(torch.nested.as_nested_tensor(x)): "left to torch: it is nested",
         fastbn.torch.explain(torch.nn.ReLU()): "the model has no normalization layers",
         fastbn.torch.explain(torch.nn.BatchNorm1d(3).double()): "the model: BatchNorm1d(3): taken, float64",
         fastbn.torch.explain(torch.nn.BatchNorm1d(3, device="meta")): "the model: BatchNorm1d(3): left to torch: it lies on meta",

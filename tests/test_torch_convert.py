@@ -9,6 +9,7 @@ import itertools
 import operator
 import os
 import pickle
+import random
 import subprocess
 import sys
 import warnings
@@ -175,6 +176,10 @@ LEFT = {
     "kept": (
         lambda: Body(lambda m, x: (m.__dict__.update(seen=[z := m.bn(m.conv(x))]), z.relu())[1]), "the model's code keeps what it returns",
     ),
+    "kept deep inside": (
+        lambda: Body(lambda m, x: (m.__dict__.update(seen={"z": [z := m.bn(m.conv(x))]}), z.relu())[1]),
+        "the model's code keeps what it returns",
+    ),
     "hooks": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "1"), "it has hooks"),
     "a hooked activation": (lambda: hooked(sequential(nn.BatchNorm2d(4), nn.ReLU()), "2"), "2 has hooks"),
     "hooks around": (lambda: hooked(nn.Sequential(sequential(nn.BatchNorm2d(4)), nn.ReLU()), "0"), "0 has hooks"),
@@ -263,26 +268,40 @@ def test_reverted_models_are_what_they_were() -> None:
         assert repr(model) == shown
 
 
+class Joint:
+    def __init__(self) -> None:
+        self.others: list[Any] = []
+
+
 def test_finding_what_follows_changes_nothing() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bn, self.calls, self.seen = nn.BatchNorm2d(3), 0, None
+            self.features: dict[str, list[Any]] = {"inputs": []}
+            self.joint = Joint()
             self.register_buffer("count", torch.zeros(()))
 
         def forward(self, x: Any) -> Any:
             self.calls += 1
             self.count.add_(1)
             self.seen = x
-            self.noise = torch.rand(1)
+            self.noise = torch.rand(1) + random.random() + numpy.random.rand()  # noqa: NPY002, S311  as old code does
+            self.features["inputs"].append(x)
+            self.joint.others.append({"x": x})
+            self.joint.mean = x.mean()
             return self.bn(x).relu() + self.count
 
+    def states() -> Any:
+        return torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist()  # noqa: NPY002
+
     model = Model()
-    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    state, before = copy.deepcopy(model.state_dict()), states()
     assert fastbn.torch.convert(model)[0].fused == ("relu",)
     assert (model.calls, model.seen, hasattr(model, "noise")) == (0, None, False)
+    assert (model.features, vars(model.joint)) == ({"inputs": []}, {"others": []})
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random)
+    assert states() == before
 
 
 def copies(model: Any) -> Iterator[Any]:
@@ -438,6 +457,21 @@ def test_a_subclass_with_torchs_own_code_is_fused() -> None:
     model = nn.Sequential(Mine(3), nn.ReLU())
     assert same(model, image())[0].fused == ("ReLU",)
     assert isinstance(model[0], Mine)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_subclass_with_numbers_that_are_computed_is_fused(graph: bool) -> None:
+    class Mine(nn.BatchNorm2d):
+        eps = property(lambda self: 1e4 * vars(self)["eps"], lambda self, value: vars(self).update(eps=value))
+        momentum = property(lambda self: 5 * vars(self)["momentum"], lambda self, value: vars(self).update(momentum=value))
+
+    model, x = nn.Sequential(Mine(3), nn.ReLU()), image()
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    torch.compiler.reset()  # there is a limit to what one function is compiled for, in all tests
+    call = torch.compile(model, backend="eager") if graph else model
+    torch.testing.assert_close(call(x), own(x))
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
 
 
 def test_parts_of_a_model_that_cannot_be_traced_are_fused() -> None:
@@ -978,6 +1012,27 @@ def test_nothing_that_waits_leaves_a_model(name: str, graph: bool) -> None:
             warnings.simplefilter("ignore" if graph else "error")  # what torch itself deprecates
             y = (torch.compile(m, backend="eager") if graph else m)(x)
         found.append([y, m.kept, m.__dict__.get("last"), *m.buffers()])
+    agree(*found)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_a_model_keeps_and_returns_may_hold_itself(graph: bool) -> None:
+    def other(m: Any, z: Any) -> Any:
+        if graph:
+            return {"z": z, "same": [held := [z], held]}
+        found: dict[str, Any] = {"z": (pair := (z, [z])), "again": [pair, pair]}
+        return found | {"self": [found]}
+
+    model, own = pair(lambda m, x: (z := m.bn(m.conv(x)), other(m, z) if m.flag else m.act(z))[1])
+    torch.compiler.reset()  # there is a limit to what one function is compiled for, in all tests
+    x, found = image(), []
+    for m in (model, own):
+        one, two, loop = Joint(), Joint(), []
+        one.others, two.others = [two], [one]
+        loop.append(loop)
+        m.flag, m.skeleton, m.loop = True, [one, two], loop
+        y = (torch.compile(m, backend="eager") if graph else m)(x)
+        found.append([y["z"], *y["same"]] if graph else [y["z"], *y["again"], y["self"][0]["z"]])
     agree(*found)
 
 

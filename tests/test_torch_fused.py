@@ -250,3 +250,13 @@ def test_operators_of_graphs_pass_torchs_check() -> None:
             (x.detach().bfloat16(), None, w, b, m, v, True, 0.1, 1e-5, "leaky_relu", 0.1),
         ):
             torch.library.opcheck(torch.ops.fastbn.batch_norm.default, given)
+
+
+def test_a_graph_with_an_activation_of_another_version_is_refused() -> None:
+    x, numbers = torch.ones(2, 3, 4, 4), (None, None, None, None, True, 0.1, 1e-5)
+    for call in (
+        lambda: torch.ops.fastbn.batch_norm(x, None, *numbers, "mish", 0.0),
+        lambda: torch.ops.fastbn.group_norm(x, None, None, 3, 1e-5, "mish", 0.0),
+    ):
+        with pytest.raises(ValueError, match=r"activation must be one of identity, relu, .*, got 'mish'"):
+            call()

@@ -64,6 +64,14 @@ def test_a_folded_model_computes_the_same(name: str, dtype: Any) -> None:
     assert all(parameter.dtype == dtype for parameter in found.model.parameters())
 
 
+@pytest.mark.parametrize("name", FOLDED)
+def test_a_model_is_folded_on_the_device_where_it_lies(name: str) -> None:
+    layers, _, folded = FOLDED[name]
+    found = fastbn.torch.fold(nn.Sequential(*layers()).to("meta").eval())
+    assert (found.folded, found.left) == (folded, {})
+    assert all(parameter.is_meta for parameter in found.model.parameters())
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -267,6 +275,19 @@ def test_frozen_layers_stay_so_through_train_copies_and_pickles() -> None:
         assert all(parameter.requires_grad for parameter in frozen[0].parameters())
         frozen.train()(torch.randn(5, 3) + 2)
         assert not torch.equal(frozen[0].running_mean, state["0.running_mean"])
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_parameters_that_frozen_layers_share_learn_again(at_once: bool) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    model[0].bias.requires_grad_(False)
+    for part in [model] if at_once else model:
+        fastbn.torch.freeze(part)
+    assert not any(p.requires_grad for p in model.parameters())
+    for part in [model] if at_once else model:
+        fastbn.torch.unfreeze(part)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.weight", "1.bias"]
 
 
 @pytest.mark.parametrize("last", [1, 2, 3, 4])

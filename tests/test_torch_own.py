@@ -77,6 +77,17 @@ def test_results_are_those_of_the_same_function_of_torchs(dtype: Any, last: bool
                 assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
 
 
+def test_memory_that_holds_other_numbers_than_the_tensor_is_not_read() -> None:
+    """Imaginary parts of conjugates are views of the opposite numbers."""
+    x, residual, w, b, *_, dy = given()
+    found = []
+    for of in (torch.neg, torch._neg_view):
+        leaf = x.clone().requires_grad_()
+        y = fastbn.torch.batch_norm(of(leaf), None, None, of(w), of(b), True, activation=SWISH, residual=of(residual))
+        found += [y, torch.autograd.grad(y, leaf, of(dy))[0]]
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], found[2:], strict=True))
+
+
 def test_gradients_are_those_of_differences() -> None:
     x, residual, w, b, m, v, _ = (t[:2, :3, :2] if t.dim() == 4 else t[:3] for t in given(torch.float64))
     inputs = tuple(t.clone().requires_grad_() for t in (x, residual, w, b))

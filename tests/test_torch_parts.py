@@ -209,6 +209,23 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradgradcheck(model, (x,))
 
 
+def test_gradients_whose_memory_does_not_hold_them() -> None:
+    """Through a conjugate comes a view of the opposite numbers, and nothing from a tensor that is known to be zero."""
+    plain = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())
+    model, x, factor = copy.deepcopy(plain), torch.randn(2, 4, 5, 5, requires_grad=True), torch.randn(2, 4, 5, 5) * (1 + 2j)
+    fastbn.torch.convert(model)
+    found = []
+    for one in (plain, model):
+        y = one(x)
+        y.register_hook(lambda dy: found.append(dy.is_neg()))
+        loss = (torch.complex(torch.zeros_like(y), y).conj() * factor).real.sum()
+        found.append(torch.autograd.grad(loss, x)[0])
+        found.append(torch.autograd.grad(one(x), x, torch._efficientzerotensor(x.shape))[0])
+    assert (found[0], found[3]) == (True, True)
+    torch.testing.assert_close(found[4], found[1])
+    assert not found[5].any()
+
+
 def test_reverted_copied_and_pickled(ran: list[Any]) -> None:
     model, x = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), torch.randn(2, 4, 4, 4)
     want, shown, keys = model(x), repr(model), list(model.state_dict())

@@ -282,3 +282,73 @@ def test_a_whole_model_with_a_forward_of_its_own_is_not_folded_by_that_of_its_cl
     model.forward = lambda x: model[1](model[0](x).tanh())
     folded = fastbn.torch.fold(model)
     assert folded.left == {"1": "what calls it cannot be traced"}
+
+
+class Hooked(nn.Module):
+    """Sequences with hooks, of which one is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.bn = small(nn.Identity()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)), nn.BatchNorm2d(4)
+
+    def forward(self, x: Any) -> Any:
+        return (self.bn(self.first(x)) + self.inner(self.inner(self.first(x)))).relu()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_hooks_of_containers_are_called_by_nobody_but_the_model(backward: bool) -> None:
+    model, x, seen = Hooked(), torch.randn(2, 3, 4, 4), []
+    for part in (model.first, model.inner):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(type(inputs[0])))
+        part.register_forward_hook(lambda _, __, output: 2 * output)
+        if backward:
+            part.register_full_backward_hook(lambda *_: None)
+    with torch.no_grad():
+        model.bn.running_mean.fill_(3)
+    want = model.eval()(x)
+    seen.clear()
+    assert [layer.before for layer in fastbn.torch.summary(model)] == ["Conv2d", "Sequential"]
+    folded = fastbn.torch.fold(model)
+    assert folded.left == {"inner.1": "it is shared by several calls", "bn": "it stands between Sequential and add"}
+    reasons = [layer.why for layer in fastbn.torch.convert(model)]
+    assert reasons == ["it is called several times", "its input may change before what follows is computed"]
+    assert not seen
+    for one in (model, folded.model):
+        torch.testing.assert_close(one(x), want)
+
+
+def test_a_container_with_hooks_is_converted_and_folded_inside() -> None:
+    inner = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    inner.register_forward_hook(lambda _, __, output: 2 * output)
+    model, x = nn.Sequential(inner, nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    want, folded = model(x), fastbn.torch.fold(model)
+    assert folded.folded == {"0.1": "0.0", "0.4": "0.3"}
+    assert [(layer.fused, layer.why) for layer in fastbn.torch.convert(model)] == [(("ReLU",), ""), ((), "0 has hooks")]
+    for one in (model, folded.model):
+        torch.testing.assert_close(one(x), want)
+
+
+class Shifted(nn.BatchNorm2d):
+    """Does something else beside its forward."""
+
+    calls = 0
+
+    def __call__(self, x: Any) -> Any:
+        type(self).calls += 1
+        y = super().__call__(x)
+        return y if torch.is_grad_enabled() else y + 1
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+def test_a_layer_with_a_call_of_its_own_is_called() -> None:
+    model, x = small(Shifted(4), nn.ReLU()).eval(), torch.randn(2, 3, 4, 4)
+    want = model(x)
+    assert fastbn.torch.fold(model).left == {"1": "Shifted has a __call__ of its own"}
+    with pytest.raises(ValueError, match="Shifted has a __call__ of its own"):
+        fastbn.torch.adapt(model)
+    assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+    before = type(model[1]).calls
+    torch.testing.assert_close(model(x), want)
+    assert type(model[1]).calls == before + 1
+    with torch.no_grad():
+        assert (model(x) >= want).all()

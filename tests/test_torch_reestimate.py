@@ -155,6 +155,12 @@ def test_other_dtypes_and_orders_of_memory(dtype: Any) -> None:
     assert model[0].running_mean.dtype == dtype
 
 
+def test_data_that_are_views_of_the_opposite_numbers() -> None:
+    model, x = nn.Sequential(nn.BatchNorm2d(3)), torch.randn(5, 3, 4, 4) + 20
+    fastbn.torch.update_bn(model, [torch._neg_view(x)])
+    torch.testing.assert_close(model[0].running_mean, -x.mean((0, 2, 3)))
+
+
 def test_a_compiled_model_is_run_uncompiled() -> None:
     model, want = network(), network()
     fastbn.torch.update_bn(want, batches())

@@ -43,10 +43,14 @@ def computable(tensor: Tensor) -> Tensor:
 
 
 def array_of(tensor: Tensor) -> Array:
-    """The memory of a strided tensor on the CPU, with the same shape and strides; of its values alone, not of their history."""
+    """The memory of a strided tensor on the CPU, with the same shape and strides; of its values alone, not of their history.
+
+    Where a tensor's memory does not hold its values, as in the imaginary part of a conjugate, it is that of a copy.
+    """
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), resolve(str(tensor.dtype).removeprefix("torch.")))
-    array: Array = np.asarray(_Memory(tensor.detach()))
+    known: Any = tensor.detach().resolve_neg()
+    array: Array = np.asarray(_Memory(known.clone() if known._is_zerotensor() else known))
     return array.view(resolve("bfloat16")) if tensor.dtype is torch.bfloat16 else array
 
 

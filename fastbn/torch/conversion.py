@@ -21,10 +21,10 @@ from torch.overrides import has_torch_function
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
-from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, has_hooks, settled
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, settled
 from fastbn.torch.derived import Derived, derive, own_class, release
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import STEPS, Listed, check, size, unseen
+from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import Parts
@@ -355,7 +355,8 @@ def _pairs(module: Any, scope: Scope) -> set[str]:
     found, children = set(), [*module._modules.items()]
     for (name, layer), (_, after) in pairwise(children):
         steps = layer.__dict__.get(STEPS)
-        if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS:
+        is_called = type(layer).__call__ is nn.Module.__call__  # and does nothing else then
+        if steps is not None and steps.scope is scope and steps.plain and not steps.sum and type(after) in ACTIVATIONS and is_called:
             found.add(name)
     return found
 

@@ -31,7 +31,7 @@ from fastbn.activations import BUILTINS, Builtin
 from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import function_codes, in_function
+from fastbn.torch.graph import function_codes, has_hooks, in_function
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 from fastbn.torch.parts import Parts
 from fastbn.torch.standing import Standing, tensor_of
@@ -240,9 +240,10 @@ class Scoped(Derived):
                 del visits[depth:]
             if not (visit.waiting and visit.end()):
                 return output
+            known: dict[int, Any] = {}
             for part in self.modules():  # what the code has kept
-                settled(part.__dict__)
-            return settled(output)
+                settled(part.__dict__, known)
+            return settled(output, known)
 
         # A graph that is changed writes a new forward into its class; one that is copied makes a class for the copy.
         names = ("recompile", "__deepcopy__") if issubclass(kind, fx.GraphModule) else ()
@@ -273,12 +274,6 @@ def builtin(activation: Any) -> Builtin | None:
     return BUILTINS[name] if name is not None else None
 
 
-def has_hooks(module: Any) -> bool:
-    """Whether a module has hooks."""
-    own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
-
-
 def hooks_of_others(module: Any) -> bool:
     """Whether a module has hooks of somebody else's."""
     if module._backward_hooks or module._backward_pre_hooks:
@@ -297,30 +292,37 @@ def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     return (type(module) is kind or own_class(module) is kind) and "forward" not in module.__dict__
 
 
-def settled(output: Any) -> Any:
-    """What a module returns, with tensors for what waits no longer."""
+def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
+    """What a module returns, with tensors for what waits no longer; `known` has what was looked at, by its id, and what became of it."""
     if isinstance(output, Pending):
         return output if output.visit.is_open else output.tensor()
     if isinstance(output, Standing):
         return output.tensor()
+    if isinstance(output, Tensor | Module | type):
+        return output
+    known = {} if known is None else known
+    if id(output) in known:
+        return known[id(output)][1]
+    known[id(output)] = output, output
     if isinstance(output, dict):
         for key, value in output.items():
-            if (found := settled(value)) is not value:
+            if (found := settled(value, known)) is not value:
                 output[key] = found
     elif isinstance(output, list):
         for i, value in enumerate(output):
-            if (found := settled(value)) is not value:
+            if (found := settled(value, known)) is not value:
                 output[i] = found
-    elif isinstance(output, tuple | set) and any(settled(value) is not value for value in output):
-        made = map(settled, output)
-        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
-    elif not isinstance(output, Tensor | Module | type):
+    elif isinstance(output, tuple | set):
+        made = [settled(value, known) for value in output]
+        if any(one is not value for one, value in zip(made, output, strict=True)):
+            known[id(output)] = output, type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    else:
         fields = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
         for name in [field.name for field in fields] or [*getattr(output, "__dict__", ())]:
             value = getattr(output, name, None)
-            if isinstance(value, Standing | dict | list | tuple | set) and (found := settled(value)) is not value:
+            if isinstance(value, Standing | dict | list | tuple | set) and (found := settled(value, known)) is not value:
                 object.__setattr__(output, name, found)
-    return output
+    return known[id(output)][1]
 
 
 class Input(Standing):

@@ -158,7 +158,7 @@ def _take(layer: Any, other: Any, backwards: bool) -> None:
     scale, shift = _scale_and_shift(layer)
     weight = other.weight.detach().double()
     spatial = [1] * (weight.dim() - 2)
-    bias = torch.zeros(_features(other), dtype=torch.float64) if other.bias is None else other.bias.detach().double()
+    bias = weight.new_zeros(_features(other)) if other.bias is None else other.bias.detach().double()
     if backwards:
         inputs = weight.shape[1]
         scales = scale.reshape(other.groups, 1, inputs, *spatial)

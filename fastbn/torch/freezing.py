@@ -121,7 +121,7 @@ def unfreeze(model: nn.Module) -> int:
         if not is_frozen(layer):
             continue
         for p, required in zip(_affine(layer), layer.__dict__[STATE], strict=False):
-            p.requires_grad_(required)
+            p.requires_grad_(p.requires_grad or required)  # another layer may share it, and found it frozen
         layer.train(model.training)
         for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is stay_frozen]:
             del layer._forward_pre_hooks[key]

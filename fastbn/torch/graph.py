@@ -1,18 +1,21 @@
 """What stands before and after the batch norms of a model, as torch.fx finds it.
 
 A model that cannot be traced as a whole is traced in parts: its children, theirs, and so on. Nothing is called but the
-model's own Python code, with stand-ins for tensors.
+model's own Python code, with stand-ins for tensors. Hooks are not called: a module that has some is a part by itself.
 """
 
 from __future__ import annotations
 
 import inspect
+import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -26,6 +29,7 @@ AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a che
 OUTSIDE = "fastbn_outside"  # and how many calls of modules, the model's apart, are around that
 STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+PLAIN = {str, int, float, bool, bytes, type(None)}  # hold nothing
 # What normalizations are called in graphs, without their namespaces.
 CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm_with_update",
@@ -125,7 +129,13 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, NORMS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a module has hooks."""
+    own = module.__dict__
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
 
 
 def in_function(frame: Any, codes: set[Any]) -> Any:
@@ -153,29 +163,52 @@ def function_codes() -> set[Any]:
     return found
 
 
+def _held(model: nn.Module) -> Iterator[Any]:
+    """Lists, dictionaries and sets that modules hold, in one another, too, and in plain objects, of which none holds another one."""
+    seen: dict[int, Any] = {}
+    todo: list[Any] = [module.__dict__ for module in model.modules()]
+    while todo:
+        value = todo.pop()
+        if id(value) in seen or callable(value) or isinstance(value, torch.Tensor | fx.Proxy | ModuleType):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, dict | list | set | tuple):
+            todo += [inner for inner in ([*value.values()] if isinstance(value, dict) else value) if type(inner) not in PLAIN]
+        elif type(value := getattr(value, "__dict__", None)) is dict:
+            todo += [inner for inner in [*value.values()] if isinstance(inner, dict | list | set | tuple)]
+        if isinstance(value, dict | list | set):
+            yield value
+
+
+def _contents(value: Any) -> list[Any]:
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else [*value]
+
+
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Undo what the model's code does to its modules, and to torch's random numbers."""
-    values = (value for m in model.modules() for value in (m.__dict__, *m.__dict__.values()))
-    own: list[Any] = [value for value in values if isinstance(value, list | dict | set)]
-    before = [list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else set(value) for value in own]
+    """Undo what the model's code does to what its modules hold, and to random numbers."""
+    before = [(value, _contents(value)) for value in _held(model)]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002  which old code draws from
     try:
         with torch.random.fork_rng(devices=()):
             yield
     finally:
-        for value, content in zip(own, before, strict=True):
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        for value, contents in before:
+            if [*map(id, _contents(value))] == [*map(id, contents)]:
+                continue  # another thread may read it
             value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            half = len(contents) // 2
+            if isinstance(value, dict):
+                value.update(zip(contents[:half], contents[half:], strict=True))
+            else:
+                (value.extend if isinstance(value, list) else value.update)(contents)
 
 
 def _stored(model: nn.Module) -> set[fx.Node]:
-    """Nodes whose output stands in a module after tracing."""
-    found = set()
-    for module in model.modules():
-        for value in module.__dict__.values():
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else (value,)
-            found |= {item.node for item in items if isinstance(item, fx.Proxy)}
-    return found
+    """Nodes whose output a module holds after tracing."""
+    return {item.node for value in _held(model) for item in _contents(value) if isinstance(item, fx.Proxy)}
 
 
 def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part | None:
@@ -206,14 +239,17 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
 
 
 def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Part]:
-    """The largest parts of a model that can be traced and have normalization layers."""
+    """The largest parts of a model that can be traced and have normalization layers; one for each call."""
     if not any(True for _ in all_norms(model)) or isinstance(model, NORMS):
         return
     part = traced(model, prefix, defaults=defaults)
     if part is not None:
         yield part
-        return
-    for name, child in model.named_children():
+        inner = [(str(node.target), model.get_submodule(str(node.target))) for node in part.nodes if node.op == "call_module"]
+        within = [(name, child) for name, child in inner if has_hooks(child)]
+    else:
+        within = [*model.named_children()]
+    for name, child in within:
         yield from parts(child, f"{prefix}{name}.", defaults=defaults)
 
 

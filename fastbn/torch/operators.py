@@ -291,7 +291,12 @@ _OWN.define(
 
 
 def _builtin(name: str, parameter: float) -> Builtin:
-    return BUILTINS[name]._replace(parameter=parameter) if name in BUILTINS else IDENTITY
+    """An activation of a graph, which another version of fastbn may have written."""
+    if name == IDENTITY.name:
+        return IDENTITY
+    if name not in BUILTINS:
+        raise ValueError(f"activation must be one of {IDENTITY.name}, {', '.join(BUILTINS)}, got {name!r}")
+    return BUILTINS[name]._replace(parameter=parameter)
 
 
 def is_compiled(x: Tensor) -> bool:

@@ -321,6 +321,8 @@ def _explain_tensor(x: torch.Tensor) -> str:
     door = _door()
     if x.device.type != "cpu":
         return f"left to torch: it lies on {x.device}"
+    if x.is_nested:
+        return "left to torch: it is nested"
     if x.layout != torch.strided:
         return f"left to torch: its layout is {dtype_name(x.layout)}"
     if dtype_name(x.dtype) not in door.DTYPES:

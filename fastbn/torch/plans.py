@@ -19,7 +19,7 @@ from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import Steps
 from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
-from fastbn.torch.graph import AROUND, OUTSIDE, Part, parts, traced
+from fastbn.torch.graph import AROUND, OUTSIDE, Part, has_hooks, parts, traced
 
 F = torch.nn.functional
 KINDS = (_NormBase, nn.GroupNorm)
@@ -57,6 +57,8 @@ class Plan(NamedTuple):
     places: tuple[tuple[tuple[str, ...], type], ...] = ()  # of both: the way from there, and the class
 
 
+# What a layer holds, and a class may have a property for.
+STATE = ("training", "momentum", "eps", "track_running_stats", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 NOBODY = Plan(why="what calls it cannot be traced")
 
 
@@ -76,7 +78,7 @@ def refuses(layer: Any) -> tuple[str, Plan]:
     if why := changed(layer):
         return f"it {why}", NOBODY
     if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, nn.GroupNorm.forward):
-        return "", Plan(steps=Steps(plain=True), fits_outside=True)
+        return "", Plan(steps=Steps(plain=not any(hasattr(type(layer), name) for name in STATE)), fits_outside=True)
     part, function = traced(layer), F.batch_norm if isinstance(layer, _BatchNorm) else F.group_norm
     inside = [node for node in part.nodes if node.target is function] if part else []
     if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
@@ -224,7 +226,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = Tru
         kind = _activation(part, user)
         is_sum = sums and _is_sum(user, node) and not steps.sum
         if user.op == "output":
-            why = _OUTPUT
+            why = f"{part.prefix[:-1]} has hooks" if part.prefix and has_hooks(part.module) else _OUTPUT
         elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
             why = f"{_name(part, user)} follows"
         elif user in taken:

@@ -249,7 +249,7 @@ def unusual(layer: nn.Module) -> str:
     kind = own_class(layer)  # whose results a converted layer has
     if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
-    return ""
+    return f"{type(layer).__name__} has a __call__ of its own" if kind.__call__ is not nn.Module.__call__ else ""
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
