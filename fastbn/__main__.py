@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-from fastbn import benchmark, cpu, dispatch, environment, reference
+from fastbn import benchmark, cpu, dispatch, reference
 from fastbn.dtypes import DTYPES
+from fastbn.introspection import problems
 from fastbn.layout import Array, LayoutName
 
 LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
@@ -274,19 +275,6 @@ def text_of(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def problems() -> list[str]:
-    """What is wrong with the environment, a sentence each."""
-    found: list[str] = environment.problems()
-    name = dispatch.pinned()
-    if name is not None and name not in dispatch.KERNELS:
-        found.append(f"FASTBN_KERNEL must be one of {', '.join(dispatch.KERNELS)}, got {name!r}")
-    elif name is not None and (reason := dispatch.KERNELS[name].unusable()):
-        found.append(f"FASTBN_KERNEL is {name}, which cannot run here: {reason}")
-    elif name is None and dispatch.select("float32").name == "reference":
-        found.append("only the reference can run, which is slow: install fastbn with a C++ compiler, or Numba (pip install numba)")
-    return found
 
 
 def info(as_json: bool = False) -> int:

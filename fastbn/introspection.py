@@ -8,8 +8,8 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from fastbn import cpu, memory, threads
-from fastbn.dispatch import TABLE, Kernel, passed_over, pinned, select
+from fastbn import cpu, environment, memory, threads
+from fastbn.dispatch import KERNELS, TABLE, Kernel, passed_over, pinned, select
 from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, LayoutName, channel_axis, plain, view
 
@@ -167,3 +167,16 @@ def show_config() -> Config:
         "selected": {dtype: select(dtype).name for dtype in DTYPES if pinned() is None},
         "pinned": pinned(),
     }
+
+
+def problems() -> list[str]:
+    """What is wrong with the environment, a sentence each."""
+    found: list[str] = environment.problems()
+    name = pinned()
+    if name is not None and name not in KERNELS:
+        found.append(f"FASTBN_KERNEL must be one of {', '.join(KERNELS)}, got {name!r}")
+    elif name is not None and (reason := KERNELS[name].unusable()):
+        found.append(f"FASTBN_KERNEL is {name}, which cannot run here: {reason}")
+    elif name is None and select("float32").name == "reference":
+        found.append("only the reference can run, which is slow: install fastbn with a C++ compiler, or Numba (pip install numba)")
+    return found

@@ -157,7 +157,7 @@ def test_info_shows_what_nobody_thought_of(monkeypatch, capsys):
 
 
 def test_only_the_reference_is_a_problem(monkeypatch, capsys):
-    monkeypatch.setattr(dispatch, "select", lambda dtype: dispatch.KERNELS["reference"])
+    monkeypatch.setattr("fastbn.introspection.select", lambda dtype: dispatch.KERNELS["reference"])
     assert main(["info"]) == 1
     assert "problem    only the reference can run" in capsys.readouterr().out
 
