@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, core, functional, sync
 from fastbn import layout as layouts
+from fastbn.activations import Activation, Builtin
 from fastbn.checks import Channels
 from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
@@ -568,7 +569,7 @@ class BatchNorm3d(BatchNorm):
 
 
 class FrozenBatchNorm(FromOthers):
-    """Inference with everything folded once: the serving path.
+    """Inference with everything folded once: the serving path. It stays as it was made: its attributes cannot be set.
 
     Parameters
     ----------
@@ -603,6 +604,14 @@ class FrozenBatchNorm(FromOthers):
     (array([0.5]), array([-1.]))
     """
 
+    activation: ActivationLike
+    eps: float
+    layout: LayoutName | None
+    axis: int | None
+    num_features: int
+    _activation: Builtin | Activation | None
+    _folded: core.Folded
+
     def __init__(
         self,
         running_mean: ArrayLike,
@@ -615,14 +624,17 @@ class FrozenBatchNorm(FromOthers):
         axis: int | None = None,
         activation: ActivationLike = None,
     ):
-        self.activation = activation
-        self._activation = checks.activation(activation)
+        after = checks.activation(activation)
         m, v, w, b = _vectors(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-        self.eps = checks.number("eps", eps, 0.0)
-        self.layout, self.axis = layout, axis
+        eps = checks.number("eps", eps, 0.0)
         layouts.check(layout, axis)
-        self.num_features = m.size
-        self._folded = core.Folded(m, v, w, b, self.eps)
+        self.__dict__.update(
+            activation=activation, eps=eps, layout=layout, axis=axis, num_features=m.size,
+            _activation=after, _folded=core.Folded(m, v, w, b, eps),
+        )  # fmt: skip
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a FrozenBatchNorm was folded when it was made, and {name} cannot be set: make another one")
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:

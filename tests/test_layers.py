@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import numpy as np
@@ -304,3 +306,13 @@ def test_statistics_that_may_skip_a_batch_share_no_memory() -> None:
     bn.running_mean = bn.running_var
     with pytest.raises(ValueError, match="running_mean and running_var share memory"):
         bn(p.x)
+
+
+def test_a_frozen_batch_norm_stays_as_it_was_made() -> None:
+    """What was set would be printed, and not computed with."""
+    frozen = fastbn.FrozenBatchNorm(np.zeros(3), np.ones(3))
+    for name, value in {"eps": 3.0, "activation": "relu", "activaton": "relu", "axis": 1}.items():
+        with pytest.raises(AttributeError, match=f"folded when it was made, and {name} cannot be set: make another one"):
+            setattr(frozen, name, value)
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(frozen)))  # noqa: S301
+    assert repr(twin) == repr(frozen)
