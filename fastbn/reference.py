@@ -90,6 +90,8 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, f
     ),
 }
 
+FLAT = ("relu", "relu6", "hardswish")  # where these are flat no gradient passes, not even an infinite one
+
 
 def finish(z: Array, epilogue: Any) -> Array:
     """Add the residual and apply the activation."""
@@ -114,8 +116,9 @@ def _begin(dy: Array, x: Array, mean: Array, epilogue: Any) -> tuple[Array, Arra
         z = (x - _columns(mean)) * _columns(epilogue.scale) + _columns(epilogue.shift)
         z = z if epilogue.residual is None else z + _wide(epilogue.residual)
     slope = ACTIVATIONS[activation.name][1](z, activation.parameter)
+    dz = np.where(slope == 0, 0, dy * slope) if activation.name in FLAT else dy * slope
     # Rounded as the mean of it will be, which is subtracted: from a single value, nothing may be left.
-    return _wide(np.where(slope == 0, 0, dy * slope).astype(mean.dtype)), x
+    return _wide(dz.astype(mean.dtype)), x
 
 
 @np.errstate(all="ignore")

@@ -60,7 +60,7 @@ from fastbn.kernels.numba_lanes import (
     parallel,
     stack,
 )
-from fastbn.kernels.numba_math import FUNCTIONS, like
+from fastbn.kernels.numba_math import FLAT, FUNCTIONS, like
 
 Array = np.ndarray[Any, Any]
 
@@ -268,12 +268,18 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
     return is_near, out_of_range
 
 
+def _passing(loop: Loop) -> Any:
+    """What multiplies a gradient and the slope. Functions of the user's may be flat somewhere."""
+    m = MEMORY[loop.storage]
+    return m.through if loop.activation in FLAT or not isinstance(loop.activation, str) else m.times
+
+
 def _terms(loop: Loop) -> Any:
     """What gives, for one block, x - k and what is added up: that itself, or the gradient at x."""
     evaluate = _evaluator(loop)
     m = MEMORY[loop.storage]
     read, write, fma, through, activation_inverse, first_lanes, lanes = (
-        m.read, m.write, m.fma, m.through, m.activation_inverse, m.first, m.lanes,
+        m.read, m.write, m.fma, _passing(loop), m.activation_inverse, m.first, m.lanes,
     )  # fmt: skip
     statistics, active, residual, second, undone = (
         loop.operation == "stats", evaluate is not None, loop.residual, loop.second, loop.undone
@@ -307,7 +313,7 @@ def _map_block(loop: Loop) -> Any:
     """What writes one block of an output."""
     evaluate = _evaluator(loop)
     m = MEMORY[loop.storage]
-    read, write, fma, through, activation_inverse = m.read, m.write, m.fma, m.through, m.activation_inverse
+    read, write, fma, through, activation_inverse = m.read, m.write, m.fma, _passing(loop), m.activation_inverse
     gradient, active, residual, second, undone = (
         loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip

@@ -340,3 +340,4 @@ FUNCTIONS: dict[str, tuple[Any, Any]] = {
     "gelu": (_gelu, _gelu_slope),
     "gelu_tanh": (_gelu_tanh, _gelu_tanh_slope),
 }
+FLAT = ("relu", "relu6", "hardswish")  # where these are flat no gradient passes, not even an infinite one

@@ -58,12 +58,6 @@ template <class T> struct Block {
         return c;
     }
 
-    // dy times the slope of a smooth activation: where that is 0 nothing passes, not even infinity, as where relu is flat.
-    static Block through(Block dy, Block slope) {
-        FOR_REGISTERS dy.r[i] = select(slope.r[i] == 0, R{}, dy.r[i] * slope.r[i]);
-        return dy;
-    }
-
     // A smooth activation of several blocks, or its derivative.
     static void smooth(Block* z, ptrdiff_t n, const Activation& f, bool derivative) {
         derivative ? apply_smooth<true>(z->r, n * registers, f.kind) : apply_smooth<false>(z->r, n * registers, f.kind);
@@ -102,7 +96,7 @@ template <class T> struct Block {
                     dy.r[i] = select(z.r[i] <= -3, R{}, select(z.r[i] >= 3, dy.r[i], inside));
                 }
                 break;
-            default: dy = through(dy, smooth(z, f, true));
+            default: dy = dy * smooth(z, f, true);
         }
         return dy;
     }

@@ -92,7 +92,7 @@ cdef inline void sum_blocks(
             activate(job, a, at, step, few, n, p, slopes)
             for i in range(few):
                 e = load_operands(job, a, at + i * step, n, p)
-                e.dy = Block[T].through(e.dy, slopes[i])
+                e.dy = e.dy * slopes[i]
                 store_dz(job, a, at + i * step, n, e.dy)
                 accumulate(job, e, p, sum, dot)
             at += few * step
@@ -157,7 +157,7 @@ cdef inline void map_blocks(
                     r.out = values[i]
                 else:
                     e = load_operands(job, a, at + i * step, n, p)
-                    e.dy = Block[T].through(e.dy, values[i])
+                    e.dy = e.dy * values[i]
                     r = mapped(job, e, p)
                 store_outputs(job, a, at + i * step, n, nontemporal, r)
             at += few * step

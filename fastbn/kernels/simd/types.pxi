@@ -20,8 +20,6 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         Py_ssize_t item()
         @staticmethod
-        Block[T] through(Block[T], Block[T])
-        @staticmethod
         Block[T] fma(Block[T], Block[T], Block[T])
         @staticmethod
         Block[T] pivot(Block[T], Block[T], Block[T], double)
