@@ -114,10 +114,12 @@ cdef void map_planes(
         broadcast_parameters(job, channel, &p)
         if length < W:
             map_blocks(job, &a, at, 0, 1, length, False, &p)
+        elif length % W == 0 and length < LINED * W and not job.nontemporal and not ON_SSE:  # where it would be long, for what it saves
+            map_blocks(job, &a, at, W, length // W, W, False, &p)
         else:
             # The tail overlaps what is before it. It is computed first, because the output may be the input.
             tail = mapped_block(job, &a, at + length - W, W, &p)
-            i = Block[T].to_line(a.out + at, length) if job.nontemporal or length >= 16 * W else 0
+            i = Block[T].to_line(a.out + at, length) if job.nontemporal or length >= LINED * W else 0
             if i > 0:
                 store_outputs(job, &a, at, i, False, mapped_block(job, &a, at, W, &p))
             if job.nontemporal:

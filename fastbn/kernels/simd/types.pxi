@@ -76,6 +76,7 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         void smooth(Block[T]*, Py_ssize_t, const Activation&, bint)
 
+    const bint ON_SSE
     void fence()
     void stream_line(void*, const void*)
 
