@@ -115,7 +115,7 @@ cdef void plan_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.tail_columns = (size - u.peel) % p.columns
     u.reverse = t.reads > 0
     u.nontemporal = is_streamed(u, p, t, t.arrays)
-    u.exceeds_l3 = exceeds(L3 // FAR, t, t.arrays)
+    u.exceeds_l3 = exceeds(L3, t, t.arrays)
     if u.by_columns:
         u.channels_per_unit = balance(p.columns, elements, W)
         u.rows_per_unit = div_up(max(<Py_ssize_t> 1, elements // p.columns), MAP_ROWS) * MAP_ROWS
