@@ -72,6 +72,22 @@ def test_layers_have_their_size(network, layer, shape):
     assert dict(NETWORKS[network].layers)[layer] == shape
 
 
+@pytest.mark.parametrize("op", ["inference", "forward", "backward"])
+@pytest.mark.parametrize(("layout", "shape"), [("NCHW", (4, 64, 16, 16)), ("NHWC", (4, 16, 16, 64)), ("NHWC", (1, 15, 15, 1024))], ids=str)
+def test_the_limit_reads_and_writes_all(op, layout, shape):
+    """Few rows of many channels are summed and mapped by columns, in inference too."""
+    limit = pytest.importorskip("bench.peers.limit_peer", reason="Numba is not installed")
+    x, dy = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
+    weight = np.ones(shape[-1 if layout == "NHWC" else 1])
+    inputs = data.Inputs(*(None for _ in data.Inputs._fields))._replace(x=x, dy=dy, weight=weight, layout=layout)
+    out = np.full_like(x, np.nan)
+    with fastbn.num_threads(2):
+        call = getattr(limit, op)(inputs, out)
+        assert call is not None
+        call()
+    np.testing.assert_array_equal(out, x + dy if op == "backward" else x)
+
+
 @pytest.mark.parametrize("network", ["efficientnet_lite0", "ppocr_cls"])
 def test_trained_parameters_fit_the_tables(network):
     read, package = data._TRAINED[network]

@@ -105,17 +105,18 @@ def _call(op: str, inputs: Inputs, out: Array | None) -> Callable[[], Array] | N
     plan = _plan.plan("normalize" if op == "inference" else op, (outer, channels, inner), x.itemsize, threads)
     run, made = _compiled("float64" if x.itemsize == 8 else "float32")
     sums = np.zeros(8, np.int64)
-    streams = int((plan["sums"] if plan["resident"] else plan["map"])["nontemporal"])
+    units = plan["map"] or plan["sums"]  # one for both where a thread does both on what it has in its cache
+    streams = int(units["nontemporal"])
     addresses = [x.ctypes.data, dy.ctypes.data if op == "backward" else 0, out.ctypes.data, sums.ctypes.data]
 
     def job(images: int, image: int, each: int, do: int) -> tuple[Array, int]:
         return np.array([*addresses, images, image, image, each, streams, do], np.int64), -(-image // each)
 
     if plan["resident"]:
-        each = plan["sums"]["channels_per_unit"] * inner * x.itemsize
+        each = units["channels_per_unit"] * inner * x.itemsize
         if each < 128 * 8:
             return None  # too little for whole blocks
-        steps = [(*job(outer, channels * inner * x.itemsize, each, _SUMS | _MAP), 0)]
+        steps = [(*job(outer, channels * inner * x.itemsize, each, _MAP if op == "inference" else _SUMS | _MAP), 0)]
     elif x.nbytes < 1024:
         return None
     else:  # whatever the pattern, memory is read from one end to the other
