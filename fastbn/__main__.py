@@ -31,6 +31,7 @@ from fastbn.dtypes import DTYPES
 from fastbn.introspection import problems
 from fastbn.layout import Array, LayoutName
 
+LAYOUTS = {"NCHW": "channels_first", "NHWC": "channels_last"}
 LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
 SHAPES = (
     *((3, 5, 1, spatial) for spatial in LANES),
@@ -420,7 +421,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     made["verify"].add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
     add = made["bench"].add_argument
     add("--shape", action="append", type=argument(benchmark.shape_of, "a shape"), metavar="N,C,H,W", help="may be given several times")
-    add("--layout", choices=["channels_first", "channels_last"], help="order of the axes in memory (default: both)")
+    add("--layout", choices=["channels_first", "NCHW", "channels_last", "NHWC"], help="order of the axes in memory (default: both)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of x, y and the gradients (default: %(default)s)")
     add("--threads", type=argument(int, "a whole number of at least 1"), metavar="N", help="default: as many as a call would use")
     add("--seconds", type=argument(float, "a number of seconds above 0"), default=8.0, help="for all measurements (default: %(default)s)")
@@ -460,7 +461,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
         if found := problems():
             parser.error(found[0])
-        return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))
+        layout = LAYOUTS.get(args.layout, args.layout)
+        return to_the_end(lambda: benchmark.run(args.shape, layout, args.dtype, args.threads, args.seconds, args.json))
     if args.command == "info" or args.json:
         return to_the_end(lambda: info(args.json))
     return to_the_end(overview)

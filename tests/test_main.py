@@ -74,7 +74,7 @@ def test_bench_measures_any_shape(capsys, memory):
 
 WRONG = (
     ["--shape", "3"], ["--shape", "1,8"], ["--shape", "a,b"], ["--shape", "0,3"], ["--threads", "0"], ["--seconds", "nan"],
-    ["--dtype", "int8"], ["--layout", "NHWC"],
+    ["--dtype", "int8"], ["--layout", "HWCN"],
 )  # fmt: skip
 
 

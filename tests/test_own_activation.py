@@ -176,6 +176,7 @@ def test_a_function_may_call_itself() -> None:
 
 def test_it_starts_no_threads_of_numbas() -> None:
     """In the layer that everybody has, several launches at once end the process."""
+    pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
     code = """
 import numba, numpy as np, fastbn
 @numba.njit(parallel=True)

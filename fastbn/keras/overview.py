@@ -9,7 +9,7 @@ from keras.ops import convert_to_numpy
 
 from fastbn.keras.conversion import check, norms, places
 from fastbn.keras.layer import BatchNormalization
-from fastbn.tables import table
+from fastbn.tables import counted, table
 
 DEAD = 1e-5  # a gamma, relative to the largest of its layer, that lets nothing through
 
@@ -72,7 +72,7 @@ class Summary(tuple[Layer, ...]):
         numbers = "channels", "axis", "epsilon", "momentum"
         header = "path", "kind", *numbers, "mode", "moving variance", "dead", "activation", "before", "after"
         ours = sum(layer.kind.startswith("fastbn.") for layer in self)
-        count = f"{len(self)} layers, {sum(layer.channels or 0 for layer in self)} channels, {ours} by fastbn"
+        count = f"{counted(len(self), 'layer')}, {counted(sum(layer.channels or 0 for layer in self), 'channel')}, {ours} by fastbn"
         return "\n".join([*table([header, *(layer.cells() for layer in self)]), count])
 
 

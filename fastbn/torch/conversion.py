@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import has_torch_function
 
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
-from fastbn.tables import table
+from fastbn.tables import counted, table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, settled
 from fastbn.torch.derived import Derived, derive, own_class, release
@@ -227,7 +227,7 @@ class Conversion(Listed[Layer]):
             what = ", ".join(layer.fused) or ("alone" if layer.converted else "left")
             rows.append((layer.path or "(the model)", layer.kind, str(layer.channels), layer.keeps, what, layer.why))
         converted, fused = sum(layer.converted for layer in self), sum(bool(layer.fused) for layer in self)
-        return self.of([*table(rows), f"{len(self)} layers, {converted} converted, {fused} fused"])
+        return self.of([*table(rows), f"{counted(len(self), 'layer')}, {converted} converted, {fused} fused"])
 
 
 def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -> Conversion:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from fastbn.tables import table
+from fastbn.tables import counted, table
 from fastbn.torch.folding import target
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import Listed, all_norms, check, size, trace, unseen
@@ -76,7 +76,8 @@ class Summary(Listed[Layer]):
         header = "path", "kind", "channels", "eps", "momentum", "mode", "running variance", "dead", "before", "after", "in inference"
         rows = [header, *(layer.cells() for layer in self)]
         can = sum(layer.fold.startswith("folds") for layer in self)
-        return self.of([*table(rows), f"{len(self)} layers, {sum(layer.channels for layer in self)} channels, {can} can be folded"])
+        channels = counted(sum(layer.channels for layer in self), "channel")
+        return self.of([*table(rows), f"{counted(len(self), 'layer')}, {channels}, {can} can be folded"])
 
 
 def summary(model: nn.Module) -> Summary:
