@@ -31,7 +31,6 @@ from fastbn.dtypes import DTYPES
 from fastbn.introspection import problems
 from fastbn.layout import Array, LayoutName
 
-LAYOUTS = {"NCHW": "channels_first", "NHWC": "channels_last"}
 LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
 SHAPES = (
     *((3, 5, 1, spatial) for spatial in LANES),
@@ -461,8 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
         if found := problems():
             parser.error(found[0])
-        layout = LAYOUTS.get(args.layout, args.layout)
-        return to_the_end(lambda: benchmark.run(args.shape, layout, args.dtype, args.threads, args.seconds, args.json))
+        return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))
     if args.command == "info" or args.json:
         return to_the_end(lambda: info(args.json))
     return to_the_end(overview)

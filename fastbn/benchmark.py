@@ -17,7 +17,7 @@ import numpy as np
 
 import fastbn
 from fastbn import cpu, dispatch
-from fastbn.layout import Array, LayoutName
+from fastbn.layout import Array, LayoutName, pattern
 
 SHAPES = ((1, 64, 56, 56), (1, 512, 7, 7), (8, 256, 28, 28), (8, 64, 112, 112))
 OPS = ("inference", "forward", "backward")
@@ -195,7 +195,7 @@ def run(
     shapes : sequence of tuple of int, optional
         None means `SHAPES`.
     layout : str, optional
-        "channels_first" or "channels_last"; None means both.
+        "channels_first" or "NCHW", "channels_last" or "NHWC"; None means both.
     dtype : str
     threads : int, optional
         None means as many as a call would use.
@@ -204,7 +204,7 @@ def run(
     as_json : bool
     """
     storage = np.dtype(import_module("ml_dtypes").bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
-    memories = (False, True) if layout is None else (layout == "channels_last",)
+    memories = (False, True) if layout is None else (pattern(layout) == "nspc",)
     chosen = dict.fromkeys((shape, last and len(shape) > 2) for shape in shapes or SHAPES for last in memories)
     lines: list[Line] = []
     with fastbn.num_threads(fastbn.get_num_threads() if threads is None else threads):

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from math import gcd, isfinite, sqrt
@@ -270,8 +271,8 @@ def _judge(loop: Loop) -> tuple[Any, Any]:
 
 def _passing(loop: Loop) -> Any:
     """What multiplies a gradient and the slope. Functions of the user's may be flat somewhere."""
-    m = MEMORY[loop.storage]
-    return m.through if loop.activation in FLAT or not isinstance(loop.activation, str) else m.times
+    flat = loop.activation in FLAT or not isinstance(loop.activation, str)
+    return MEMORY[loop.storage].through if flat else operator.mul
 
 
 def _terms(loop: Loop) -> Any:

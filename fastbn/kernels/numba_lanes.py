@@ -326,9 +326,6 @@ class Memory:
             zero = ir.Constant(lanes, None)
             return builder.select(builder.fcmp_ordered("==", slope, zero), zero, builder.fmul(dy, slope))
 
-        def times(builder: Any, dy: Any, slope: Any) -> Any:
-            return builder.fmul(dy, slope)
-
         def activation_inverse(builder: Any, v: Any, slope: Any) -> Any:
             return builder.select(builder.fcmp_ordered(">", v, ir.Constant(lanes, None)), v, builder.fdiv(v, slope))
 
@@ -356,7 +353,6 @@ class Memory:
         self.fill = _emit(block, (block, i64), fill)
         self.total = _emit(types.float64, (block,), total)
         self.through = _emit(block, (block, block), through)
-        self.times = _emit(block, (block, block), times)
         self.activation_inverse = _emit(block, (block, block), activation_inverse)
         self.coarse = _emit(block, (block,), coarse)
         self.finite = _emit(block, (block,), finite)
