@@ -14,6 +14,7 @@ import numpy as np
 from fastbn import extremes, memory
 from fastbn.activations import Epilogue
 from fastbn.floating import default_mode
+from fastbn.kernels.protocol import Affine, Running, Statistics
 from fastbn.layout import Array
 
 if TYPE_CHECKING:
@@ -51,23 +52,32 @@ def deviation(var: Array, eps: float) -> Array:
 
 @default_mode
 def input_gradient(
-    module: Operations, arrays: tuple[Array, Array, Array], vectors: tuple[Array, Array | None, Array, Array], sums: tuple[Array, Array],
-    count: int, threads: int, epilogue: Epilogue | None = None,
+    module: Operations, arrays: tuple[Array, Array, Array], kept: Statistics, scale: Array, sums: tuple[Array, Array], count: int,
+    threads: int, epilogue: Epilogue | None = None,
 ) -> None:  # fmt: skip
-    """Gradient of x from the two sums; the arrays are dy, x and dx, the vectors mean, what it rounds away, invstd and scale."""
-    (mean, mean_lo, invstd, scale), (sum_dy, sum_dy_xmu) = vectors, sums
+    """Gradient of x from the two sums; the arrays are dy, x and dx."""
+    (mean, mean_lo, invstd, _), (sum_dy, sum_dy_xmu) = kept, sums
     wide = invstd.astype(np.float64)
     g1 = wide * (wide * sum_dy_xmu / count)  # the square alone may leave the range
     g0 = sum_dy / count
     if mean_lo is not None:
         g0 = g0 - mean_lo * g1
-    module.grad_input(*arrays, mean, scale, g0.astype(mean.dtype), g1.astype(mean.dtype), threads, epilogue)
+    module.grad_input(*arrays, mean, scale, (g0.astype(mean.dtype), g1.astype(mean.dtype)), threads, epilogue)
 
 
 class ComposedKernel:
-    """Whole calls made of the four operations of a kernel module that has no whole calls of its own."""
+    """Whole calls made of the four operations of a kernel module that has no whole calls of its own.
 
-    def __init__(self, module: Operations):
+    Parameters
+    ----------
+    module : Operations
+    counted : ndarray of shape (rows, channels, 1), optional
+        What counts in a forward's statistics, where that is not all of x.
+    """
+
+    def __init__(self, module: Operations, counted: Array | None = None):
+        self.counted = counted
+        self.module = module
         self.stats = module.stats
         self.normalize = module.normalize
         self.grad_sums = module.grad_sums
@@ -76,25 +86,24 @@ class ComposedKernel:
 
     @default_mode
     def inference(
-        self, x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
-        eps: float | None, threads: int, epilogue: Epilogue | None = None,
+        self, x: Array, y: Array, given: Statistics, affine: Affine, threads: int, epilogue: Epilogue | None = None
     ) -> None:  # fmt: skip
-        """Normalize with given statistics; `spread` is the variance, or with eps None one over the deviation."""
-        invstd = spread if eps is None else 1.0 / np.sqrt(spread.astype(np.float64) + eps)
-        self.normalize(x, y, mean, *fold(mean_lo, invstd, weight, bias, mean.dtype), threads, epilogue)
+        """Normalize with given statistics."""
+        mean, mean_lo, spread, eps = given
+        invstd = spread if eps is None else deviation(spread, eps)
+        self.normalize(x, y, mean, *fold(mean_lo, invstd, *affine, mean.dtype), threads, epilogue)
 
     @default_mode
     def forward(
-        self, x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float | Array, running_mean: Array | None,
-        running_var: Array | None, momentum: float, correction: int, compute: np.dtype[Any], threads: int,
-        epilogue: Epilogue | None = None, counted: Array | None = None,
+        self, x: Array, y: Array, affine: Affine, eps: float | Array, running: Running, compute: np.dtype[Any], threads: int,
+        epilogue: Epilogue | None = None,
     ) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
         """Normalize with the batch's statistics; return the mean, what it rounds away, invstd, scale and shift.
 
-        Where not all of x counts, `counted` is what does: (rows, channels, 1). The running statistics, in the type of the
-        arithmetic or in float64, are moved last.
+        The running statistics, in the type of the arithmetic or in float64, are moved last.
         """
-        values = x if counted is None else counted
+        (weight, bias), (running_mean, running_var, momentum, correction) = affine, running
+        values = x if self.counted is None else self.counted
         count = values.shape[0] * values.shape[2]
         mean, mean_lo, m2 = self.stats(values, threads)
         weighed_mean, weighed_var = momentum * mean, momentum * (m2 / (count - correction))
@@ -104,14 +113,14 @@ class ComposedKernel:
         usual = extremes.are_usual(m2, m2 / count + eps, invstd if weight is None else invstd * weight, compute)
         part = extremes.unusual(values, usual, eps)
         # y may be x, or the residual
-        again = None if part is None else (part, part.in_units(x), part.epilogue(epilogue), part.in_units(counted))
+        again = None if part is None else (part, part.in_units(x), part.epilogue(epilogue), part.in_units(self.counted))
         self.normalize(x, y, high, scale, shift, threads, epilogue)
         if again is not None:
             part, rows, after, own_counted = again
             c, own_mean, own_var = part.channels, np.zeros(len(part.channels)), np.zeros(len(part.channels))
             own_eps = part.from_units(np.broadcast_to(eps, c.shape), -2)
-            own = own_mean, own_var, 1.0, correction
-            found = self.forward(rows, rows, part.of(weight), part.of(bias), own_eps, *own, compute, threads, after, own_counted)
+            own_affine, own = Affine(part.of(weight), part.of(bias)), Running(own_mean, own_var, 1.0, correction)
+            found = ComposedKernel(self.module, own_counted).forward(rows, rows, own_affine, own_eps, own, compute, threads, after)
             y[:, c] = rows
             weighed_mean[c], weighed_var[c] = part.from_units(momentum * own_mean), part.from_units(momentum * own_var, 2)
             for vector, v, power in zip((high, low, invstd, scale, shift), found, (1, 1, -1, -1, 0), strict=True):
@@ -125,19 +134,19 @@ class ComposedKernel:
 
     @default_mode
     def backward(
-        self, dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array, scale: Array | None, threads: int,
-        epilogue: Epilogue | None = None,
-    ) -> tuple[Array, Array]:  # fmt: skip
+        self, dy: Array, x: Array, dx: Array | None, kept: Statistics, scale: Array | None, threads: int, epilogue: Epilogue | None = None
+    ) -> tuple[Array, Array]:
         """Sums of dy and of dy (x - mean), and dx where it is asked for."""
+        mean, mean_lo, invstd, _ = kept
         part = extremes.far_from_one(invstd)
-        arrays, own = (dy, x, dx), (mean, mean_lo, invstd, scale)
+        arrays = dy, x, dx
         if part is None:
-            return self._backward(arrays, own, threads, epilogue)
+            return self._backward(arrays, kept, scale, threads, epilogue)
         rows = part.of(dy), part.in_units(x), None if dx is None else part.of(x)
-        vectors = part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1), part.in_units(scale, -1)
-        after = part.epilogue(epilogue)
-        sums = self._backward(arrays, own, threads, epilogue)  # dx may be dy or x
-        sum_dy, sum_dy_xmu = self._backward(rows, vectors, threads, after)
+        own = Statistics(part.in_units(mean), part.in_units(mean_lo), part.in_units(invstd, -1))
+        own_scale, after = part.in_units(scale, -1), part.epilogue(epilogue)
+        sums = self._backward(arrays, kept, scale, threads, epilogue)  # dx may be dy or x
+        sum_dy, sum_dy_xmu = self._backward(rows, own, own_scale, threads, after)
         sums[0][part.channels], sums[1][part.channels] = sum_dy, part.from_units(sum_dy_xmu)
         if dx is not None:
             dx[:, part.channels] = part.from_units(np.asarray(rows[2], np.float64), -1)
@@ -146,20 +155,19 @@ class ComposedKernel:
         return sums
 
     def _backward(
-        self, arrays: tuple[Array, Array, Array | None], vectors: tuple[Array, Array | None, Array, Array | None], threads: int,
-        epilogue: Epilogue | None,
-    ) -> tuple[Array, Array]:  # fmt: skip
-        (dy, x, dx), (mean, mean_lo, invstd, scale) = arrays, vectors
-        if epilogue is not None and dx is not None and (kept := self._place_to_keep(epilogue, dy, x, dx)) is not None:
+        self, arrays: tuple[Array, Array, Array | None], kept: Statistics, scale: Array | None, threads: int, epilogue: Epilogue | None
+    ) -> tuple[Array, Array]:
+        (dy, x, dx), (mean, mean_lo, _, _) = arrays, kept
+        if epilogue is not None and dx is not None and (place := self._place_to_keep(epilogue, dy, x, dx)) is not None:
             zero = np.zeros_like(mean)
-            self.grad_input(dy, x, kept, mean, np.ones_like(mean), zero, zero, threads, epilogue._replace(dresidual=None))
-            dy, epilogue = kept, None
+            self.grad_input(dy, x, place, mean, np.ones_like(mean), (zero, zero), threads, epilogue._replace(dresidual=None))
+            dy, epilogue = place, None
         sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
             sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
         if dx is not None and scale is not None:
             count = x.shape[0] * x.shape[2]
-            input_gradient(self, (dy, x, dx), (mean, mean_lo, invstd, scale), (sum_dy, sum_dy_xmu), count, threads, epilogue)
+            input_gradient(self, (dy, x, dx), kept, scale, (sum_dy, sum_dy_xmu), count, threads, epilogue)
         return sum_dy, sum_dy_xmu
 
     def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:

@@ -16,6 +16,7 @@ from fastbn.activations import Activation, Epilogue
 from fastbn.composed import ComposedKernel, deviation, fold, input_gradient, split, update_running
 from fastbn.dtypes import DType, lookup
 from fastbn.floating import default_mode
+from fastbn.kernels.protocol import Affine, Running, Statistics
 from fastbn.layout import Array, View, channel_axis, view
 from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
 
@@ -52,25 +53,6 @@ class Request(NamedTuple):
     activation: Function = None
     residual: Array | None = None
     mask: Array | None = None
-
-
-class Running(NamedTuple):
-    """Running statistics that training moves, and how.
-
-    Attributes
-    ----------
-    mean, var : ndarray or None
-        Changed in place.
-    momentum : float
-        Weight of the batch.
-    correction : int
-        What is taken from the count under the variance: 1 for the unbiased one, 0 for the population's.
-    """
-
-    mean: Array | None
-    var: Array | None
-    momentum: float
-    correction: int
 
 
 def parameters(
@@ -180,7 +162,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
         wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
         if not wide and mean.dtype == compute and spread.dtype == compute:
-            module.inference(x, r.view.of(y), mean, None, spread, weight, bias, eps, n, epilogue)
+            module.inference(x, r.view.of(y), Statistics(mean, None, spread, eps), Affine(weight, bias), n, epilogue)
         else:
             high, _, scale, shift = parameters(mean, spread if eps is None else deviation(spread, eps), weight, bias, compute)
             module.normalize(x, r.view.of(y), high, scale, shift, n, epilogue)
@@ -270,26 +252,21 @@ def forward(
     """Normalize x with its own statistics; return the output and, where it is to be kept, what the backward needs."""
     compute, x = r.dtype.compute, r.x
     y = _target(r)
-    vectors: tuple[Any, ...]
     if x.size == 0:
         zero = np.zeros(x.shape[r.axis], compute)
-        vectors, count = (zero, None, zero.copy(), zero.copy(), zero.copy()), 0
-        return _deliver(y, r.out), keep_for_backward(r, vectors, count, True, r.residual) if keep else None
-    module = calls_of(r.dtype, r.activation)
+        nothing = zero, None, zero.copy(), zero.copy(), zero.copy()
+        return _deliver(y, r.out), keep_for_backward(r, nothing, 0, True, r.residual) if keep else None
+    module: Calls = calls_of(r.dtype, r.activation)
     n = threads.for_call("forward", x)
     residual = None if r.residual is None else _like(r.residual, r)
     kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     mean, var = (_own(a, compute, r.mask is not None) for a in (running.mean, running.var))
-    new = mean, var, running.momentum, running.correction
-    epilogue = _epilogue(r, residual)
-    if r.mask is None:
-        count = x.size // x.shape[r.axis]
-        vectors = module.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue)
-    else:
+    count = x.size // x.shape[r.axis]
+    if r.mask is not None:
         rows = _counted(x, r.axis, r.mask)
-        count = len(rows)
-        composed = ComposedKernel(_kernel(r.dtype, r.activation).module())
-        vectors = composed.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue, rows)
+        module, count = ComposedKernel(_kernel(r.dtype, r.activation).module(), rows), len(rows)
+    arrays, own = (_dense(x, r.view), r.view.of(y)), running._replace(mean=mean, var=var)
+    vectors = module.forward(*arrays, Affine(weight, bias), eps, own, compute, n, _epilogue(r, residual))
     saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
     y = _deliver(y, r.out)
     for old, moved in ((running.mean, mean), (running.var, var)):
@@ -350,14 +327,11 @@ def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array
     return keep_for_backward(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
 
 
-def _vectors_of_output(saved: Saved) -> tuple[Array, Array | None, Array, Array]:
-    """Mean, what it rounds away, invstd and scale for the output in place of x.
-
-    Before the activation, the output is z = (x - mean) scale + shift: these are statistics of z.
-    """
+def _statistics_of_output(saved: Saved) -> Statistics:
+    """Of the output in place of x: before the activation, z = (x - mean) scale + shift."""
     dtype, low = saved.invstd.dtype, saved.mean_lo
     invstd = (saved.invstd / saved.scale.astype(np.float64)).astype(dtype)
-    return saved.shift, None if low is None else (low * saved.scale).astype(dtype), invstd, saved.scale
+    return Statistics(saved.shift, None if low is None else (low * saved.scale).astype(dtype), invstd)
 
 
 @default_mode
@@ -386,7 +360,8 @@ def backward(
     module = calls_of(r.dtype, saved.activation)
     n = threads.for_call("backward", x)
     arrays = _like(dy, r), _dense(x, v)
-    mean, _, invstd, scale = vectors = _vectors_of_output(saved) if from_output else (saved.mean, saved.mean_lo, saved.invstd, saved.scale)
+    kept = _statistics_of_output(saved) if from_output else Statistics(saved.mean, saved.mean_lo, saved.invstd)
+    mean, scale = kept.mean, saved.scale
     epilogue = None
     if active:
         residual = None if saved.residual is None else _like(saved.residual, r)
@@ -395,7 +370,7 @@ def backward(
 
     totals = None
     if saved.training and dx is not None and saved.mask is None and total is None:
-        totals = module.backward(*arrays, v.of(dx), *vectors, n, epilogue)
+        totals = module.backward(*arrays, v.of(dx), kept, scale, n, epilogue)
     elif want_sums or (saved.training and dx is not None):
         counted, after = arrays, epilogue and epilogue._replace(dresidual=None)
         if saved.mask is not None:
@@ -403,7 +378,7 @@ def backward(
             if after is not None and saved.residual is not None:
                 after = after._replace(residual=_counted(saved.residual, r.axis, saved.mask))
         counts = counted[0].size > 0
-        totals = module.backward(*counted, None, *vectors, n, after) if counts else (np.zeros(mean.size), np.zeros(mean.size))
+        totals = module.backward(*counted, None, kept, scale, n, after) if counts else (np.zeros(mean.size), np.zeros(mean.size))
     shared = totals if total is None or totals is None else total(np.array(totals, np.float64))
     if dx is not None and (saved.mask is not None or not saved.training):
         # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,
@@ -413,15 +388,15 @@ def backward(
         if epilogue is None:
             module.normalize(arrays[0], v.of(direct), zero, scale, zero, n)
         else:
-            module.grad_input(*arrays, v.of(direct), mean, scale, zero, zero, n, epilogue)
+            module.grad_input(*arrays, v.of(direct), mean, scale, (zero, zero), n, epilogue)
         if saved.mask is not None and shared is not None:
-            input_gradient(module, (*arrays, v.of(dx)), vectors, (shared[0], shared[1]), saved.count, n, epilogue)
+            input_gradient(module, (*arrays, v.of(dx)), kept, scale, (shared[0], shared[1]), saved.count, n, epilogue)
             np.copyto(np.moveaxis(dx, r.axis, -1), np.moveaxis(direct, r.axis, -1), where=~saved.mask[..., None])
     elif dx is not None and total is not None and shared is not None:
-        input_gradient(module, (*arrays, v.of(dx)), vectors, (shared[0], shared[1]), saved.count, n, epilogue)
+        input_gradient(module, (*arrays, v.of(dx)), kept, scale, (shared[0], shared[1]), saved.count, n, epilogue)
     dweight = dbias = None
     if want_sums and totals is not None:
-        dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)
+        dbias, dweight = totals[0].astype(compute), (totals[1] * kept.spread).astype(compute)
     return _only(wanted, _deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
 
 
@@ -447,7 +422,7 @@ def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[
     if r.x.size == 0:
         return np.zeros_like(high), np.zeros_like(high)
     n = threads.for_call("backward", r.x)
-    sums = calls_of(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, high, low, invstd, None, n, None)
+    sums = calls_of(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, Statistics(high, low, invstd), None, n, None)
     return sums[0].astype(compute), sums[1].astype(compute)
 
 
@@ -462,5 +437,5 @@ def backward_elemt(
         n = threads.for_call("backward", r.x)
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
-        input_gradient(calls_of(r.dtype), arrays, (high, low, invstd, scale), (sum_dy, sum_dy_xmu), count, n)
+        input_gradient(calls_of(r.dtype), arrays, Statistics(high, low, invstd), scale, (sum_dy, sum_dy_xmu), count, n)
     return _deliver(dx, r.out)

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 from fastbn import checks, core
 from fastbn.activations import Activation
 from fastbn.checks import Channels
-from fastbn.core import Request, Running, Total
+from fastbn.core import Request, Total
 from fastbn.dtypes import DTYPES
+from fastbn.kernels.protocol import Running
 from fastbn.layout import Array, LayoutName, view
 from fastbn.results import MADE_ACTIVATION, Gradients, Saved, Stats, of_rows
 

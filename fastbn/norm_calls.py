@@ -9,7 +9,7 @@ import numpy as np
 
 from fastbn import checks, core, memory, parts
 from fastbn import threads as threading
-from fastbn.activations import Activation
+from fastbn.activations import Activation, Epilogue
 from fastbn.dtypes import DType
 from fastbn.environment import MOST_THREADS
 from fastbn.layout import Array
@@ -56,6 +56,12 @@ class Call(NamedTuple):
             return y, self.shape.of(y)
         return y, np.empty(self.shape.dims, self.x.dtype)
 
+    def undone(self, residual: Array | None, dresidual: Array | None) -> Epilogue | None:
+        """What a backward takes back: the activation of the sum with a residual, and where that one's gradient goes."""
+        if self.activation is None:
+            return None
+        return Epilogue(self.activation, None if residual is None else self.dense(residual), dresidual=dresidual)
+
     def deliver(self, y: Array, written: Array, out: Array | None) -> Array:
         """The result: what was written, in the array that the caller gets."""
         order = self.shape.order
@@ -74,9 +80,10 @@ def thread_count(threads: object, op: str, x: object) -> int:
 
 
 def on_channels(
-    kind: str, x: object, layout: object, axis: object, activation: object, residual: object, out: object, threads: object, groups: object
+    kind: str, x: object, divided: tuple[object, object, object], activation: object, residual: object, out: object, threads: object
 ) -> tuple[Call, checks.Channels]:
-    """Check a call on images with channels; groups None are single channels."""
+    """Check a call on images, divided by a number of groups or None, which is single channels, and by what tells their axis."""
+    groups, layout, axis = divided
     array, dtype = checks.array(x)
     at = checks.channel(array, layout, axis)
     if at == 0:

@@ -72,7 +72,7 @@ def _doors(x: object, threads: object) -> Any:
     return doors if hasattr(doors, "plain_parts_forward") else None
 
 
-class _Plain(NamedTuple):
+class _Given(NamedTuple):
     """A call as a user gives it, for the door of plain arrays.
 
     Attributes
@@ -123,8 +123,7 @@ class _Plain(NamedTuple):
         if self.kind in ("layer_norm", "rms_norm"):
             call = on_rows(self.kind, self.x, self.divided, *options)[0]
         else:
-            groups, layout, axis = self.divided
-            call = on_channels(self.kind, self.x, layout, axis, *options, groups)[0]
+            call = on_channels(self.kind, self.x, self.divided, *options)[0]
         weight, bias = (None if v is None else v.reshape(-1) for v in (self.weight, self.bias))
         norm = parts.Norm(weight, bias, self.eps, self.kind != "rms_norm", call.dtype.compute, 1)
         residual = None if self.residual is None else call.dense(self.residual)
@@ -192,9 +191,8 @@ def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...]
         norm = parts.Norm(saved.weight, saved.bias, 0.0, call.kind != "rms_norm", compute, call.threads)
         vectors = parts.Vectors(saved.mean, saved.mean_lo, saved.invstd)
         kernels = core.calls_of(call.dtype, call.activation)
-        residual = None if saved.residual is None else call.dense(saved.residual)
         arrays = call.dense(dy), call.dense(call.x), written
-        sums = parts.backward(kernels, *arrays, shape, norm, vectors, call.activation, residual, written_residual)
+        sums = parts.backward(kernels, *arrays, shape, norm, vectors, call.undone(saved.residual, written_residual))
     if dresidual is not None and written_residual is not None:
         dresidual = call.deliver(dresidual, written_residual, None)
     if dx is not None and written is not None:
@@ -253,32 +251,30 @@ def instance_norm_forward(
     >>> fastbn.instance_norm_backward(y, x, saved).dweight
     array([4.])
     """
-    given = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    y, saved = _instance_norm(x, given, layout, axis, activation, residual, threads, out, True)
+    given = _Given("instance_norm", x, (None, layout, axis), weight, bias, eps, activation, residual, threads, out)
+    y, saved = _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, True)
     assert saved is not None  # noqa: S101  it was asked for
     return y, saved
 
 
 def _instance_norm(
-    x: Array, given: tuple[Any, ...], layout: Any, axis: Any, activation: Any, residual: Any, threads: Any, out: Any, keep: bool
+    given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
 ) -> tuple[Array, SavedParts | Saved | None]:
-    running_mean, running_var, weight, bias, use_input_stats, momentum, eps = given
-    plain = _Plain("instance_norm", x, (None, layout, axis), weight, bias, eps, activation, residual, threads, out)
-    if running_mean is None and running_var is None and use_input_stats is True and type(momentum) is float:
-        done = plain.forward(keep)
+    if running[0] is None and running[1] is None and use_input_stats is True and type(momentum) is float:
+        done = given.forward(keep)
         if done is not None:
             return done
-    return _checked_instance_norm(plain, (running_mean, running_var), use_input_stats, momentum, keep)
+    return _checked_instance_norm(given, running, use_input_stats, momentum, keep)
 
 
 @default_mode
 def _checked_instance_norm(
-    given: _Plain, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
+    given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
 ) -> tuple[Array, SavedParts | Saved | None]:
     """Check, run, and move the running statistics."""
     running_mean, running_var = running
-    kind, x, (_, layout, axis), weight, bias, eps, activation, residual, threads, out = given
-    call, channels = on_channels(kind, x, layout, axis, activation, residual, out, threads, None)
+    kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
+    call, channels = on_channels(kind, x, divided, activation, residual, out, threads)
     if not checks.switch("use_input_stats", use_input_stats):
         if running_mean is None or running_var is None:
             raise ValueError("running_mean and running_var must be given when use_input_stats is False")
@@ -368,8 +364,8 @@ def instance_norm(
     array([[[-1.,  1.]],
            [[-1.,  1.]]])
     """
-    given = (running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return _instance_norm(x, given, layout, axis, activation, residual, threads, out, False)[0]
+    given = _Given("instance_norm", x, (None, layout, axis), weight, bias, eps, activation, residual, threads, out)
+    return _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, False)[0]
 
 
 def instance_norm_backward(
@@ -455,22 +451,18 @@ def group_norm_forward(
     >>> fastbn.group_norm_backward(y, x, saved).dweight
     array([1., 1., 1., 1.])
     """
-    y, saved = _group_norm(x, num_groups, (weight, bias, eps), layout, axis, activation, residual, threads, out, True)
+    y, saved = _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), True)
     assert saved is not None  # noqa: S101  it was asked for
     return y, saved
 
 
-def _group_norm(
-    x: Array, num_groups: Any, given: tuple[Any, ...], layout: Any, axis: Any, activation: Any, residual: Any, threads: Any, out: Any,
-    keep: bool,
-) -> tuple[Array, SavedParts | None]:  # fmt: skip
-    weight, bias, eps = given
-    plain = _Plain("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out)
-    if num_groups is None:
+def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
+    if given.divided[0] is None:
         raise TypeError("num_groups must be an int, got None")
-    if (done := plain.forward(keep)) is not None:
+    if (done := given.forward(keep)) is not None:
         return done
-    call, channels = on_channels("group_norm", x, layout, axis, activation, residual, out, threads, num_groups)
+    kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
+    call, channels = on_channels(kind, x, divided, activation, residual, out, threads)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     if call.x.size == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got x of shape {call.x.shape}")
@@ -531,7 +523,7 @@ def group_norm(
     >>> fastbn.group_norm(np.array([[1.0, 3.0, 10.0, 30.0]]), 2, eps=0.0)
     array([[-1.,  1., -1.,  1.]])
     """
-    return _group_norm(x, num_groups, (weight, bias, eps), layout, axis, activation, residual, threads, out, False)[0]
+    return _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), False)[0]
 
 
 def group_norm_backward(
@@ -602,20 +594,15 @@ def layer_norm_forward(
     >>> fastbn.layer_norm_backward(y, x, saved).dweight
     array([2., 2.])
     """
-    y, saved = _layer_norm("layer_norm", x, normalized_shape, (weight, bias, eps), activation, residual, threads, out, True)
+    y, saved = _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), True)
     assert saved is not None  # noqa: S101  it was asked for
     return y, saved
 
 
-def _layer_norm(
-    kind: str, x: Array, normalized_shape: Any, given: tuple[Any, ...], activation: Any, residual: Any, threads: Any, out: Any, keep: bool
-) -> tuple[Array, SavedParts | None]:
-    weight, bias, eps = given
-    if eps is None and kind == "rms_norm" and (row := lookup(x.dtype) if isinstance(x, np.ndarray) else None) is not None:
-        eps = row.step
-    plain = _Plain(kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out)
-    if (done := plain.forward(keep)) is not None:
+def _layer_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
+    if (done := given.forward(keep)) is not None:
         return done
+    kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out = given
     call, shape = on_rows(kind, x, normalized_shape, activation, residual, out, threads)
     compute = call.dtype.compute
     w, b = row_vector("weight", weight, shape, compute), row_vector("bias", bias, shape, compute)
@@ -675,7 +662,7 @@ def layer_norm(
     array([[-1.,  2.],
            [-1.,  2.]])
     """
-    return _layer_norm("layer_norm", x, normalized_shape, (weight, bias, eps), activation, residual, threads, out, False)[0]
+    return _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), False)[0]
 
 
 def layer_norm_backward(
@@ -707,6 +694,12 @@ def layer_norm_backward(
     array([2., 2.])
     """
     return _backward("layer_norm", dy, x, saved, wrt, out, threads)
+
+
+def _eps(eps: Any, x: object) -> Any:
+    """What is added to a mean square: where it is None, the difference of 1 and the next number of x's dtype, as in PyTorch."""
+    row = lookup(x.dtype) if eps is None and isinstance(x, np.ndarray) else None
+    return eps if row is None else row.step
 
 
 def rms_norm_forward(
@@ -746,7 +739,8 @@ def rms_norm_forward(
     >>> fastbn.rms_norm_backward(y, x, saved).dweight
     array([1., 1.])
     """
-    y, saved = _layer_norm("rms_norm", x, normalized_shape, (weight, None, eps), activation, residual, threads, out, True)
+    given = _Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out)
+    y, saved = _layer_norm(given, True)
     assert saved is not None  # noqa: S101  it was asked for
     return y, saved
 
@@ -798,7 +792,7 @@ def rms_norm(
     >>> fastbn.rms_norm(np.array([[3.0, -3.0]]), 2, [1.0, 2.0], eps=0.0)
     array([[ 1., -2.]])
     """
-    return _layer_norm("rms_norm", x, normalized_shape, (weight, None, eps), activation, residual, threads, out, False)[0]
+    return _layer_norm(_Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out), False)[0]
 
 
 def rms_norm_backward(

@@ -23,6 +23,7 @@ from fastbn import extremes, memory, reference
 from fastbn.activations import Epilogue
 from fastbn.composed import fold, split
 from fastbn.floating import default_mode
+from fastbn.kernels.protocol import Affine, Grouping, Statistics
 from fastbn.layout import Array, View, view
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ class Norm(NamedTuple):
     centered: bool  # False: the mean is taken to be 0
     compute: np.dtype[Any]
     threads: int
+
+    @property
+    def affine(self) -> Affine:
+        """The parameters alone."""
+        return Affine(self.weight, self.bias)
 
 
 def shape_of(x: Array, axis: int, group: int) -> Shape:
@@ -173,7 +179,8 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
     """Normalize the parts of x, (batch, outer, channels, inner); y may be x or the residual."""
     epilogue = None if activation is None and residual is None else Epilogue(activation, residual)
     if hasattr(module, "parts_forward"):
-        made = module.parts_forward(x, y, norm.weight, norm.bias, norm.eps, shape.group, norm.centered, norm.threads, epilogue)
+        grouping = Grouping(shape.group, norm.centered)
+        made = module.parts_forward(x, y, norm.affine, norm.eps, grouping, norm.threads, epilogue)
         if made is not None:
             found = Vectors(*(v.reshape(shape.batch, shape.parts) for v in made[0]))
             if made[1]:
@@ -209,10 +216,10 @@ def finish(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, found: Vec
         for b, g in zip(*np.nonzero(found.invstd == -1), strict=True):
             own = slice(g * shape.group, (g + 1) * shape.group)
             part = x[b : b + 1, :, own].copy()
-            weight, bias = (None if v is None else v[own] for v in (norm.weight, norm.bias))
+            affine = Affine(*(None if v is None else v[own] for v in (norm.weight, norm.bias)))
             residual = None if epilogue is None or epilogue.residual is None else epilogue.residual[b : b + 1, :, own].copy()
             after = None if epilogue is None else epilogue._replace(residual=residual)
-            made, left = module.parts_forward(part, part, weight, bias, norm.eps, shape.group, norm.centered, 1, after)
+            made, left = module.parts_forward(part, part, affine, norm.eps, Grouping(shape.group, norm.centered), 1, after)
             if not left:
                 y[b, :, own] = part[0]
                 for vector, value in zip(found, made, strict=True):
@@ -338,24 +345,23 @@ class Sums(NamedTuple):
 
 @default_mode
 def backward(
-    module: Any, dy: Array, x: Array, dx: Array | None, shape: Shape, norm: Norm, vectors: Vectors, activation: Function,
-    residual: Array | None, dresidual: Array | None,
-) -> Sums:  # fmt: skip
+    module: Any, dy: Array, x: Array, dx: Array | None, shape: Shape, norm: Norm, vectors: Vectors, epilogue: Epilogue | None
+) -> Sums:
     """Gradients through the statistics of parts; dx may be dy or x."""
     if hasattr(module, "parts_backward"):
-        epilogue = None if activation is None else Epilogue(activation, residual, dresidual=dresidual)
-        flat = (np.ascontiguousarray(v).reshape(-1) for v in vectors)
-        made = module.parts_backward(dy, x, dx, *flat, norm.weight, norm.bias, shape.group, norm.centered, norm.threads, epilogue)
+        mean, low, invstd = (np.ascontiguousarray(v).reshape(-1) for v in vectors)
+        grouping = Grouping(shape.group, norm.centered)
+        made = module.parts_backward(dy, x, dx, Statistics(mean, low, invstd), norm.affine, grouping, norm.threads, epilogue)
         if made is not None:
             return Sums(*made)
     if shape.is_rows:
-        return _backward_of_rows(module, dy, x, dx, shape, norm, vectors, activation, residual, dresidual)
+        return _backward_of_rows(module, (dy, x, dx), shape, norm, vectors, epilogue)
     low, invstd = (v.astype(np.float64) for v in vectors[1:])
     weight = np.ones(shape.channels) if norm.weight is None else norm.weight.astype(np.float64)
     wide = _repeated(low, shape).ravel(), _repeated(invstd, shape).ravel()
     scale, shift = fold(*wide, _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch), norm.compute)
     means = np.ascontiguousarray(_repeated(vectors.mean, shape)).ravel()
-    lay = Maps(module, shape, norm, means, scale, shift, activation, residual, dresidual)
+    lay = Maps(module, shape, norm, means, scale, shift, epilogue)
     first, second = lay.sums(dy, x)
     second = second - _repeated(low, shape) * first
     by_parts = (shape.batch, shape.parts, shape.group)
@@ -375,9 +381,7 @@ class Maps(NamedTuple):
     means: Array  # these vectors have an element for each channel of each image
     scale: Array
     shift: Array
-    activation: Function
-    residual: Array | None
-    dresidual: Array | None
+    epilogue: Epilogue | None
 
     def _each(self) -> list[tuple[Any, slice]]:
         """How to see an array, and which of the vectors go with it."""
@@ -387,9 +391,10 @@ class Maps(NamedTuple):
         return [(lambda a, b=b: _images(a, b), slice(b * c, (b + 1) * c)) for b in range(s.batch)]
 
     def _epilogue(self, see: Any, at: slice, dresidual: Array | None) -> Epilogue | None:
-        if self.activation is None:
-            return None
-        return Epilogue(self.activation, see(self.residual), self.scale[at], self.shift[at], see(dresidual))
+        after = self.epilogue
+        return after and after._replace(
+            residual=see(after.residual), scale=self.scale[at], shift=self.shift[at], dresidual=see(dresidual)
+        )
 
     def sums(self, dy: Array, x: Array) -> tuple[Array, Array]:
         """Sums of each channel of each image, of shape (batch, channels)."""
@@ -403,6 +408,7 @@ class Maps(NamedTuple):
     def gradient(self, dy: Array, x: Array, dx: Array, offset: Array, slope: Array, weight: Array) -> None:
         """``dx = scale * dz + offset + slope * (x - mean)``, where offset and slope are those of the parts."""
         compute, n = self.norm.compute, self.norm.threads
+        dresidual = None if self.epilogue is None else self.epilogue.dresidual
         offsets, slopes = (_repeated(v, self.shape).ravel() for v in (offset, slope))
         with np.errstate(all="ignore"):
             g0, g1 = -offsets / self.scale, -slopes / self.scale
@@ -410,9 +416,9 @@ class Maps(NamedTuple):
         one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all()) and not outside
         if one_sweep:
             for see, at in self._each():
-                own = g0[at].astype(compute), g1[at].astype(compute)
-                after = self._epilogue(see, at, self.dresidual)
-                self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], *own, n, after)
+                line = g0[at].astype(compute), g1[at].astype(compute)
+                after = self._epilogue(see, at, dresidual)
+                self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], line, n, after)
             return
         # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the first has the scale and
         # the second all the rest, in units of the larger of scale and offset, as a slope alone may leave the range.
@@ -423,31 +429,31 @@ class Maps(NamedTuple):
         kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x
         wide_dy = dy.astype(compute) if narrow else dy
         out = np.empty(dx.shape, compute) if narrow else dx
-        maps = self
-        if narrow:
-            wide = [None if a is None else a.astype(compute) for a in (self.residual, self.dresidual)]
-            maps = self._replace(residual=wide[0], dresidual=wide[1])
-        dz = wide_dy
-        if self.activation is not None:  # its argument needs the scale itself
-            dz = np.empty(dx.shape, compute) if maps.dresidual is None else maps.dresidual
+        maps, dz = self, wide_dy
+        if self.epilogue is not None:  # the argument of the activation needs the scale itself
+            residual = self.epilogue.residual
+            if narrow and residual is not None:
+                maps = self._replace(epilogue=self.epilogue._replace(residual=residual.astype(compute)))
+            dz = np.empty(dx.shape, compute) if narrow or dresidual is None else dresidual
         for see, at in maps._each():
-            if self.activation is not None:
-                after = maps._epilogue(see, at, dz)
-                self.module.grad_input(see(wide_dy), see(kept), see(out), self.means[at], self.scale[at], zero[at], zero[at], n, after)
-            self.module.grad_input(see(dz), see(kept), see(out), self.means[at], first[at], zero[at], zero[at], n, None)
-            self.module.grad_input(see(out), see(kept), see(out), self.means[at], units[at], g0[at], g1[at], n, None)
+            means, nothing = self.means[at], (zero[at], zero[at])
+            if self.epilogue is not None:
+                self.module.grad_input(
+                    see(wide_dy), see(kept), see(out), means, self.scale[at], nothing, n, maps._epilogue(see, at, dz)
+                )  # fmt: skip
+            self.module.grad_input(see(dz), see(kept), see(out), means, first[at], nothing, n, None)
+            self.module.grad_input(see(out), see(kept), see(out), means, units[at], (g0[at], g1[at]), n, None)
         if narrow:
             dx[...] = out
-            if self.dresidual is not None:
-                self.dresidual[...] = maps.dresidual
+            if dresidual is not None:
+                dresidual[...] = dz
 
 
 def _backward_of_rows(
-    module: Any, dy: Array, x: Array, dx: Array | None, shape: Shape, norm: Norm, vectors: Vectors, activation: Function,
-    residual: Array | None, dresidual: Array | None,
-) -> Sums:  # fmt: skip
+    module: Any, arrays: tuple[Array, Array, Array | None], shape: Shape, norm: Norm, vectors: Vectors, epilogue: Epilogue | None
+) -> Sums:
     """Gradients where weights run along the parts."""
-    compute, n = norm.compute, norm.threads
+    (dy, x, dx), compute, n = arrays, norm.compute, norm.threads
     mean, low, invstd = (v.ravel() for v in vectors)
     scale, shift = fold(low.astype(np.float64), invstd, None, None, compute)
     wide = x.astype(compute, copy=False)
@@ -456,15 +462,16 @@ def _backward_of_rows(
     none, weight, bias = _affine(shape, norm)
     columns = _as_columns(z, shape)
     d = _as_columns(dy, shape, compute)
+    dresidual = None if epilogue is None else epilogue.dresidual
     target = None if dresidual is None else dresidual if dresidual.dtype == compute else np.empty(x.shape, compute)
-    after = None
-    if activation is not None:
-        after = Epilogue(activation, _as_columns(residual, shape, compute), weight, bias)
+    after = epilogue and epilogue._replace(
+        residual=_as_columns(epilogue.residual, shape, compute), scale=weight, shift=bias, dresidual=None
+    )
     first, second = module.grad_sums(d, columns, none, n, after)
     if dx is not None:
         g = np.empty(x.shape, compute)
         map_after = None if after is None else after._replace(dresidual=_as_columns(target, shape))
-        module.grad_input(d, columns, _as_columns(g, shape), none, weight, none, none, n, map_after)
+        module.grad_input(d, columns, _as_columns(g, shape), none, weight, (none, none), n, map_after)
         if target is not None and target is not dresidual and dresidual is not None:
             dresidual[...] = target
         rows, normal = _as_rows(g, shape), _as_rows(z, shape)
@@ -472,7 +479,8 @@ def _backward_of_rows(
         g0 = sums / shape.values if norm.centered else np.zeros_like(sums)
         g1 = dots / shape.values
         out = dx if dx.dtype == compute else g
-        module.grad_input(rows, normal, _as_rows(out, shape), zero, invstd, g0.astype(compute), g1.astype(compute), n, None)
+        line = g0.astype(compute), g1.astype(compute)
+        module.grad_input(rows, normal, _as_rows(out, shape), zero, invstd, line, n, None)
         if out is not dx:
             dx[...] = out
     return Sums(second.astype(compute), first.astype(compute))

@@ -192,21 +192,23 @@ def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any 
 
 @np.errstate(all="ignore")
 def grad_input(
-    dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1, epilogue: Any = None
-) -> None:  # fmt: skip
+    dy: Array, x: Array, dx: Array, mean: Array, scale: Array, line: tuple[Array, Array], threads: int = 1, epilogue: Any = None
+) -> None:
     """Write ``scale * (dz - g0 - (x - mean) * g1)`` to `dx`, where dz is dy, taken back through the activation.
 
     Parameters
     ----------
     dy, x, dx : ndarray of shape (outer, channels, inner)
         Gradient of y, input, and output; `dx` may be `dy` or `x`.
-    mean, scale, g0, g1 : ndarray of shape (channels,)
+    mean, scale : ndarray of shape (channels,)
+    line : tuple of two ndarrays of shape (channels,)
+        g0 and g1.
     threads : int
         Ignored.
     epilogue : Epilogue, optional
         The activation, the residual, the parameters of the forward, and where to write dz.
     """
-    dz, x = _begin(dy, x, mean, epilogue)
+    (g0, g1), (dz, x) = line, _begin(dy, x, mean, epilogue)
     dx[...] = (_columns(scale) * (dz - _columns(g0) - (x - _columns(mean)) * _columns(g1))).astype(dx.dtype)
     if epilogue is not None and epilogue.dresidual is not None:
         epilogue.dresidual[...] = dz.astype(dx.dtype)

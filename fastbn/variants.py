@@ -129,7 +129,7 @@ def batch_channel_norm_forward(
     >>> fastbn.batch_channel_norm_backward(np.ones_like(x), x, saved).dmix
     array([0.])
     """
-    call, channels = norm_calls.on_channels("batch_channel_norm", x, layout, axis, activation, residual, out, threads, 1)
+    call, channels = norm_calls.on_channels("batch_channel_norm", x, (1, layout, axis), activation, residual, out, threads)
     compute, wide = call.dtype.compute, np.dtype(np.float64)
     one = np.ones(channels[0])
     given = {"mix": mix, "weight": one if weight is None else weight, "bias": 0 * one if bias is None else bias}
@@ -326,9 +326,8 @@ def _mixed_gradients(
         return (dx if "x" in wanted else None), dresidual, (zero, zero, zero)
     w, m, s, t = saved.weight, saved.mix, saved.invstd, saved.layer_invstd
     norm = parts.Norm(None, None, 0.0, True, compute, call.threads)
-    residual = None if saved.residual is None else call.dense(saved.residual)
     kernels = core.calls_of(call.dtype, saved.activation)
-    maps = parts.Maps(kernels, shape, norm, *saved.vectors(compute), saved.activation, residual, written_residual)
+    maps = parts.Maps(kernels, shape, norm, *saved.vectors(compute), call.undone(saved.residual, written_residual))
     from_batch, from_layer = saved.offsets(maps.means.reshape(shape.batch, shape.channels))
     arrays = call.dense(dy), call.dense(call.x)
     first, second = maps.sums(*arrays)

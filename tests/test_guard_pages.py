@@ -24,6 +24,7 @@ from fastbn import core
 from fastbn.activations import Epilogue, lookup
 from fastbn.dispatch import KERNELS, TABLE
 from fastbn.dtypes import DTYPES
+from fastbn.kernels.protocol import Affine, Running, Statistics
 
 Array = np.ndarray[Any, Any]
 
@@ -82,21 +83,22 @@ def operations(module: Any, place: Places, n: int, c: int, s: int, compute: np.d
     module.stats(x, 1)
     module.normalize(x, y, mean, w, b, 1)
     module.grad_sums(dy, x, mean, 1)
-    module.grad_input(dy, x, y, mean, w, b, g, 1)
+    module.grad_input(dy, x, y, mean, w, (b, g), 1)
     whole = module if hasattr(module, "forward") else core.ComposedKernel(module)
-    whole.inference(x, y, mean, None, var, w, b, 1e-5, 1)
+    whole.inference(x, y, Statistics(mean, None, var, 1e-5), Affine(w, b), 1)
     if n * s > 1:
-        whole.forward(x, y, w, b, 1e-5, mean, var, 0.1, 1, compute, 1)
-    whole.backward(dy, x, y, mean, g, var, w, 1)
-    whole.backward(dy, x, None, mean, g, var, None, 1)
+        whole.forward(x, y, Affine(w, b), 1e-5, Running(mean, var, 0.1, 1), compute, 1)
+    kept = Statistics(mean, g, var)
+    whole.backward(dy, x, y, kept, w, 1)
+    whole.backward(dy, x, None, kept, None, 1)
     residual, dresidual = place("residual", (n, c, s)), place("dresidual", (n, c, s))
     for activation, with_residual in (("relu", True), ("silu", True), ("gelu", False), (None, True)):
         r, d = (residual, dresidual) if with_residual else (None, None)
         after = Epilogue(lookup(activation) if activation else None, r, w, b, d)
         module.normalize(x, y, mean, w, b, 1, after)
         if activation:
-            whole.backward(dy, x, y, mean, g, var, w, 1, after)
-            whole.backward(dy, x, None, mean, g, var, w, 1, after._replace(dresidual=None))
+            whole.backward(dy, x, y, kept, w, 1, after)
+            whole.backward(dy, x, None, kept, w, 1, after._replace(dresidual=None))
 
 
 def calls(place: Places, n: int, c: int, s: int, compute: np.dtype[Any], frozen: dict[int, Any]) -> None:

@@ -17,6 +17,7 @@ from fastbn import core, reference
 from fastbn.activations import Epilogue, lookup
 from fastbn.dispatch import TABLE, Kernel
 from fastbn.dtypes import DTYPES
+from fastbn.kernels.protocol import Affine, Running, Statistics
 
 MODULES = [k for k in TABLE if k.level is not None and not k.unusable()]
 OPERATIONS = ["stats", "normalize", "grad_sums", "grad_input"]
@@ -47,9 +48,9 @@ def test_whole_calls_equal_composed_ones(kernel: Kernel, shape: tuple[int, int, 
     def whole(module: object) -> list[bytes]:
         y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
         running = m.copy(), v.copy()
-        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, 1, compute, 1)  # type: ignore[attr-defined]
-        sums = module.backward(dy, x, dx, *saved[:2], saved[2], w, 1)  # type: ignore[attr-defined]
-        module.inference(x, z, m, None, v, w, b, 1e-3, 1)  # type: ignore[attr-defined]
+        saved = module.forward(x, y, Affine(w, b), 1e-5, Running(*running, 0.3, 1), compute, 1)  # type: ignore[attr-defined]
+        sums = module.backward(dy, x, dx, Statistics(*saved[:3]), w, 1)  # type: ignore[attr-defined]
+        module.inference(x, z, Statistics(m, None, v, 1e-3), Affine(w, b), 1)  # type: ignore[attr-defined]
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
 
     assert whole(kernel.module()) == whole(core.ComposedKernel(kernel.module()))
@@ -248,6 +249,16 @@ def test_explain_names_tiles_and_traffic() -> None:
         assert word in text
 
 
+def _grouped(function: Any, **groups: tuple[str | None, ...]) -> Any:
+    """A call whose groups of arguments are given one by one; or as a whole, by a group's name."""
+
+    def call(**given: Any) -> Any:
+        made = {name: tuple(None if member is None else given.pop(member) for member in members) for name, members in groups.items()}
+        return function(**made | given)
+
+    return call
+
+
 def _doors(module: Any, dtype: Any = np.float32) -> dict[str, tuple[Any, dict[str, Any], set[str]]]:
     """Every door of a module, the arguments of a right call, and those of them that may be None."""
     compute = np.float64 if dtype == np.float64 else np.float32
@@ -263,21 +274,25 @@ def _doors(module: Any, dtype: Any = np.float32) -> dict[str, tuple[Any, dict[st
         "normalize": (module.normalize, {"x": x, "y": out, "mean": mean, "scale": scale, "shift": shift, "threads": 1}, set()),
         "grad_sums": (module.grad_sums, {"dy": dy, "x": x, "mean": mean, "threads": 1}, set()),
         "grad_input": (
-            module.grad_input,
+            _grouped(module.grad_input, line=("g0", "g1")),
             {"dy": dy, "x": x, "dx": out, "mean": mean, "scale": scale, "g0": shift, "g1": shift, "threads": 1},
             set(),
         ),
         "inference": (
-            module.inference,
+            _grouped(module.inference, given=("mean", "mean_lo", "spread", "eps"), affine=("weight", "bias")),
             {"x": x, "y": out, "mean": mean, "mean_lo": low, "spread": scale, **given},
             {"mean_lo", "weight", "bias", "eps"},
         ),
         "forward": (
-            module.forward,
+            _grouped(module.forward, affine=("weight", "bias"), running=("running_mean", "running_var", "momentum", "correction")),
             {"x": x, "y": out, **train, "compute": np.dtype(compute)},
             {"weight", "bias", "compute", *running},
         ),
-        "backward": (module.backward, {"dy": dy, "x": x, "dx": out, **back}, {"dx", "mean_lo"}),
+        "backward": (
+            _grouped(module.backward, kept=("mean", "mean_lo", "invstd", None)),
+            {"dy": dy, "x": x, "dx": out, **back},
+            {"dx", "mean_lo"},
+        ),
     }
 
 
@@ -322,6 +337,10 @@ def test_doors_refuse_what_they_cannot_take(kernel: Kernel, door: str, dtype: st
         if name not in may_be_none:
             with pytest.raises((TypeError, ValueError)):
                 call(**{**right, name: None})
+    for group in ("line", "given", "affine", "running", "kept"):
+        for wrong in (None, 1, (), (None,) * 5):
+            with pytest.raises((TypeError, ValueError)):
+                call(**right, **{group: wrong})
     for name, a in before.items():
         np.testing.assert_array_equal(right[name], a)
     for name in may_be_none - {"dx", "eps", "compute"}:
@@ -402,7 +421,7 @@ def test_running_statistics_in_double_keep_their_digits(kernel: Kernel, plain: b
         if plain:
             assert plain_forward(kernel, x, None, running, 0.25, correction) is not None
         else:
-            module.forward(x, np.empty_like(x), None, None, 1e-5, *running, 0.25, correction, compute, 1)
+            module.forward(x, np.empty_like(x), Affine(), 1e-5, Running(*running, 0.25, correction), compute, 1)
         for r, truth in zip(running, want, strict=True):
             # In double, the statistics are not rounded to float: only their sums are.
             np.testing.assert_allclose(r, truth, rtol=2e-7 if kept == np.float32 else 5e-8 if compute == np.float32 else 1e-14)
@@ -442,9 +461,10 @@ def test_whole_calls_run_in_the_default_floating_point_mode(kernel: Kernel, mode
 
     def step(x: Any, eps: float) -> list[bytes]:
         y, dx, running = np.empty_like(x), np.empty_like(x), [small.copy(), third.copy()]
-        saved = module.forward(x, y, None, one, eps, *running, 0.1, 1, np.dtype(np.float32), threads)
-        sums = module.backward(x, x, dx, *saved[:4], threads)
-        found = [y, *saved, *running, *sums, dx, *module.stats(x, threads), *module.backward(x, x, None, *saved[:3], None, threads)]
+        saved = module.forward(x, y, Affine(None, one), eps, Running(*running, 0.1, 1), np.dtype(np.float32), threads)
+        kept = Statistics(*saved[:3])
+        sums = module.backward(x, x, dx, kept, saved[3], threads)
+        found = [y, *saved, *running, *sums, dx, *module.stats(x, threads), *module.backward(x, x, None, kept, None, threads)]
         running = [small.copy(), third.copy()]
         y, made = plain_forward(kernel, x, one, tuple(running), 0.1, eps=eps)
         gradients = module.plain_backward(x, x, made, ("x", "weight", "bias"), None)

@@ -33,6 +33,7 @@ from numba import cfunc, types
 from fastbn.kernels import numba as kernel
 from fastbn.kernels import numba_cache, numba_lanes, numba_threads
 from fastbn.kernels.numba_math import exp, like
+from fastbn.kernels.protocol import Affine, Running, Statistics
 
 LAYERS = ("workqueue", "omp", "tbb")
 # Planes: of several tiles, small ones of few and of many images. Columns: few, gathered with a rest, more than a group.
@@ -75,12 +76,12 @@ def everything(x: np.ndarray, dy: np.ndarray, n: int, in_place: bool = False) ->
     source, y = fresh(x)
     kernel.normalize(source, y, v, w, b, n)
     source, dx = fresh(dy)
-    kernel.grad_input(source, x, dx, v, w, b, u, n)
+    kernel.grad_input(source, x, dx, v, w, (b, u), n)
     source, z = fresh(x)
     running = u.copy(), v.copy()
-    saved = kernel.forward(source, z, w, b, 1e-5, *running, 0.1, 1, compute, n)
+    saved = kernel.forward(source, z, Affine(w, b), 1e-5, Running(*running, 0.1, 1), compute, n)
     source, dz = fresh(dy)
-    sums = kernel.backward(source, x, dz, saved[0], saved[1], saved[2], saved[3], n)
+    sums = kernel.backward(source, x, dz, Statistics(*saved[:3]), saved[3], n)
     return [a.tobytes() for a in (*found, y, dx, z, *saved, *running, dz, *sums)]
 
 
@@ -112,9 +113,9 @@ def test_whole_calls_equal_composed_ones(shape: tuple[int, int, int], dtype: str
     def whole(module: Any) -> list[bytes]:
         y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
         running = m.copy(), v.copy()
-        saved = module.forward(x, y, w, b, 1e-5, *running, 0.3, 1, compute, 1)
-        sums = module.backward(dy, x, dx, *saved[:2], saved[2], w, 1)
-        module.inference(x, z, m, None, v, w, b, 1e-3, 1)
+        saved = module.forward(x, y, Affine(w, b), 1e-5, Running(*running, 0.3, 1), compute, 1)
+        sums = module.backward(dy, x, dx, Statistics(*saved[:3]), w, 1)
+        module.inference(x, z, Statistics(m, None, v, 1e-3), Affine(w, b), 1)
         return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
 
     assert whole(kernel) == whole(core.ComposedKernel(kernel))

@@ -13,6 +13,7 @@ import pytest
 import fastbn
 from fastbn import activations, core, cpu
 from fastbn.dispatch import TABLE, Kernel
+from fastbn.kernels.protocol import Affine, Running
 
 plans = pytest.importorskip("fastbn.kernels._plan", reason="built without a compiler")
 
@@ -78,13 +79,13 @@ def test_every_element_is_summed_and_mapped_once(
         module.normalize(memory, memory, zero, one, one, threads)
         assert np.array_equal(memory, x + 1)
         memory[...] = dy
-        module.grad_input(memory, x, memory, zero, one, one, zero, threads)
+        module.grad_input(memory, x, memory, zero, one, (one, zero), threads)
         assert np.array_equal(memory, dy - 1)
     sums = module.grad_sums(dy, x, zero, threads)
     assert np.array_equal(sums[0], dy.sum((0, 2), np.float64))
     assert np.array_equal(sums[1], (x * dy).sum((0, 2), np.float64))
     if outer * inner > 1:
-        made = module.forward(x, np.empty_like(x), None, None, 1.0, None, None, 0.0, 1, np.dtype(dtype), threads)
+        made = module.forward(x, np.empty_like(x), Affine(), 1.0, Running(None, None, 0.0, 1), np.dtype(dtype), threads)
         mean = module.stats(x, threads)[0]
         assert np.allclose(mean, x.mean((0, 2), np.float64), rtol=1e-7, atol=0)
         assert np.array_equal(made[0], mean.astype(dtype))

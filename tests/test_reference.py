@@ -124,7 +124,7 @@ def test_the_four_operations_compose_to_the_definition() -> None:
     reference.normalize(x, y, mean, invstd * weight, bias)
     np.testing.assert_allclose(y, reference.batch_norm(x, mean, var, weight, bias), rtol=1e-13, atol=1e-14)
     sum_dy, sum_dy_xmu = reference.grad_sums(dy, x, mean)
-    reference.grad_input(dy, x, dx, mean, invstd * weight, sum_dy / 15, invstd**2 * sum_dy_xmu / 15)
+    reference.grad_input(dy, x, dx, mean, invstd * weight, (sum_dy / 15, invstd**2 * sum_dy_xmu / 15))
     want = reference.batch_norm_backward(dy, x, mean, var, weight)
     for got, truth in zip((dx, sum_dy_xmu * invstd, sum_dy), want, strict=True):
         np.testing.assert_allclose(got, truth, rtol=1e-12, atol=1e-13)

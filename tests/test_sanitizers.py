@@ -36,6 +36,7 @@ from fastbn.activations import NAMES, Epilogue, lookup
 from fastbn.core import ComposedKernel
 from fastbn.dispatch import KERNELS
 from fastbn.kernels import _plan
+from fastbn.kernels.protocol import Affine, Running, Statistics
 try:
     from ml_dtypes import bfloat16
 except ImportError:
@@ -58,27 +59,28 @@ for caches in (None, (512, 2048, 4096)):
         threads = 3 if i % 2 else 1
         m.stats(x, threads)
         m.normalize(x, y, w, w, w, threads)
-        m.inference(x, y, w, None, w, None, w, 1e-5, threads)
+        m.inference(x, y, Statistics(w, None, w, 1e-5), Affine(None, w), threads)
         if n * s == 1:
             continue
-        mean, mean_lo, invstd, scale, shift = m.forward(x, y, w, w, 1e-5, w.copy(), w.copy(), 0.1, 1, compute, threads)
+        mean, mean_lo, invstd, scale, shift = m.forward(x, y, Affine(w, w), 1e-5, Running(w.copy(), w.copy(), 0.1, 1), compute, threads)
+        kept = Statistics(mean, mean_lo, invstd)
         m.grad_sums(dy, x, w, threads)
-        m.grad_input(dy, x, y, w, w, w, w, threads)
-        m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads)
-        m.backward(dy, x, None, mean, None, invstd, None, threads)
+        m.grad_input(dy, x, y, w, w, (w, w), threads)
+        m.backward(dy, x, y, kept, scale, threads)
+        m.backward(dy, x, None, Statistics(mean, None, invstd), None, threads)
         names = (NAMES[i % len(NAMES)], None) if i % 3 or c > 9 else (*NAMES, None)
         for name, residual in itertools.product(names, (None, dy)):
             if name is None and residual is None:
                 continue
             after = Epilogue(name and lookup(name), residual, scale, shift, d if residual is not None else None)
             m.normalize(x, y, w, w, w, threads, after)
-            m.inference(x, y, w, None, w, w, w, 1e-5, threads, after)
-            m.forward(x, y, w, w, 1e-5, None, None, 0.1, 1, compute, threads, after)
+            m.inference(x, y, Statistics(w, None, w, 1e-5), Affine(w, w), threads, after)
+            m.forward(x, y, Affine(w, w), 1e-5, Running(None, None, 0.1, 1), compute, threads, after)
             if name is not None:
-                m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, after)
-                m.backward(dy, x, None, mean, mean_lo, invstd, scale, threads, after._replace(dresidual=None))
+                m.backward(dy, x, y, kept, scale, threads, after)
+                m.backward(dy, x, None, kept, scale, threads, after._replace(dresidual=None))
         slope = Epilogue(lookup(("leaky_relu", 0.5)), None, scale, shift, None, True)
-        m.backward(dy, x, y, mean, mean_lo, invstd, scale, threads, slope)
+        m.backward(dy, x, y, kept, scale, threads, slope)
 print("done")
 """
 

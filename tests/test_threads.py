@@ -15,6 +15,7 @@ import pytest
 import fastbn
 from fastbn import threads
 from fastbn.dispatch import TABLE, Kernel
+from fastbn.kernels.protocol import Affine, Running, Statistics
 
 # Awkward sizes: one channel, one image, few channels, planes of several tiles, rows that are gathered, short last rows.
 SHAPES = [
@@ -51,10 +52,10 @@ def everything(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str, 
     normal, forward, input_gradient, whole_gradient = output(x), output(x), output(dy), output(dy)
     stats = module.stats(x, n)
     module.normalize(normal if in_place else x, normal, mean, weight, bias, n)
-    saved = module.forward(forward if in_place else x, forward, weight, bias, 1e-5, None, None, 0.1, 1, compute, n)
+    saved = module.forward(forward if in_place else x, forward, Affine(weight, bias), 1e-5, Running(None, None, 0.1, 1), compute, n)
     sums = module.grad_sums(dy, x, mean, n)
-    module.grad_input(input_gradient if in_place else dy, x, input_gradient, mean, weight, bias, weight, n)
-    totals = module.backward(whole_gradient if in_place else dy, x, whole_gradient, saved[0], saved[1], saved[2], weight, n)
+    module.grad_input(input_gradient if in_place else dy, x, input_gradient, mean, weight, (bias, weight), n)
+    totals = module.backward(whole_gradient if in_place else dy, x, whole_gradient, Statistics(*saved[:3]), weight, n)
     return [a.tobytes() for a in (*stats, normal, *saved, forward, *sums, input_gradient, *totals, whole_gradient)]
 
 

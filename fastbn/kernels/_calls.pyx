@@ -96,69 +96,63 @@ cdef class Calls:
         return tuple(sums)
 
     def grad_input(
-        self, cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray dx not None, mean, scale, g0, g1, threads=1, epilogue=None
+        self, cnp.ndarray dy not None, cnp.ndarray x not None, cnp.ndarray dx not None, mean, scale, line, threads=1,
+        epilogue=None
     ):
         """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; as `reference.grad_input`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         bind_gradient(&call, x, number, epilogue)
+        g0, g1 = line
         call.dy, call.out = like(x, dy), target(x, dx)
         call.mean, call.scale = vector(&call, "mean", number, mean), vector(&call, "scale", number, scale)
         call.g0, call.g1 = vector(&call, "g0", number, g0), vector(&call, "g1", number, g1)
         run(self.table.grad_input, &call)
 
-    def inference(
-        self, cnp.ndarray x not None, cnp.ndarray y not None, mean, mean_lo, spread, weight, bias, eps, threads, epilogue=None
-    ):
+    def inference(self, cnp.ndarray x not None, cnp.ndarray y not None, given, affine, threads, epilogue=None):
         """Normalize with given statistics; as `composed.ComposedKernel.inference`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         bind_epilogue(&call, x, epilogue)
         call.out = target(x, y)
-        call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
-        if eps is None:
-            call.invstd = vector(&call, "spread", number, spread)
-        else:
-            call.var, call.eps = vector(&call, "spread", number, spread), eps
-        call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
+        enter_statistics(&call, number, given)
+        enter_affine(&call, number, affine)
         run(self.table.inference, &call)
 
     def forward(
-        self, cnp.ndarray x not None, cnp.ndarray y not None, weight, bias, double eps, running_mean, running_var, double momentum,
-        int correction, compute, threads, epilogue=None
+        self, cnp.ndarray x not None, cnp.ndarray y not None, affine, double eps, running, compute, threads,
+        epilogue=None
     ):
         """Normalize with the batch's statistics; as `composed.ComposedKernel.forward`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         bind_epilogue(&call, x, epilogue)
         call.out = target(x, y)
-        call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
-        call.running_mean = running(&call, "running_mean", number, running_mean)
-        call.running_var = running(&call, "running_var", number, running_var)
-        call.eps, call.momentum, call.correction = eps, momentum, correction
-        return tuple(train(self, &call, number, x, y, (weight, bias, running_mean, running_var), epilogue, None))
+        enter_affine(&call, number, affine)
+        mean, var, call.momentum, call.correction = running
+        call.running_mean = moved(&call, "running_mean", number, mean)
+        call.running_var = moved(&call, "running_var", number, var)
+        call.eps = eps
+        return tuple(train(self, &call, number, x, y, (*affine, mean, var), epilogue, None))
 
-    def backward(self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, scale, threads, epilogue=None):
+    def backward(self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, kept, scale, threads, epilogue=None):
         """Sums of dy and of dy (x - mean), and dx unless it is None; as `composed.ComposedKernel.backward`."""
         cdef Call call
         cdef int number = bind(&call, x, threads)
         cdef cnp.ndarray sums = new_vectors(&call, 2, cnp.NPY_DOUBLE)
         bind_gradient(&call, x, number, epilogue)
         call.dy = like(x, dy)
-        call.mean, call.mean_lo = vector(&call, "mean", number, mean), optional(&call, "mean_lo", number, mean_lo)
+        enter_statistics(&call, number, kept)
         call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
         if dx is not None:
             call.out = target(x, dx)
             call.scale = vector(&call, "scale", number, scale)
-            call.invstd = vector(&call, "invstd", number, invstd)
-        elif invstd is not None:
-            call.invstd = vector(&call, "invstd", number, invstd)
         if run(self.table.backward, &call) == LEFT:
-            return rescue(self).backward(dy, x, dx, mean, mean_lo, invstd, scale, call.threads, epilogue)
+            return rescue(self).backward(dy, x, dx, kept, scale, call.threads, epilogue)
         return tuple(sums)
 
     def parts_forward(
-        self, cnp.ndarray x not None, cnp.ndarray y not None, weight, bias, double eps, Py_ssize_t group, bint centered, threads,
+        self, cnp.ndarray x not None, cnp.ndarray y not None, affine, double eps, grouping, threads,
         epilogue=None
     ):
         """Normalize parts with their own statistics, of (batch, outer, channels, inner) arrays; as `parts.forward`.
@@ -166,14 +160,14 @@ cdef class Calls:
         Mean, what it rounds away, and invstd of each part, one below the other; invstd is -1 where the caller must do it.
         None where this takes no such shape.
         """
-        return forward_of_parts(self, x, y, weight, bias, eps, group, centered, threads, epilogue)
+        return forward_of_parts(self, x, y, affine, eps, grouping, threads, epilogue)
 
     def parts_backward(
-        self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, mean, mean_lo, invstd, weight, bias, Py_ssize_t group,
-        bint centered, threads, epilogue=None
+        self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, kept, affine, grouping,
+        threads, epilogue=None
     ):
         """Gradients through the statistics of parts; as `parts.backward`: those of weight and bias, or None where this cannot."""
-        return backward_of_parts(self, dy, x, dx, (mean, mean_lo, invstd), (weight, bias), group, centered, threads, epilogue)
+        return backward_of_parts(self, (dy, x, dx), kept, affine, grouping, threads, epilogue)
 
 
 cdef Status run(call_fn function, Call* call) except *:
@@ -219,27 +213,27 @@ cdef int finish(Calls calls, Call* call, cnp.ndarray made, x, y, tuple given, ep
     memcpy(row(found, 1), call.batch_m2, call.channels * sizeof(double))
     call.batch_mean, call.batch_m2 = <double*> row(found, 0), <double*> row(found, 1)
     end_scratch()
-    weight, bias, running_mean, running_var = given
+    weight, bias, mean, var = given
     dims = dims_of(call)
     if after is not None:
         activation, residual = after
         epilogue = calls.epilogue(activation, None if residual is None else in_memory(residual, dims))
     channels = np.flatnonzero(mask)
     part = calls.part(channels, np.zeros_like(channels))
-    rows, own_mean, own_var = part.of(in_memory(x, dims)), part.of(running_mean), part.of(running_var)
+    rows, own_mean, own_var = part.of(in_memory(x, dims)), part.of(mean), part.of(var)
+    running = own_mean, own_var, call.momentum, int(call.correction)
     vectors = rescue(calls).forward(
-        rows, rows, part.of(weight), part.of(bias), call.eps, own_mean, own_var, call.momentum, int(call.correction), made.dtype,
-        call.threads, part.epilogue(epilogue),
+        rows, rows, (part.of(weight), part.of(bias)), call.eps, running, made.dtype, call.threads, part.epilogue(epilogue)
     )
     in_memory(y, dims)[:, channels] = rows
     made[:, channels] = vectors
     cdef uint32_t mode = enter_default_mode()
     calls.table.move_running(call)
     leave_default_mode(mode)
-    if running_mean is not None:
-        running_mean[channels] = own_mean
-    if running_var is not None:
-        running_var[channels] = own_var
+    if mean is not None:
+        mean[channels] = own_mean
+    if var is not None:
+        var[channels] = own_var
     return 0
 
 

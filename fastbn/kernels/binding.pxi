@@ -70,7 +70,7 @@ cdef void* optional(Call* call, str name, int number, object v) except? NULL:
     return NULL if v is None else vector(call, name, number, v)
 
 
-cdef Running running(Call* call, str name, int number, object v) except *:
+cdef Running moved(Call* call, str name, int number, object v) except *:
     """Running statistics that the call updates, in the type of the arithmetic or in double, or None."""
     cdef Running r
     memset(&r, 0, sizeof(Running))
@@ -80,6 +80,22 @@ cdef Running running(Call* call, str name, int number, object v) except *:
         if not cnp.PyArray_ISWRITEABLE(v):
             raise ValueError(f"{name} is updated in place but is read-only")
     return r
+
+
+cdef int enter_affine(Call* call, int number, affine) except -1:
+    weight, bias = affine
+    call.weight, call.bias = optional(call, "weight", number, weight), optional(call, "bias", number, bias)
+    return 0
+
+
+cdef int enter_statistics(Call* call, int number, statistics) except -1:
+    mean, mean_lo, spread, eps = statistics
+    call.mean, call.mean_lo = vector(call, "mean", number, mean), optional(call, "mean_lo", number, mean_lo)
+    if eps is None:
+        call.invstd = vector(call, "spread", number, spread)
+    else:
+        call.var, call.eps = vector(call, "spread", number, spread), eps
+    return 0
 
 
 cdef cnp.ndarray new_vectors(const Call* call, Py_ssize_t number_of_vectors, int number):

@@ -30,7 +30,7 @@ import operator
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from math import gcd, isfinite, sqrt
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numba import config, from_dtype, njit
@@ -40,6 +40,9 @@ from numba.core.registry import cpu_target
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
+
+if TYPE_CHECKING:
+    from fastbn.kernels.protocol import Affine, Running, Statistics
 
 from fastbn.kernels import numba_cache, numba_passes, numba_threads
 from fastbn.kernels.numba_apart import apart
@@ -1153,7 +1156,7 @@ def normalize(x: Array, y: Array, mean: Array, scale: Array, shift: Array, threa
 
 def grad_sums(dy: Array, x: Array, mean: Array, threads: int = 1, epilogue: Any = None) -> tuple[Array, Array]:
     """Sum dy and ``dy * (x - mean)`` over each channel; see `fastbn.reference.grad_sums`."""
-    sums, usual = _backward(GRAD_SUMS, dy, x, None, (mean, None, None, None), threads, epilogue)
+    sums, usual = _backward(GRAD_SUMS, (dy, x, None), (mean, None, None), None, threads, epilogue)
     if not usual and x.dtype != np.float64 and (lost := np.isnan(sums[1])).any():
         if epilogue is not None:
             names = ("residual", "scale", "shift")
@@ -1168,10 +1171,11 @@ def _wide(a: Array | None, channels: Array) -> Any:
 
 
 def grad_input(
-    dy: Array, x: Array, dx: Array, mean: Array, scale: Array, g0: Array, g1: Array, threads: int = 1, epilogue: Any = None
-) -> None:  # fmt: skip
+    dy: Array, x: Array, dx: Array, mean: Array, scale: Array, line: tuple[Array, Array], threads: int = 1, epilogue: Any = None
+) -> None:
     """Write ``scale * (dy - g0 - (x - mean) * g1)`` to `dx`; see `fastbn.reference.grad_input`."""
-    call, slope = _Call(GRAD_INPUT, x, dy, dx, threads, epilogue), -g1
+    (g0, g1), call = line, _Call(GRAD_INPUT, x, dy, dx, threads, epilogue)
+    slope = -g1
     call.job.mean, call.job.scale, call.job.offset, call.job.slope = _address(mean), _address(scale), _address(g0), _address(slope)
     if epilogue is not None:
         call.job.shift = _address(epilogue.shift)
@@ -1236,13 +1240,10 @@ else:
         return None if activation is not None and activation.custom else _doors.prepared(mean, scale, shift, activation, sample, axis)
 
 
-def inference(
-    x: Array, y: Array, mean: Array, mean_lo: Array | None, spread: Array, weight: Array | None, bias: Array | None,
-    eps: float | None, threads: int, epilogue: Any = None,
-) -> None:  # fmt: skip
+def inference(x: Array, y: Array, given: Statistics, affine: Affine, threads: int, epilogue: Any = None) -> None:
     """Normalize with given statistics; see `composed.ComposedKernel.inference`."""
     call = _Call(INFERENCE, x, None, y, threads, epilogue)
-    job = call.job
+    job, (mean, mean_lo, spread, eps), (weight, bias) = call.job, given, affine
     job.mean, job.mean_lo, job.weight, job.bias = _address(mean), _address(mean_lo), _address(weight), _address(bias)
     if eps is None:
         job.invstd = _address(spread)
@@ -1252,12 +1253,12 @@ def inference(
 
 
 def forward(
-    x: Array, y: Array, weight: Array | None, bias: Array | None, eps: float, running_mean: Array | None, running_var: Array | None,
-    momentum: float, correction: int, compute: np.dtype[Any], threads: int, epilogue: Any = None,
-) -> tuple[Array, Array, Array, Array, Array]:  # fmt: skip
+    x: Array, y: Array, affine: Affine, eps: float, running: Running, compute: np.dtype[Any], threads: int, epilogue: Any = None
+) -> tuple[Array, Array, Array, Array, Array]:
     """Normalize with the batch's statistics; see `composed.ComposedKernel.forward`."""
     call = _Call(FORWARD, x, None, y, threads, epilogue)
     job, made = call.job, np.empty((5, x.shape[1]), compute)
+    (weight, bias), (running_mean, running_var, momentum, correction) = affine, running
     address, step = _address(made), made.strides[0]
     job.mean, job.mean_lo, job.invstd, job.scale, job.shift = range(address, address + 5 * step, step)
     job.weight, job.bias = _address(weight), _address(bias)
@@ -1266,29 +1267,28 @@ def forward(
     job.wide_var = running_var is not None and running_var.itemsize == 8
     job.eps, job.momentum, job.correction = eps, momentum, correction
     if not call.run():  # x and the running statistics are as they were
-        vectors = weight, bias, eps, running_mean, running_var
-        made = _composed.forward(x, y, *vectors, momentum, correction, compute, threads, epilogue)
+        made = _composed.forward(x, y, affine, eps, running, compute, threads, epilogue)
     mean, low, invstd, scale, shift = made
     return mean, low, invstd, scale, shift
 
 
 def backward(
-    dy: Array, x: Array, dx: Array | None, mean: Array, mean_lo: Array | None, invstd: Array | None, scale: Array | None, threads: int,
-    epilogue: Any = None,
-) -> tuple[Array, Array]:  # fmt: skip
+    dy: Array, x: Array, dx: Array | None, kept: Statistics, scale: Array | None, threads: int, epilogue: Any = None
+) -> tuple[Array, Array]:
     """Sums of dy and of dy (x - mean), and dx unless it is None; see `composed.ComposedKernel.backward`."""
     kind = GRAD_SUMS if dx is None else BACKWARD
-    sums, usual = _backward(kind, dy, x, dx, (mean, mean_lo, invstd, scale), threads, epilogue)
+    sums, usual = _backward(kind, (dy, x, dx), kept[:3], scale, threads, epilogue)
     if not usual:
-        sums = _composed.backward(dy, x, dx, mean, mean_lo, invstd, scale, threads, epilogue)
+        sums = _composed.backward(dy, x, dx, kept, scale, threads, epilogue)
     return sums
 
 
 def _backward(
-    kind: int, dy: Array, x: Array, dx: Array | None, vectors: tuple[Array | None, ...], threads: int, epilogue: Any
-) -> tuple[tuple[Array, Array], bool]:  # fmt: skip
+    kind: int, arrays: tuple[Array, Array, Array | None], kept: tuple[Array | None, ...], scale: Array | None, threads: int, epilogue: Any
+) -> tuple[tuple[Array, Array], bool]:
+    dy, x, dx = arrays
     call = _Call(kind, x, dy, dx, threads, epilogue)
-    job, (mean, mean_lo, invstd, scale) = call.job, vectors
+    job, (mean, mean_lo, invstd) = call.job, kept
     sums = np.empty((2, x.shape[1]))
     job.sum_dy = _address(sums)
     job.sum_dy_xmu = job.sum_dy + 8 * x.shape[1]

@@ -19,9 +19,11 @@ cdef int bind_parts(Call* call, cnp.ndarray x, Py_ssize_t group, threads) except
 
 
 cdef object forward_of_parts(
-    Calls calls, cnp.ndarray x, cnp.ndarray y, weight, bias, double eps, Py_ssize_t group, bint centered, threads, epilogue
+    Calls calls, cnp.ndarray x, cnp.ndarray y, affine, double eps, grouping, threads, epilogue
 ):
     cdef Call call
+    cdef Py_ssize_t group = grouping[0]
+    cdef bint centered = grouping[1]
     cdef int number = bind_parts(&call, x, group, threads)
     cdef cnp.npy_intp[2] shape = [3, call.batch * (call.channels // group)]
     cdef cnp.ndarray made
@@ -30,7 +32,7 @@ cdef object forward_of_parts(
         return None
     bind_epilogue(&call, x, epilogue)
     call.out = target(x, y)
-    call.weight, call.bias = optional(&call, "weight", number, weight), optional(&call, "bias", number, bias)
+    enter_affine(&call, number, affine)
     call.eps, call.uncentered = eps, not centered
     made = cnp.PyArray_EMPTY(2, shape, number, 0)
     call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
@@ -40,10 +42,10 @@ cdef object forward_of_parts(
     return made, left
 
 
-cdef object backward_of_parts(
-    Calls calls, cnp.ndarray dy, cnp.ndarray x, dx, tuple statistics, tuple affine, Py_ssize_t group, bint centered, threads, epilogue
-):
+cdef object backward_of_parts(Calls calls, tuple arrays, statistics, affine, grouping, threads, epilogue):
     cdef Call call
+    cdef cnp.ndarray dy = arrays[0], x = arrays[1]
+    cdef Py_ssize_t group = grouping[0]
     cdef int number = bind_parts(&call, x, group, threads)
     cdef Py_ssize_t parts = call.batch * (call.channels // group)
     cdef bint rows = call.outer == 1 and call.inner == 1
@@ -53,10 +55,10 @@ cdef object backward_of_parts(
         return None
     bind_epilogue(&call, x, epilogue)
     call.dy = like(x, dy)
-    call.out = NULL if dx is None else target(x, dx)
-    call.uncentered = not centered
-    call.weight, call.bias = optional(&call, "weight", number, affine[0]), optional(&call, "bias", number, affine[1])
-    for v in statistics:
+    call.out = NULL if arrays[2] is None else target(x, arrays[2])
+    call.uncentered = not grouping[1]
+    enter_affine(&call, number, affine)
+    for v in statistics[:3]:
         if not is_plain(v, number) or cnp.PyArray_SIZE(v) != parts:
             raise ValueError(f"statistics must be vectors of {parts} parts, in the type of the arithmetic")
     call.mean, call.mean_lo = cnp.PyArray_DATA(<cnp.ndarray> statistics[0]), cnp.PyArray_DATA(<cnp.ndarray> statistics[1])
