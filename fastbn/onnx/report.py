@@ -126,8 +126,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     seconds : float
         How long to run the model by ONNX Runtime, to measure each node's share of the time; 0 runs nothing.
     inputs : mapping of str to ndarray, optional
-        What to run it with. None means numbers by chance, for axes that are not fixed 1 (the first) or 224; 64, 48 or 32 where
-        the model takes no 224.
+        What to run it with, where seconds are given. None means numbers by chance, for axes that are not fixed 1 (the first) or
+        224; 64, 48 or 32 where the model takes no 224.
 
     Returns
     -------
@@ -139,7 +139,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     TypeError
         If model is no ModelProto and no path, seconds is no number, or inputs is no mapping.
     ValueError
-        If there is no such file, it is not a model, onnx.checker refuses the model, or seconds is negative.
+        If there is no such file, it is not a model, onnx.checker refuses the model, seconds is negative or not
+        finite, or there are inputs and no seconds.
 
     See Also
     --------
@@ -160,6 +161,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     checks.number("seconds", seconds, 0.0)
     if inputs is not None and not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of names to arrays, got {type(inputs).__name__}")
+    if inputs is not None and not seconds:
+        raise ValueError("inputs are what the model is run with, and seconds=0 does not run it: give both, or neither")
     proto, folder = load(model)
     opened = Model(proto, folder)
     rows = [_row(node) for node in opened.norms]
