@@ -17,6 +17,7 @@ from fastbn.onnx.frozen import Frozen, frozen
 from fastbn.onnx.graph import Model, Node, Stays
 from fastbn.onnx.protos import DEFAULT, load
 from fastbn.onnx.timing import Timing, measure
+from fastbn.tables import counted, table
 
 CHANNELS_LAST = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
@@ -102,13 +103,9 @@ class Report(tuple[Norm, ...]):
         """A table of columns, and what it counts in all."""
         if not self:
             return "\n".join(filter(None, ["the model has no normalization nodes", self.timing]))
-        rows = [HEADER, *(row.cells() for row in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         counts = {state: sum(row.state == state for row in self) for state in ("foldable", "folded", "stays")}
-        nodes = "1 node" if len(self) == 1 else f"{len(self)} nodes"
-        lines.append(f"{nodes}: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay")
-        return "\n".join(filter(None, [*lines, self.timing]))
+        nodes = f"{counted(len(self), 'node')}: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay"
+        return "\n".join(filter(None, [*table([HEADER, *(row.cells() for row in self)]), nodes, self.timing]))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts and lists, for JSON."""
