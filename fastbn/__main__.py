@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,8 +27,10 @@ import numpy as np
 import fastbn
 from fastbn import benchmark, cpu, dispatch, reference
 from fastbn.dtypes import DTYPES
+from fastbn.environment import MOST_THREADS
 from fastbn.introspection import problems
 from fastbn.layout import Array, LayoutName
+from fastbn.tables import counted, print_within, size
 
 LANES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 33, 49, 63, 65, 97, 100)  # on both sides of every vector's length
 SHAPES = (
@@ -249,25 +250,6 @@ def verify(names: Sequence[str], as_json: bool = False) -> int:
     return int(failed)
 
 
-def print_within(start: str, text: str) -> None:
-    """Print text after a start, in lines of 80 characters; further lines are indented by the start's length."""
-    lines = textwrap.wrap(text, 79 - len(start), break_long_words=False, break_on_hyphens=False) or [""]
-    print(start + f"\n{' ' * len(start)}".join(lines))
-
-
-def size(count: float) -> str:
-    """Bytes for people: "32 KiB", "3.2 GB"; powers of 1024 where they leave no more than three digits, as for caches."""
-    if count < 1024:
-        return f"{count:.0f} bytes"
-    for unit, power in (("KiB", 10), ("MiB", 20), ("GiB", 30)):
-        if count % (1 << power) == 0 and count < 1000 << power:
-            return f"{int(count) >> power} {unit}"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count / 1e3:.1f} KB"
-
-
 def text_of(value: object) -> str:
     """A value of the report for people."""
     if value is None or value == [] or value == {}:
@@ -351,7 +333,7 @@ def overview() -> int:
     """Say in a screen what fastbn is here and what can be asked of it; 1 if something is wrong."""
     wrong = problems()
     print(f"fastbn {fastbn.__version__}: batch normalization for CPUs\n")
-    print_within("  processor  ", (cpu.model() or "unknown") + (f", {fastbn.get_num_threads()} thread(s)" if not wrong else ""))
+    print_within("  processor  ", (cpu.model() or "unknown") + (f", {counted(fastbn.get_num_threads(), 'thread')}" if not wrong else ""))
     if not wrong:
         chosen = {dtype: dispatch.pinned() or dispatch.select(dtype).name for dtype in DTYPES}
         for i, kernel in enumerate(dict.fromkeys(chosen.values())):
@@ -361,7 +343,7 @@ def overview() -> int:
         print_within("  problem    ", problem)
     print("\ncommands, each with --help:")
     for name, about in COMMANDS.items():
-        print(f"  python -m fastbn {name:<8}{about}")
+        print_within(f"  python -m fastbn {name:<8}", about)
     return int(bool(wrong))
 
 
@@ -371,6 +353,18 @@ COMMANDS = {
     "bench": "how fast it is here, beside a copy and NumPy",
     "onnx": "list the normalization nodes of an ONNX model, and fold its batch norms",
 }
+WORDS = {"info": """\
+words:
+  used      how many threads a large call runs on
+  affinity  processors that this process may run on
+  quota     processors that its control group may use
+  cost      what waking a thread takes the caller; delay: until the thread runs
+  worth     work for each thread, from which on those that sleep are woken
+  in_use    large outputs that are alive; idle: their memory, kept for the next
+  limit     of what is idle; hits and misses: outputs with kept and new memory
+  selected  the kernel for each dtype; pinned: the one that was chosen for all
+
+"""}
 EXAMPLES = {
     "info": "examples:\n  python -m fastbn info\n  python -m fastbn info --json | jq .kernels",
     "verify": "examples:\n  python -m fastbn verify\n  python -m fastbn verify --kernel simd_v3 --json",
@@ -381,15 +375,17 @@ EXAMPLES = {
 }  # fmt: skip
 
 
-def argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """The type of an argument: what it is parsed by, and what it must be, for the one line of an error."""
+def argument(
+    parse: Callable[[str], Any], wanted: str, least: float | None = None, most: float = sys.float_info.max
+) -> Callable[[str], Any]:
+    """The type of an argument: what it is parsed by, what it must be, for the one line of an error, and the bounds of a number."""
 
     def parsed(text: str) -> Any:
         try:
             value = parse(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error) if parse is benchmark.shape_of else f"must be {wanted}, got {text!r}") from None
-        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
+        if least is not None and not least <= value <= most:
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return value
 
@@ -400,7 +396,7 @@ def parser_of_commands() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m fastbn", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="What fastbn runs on this machine, whether it is right, and how fast it is. Without a command: an overview.",
+        description="What fastbn runs on this machine, whether it is right, and how fast it is.\nWithout a command: an overview.",
         epilog="examples:\n" + "\n".join(line for text in EXAMPLES.values() for line in text.splitlines() if line.startswith("  ")),
     )  # fmt: skip
     parser.add_argument("-V", "--version", action="version", version=f"fastbn {fastbn.__version__}")
@@ -410,23 +406,28 @@ def parser_of_commands() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     made = {
         name: commands.add_parser(
-            name, parents=[as_json], help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=EXAMPLES[name],
+            name, parents=[as_json], help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=WORDS.get(name, "") + EXAMPLES[name],
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for name, about in COMMANDS.items()
     }  # fmt: skip
-    made["info"].description += " Exit status 1 if anything is."  # type: ignore[operator]
-    made["verify"].description += " Exit status 1 if any differs."  # type: ignore[operator]
+    for one in made.values():
+        one.set_defaults(refuse=one.error)
+    made["info"].description += "\nExit status 1 if anything is."  # type: ignore[operator]
+    made["verify"].description += "\nExit status 1 if any differs."  # type: ignore[operator]
     made["verify"].add_argument("--kernel", choices=list(dispatch.KERNELS), help="this kernel only")
     add = made["bench"].add_argument
     add("--shape", action="append", type=argument(benchmark.shape_of, "a shape"), metavar="N,C,H,W", help="may be given several times")
     add("--layout", choices=["channels_first", "NCHW", "channels_last", "NHWC"], help="order of the axes in memory (default: both)")
     add("--dtype", choices=list(DTYPES), default="float32", help="of x, y and the gradients (default: %(default)s)")
-    add("--threads", type=argument(int, "a whole number of at least 1"), metavar="N", help="default: as many as a call would use")
-    add("--seconds", type=argument(float, "a number of seconds above 0"), default=8.0, help="for all measurements (default: %(default)s)")
+    threads = argument(int, f"a whole number from 1 to {MOST_THREADS}", 1, MOST_THREADS)
+    add("--threads", type=threads, metavar="N", help="default: as many as a call would use")
+    seconds = argument(float, "a number of seconds above 0", sys.float_info.min)
+    add("--seconds", type=seconds, default=8.0, help="for all measurements (default: %(default)s)")
     add = made["onnx"].add_argument
     add("model", metavar="MODEL.onnx")
-    add("--seconds", type=float, default=1.0, help="how long to measure by ONNX Runtime; 0 does not (default: %(default)s)")
+    seconds = argument(float, "a number of seconds of at least 0", 0)
+    add("--seconds", type=seconds, default=1.0, help="how long to measure by ONNX Runtime; 0 does not (default: %(default)s)")
     add("--fold", metavar="OUT.onnx", help="write the model with its batch norms folded")
     add("--rewrite", action="store_true", help="with --fold: batch norms that stay become what runs in parallel")
     return parser
@@ -447,19 +448,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         environment, a model cannot be read or the report could not be written; 128 and the signal's number after Ctrl-C and a
         closed pipe.
     """
-    parser = parser_of_commands()
-    args = parser.parse_args(argv)
+    args = parser_of_commands().parse_args(argv)
     if args.command == "onnx":
         if args.rewrite and args.fold is None:
-            parser.error("--rewrite goes with --fold")
+            args.refuse("--rewrite goes with --fold")
         return to_the_end(lambda: onnx(args.model, args.seconds, args.fold, args.rewrite, args.json))
     if args.command == "verify":
         return to_the_end(lambda: verify([args.kernel] if args.kernel else list(dispatch.KERNELS), args.json))
     if args.command == "bench":
         if args.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
-            parser.error("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
+            args.refuse("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
         if found := problems():
-            parser.error(found[0])
+            args.refuse(found[0])
         return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))
     if args.command == "info" or args.json:
         return to_the_end(lambda: info(args.json))
@@ -485,6 +485,9 @@ def to_the_end(command: Callable[[], int]) -> int:
         if isinstance(error, BrokenPipeError):  # as after `| head`
             return 128 + signal.SIGPIPE
         print(f"python -m fastbn: {error.strerror}", file=sys.stderr)
+        return 1
+    except MemoryError as error:
+        print(f"python -m fastbn: {error or 'not enough memory'}", file=sys.stderr)
         return 1
     return status
 

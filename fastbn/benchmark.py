@@ -18,6 +18,7 @@ import numpy as np
 import fastbn
 from fastbn import cpu, dispatch
 from fastbn.layout import Array, LayoutName, pattern
+from fastbn.tables import counted
 
 SHAPES = ((1, 64, 56, 56), (1, 512, 7, 7), (8, 256, 28, 28), (8, 64, 112, 112))
 OPS = ("inference", "forward", "backward")
@@ -180,7 +181,7 @@ def row(line: Line) -> str:
     shape = "x".join(map(str, line.shape))
     doubt = " ?" if line.spread > WIDE else ""
     return (
-        f"{shape:<18}{line.layout:<7}{line.op:<10}{line.microseconds:>9.1f}{line.gigabytes:>7.1f}{line.copies:>8.2f}"
+        f"{shape:<17} {line.layout:<7}{line.op:<10}{line.microseconds:>9.1f}{line.gigabytes:>7.1f}{line.copies:>8.2f}"
         f"{line.over_numpy:>12.1f}{doubt}"
     )
 
@@ -209,15 +210,17 @@ def run(
     lines: list[Line] = []
     with fastbn.num_threads(fastbn.get_num_threads() if threads is None else threads):
         if not as_json:
-            about = f"kernel {dispatch.pinned() or dispatch.select(dtype).name}, {fastbn.get_num_threads()} thread(s)"
+            about = f"kernel {dispatch.pinned() or dispatch.select(dtype).name}, {counted(fastbn.get_num_threads(), 'thread')}"
             print(f"fastbn {fastbn.__version__}, {dtype}, {about}\n{cpu.model() or 'unknown processor'}\n\n{HEADER}")
-        for shape, last in chosen:
-            for line in measure(shape, last, storage, seconds / len(chosen)):
-                lines.append(line)
-                if not as_json:
-                    print(row(line), flush=True)
-    if as_json:
-        print(json.dumps({"config": fastbn.show_config(), "results": [line._asdict() for line in lines]}, indent=2))
-    else:
-        print(f"\n{LEGEND}")
+        try:
+            for shape, last in chosen:
+                for line in measure(shape, last, storage, seconds / len(chosen)):
+                    lines.append(line)
+                    if not as_json:
+                        print(row(line), flush=True)
+        finally:  # also of what Ctrl-C has ended
+            if as_json:
+                print(json.dumps({"config": fastbn.show_config(), "results": [line._asdict() for line in lines]}, indent=2))
+            else:
+                print(f"\n{LEGEND}")
     return 0

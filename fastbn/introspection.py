@@ -12,6 +12,7 @@ from fastbn import cpu, environment, memory, threads
 from fastbn.dispatch import KERNELS, TABLE, Kernel, passed_over, pinned, select
 from fastbn.dtypes import DTYPES, lookup
 from fastbn.layout import Array, LayoutName, channel_axis, plain, view
+from fastbn.tables import counted
 
 OPS = ("stats", "normalize", "forward", "backward")
 
@@ -31,7 +32,17 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     Returns
     -------
     str
-        A few lines.
+        A few lines, of which those of a compiled kernel are all there:
+
+        - the head: operation, memory (ncsp: channels first, nspc: channels last), dtype, and the kernel that was chosen;
+        - memory: the array as runs of channels; "copied first" where it has gaps;
+        - threads: how many a call of this size uses, and for how much work one that sleeps is woken (`show_config`: waking);
+        - tiles: pieces in which sums are added up; they depend on the shape alone, and so do the bits of the result;
+        - units: pieces of work for the threads; "on resident data" where the map of a piece finds in the cache what its sums
+          have read, "whose parameters they make" in an inference of few rows;
+        - streaming: whether the output is written past the caches;
+        - traffic: how often x, and what has its size, is read and written, with nothing left in a cache but resident data;
+        - why each better kernel was passed over.
 
     Raises
     ------
@@ -57,7 +68,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     kernel = select(dtype.storage)
     n = threads.for_call(op, x)
     outer, channels, inner = v.dims
-    copied = "" if v.dense else ", copied first: the memory is not dense"
+    copied = "" if v.dense else ", copied first: not dense"
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
@@ -71,10 +82,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
 def _who_sleeps(kernel: Kernel, n: int) -> str:
     """What decides whether a call on several threads wakes those of the pool that sleep."""
     waking = threads.waking() if n > 1 and kernel.level is not None else None
-    if waking is None:
-        return ""
-    cost, delay, worth = (round(1e6 * waking[name]) for name in ("cost", "delay", "worth"))
-    return f"; those that sleep are woken for {worth} us of work each (a wake takes {cost} us, and {delay} us until the thread runs)"
+    return "" if waking is None else f"; those that sleep are woken for {1e6 * waking['worth']:.0f} us of work each"
 
 
 def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dict[str, str]:
@@ -102,10 +110,10 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
         reads = 1
     size = (reads + written) * dims[0] * dims[1] * dims[2] * itemsize
     return {
-        "tiles": f"{plan['tiles']} tiles of {tiles}",
+        "tiles": f"{counted(plan['tiles'], 'tile')} of {tiles}",
         "units": work,
         "streaming": "yes" if last["nontemporal"] else "no",
-        "traffic": f"at most {reads} reads and {written} writes of x, {size} bytes",
+        "traffic": f"at most {counted(reads, 'read')} and {counted(written, 'write')} of x, {size} bytes",
     }
 
 

@@ -534,6 +534,22 @@ def test_a_summary_is_a_table_of_all_layers() -> None:
     assert "4 layers, 16 channels" in text
 
 
+@pytest.mark.parametrize("fuse", [False, True])
+def test_operations_stand_among_layers(fuse: bool) -> None:
+    layers = keras.layers
+    entry = layers.Input((8, 8, 3))
+    first = layers.BatchNormalization(name="first")(keras.ops.add(entry, 1.0))
+    second = layers.ReLU()(layers.BatchNormalization(name="second")(keras.ops.relu(first)))
+    model = keras.Model(entry, second)
+    converted = fastbn.keras.convert(model, fuse=fuse)
+    for found in (fastbn.keras.summary(model), fastbn.keras.summary(converted)):
+        assert (found[0].before.lower(), found[0].after.lower()) == ("add", "relu")
+    activations = [None if layer.activation is None else layer.activation.__name__ for layer in _norms(converted)]
+    assert activations == [None, "relu" if fuse else None]
+    x = data((2, 8, 8, 3))
+    near(converted(x), values(model(x)), 2e-5)
+
+
 @trains
 def test_a_network_trains_to_the_losses_of_keras_own() -> None:
     sklearn = pytest.importorskip("sklearn.datasets")

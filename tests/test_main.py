@@ -17,6 +17,7 @@ import fastbn
 from fastbn import __main__ as command
 from fastbn import benchmark, cpu, dispatch, reference
 from fastbn.__main__ import main
+from fastbn.tables import size
 
 
 def test_info_names_what_matters(capsys):
@@ -73,7 +74,8 @@ def test_bench_measures_any_shape(capsys, memory):
 
 
 WRONG = (
-    ["--shape", "3"], ["--shape", "1,8"], ["--shape", "a,b"], ["--shape", "0,3"], ["--threads", "0"], ["--seconds", "nan"],
+    ["--shape", "3"], ["--shape", "1,8"], ["--shape", "a,b"], ["--shape", "0,3"], ["--threads", "0"], ["--threads", "99999999999"],
+    ["--seconds", "nan"], ["--seconds", "inf"], ["--seconds", "0"],
     ["--dtype", "int8"], ["--layout", "HWCN"],
 )  # fmt: skip
 
@@ -83,7 +85,26 @@ def test_bench_refuses_a_wrong_argument_with_one_line(capsys, wrong):
     with pytest.raises(SystemExit) as end:
         main(["bench", *wrong])
     assert end.value.code == 2
-    assert f"error: argument {wrong[0]}: " in capsys.readouterr().err.splitlines()[-1]
+    assert f"python -m fastbn bench: error: argument {wrong[0]}: " in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bench_keeps_what_an_interrupt_leaves(monkeypatch, capsys, as_json):
+    def measured(*_):
+        yield benchmark.Line((128, 256, 16, 112, 112), "NCDHW", "float32", "forward", 1.0, 2.0, 3.0, 4.0, 0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark, "measure", measured)
+    assert main(["bench", "--threads", "3", *["--json"] * as_json]) == 130
+    said = capsys.readouterr()
+    assert said.err.strip() == "interrupted"
+    if as_json:
+        found = json.loads(said.out)
+        assert [line["op"] for line in found["results"]] == ["forward"]
+        assert found["config"]["threads"]["used"] == 3  # of the measurements
+    else:
+        assert "128x256x16x112x112 NCDHW " in said.out
+        assert said.out.endswith(f"{benchmark.LEGEND}\n")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -115,10 +136,26 @@ def test_version(capsys, option):
     assert capsys.readouterr().out == f"fastbn {fastbn.__version__}\n"
 
 
-def test_lines_fit_a_terminal(capsys):
+def test_lines_fit_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main([])
     main(["info"])
     main(["verify", "--kernel", "reference"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    for name in ([], *([name] for name in command.COMMANDS)):
+        with pytest.raises(SystemExit):
+            main([*name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "{" not in line) <= 80  # argparse breaks no list of choices
+
+
+def test_help_says_what_the_words_of_info_mean(capsys):
+    with pytest.raises(SystemExit):
+        main(["info", "--help"])
+    words = capsys.readouterr().out.partition("words:")[2].partition("examples:")[0]
+    config = fastbn.show_config()
+    named = {name for part in ("threads", "waking", "memory") for name in config[part] or () if name.islower()}
+    assert named >= {"used", "idle"}
+    assert all(re.search(rf"\b{name}\b", words) for name in (*named, "selected", "pinned"))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +166,7 @@ def test_lines_fit_a_terminal(capsys):
     ],
 )  # fmt: skip
 def test_sizes_are_for_people(count, shown):
-    assert command.size(count) == shown
+    assert size(count) == shown
 
 
 @pytest.mark.parametrize(
@@ -202,6 +239,15 @@ def test_an_interrupt_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(command, "draw", interrupt)
     assert main(["verify"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_too_little_memory_is_one_line(monkeypatch, capsys):
+    def large(*_):
+        raise MemoryError("Unable to allocate 8 GiB")
+
+    monkeypatch.setattr(benchmark, "measure", large)
+    assert main(["bench"]) == 1
+    assert capsys.readouterr().err == "python -m fastbn: Unable to allocate 8 GiB\n"
 
 
 def test_verify_passes(capsys):
@@ -332,7 +378,7 @@ def test_onnx_writes_the_folded_model(model, tmp_path, capsys, rewrite):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["missing.onnx"], ["{model}", "--seconds", "-1"], ["{model}", "--fold", "missing/out.onnx"], ["{model}", "--fold", "."],
+        ["missing.onnx"], ["{model}", "--fold", "missing/out.onnx"], ["{model}", "--fold", "."],
         ["{model}", "--fold", "{model}"],
     ],
 )  # fmt: skip
@@ -340,7 +386,7 @@ def test_onnx_says_in_a_line_what_is_wrong_before_it_measures(model, capsys, arg
     before = model.read_bytes()
     assert main(["onnx", *(argument.format(model=model) for argument in arguments)]) == 1
     said = capsys.readouterr()
-    assert re.fullmatch(r"python -m fastbn: .*(missing|seconds|--fold must be).*\n", said.err)
+    assert re.fullmatch(r"python -m fastbn: .*(missing|--fold must be).*\n", said.err)
     assert not said.out
     assert model.read_bytes() == before
 
@@ -382,4 +428,9 @@ def test_onnx_refuses_options_that_do_nothing(model, capsys):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         assert end.value.code == 2
-    assert "--rewrite goes with --fold" in capsys.readouterr().err
+    assert "python -m fastbn onnx: error: --rewrite goes with --fold" in capsys.readouterr().err
+    for seconds in ("-1", "nan", "inf", "soon"):
+        with pytest.raises(SystemExit) as end:
+            main(["onnx", str(model), "--seconds", seconds])
+        assert end.value.code == 2
+        assert f"must be a number of seconds of at least 0, got '{seconds}'" in capsys.readouterr().err

@@ -286,6 +286,19 @@ def test_a_session_of_a_path_has_its_external_data(tmp_path: Path) -> None:
         fastbn.onnx.session(path)
 
 
+@pytest.mark.parametrize("epsilon", ["", " <epsilon: float = @eps>"])
+def test_a_session_leaves_what_lies_in_functions(epsilon: str) -> None:
+    """Also in a branch there, whose epsilon each call may set."""
+    pytest.importorskip("onnxruntime_extensions")
+    function = f"""<domain: "local", opset_import: ["": 17]> block <eps> (a, s, b, m, v) => (r)
+        <float[2, 3, 6, 6] a, float[3] s, float[3] b, float[3] m, float[3] v> {{
+        t = Constant <value = bool {{1}}> ()
+        r = If (t) <then_branch = p () => (float[A, B, C, D] e) {{ e = {BN}{epsilon} (a, s, b, m, v) }},
+            else_branch = q () => (float[E, F, G, H] f) {{ f = Relu (a) }}> }}"""
+    model = net("y = local.block <eps = 0.5> (x, s, b, m, v)", IMAGES.shape, norm(3), functions=function, ir=10)
+    np.testing.assert_allclose(fastbn.onnx.session(model).run(None, {"x": IMAGES})[0], run(model, IMAGES)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_what_fastbn_raises_in_a_session_is_raised_by_run() -> None:
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxruntime_extensions")

@@ -127,6 +127,17 @@ def test_what_folds(nodes: str, constants: dict[str, Array], x: Array, left: lis
     assert len(result.graph.initializer) <= len(constants) + 1
 
 
+@pytest.mark.parametrize("between", ["", "i = Identity (c) "])
+@pytest.mark.parametrize("product", ["MatMul (n, w)", "MatMul (w, n)"])
+def test_batch_norms_on_both_sides_of_a_product_fold(between: str, product: str) -> None:
+    """The product that the first one adds its shift to has as many axes as it had."""
+    last = "i" if between else "c"
+    nodes = f"n = {BN} (x, s, b, m, v) c = {product} {between}d = {BN} ({last}, s2, b2, m2, v2) y = {BN} (d, s, b, m, v)"
+    x = ROWS if product.startswith("MatMul (n") else array(2, 3, 5)
+    model = net(nodes, x.shape, {"w": array(3, 3), **norm(3), **SECOND})
+    assert operators(folded(model, x)) == ["MatMul", "Add", *(["Identity"] if between else [])]
+
+
 ZERO = {"s": array(3), "b": np.zeros(3, np.float32), "m": np.zeros(3, np.float32), "v": np.ones(3, np.float32)}
 
 
@@ -536,8 +547,11 @@ def test_options_are_checked() -> None:
         fastbn.onnx.fold(model, rewrite="yes")
     with pytest.raises(TypeError, match="seconds must be a number"):
         fastbn.onnx.check(model, seconds="1")
-    with pytest.raises(ValueError, match="seconds must be a finite number of at least 0"):
-        fastbn.onnx.check(model, seconds=-1)
+    for seconds in (-1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="seconds must be a finite number of at least 0"):
+            fastbn.onnx.check(model, seconds=seconds)
+    with pytest.raises(ValueError, match="inputs are what the model is run with, and seconds=0 does not run it"):
+        fastbn.onnx.check(model, inputs={"x": IMAGES})
 
 
 @pytest.mark.parametrize("ir", [3, 8])

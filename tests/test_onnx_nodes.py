@@ -206,3 +206,22 @@ def test_operators_run_in_branches_and_functions() -> None:
     for epsilon in (1e-5, 0.5):
         expected = (expected - held["m"]) / np.sqrt(held["v"] + epsilon) * held["s"] + held["b"]
     np.testing.assert_allclose(evaluate(model, x)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 6), (2, 3, 4, 5), (0, 3, 4), (2, 0)])
+@pytest.mark.parametrize("axes", ["", "<axes = [1, -1]>", "<axes = [0, 2, 0]>"])
+def test_axes_that_x_lacks_are_left_out(shape: tuple[int, ...], axes: str) -> None:
+    """As ONNX Runtime does it; by default they are those of images."""
+    pytest.importorskip("onnxruntime")
+    model, x = net(f"y = MeanVarianceNormalization {axes} (x)", shape, {}, opset=13), array(*shape)
+    np.testing.assert_allclose(evaluate(model, x)[0], run(model, x)[0], rtol=1e-5, atol=1e-5)
+    model = net("y = MeanVarianceNormalization <axes = [7]> (x)", shape, {}, opset=13)
+    with pytest.raises(ValueError, match=r"axes must name one of x, of shape \(.*\), got \[7\]"):
+        evaluate(model, x)
+
+
+@pytest.mark.parametrize("opset", [7, 8])
+def test_an_empty_batch_has_parameters_for_each_position(opset: int) -> None:
+    held = {name: array(3, 4) ** 2 for name in "sbmv"}
+    model = net(f"y = {BN} <spatial = 0> (x, s, b, m, v)", (0, 3, 4), held, opset=opset)
+    assert evaluate(model, array(0, 3, 4))[0].shape == (0, 3, 4)

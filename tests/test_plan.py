@@ -14,6 +14,7 @@ import fastbn
 from fastbn import activations, core, cpu
 from fastbn.dispatch import TABLE, Kernel
 from fastbn.kernels.protocol import Affine, Running
+from fastbn.tables import counted
 
 plans = pytest.importorskip("fastbn.kernels._plan", reason="built without a compiler")
 
@@ -126,7 +127,7 @@ def test_explain_prints_the_plan(op: str, layout: Any) -> None:
     with fastbn.num_threads(2):
         plan, text = plans.plan(op, dims, 4, 2), fastbn.explain(op, x, layout)
     last = plan["map"] or plan["sums"]
-    assert f"{plan['tiles']} tiles of" in text
+    assert f"{counted(plan['tiles'], 'tile')} of" in text
     assert f"{last['units']}" in text.split("units: ")[1].split("\n")[0]
     assert f"streaming: {'yes' if last['nontemporal'] else 'no'}" in text
 

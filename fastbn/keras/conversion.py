@@ -106,6 +106,11 @@ def is_functional(model: Any) -> bool:
     return isinstance(model, keras.Model) and not isinstance(model, keras.Sequential) and hasattr(model, "operations")
 
 
+def operation(model: Any, name: str) -> Any:
+    """A layer of a model by its name, or an operation, such as ``keras.ops.add``, which a graph of layers may have among them."""
+    return next(one for one in (model.operations if is_functional(model) else model.layers) if one.name == name)
+
+
 def _follows(layer: Any) -> Any:
     """What a layer computes, where it is an activation that the kernels know."""
     if type(layer) is layers.Activation:
@@ -138,7 +143,7 @@ def _pairs(model: Any) -> dict[int, Any]:
         place = places(holder).get(layer.name) if isinstance(holder, keras.Model) else None
         if place is None or (place.calls, len(place.after)) != (1, 1) or not place.after[0] or getattr(layer, "activation", None):
             continue
-        after = holder.get_layer(place.after[0])
+        after = operation(holder, place.after[0])
         function = _follows(after)
         if function is None or places(holder)[after.name].calls != 1 or after.compute_dtype != layer.compute_dtype:
             continue

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras.ops import convert_to_numpy
 
-from fastbn.keras.conversion import check, norms, places
+from fastbn.keras.conversion import check, norms, operation, places
 from fastbn.keras.layer import BatchNormalization
 from fastbn.tables import counted, table
 
@@ -37,7 +37,7 @@ class Layer(NamedTuple):
     activation : str
         What it computes in the same pass, or "-".
     before, after : str
-        Classes of the layers there, "several", "input", "output" or "unknown".
+        Classes of the layers or operations there, "several", "input", "output" or "unknown".
     """
 
     path: str
@@ -119,7 +119,7 @@ def _row(path: str, layer: Any, holder: Any) -> Layer:
 
 
 def _beside(names: list[str], holder: Any, end: str) -> str:
-    found = {end if not name else _kind(holder.get_layer(name), end) for name in names}
+    found = {end if not name else _kind(operation(holder, name), end) for name in names}
     return end if not names else found.pop() if len(names) == 1 else "several"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from fastbn.layout import Array
@@ -136,6 +136,11 @@ class Scope:
         if scope is not None and (scope is not self or node is None):
             scope.elsewhere[name] = "the graph returns it" if scope is self else "a subgraph reads it"
 
+    @property
+    def in_function(self) -> bool:
+        """Whether it is a local function, or lies in one."""
+        return isinstance(self.body, FunctionProto) if self.parent is None else self.parent.in_function
+
     def defines(self, name: str) -> bool:
         """Whether a value is made here."""
         return name in self.producer or name in self.inputs or name in self.initializers or name in self.sparse
@@ -221,8 +226,10 @@ class Scope:
         self.readers.setdefault(name, []).append(node)
 
     def rename(self, node: Node, old: str, new: str) -> None:
-        """Let a node write another value in place of one that nobody reads any more."""
+        """Let a node write another value in place of one that nobody reads any more; it has its type."""
         node.proto.output[list(node.proto.output).index(old)] = new
+        if (known := self.model.types.get((self.key, old))) is not None:
+            self.model.types.setdefault((self.key, new), known)
         self.producer.pop(old, None)
         self.producer[new] = node
 

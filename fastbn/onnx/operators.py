@@ -51,7 +51,7 @@ class BatchNormalization(OpRun):
             training = not attributes.get("is_test")
         shape, parameters = x.shape, scale.shape
         if opset < 9 and attributes.get("spatial") == 0:  # each position is a channel
-            x, scale, bias, mean, var = x.reshape(len(x), -1), scale.ravel(), bias.ravel(), mean.ravel(), var.ravel()
+            x, scale, bias, mean, var = x.reshape(len(x), scale.size), scale.ravel(), bias.ravel(), mean.ravel(), var.ravel()
         elif x.ndim == 1:
             x = x[:, None]
         if not training:
@@ -109,13 +109,20 @@ class LayerNormalization(OpRun):
 
 
 class MeanVarianceNormalization(OpRun):
-    """MeanVarianceNormalization over any axes: the others, one behind the other, are the channels."""
+    """MeanVarianceNormalization over any axes: the others, one behind the other, are the channels.
+
+    Axes that x lacks are left out, as ONNX Runtime does: by default they are those of images.
+    """
 
     def _run(self, x: Array, **attributes: Any) -> tuple[Array]:
-        over = sorted(axis % x.ndim for axis in attributes.get("axes") or (0, 2, 3))
+        axes = attributes.get("axes") or (0, 2, 3)
+        over = sorted({axis % x.ndim for axis in axes if -x.ndim <= axis < x.ndim})
+        if not over:
+            raise ValueError(f"axes must name one of x, of shape {x.shape}, got {list(axes)}")
         order = [axis for axis in range(x.ndim) if axis not in over] + over
         turned = x.transpose(order)
-        one = turned.reshape(1, prod(turned.shape[: x.ndim - len(over)]), -1)
+        kept = x.ndim - len(over)
+        one = turned.reshape(1, prod(turned.shape[:kept]), prod(turned.shape[kept:]))
         mean, var = _exact(functional.batch_norm_stats(one))
         y = functional.batch_norm_elemt(one, mean, 1 / (np.sqrt(var) + MVN_EPSILON))
         return (y.reshape(turned.shape).transpose(np.argsort(order)),)

@@ -17,6 +17,7 @@ from fastbn.onnx.frozen import Frozen, frozen
 from fastbn.onnx.graph import Model, Node, Stays
 from fastbn.onnx.protos import DEFAULT, load
 from fastbn.onnx.timing import Timing, measure
+from fastbn.tables import counted, table
 
 CHANNELS_LAST = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 
@@ -102,13 +103,9 @@ class Report(tuple[Norm, ...]):
         """A table of columns, and what it counts in all."""
         if not self:
             return "\n".join(filter(None, ["the model has no normalization nodes", self.timing]))
-        rows = [HEADER, *(row.cells() for row in self)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         counts = {state: sum(row.state == state for row in self) for state in ("foldable", "folded", "stays")}
-        nodes = "1 node" if len(self) == 1 else f"{len(self)} nodes"
-        lines.append(f"{nodes}: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay")
-        return "\n".join(filter(None, [*lines, self.timing]))
+        nodes = f"{counted(len(self), 'node')}: {counts['foldable']} can be folded, {counts['folded']} are already, {counts['stays']} stay"
+        return "\n".join(filter(None, [*table([HEADER, *(row.cells() for row in self)]), nodes, self.timing]))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts and lists, for JSON."""
@@ -126,8 +123,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     seconds : float
         How long to run the model by ONNX Runtime, to measure each node's share of the time; 0 runs nothing.
     inputs : mapping of str to ndarray, optional
-        What to run it with. None means numbers by chance, for axes that are not fixed 1 (the first) or 224; 64, 48 or 32 where
-        the model takes no 224.
+        What to run it with, where seconds are given. None means numbers by chance, for axes that are not fixed 1 (the first) or
+        224; 64, 48 or 32 where the model takes no 224.
 
     Returns
     -------
@@ -139,7 +136,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     TypeError
         If model is no ModelProto and no path, seconds is no number, or inputs is no mapping.
     ValueError
-        If there is no such file, it is not a model, onnx.checker refuses the model, or seconds is negative.
+        If there is no such file, it is not a model, onnx.checker refuses the model, seconds is negative or not
+        finite, or there are inputs and no seconds.
 
     See Also
     --------
@@ -160,6 +158,8 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     checks.number("seconds", seconds, 0.0)
     if inputs is not None and not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must be a mapping of names to arrays, got {type(inputs).__name__}")
+    if inputs is not None and not seconds:
+        raise ValueError("inputs are what the model is run with, and seconds=0 does not run it: give both, or neither")
     proto, folder = load(model)
     opened = Model(proto, folder)
     rows = [_row(node) for node in opened.norms]

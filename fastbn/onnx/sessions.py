@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import GraphProto, ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from fastbn.functional import batch_norm
 from fastbn.layout import Array
@@ -136,7 +136,7 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
 
 def _operator(node: Node) -> str | None:
     """The custom operator that does what a node does, if there is one."""
-    if node.op != "BatchNormalization" or not isinstance(node.scope.body, GraphProto) or node.scope.opset < 7:
+    if node.op != "BatchNormalization" or node.scope.in_function or node.scope.opset < 7:
         return None
     try:
         trains = node.attribute("training_mode", 0) or any(list(node.proto.output)[1:]) or not node.attribute("spatial", 1)
