@@ -78,6 +78,9 @@ def same(model: Any, *inputs: Any) -> Any:
     return found
 
 
+CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
 class Body(nn.Module):
     """A convolution, batch norms, and what a test does with them."""
 
@@ -385,6 +388,36 @@ def test_what_begins_without_gradients_has_none() -> None:
     same(Model(lambda: None), image())
 
 
+MODES_BETWEEN: dict[str, Callable[..., Any]] = {
+    "inference": lambda z, y: (keep_in(torch.inference_mode(), z), y.relu())[1],
+    "a gradient": lambda z, y: (torch.func.grad(lambda w: (w * z).sum())(torch.ones(())), y.relu())[1],
+    "a batch": lambda z, y: torch.func.vmap(lambda w: (w * z.relu()).sum())(torch.ones(3)) * y.mean(),
+    "a checkpoint": lambda z, y: CHECKPOINT(torch.relu, y),
+    "saved in another way": lambda z, y: keep_in(torch.autograd.graph.saved_tensors_hooks(torch.zeros_like, lambda t: t), z) + y.relu(),
+}
+
+
+def keep_in(context: Any, z: Any) -> Any:
+    with context:
+        return z.sigmoid().detach()
+
+
+@pytest.mark.parametrize("name", MODES_BETWEEN)
+@pytest.mark.parametrize("added", [False, True])
+def test_what_waits_is_computed_in_the_mode_in_which_it_began(name: str, added: bool) -> None:
+    def body(m: Any, x: Any) -> Any:
+        z = m.bn(m.conv(x))
+        y = z + m.other(x) if added else z
+        return MODES_BETWEEN[name](y, y) if m.flag else y.relu()
+
+    model, own = Body(body, flag=False), Body(body, flag=True)
+    own.load_state_dict(model.state_dict())
+    assert fastbn.torch.convert(model)[0].fused[-1] == "relu"
+    model.flag, x = True, image()
+    for got, want in zip(step(model, x), step(own, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_transforms_of_functorch_compute_as_torch_does() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval(), image(2, 2, 3, 5, 5)
     own = copy.deepcopy(model)
@@ -537,17 +570,22 @@ def test_errors_are_torchs() -> None:
         assert found[0] == found[1]
 
 
-def test_changes_in_place_between_are_noticed() -> None:
+@pytest.mark.parametrize("changed", ["input", "added", "added in place"])
+def test_changes_in_place_between_are_noticed(changed: str) -> None:
     class Model(Body):
         def forward(self, x: Any) -> Any:
-            z = self.conv(x)
+            z, r = self.conv(x), self.other(x)
             y = self.bn(z)
+            if changed == "added in place":
+                y += r
+            if changed == "added":
+                y = y + r
             if self.training is None:
-                z.mul_(2)
+                (z if changed == "input" else r).mul_(2)
             return y.relu()
 
     model = Model(lambda: None)
-    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    assert fastbn.torch.convert(model)[0].fused[-1] == "relu"
     model(image())
     model.bn.training, model.training = True, None
     with pytest.raises(RuntimeError, match="changed in place before what follows it was computed"):
@@ -820,7 +858,6 @@ def test_checkpointed_parts_are_computed_again() -> None:
         assert taken() == before + 3
 
 
-CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 BODIES: dict[str, Callable[..., Any]] = {
     "closure": lambda m, x: CHECKPOINT(lambda z: m.bn(m.conv(z)).relu(), x),
     "closure with a sum": lambda m, x: CHECKPOINT(lambda z: (m.bn(m.conv(z)) + m.other(z)).relu(), x),
@@ -864,6 +901,29 @@ def test_checkpoints_that_were_not_foreseen(body: str) -> None:
     model.flag = own.flag = True
     for got, want in zip(step(model, x), step(own, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_compiled_graph_holds_checkpoints_whole() -> None:
+    model = Body(lambda m, x: CHECKPOINT(m.part, x) + 1, part=Body(lambda m, x: (m.bn(m.conv(x)) + m.bn2(m.other(x))).relu()))
+    own, x, steps = copy.deepcopy(model), image(), []
+    assert any(layer.fused == ("add", "relu") for layer in fastbn.torch.convert(model))
+    for m in (model, own):
+        torch.compiler.reset()
+        leaf = x.clone().requires_grad_()
+        torch.compile(m, backend="aot_eager", fullgraph=True)(leaf).square().sum().backward()
+        steps.append([leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_an_export_that_ends_with_an_error_leaves_nothing_open() -> None:
+    model, x = Body(lambda m, x: (z := m.bn(m.conv(x)), 1 / 0 if m.flag else z.relu())[1], flag=False).eval(), image()
+    fastbn.torch.convert(model)
+    model.flag = True
+    with pytest.raises(ZeroDivisionError):
+        torch.export.export(model, (x,), strict=False)
+    z = image(2, 4, 5, 6)
+    torch.testing.assert_close(torch.export.export(model.bn, (z,), strict=False).module()(z), model.bn(z))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
