@@ -903,14 +903,16 @@ def test_checkpoints_that_were_not_foreseen(body: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_graph_holds_checkpoints_whole() -> None:
-    model = Body(lambda m, x: CHECKPOINT(m.part, x) + 1, part=Body(lambda m, x: (m.bn(m.conv(x)) + m.bn2(m.other(x))).relu()))
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_holds_checkpoints_whole(dynamic: bool) -> None:
+    part, again = (Body(lambda m, x: (m.bn(m.conv(x)) + m.bn2(m.other(x))).relu()) for _ in range(2))
+    model = Body(lambda m, x: CHECKPOINT(m.part, x).sum() + m.again(x), part=part, again=again)
     own, x, steps = copy.deepcopy(model), image(), []
     assert any(layer.fused == ("add", "relu") for layer in fastbn.torch.convert(model))
     for m in (model, own):
         torch.compiler.reset()
         leaf = x.clone().requires_grad_()
-        torch.compile(m, backend="aot_eager", fullgraph=True)(leaf).square().sum().backward()
+        torch.compile(m, backend="aot_eager", fullgraph=True, dynamic=dynamic)(leaf).square().sum().backward()
         steps.append([leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
     torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
     torch.compiler.reset()

@@ -466,8 +466,7 @@ class Pending(Standing):
         if self.residual is not None and name not in FROM_OUTPUT:
             return None
         self._release()
-        after = BUILTINS[name]
-        y = self._run(after if parameter == after.parameter else after._replace(parameter=parameter))
+        y = self._run(Builtin(name, parameter, BUILTINS[name].code))
         if in_place:
             self.value = y
         return y

@@ -407,9 +407,14 @@ torch.library.register_fake("fastbn::batch_norm_gradients", _fake_gradients, lib
 torch.library.register_autograd("fastbn::batch_norm", _derive, setup_context=_save, lib=_OWN)
 
 
+def in_words(activation: Builtin) -> tuple[str, float]:
+    """An activation as graphs hold it. Numbers of fastbn's tables are not read: to torch.compile they may be inputs of the graph."""
+    return activation.name, activation.parameter if activation.name == "leaky_relu" else 0.0
+
+
 def in_graph(a: Arguments) -> Tensor:
     """The same as one node of a graph."""
-    y, _, _, mean, var = torch.ops.fastbn.batch_norm(*a[:9], a.activation.name, a.activation.parameter)
+    y, _, _, mean, var = torch.ops.fastbn.batch_norm(*a[:9], *in_words(a.activation))
     if a.training:
         for running, moved in ((a.mean, mean), (a.var, var)):
             if running is not None:
