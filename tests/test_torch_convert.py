@@ -570,6 +570,42 @@ def test_errors_are_torchs() -> None:
         assert found[0] == found[1]
 
 
+ORDERS: dict[str, Callable[[], Any]] = {
+    "contiguous": lambda: image(2, 4, 5, 6),
+    "channels last": lambda: image(2, 4, 5, 6).to(memory_format=torch.channels_last),
+    "transposed": lambda: image(2, 4, 6, 5).transpose(2, 3),
+    "images inside": lambda: image(4, 2, 5, 6).transpose(0, 1),
+    "gaps": lambda: image(2, 8, 5, 6)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("first", ["bn", "other"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("of_other", ORDERS)
+def test_a_sum_has_the_order_of_memory_of_its_first_tensor(first: str, order: str, of_other: str) -> None:
+    class Model(Body):
+        def forward(self, x: Any, r: Any) -> Any:
+            return F.relu(self.bn(x) + r if first == "bn" else r + self.bn(x))
+
+    before = taken()
+    assert same(Model(lambda: None), ORDERS[order](), ORDERS[of_other]())[0].fused == ("add", "relu")
+    assert taken() == before + 2 or first == "other"
+
+
+def test_gradients_of_an_evaluation_are_those_of_its_own_statistics() -> None:
+    """Those of torch's own batch norm are of what the running statistics have become since."""
+    model, x, grads = sequential(nn.BatchNorm2d(4), nn.ReLU()), image(), []
+    fastbn.torch.convert(model)
+    for moved in (False, True):
+        twin, leaf = copy.deepcopy(model).eval(), x.clone().requires_grad_()
+        y = twin(leaf).square().sum()
+        if moved:
+            twin.train()(3 * x + 1)
+        y.backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("changed", ["input", "added", "added in place"])
 def test_changes_in_place_between_are_noticed(changed: str) -> None:
     class Model(Body):

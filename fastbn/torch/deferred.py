@@ -34,7 +34,7 @@ from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import function_codes, has_hooks, in_function
 from fastbn.torch.modes import again, mode, saved_hooks
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
-from fastbn.torch.parts import Parts
+from fastbn.torch.parts import LAST, Parts
 from fastbn.torch.standing import Standing, tensor_of
 
 SCOPE = "_fastbn_scope"  # of a module: its Scope
@@ -440,6 +440,15 @@ class Pending(Standing):
     def _waits(self) -> bool:
         """Whether what comes now may be computed with it."""
         return self.value is None and mode() == self.call.mode
+
+    def has_order_of(self, first: Any) -> bool:
+        """Whether a sum that begins with another tensor has the order of memory of the normalization; it has the tensor's."""
+        x = self.call.arguments.x
+        if not isinstance(first, Tensor) or first.shape != x.shape or first.layout is not x.layout:
+            return False
+        if first.is_contiguous() and x.is_contiguous():
+            return True
+        return x.dim() in LAST and all(t.is_contiguous(memory_format=LAST[x.dim()]) for t in (first, x))
 
     def plus(self, other: Any, in_place: bool) -> Any:
         """The sum with a residual, or None if it must be computed apart."""

@@ -366,7 +366,8 @@ def keep(ctx: Any, a: Arguments, y: Tensor, saved: Any) -> None:
     """Keep what a backward needs."""
     masked = a.is_masked()
     residual = a.residual if a.activation.code and not masked else None
-    statistics = (None, None) if a.training else (a.mean, a.var)
+    # Copies: a call in training moves running statistics in C, which autograd does not notice.
+    statistics = [None if a.training or t is None else t.clone() for t in (a.mean, a.var)]
     of_batch = saved if a.training and saved is not None else (None, None)
     from_output = saved is not None and a.is_invertible()
     ctx.save_for_backward(
