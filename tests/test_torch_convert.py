@@ -215,13 +215,21 @@ def test_a_layer_that_was_never_called_is_left() -> None:
         lambda m, x: m.bn(m.conv(x)).relu() if m.training else m.bn(m.conv(x))[:, 1:].clone(),
         lambda m, x: m.bn(m.conv(x)).relu() if m.training else (z := m.bn(m.conv(x))).add(z).sigmoid() / z.shape[0] - z.mean(),
         lambda m, x: m.bn(m.conv(x)).relu() if m.training else 3.0 - (-m.bn(m.conv(x))).clamp(min=0),
+        lambda m, x: m.bn(m.conv(x)) + m.other(x) if m.training else (z := m.bn(m.conv(x))).add_(z),
+        lambda m, x: (m.bn(m.conv(x)) + m.other(x)).relu() if m.training else (z := m.bn(m.conv(x))).add_(z).relu() + z,
     ],
 )
 def test_where_other_code_runs_than_was_found_the_result_is_the_models(after: Callable[..., Any]) -> None:
     """As code does that asks for the mode, which torch.fx does not see."""
-    model = Body(after, act=nn.GELU())
-    same(model, image())
-    same(model.eval(), image())
+    model, x = Body(after, act=nn.GELU()), image()
+    same(model, x)
+    same(model.eval(), x)
+    for training in (True, False):
+        own = copy.deepcopy(model.train(not training))
+        fastbn.torch.convert(model)
+        for got, want in zip(step(model.train(training), x), step(own.train(training), x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        fastbn.torch.revert(model)
 
 
 def test_a_model_may_be_changed_after_it_was_converted() -> None:

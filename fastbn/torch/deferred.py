@@ -453,9 +453,9 @@ class Pending(Standing):
     def plus(self, other: Any, in_place: bool) -> Any:
         """The sum with a residual, or None if it must be computed apart."""
         x = self.call.arguments.x
+        other = tensor_of(other)  # which may be this one, and waits no longer then
         if not (self._waits() and self.steps.sum and self.residual is None):
             return None
-        other = tensor_of(other)
         if type(other) not in (Tensor, Parameter) and not (torch.compiler.is_compiling() and isinstance(other, Tensor)):
             return None
         if (other.shape, other.dtype, other.device, other.layout) != (x.shape, x.dtype, x.device, x.layout):
