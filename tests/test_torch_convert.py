@@ -1318,6 +1318,15 @@ def test_a_sequence_that_was_changed_is_what_it_is_now(change: Callable[..., Any
     agree(step(model, x), step(own, x))
 
 
+def test_a_sequence_with_an_order_of_its_own_runs_in_it() -> None:
+    class Backwards(nn.Sequential):
+        def __iter__(self) -> Any:
+            return reversed(self._modules.values())
+
+    assert same(Backwards(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(3, 4, 1)), image())[0].fused == ("ReLU",)
+    assert same(Backwards(nn.GELU(), nn.BatchNorm2d(3), nn.Tanh()), image())[0].fused == ("GELU",)
+
+
 def test_graphs_are_converted_and_may_be_changed() -> None:
     model, x = torch.fx.symbolic_trace(Body(lambda m, x: F.relu(m.bn(m.conv(x)))).train()), image()
     own = copy.deepcopy(model)

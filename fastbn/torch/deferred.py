@@ -237,7 +237,7 @@ class Scoped(Derived):
     @classmethod
     def members(cls, kind: Any) -> dict[str, Any]:
         """The code of the kind, in a visit."""
-        is_line = kind.forward is Sequential.forward
+        line = is_line(kind)
 
         @functools.wraps(kind.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +251,7 @@ class Scoped(Derived):
             depth = len(visits)
             visits.append(visit)
             try:
-                output = _line(visit, *args) if is_line and len(args) == 1 and not kwargs else kind.forward(self, *args, **kwargs)
+                output = _line(visit, *args) if line and len(args) == 1 and not kwargs else kind.forward(self, *args, **kwargs)
             except BaseException:
                 visit.give_up()
                 raise
@@ -267,6 +267,11 @@ class Scoped(Derived):
         # A graph that is changed writes a new forward into its class; one that is copied makes a class for the copy.
         names = ("recompile", "__deepcopy__") if issubclass(kind, fx.GraphModule) else ()
         return {"forward": forward} | {name: _as_own(kind, name) for name in names}
+
+
+def is_line(kind: Any) -> bool:
+    """Whether modules of a class call their parts one after the other."""
+    return kind.forward is Sequential.forward and kind.__iter__ is Sequential.__iter__
 
 
 def _line(visit: Any, x: Any) -> Any:
