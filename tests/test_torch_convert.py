@@ -78,6 +78,9 @@ def same(model: Any, *inputs: Any) -> Any:
     return found
 
 
+CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
 class Body(nn.Module):
     """A convolution, batch norms, and what a test does with them."""
 
@@ -212,13 +215,21 @@ def test_a_layer_that_was_never_called_is_left() -> None:
         lambda m, x: m.bn(m.conv(x)).relu() if m.training else m.bn(m.conv(x))[:, 1:].clone(),
         lambda m, x: m.bn(m.conv(x)).relu() if m.training else (z := m.bn(m.conv(x))).add(z).sigmoid() / z.shape[0] - z.mean(),
         lambda m, x: m.bn(m.conv(x)).relu() if m.training else 3.0 - (-m.bn(m.conv(x))).clamp(min=0),
+        lambda m, x: m.bn(m.conv(x)) + m.other(x) if m.training else (z := m.bn(m.conv(x))).add_(z),
+        lambda m, x: (m.bn(m.conv(x)) + m.other(x)).relu() if m.training else (z := m.bn(m.conv(x))).add_(z).relu() + z,
     ],
 )
 def test_where_other_code_runs_than_was_found_the_result_is_the_models(after: Callable[..., Any]) -> None:
     """As code does that asks for the mode, which torch.fx does not see."""
-    model = Body(after, act=nn.GELU())
-    same(model, image())
-    same(model.eval(), image())
+    model, x = Body(after, act=nn.GELU()), image()
+    same(model, x)
+    same(model.eval(), x)
+    for training in (True, False):
+        own = copy.deepcopy(model.train(not training))
+        fastbn.torch.convert(model)
+        for got, want in zip(step(model.train(training), x), step(own.train(training), x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        fastbn.torch.revert(model)
 
 
 def test_a_model_may_be_changed_after_it_was_converted() -> None:
@@ -385,6 +396,36 @@ def test_what_begins_without_gradients_has_none() -> None:
     same(Model(lambda: None), image())
 
 
+MODES_BETWEEN: dict[str, Callable[..., Any]] = {
+    "inference": lambda z, y: (keep_in(torch.inference_mode(), z), y.relu())[1],
+    "a gradient": lambda z, y: (torch.func.grad(lambda w: (w * z).sum())(torch.ones(())), y.relu())[1],
+    "a batch": lambda z, y: torch.func.vmap(lambda w: (w * z.relu()).sum())(torch.ones(3)) * y.mean(),
+    "a checkpoint": lambda z, y: CHECKPOINT(torch.relu, y),
+    "saved in another way": lambda z, y: keep_in(torch.autograd.graph.saved_tensors_hooks(torch.zeros_like, lambda t: t), z) + y.relu(),
+}
+
+
+def keep_in(context: Any, z: Any) -> Any:
+    with context:
+        return z.sigmoid().detach()
+
+
+@pytest.mark.parametrize("name", MODES_BETWEEN)
+@pytest.mark.parametrize("added", [False, True])
+def test_what_waits_is_computed_in_the_mode_in_which_it_began(name: str, added: bool) -> None:
+    def body(m: Any, x: Any) -> Any:
+        z = m.bn(m.conv(x))
+        y = z + m.other(x) if added else z
+        return MODES_BETWEEN[name](y, y) if m.flag else y.relu()
+
+    model, own = Body(body, flag=False), Body(body, flag=True)
+    own.load_state_dict(model.state_dict())
+    assert fastbn.torch.convert(model)[0].fused[-1] == "relu"
+    model.flag, x = True, image()
+    for got, want in zip(step(model, x), step(own, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_transforms_of_functorch_compute_as_torch_does() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval(), image(2, 2, 3, 5, 5)
     own = copy.deepcopy(model)
@@ -537,17 +578,58 @@ def test_errors_are_torchs() -> None:
         assert found[0] == found[1]
 
 
-def test_changes_in_place_between_are_noticed() -> None:
+ORDERS: dict[str, Callable[[], Any]] = {
+    "contiguous": lambda: image(2, 4, 5, 6),
+    "channels last": lambda: image(2, 4, 5, 6).to(memory_format=torch.channels_last),
+    "transposed": lambda: image(2, 4, 6, 5).transpose(2, 3),
+    "images inside": lambda: image(4, 2, 5, 6).transpose(0, 1),
+    "gaps": lambda: image(2, 8, 5, 6)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("first", ["bn", "other"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("of_other", ORDERS)
+def test_a_sum_has_the_order_of_memory_of_its_first_tensor(first: str, order: str, of_other: str) -> None:
+    class Model(Body):
+        def forward(self, x: Any, r: Any) -> Any:
+            return F.relu(self.bn(x) + r if first == "bn" else r + self.bn(x))
+
+    before = taken()
+    assert same(Model(lambda: None), ORDERS[order](), ORDERS[of_other]())[0].fused == ("add", "relu")
+    assert taken() == before + 2 or first == "other"
+
+
+def test_gradients_of_an_evaluation_are_those_of_its_own_statistics() -> None:
+    """Those of torch's own batch norm are of what the running statistics have become since."""
+    model, x, grads = sequential(nn.BatchNorm2d(4), nn.ReLU()), image(), []
+    fastbn.torch.convert(model)
+    for moved in (False, True):
+        twin, leaf = copy.deepcopy(model).eval(), x.clone().requires_grad_()
+        y = twin(leaf).square().sum()
+        if moved:
+            twin.train()(3 * x + 1)
+        y.backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("changed", ["input", "added", "added in place"])
+def test_changes_in_place_between_are_noticed(changed: str) -> None:
     class Model(Body):
         def forward(self, x: Any) -> Any:
-            z = self.conv(x)
+            z, r = self.conv(x), self.other(x)
             y = self.bn(z)
+            if changed == "added in place":
+                y += r
+            if changed == "added":
+                y = y + r
             if self.training is None:
-                z.mul_(2)
+                (z if changed == "input" else r).mul_(2)
             return y.relu()
 
     model = Model(lambda: None)
-    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    assert fastbn.torch.convert(model)[0].fused[-1] == "relu"
     model(image())
     model.bn.training, model.training = True, None
     with pytest.raises(RuntimeError, match="changed in place before what follows it was computed"):
@@ -820,7 +902,6 @@ def test_checkpointed_parts_are_computed_again() -> None:
         assert taken() == before + 3
 
 
-CHECKPOINT = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 BODIES: dict[str, Callable[..., Any]] = {
     "closure": lambda m, x: CHECKPOINT(lambda z: m.bn(m.conv(z)).relu(), x),
     "closure with a sum": lambda m, x: CHECKPOINT(lambda z: (m.bn(m.conv(z)) + m.other(z)).relu(), x),
@@ -864,6 +945,31 @@ def test_checkpoints_that_were_not_foreseen(body: str) -> None:
     model.flag = own.flag = True
     for got, want in zip(step(model, x), step(own, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_graph_holds_checkpoints_whole(dynamic: bool) -> None:
+    part, again = (Body(lambda m, x: (m.bn(m.conv(x)) + m.bn2(m.other(x))).relu()) for _ in range(2))
+    model = Body(lambda m, x: CHECKPOINT(m.part, x).sum() + m.again(x), part=part, again=again)
+    own, x, steps = copy.deepcopy(model), image(), []
+    assert any(layer.fused == ("add", "relu") for layer in fastbn.torch.convert(model))
+    for m in (model, own):
+        torch.compiler.reset()
+        leaf = x.clone().requires_grad_()
+        torch.compile(m, backend="aot_eager", fullgraph=True, dynamic=dynamic)(leaf).square().sum().backward()
+        steps.append([leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+def test_an_export_that_ends_with_an_error_leaves_nothing_open() -> None:
+    model, x = Body(lambda m, x: (z := m.bn(m.conv(x)), 1 / 0 if m.flag else z.relu())[1], flag=False).eval(), image()
+    fastbn.torch.convert(model)
+    model.flag = True
+    with pytest.raises(ZeroDivisionError):
+        torch.export.export(model, (x,), strict=False)
+    z = image(2, 4, 5, 6)
+    torch.testing.assert_close(torch.export.export(model.bn, (z,), strict=False).module()(z), model.bn(z))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -1210,6 +1316,15 @@ def test_a_sequence_that_was_changed_is_what_it_is_now(change: Callable[..., Any
         change(m)
     x = torch.randn(2, 4, 5, 6) if type(own[0]) is not nn.Conv2d else x
     agree(step(model, x), step(own, x))
+
+
+def test_a_sequence_with_an_order_of_its_own_runs_in_it() -> None:
+    class Backwards(nn.Sequential):
+        def __iter__(self) -> Any:
+            return reversed(self._modules.values())
+
+    assert same(Backwards(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(3, 4, 1)), image())[0].fused == ("ReLU",)
+    assert same(Backwards(nn.GELU(), nn.BatchNorm2d(3), nn.Tanh()), image())[0].fused == ("GELU",)
 
 
 def test_graphs_are_converted_and_may_be_changed() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTorch 2.10 or newer (pip install 'torch>=2.10')")
+
+from torch.nn.utils import prune  # noqa: E402
 
 import fastbn.torch  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
@@ -62,6 +65,32 @@ def test_a_folded_model_computes_the_same(name: str, dtype: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in found.model.parameters())
     assert all(parameter.dtype == dtype for parameter in found.model.parameters())
+
+
+COMPUTED: dict[str, Callable[[Any], Any]] = {
+    "pruned convolution": lambda m: prune.l1_unstructured(m[0], "weight", 0.5),
+    "pruned batch norm": lambda m: prune.l1_unstructured(m[1], "weight", 0.5),
+    "weight_norm": lambda m: torch.nn.utils.weight_norm(m[0]),
+    "spectral_norm": lambda m: torch.nn.utils.spectral_norm(m[0]),
+    "kept outputs": lambda m: m[0].register_forward_hook(lambda layer, _, y: setattr(layer, "seen", [y])),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_models_that_hold_what_was_computed_are_copied(name: str) -> None:
+    """torch refuses to copy a tensor that belongs to a graph."""
+    model = lived(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 3, 7, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        COMPUTED[name](model)
+    want = model(x)
+    found = fastbn.torch.fold(model)
+    assert (found.folded, list(found.left)) == ({"4": "3"}, ["1"])
+    torch.testing.assert_close(found.model(x), want)
+    torch.testing.assert_close(model(x), want)
+    if hasattr(select("float32").module(), "kernels"):
+        fastbn.torch.benchmark(model, x, seconds=0)
 
 
 @pytest.mark.parametrize("name", FOLDED)
@@ -348,6 +377,21 @@ def test_benchmark_times_both_sides_and_leaves_everything_as_it_was(training: bo
         assert all(found.batch_norm[side] > 0 for side in found.step)
         assert all(parameter.grad is None for parameter in model.parameters())
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@needs_kernels
+def test_a_benchmark_changes_neither_inputs_nor_random_numbers() -> None:
+    class Model(nn.Sequential):
+        def forward(self, batch: Any) -> Any:
+            batch["x"].detach().add_(1)
+            return super().forward(batch["x"])
+
+    model = Model(nn.Dropout(), nn.BatchNorm1d(3))
+    x, numbers = torch.ones(4, 3, requires_grad=True), torch.get_rng_state()
+    fastbn.torch.benchmark(model, {"x": x}, seconds=0)
+    assert x.grad is None
+    assert torch.equal(x, torch.ones(4, 3))
+    assert torch.equal(numbers, torch.get_rng_state())
 
 
 def test_the_verdict_of_a_benchmark() -> None:

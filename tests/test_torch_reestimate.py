@@ -211,6 +211,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "nothing": (ValueError, "there was no batch", lambda m: fastbn.torch.update_bn(m, [])),
     "one": (ValueError, "Expected more than 1 value", lambda m: fastbn.torch.update_bn(m, [batches()[0][:1]])),
     "empty": (ValueError, "layer 'bn' needs at least 2 values per channel, and 0", lambda m: fastbn.torch.update_bn(m, [batches()[0][:0]])),
+    "one axis": (ValueError, "expected 2D or 3D input", lambda _: fastbn.torch.update_bn(nn.BatchNorm1d(3), [torch.ones(3)])),
     "disk": (OSError, "the disk is gone", lambda m: fastbn.torch.update_bn(m, raises())),
     "start": (ValueError, "layer 'bn' has 8 channels", lambda m: fastbn.torch.update_bn(m, [], start=Estimate({"bn": Stats.identity(3)}))),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from statistics import median, quantiles
 from time import perf_counter
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from fastbn.checks import number
 from fastbn.torch.conversion import convert
-from fastbn.torch.graph import check, check_called
+from fastbn.torch.graph import check, check_called, copied
 from fastbn.torch.override import either, report
 
 KINDS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm", "fastbn::batch_norm")
@@ -83,8 +82,8 @@ class Benchmark(NamedTuple):
 def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool = False, **named: Any) -> Benchmark:
     """Time a model without fastbn and with it, in turns.
 
-    Copies of the model run: in training mode a step is a forward and a backward from the mean of what it returns, in evaluation
-    mode a call without gradients. While it runs, batch norm in other threads changes between the two, too.
+    Copies of the model run, on copies of the inputs: in training mode a step is a forward and a backward from the mean of what it
+    returns, in evaluation mode a call without gradients. While it runs, batch norm in other threads changes between the two, too.
 
     Parameters
     ----------
@@ -122,13 +121,13 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     check(model)
     check_called(model)
     seconds = number("seconds", seconds, 0.0)
-    twins = {side: copy.deepcopy(model) for side in SIDES}
+    twins = {side: copied(model) for side in SIDES}
     if fuse:
         convert(twins["fastbn"])
-    steps = {side: _step(twins[side], inputs, named) for side in SIDES}
+    steps = {side: _step(twins[side], *_apart((inputs, named))) for side in SIDES}
     samples: dict[str, list[float]] = {side: [] for side in SIDES}
     spent: dict[str, float] = {}
-    with either() as choose:
+    with torch.random.fork_rng(devices=()), either() as choose:
         for side in SIDES:
             choose(side == "fastbn")
             before = report().declined
@@ -146,6 +145,12 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     medians = {side: 1000 * median(times) for side, times in samples.items()}
     batch_norm = {side: medians[side] * spent[side] for side in SIDES}
     return Benchmark(medians, batch_norm, noise, len(samples["fastbn"]), declined)
+
+
+def _apart(inputs: Any) -> Any:
+    """The same inputs in memory of their own, which a model may change, with gradients of their own."""
+    found: Any = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), inputs)
+    return found
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from torch.overrides import has_torch_function
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import counted, table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
-from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, settled
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, is_line, settled
 from fastbn.torch.derived import Derived, derive, own_class, release
 from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
@@ -307,7 +307,7 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, STEPS in layer.__dict__, keeps))
     for module, scope in scopes.items():
-        if own_class(module).forward is nn.Sequential.forward:
+        if is_line(own_class(module)):
             scope.pairs = _pairs(module, scope)
         module.__dict__[SCOPE] = scope
         if not isinstance(module, Scoped):

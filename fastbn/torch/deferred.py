@@ -32,8 +32,9 @@ from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import function_codes, has_hooks, in_function
+from fastbn.torch.modes import again, mode, saved_hooks
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
-from fastbn.torch.parts import Parts
+from fastbn.torch.parts import LAST, Parts
 from fastbn.torch.standing import Standing, tensor_of
 
 SCOPE = "_fastbn_scope"  # of a module: its Scope
@@ -78,9 +79,6 @@ class Steps(NamedTuple):
     def alone(self) -> Steps:
         """The same where nothing may wait."""
         return self._replace(sum=False, activation=False)
-
-
-_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class Visit:
@@ -175,7 +173,7 @@ class Scope:
             return self if self.depth > 0 else None
         for visit in reversed(_thread.visits):
             if visit.scope is self:
-                return visit if visit.is_fit() and visit.hooks == _saved_hooks(True) else None
+                return visit if visit.is_fit() and visit.hooks == saved_hooks() else None
         return None
 
     def fits(self, module: Any) -> bool:
@@ -189,14 +187,35 @@ class Scope:
         """A call that torch.compile traces."""
         if not self.fits(module):
             return forward(module, *args, **kwargs)
-        self.depth += 1
-        output = forward(module, *args, **kwargs)
-        self.depth -= 1
-        for pending in self.waiting:
-            if not pending.released:
-                pending.tensor()
-        self.waiting.clear()
+        _unchecked(self.begin)
+        try:
+            output = forward(module, *args, **kwargs)
+            for pending in self.waiting:
+                if not pending.released:
+                    pending.tensor()
+        finally:
+            _unchecked(self.end)
         return settled(output)
+
+    def begin(self) -> None:
+        """Begin a call that torch.compile traces."""
+        self.depth += 1
+
+    def end(self) -> None:
+        """End it."""
+        self.depth -= 1
+        self.waiting.clear()
+
+
+def _unchecked(function: Callable[..., Any], *args: Any) -> None:
+    """Note something where torch.compile traces, also in a checkpoint, out of which it lets no note pass: the call takes it back."""
+    from torch._dynamo import utils  # which takes long to import
+
+    note: Any = getattr(utils, "_disable_side_effect_safety_checks_for_current_subtracer", None)
+    if note is None:
+        function(*args)
+    else:
+        note(function, *args)
 
 
 def _as_own(kind: Any, name: str) -> Callable[..., Any]:
@@ -218,7 +237,7 @@ class Scoped(Derived):
     @classmethod
     def members(cls, kind: Any) -> dict[str, Any]:
         """The code of the kind, in a visit."""
-        is_line = kind.forward is Sequential.forward
+        line = is_line(kind)
 
         @functools.wraps(kind.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -228,11 +247,11 @@ class Scoped(Derived):
             if torch.compiler.is_compiling():
                 return scope.traced(self, kind.forward, args, kwargs)
             visit, visits = Visit(scope, self), _thread.visits
-            visit.hooks = _saved_hooks(True)
+            visit.hooks = saved_hooks()
             depth = len(visits)
             visits.append(visit)
             try:
-                output = _line(visit, *args) if is_line and len(args) == 1 and not kwargs else kind.forward(self, *args, **kwargs)
+                output = _line(visit, *args) if line and len(args) == 1 and not kwargs else kind.forward(self, *args, **kwargs)
             except BaseException:
                 visit.give_up()
                 raise
@@ -248,6 +267,11 @@ class Scoped(Derived):
         # A graph that is changed writes a new forward into its class; one that is copied makes a class for the copy.
         names = ("recompile", "__deepcopy__") if issubclass(kind, fx.GraphModule) else ()
         return {"forward": forward} | {name: _as_own(kind, name) for name in names}
+
+
+def is_line(kind: Any) -> bool:
+    """Whether modules of a class call their parts one after the other."""
+    return kind.forward is Sequential.forward and kind.__iter__ is Sequential.__iter__
 
 
 def _line(visit: Any, x: Any) -> Any:
@@ -345,26 +369,22 @@ class Input(Standing):
 class _Call:
     """A normalization that waits."""
 
-    __slots__ = "arguments", "counted", "recorded", "version"
+    __slots__ = "arguments", "counted", "mode", "version"
 
     def __init__(self, arguments: Arguments | Parts):
         self.arguments = arguments
-        self.recorded = torch.is_grad_enabled()
+        self.mode = mode()
         self.version = _version(arguments.x)
         self.counted = False  # running statistics were moved
 
     def run(self, residual: Tensor | None, activation: Builtin) -> Tensor:
-        if self.version != _version(self.arguments.x):
-            raise RuntimeError(
-                "the input of a normalization was changed in place before what follows it was computed; "
-                "fastbn.torch.revert(model) makes it a layer of torch's again"
-            )
+        _check_version(self.arguments.x, self.version, "the input of a normalization")
         a: Any = self.arguments
         a = a.followed(residual, activation, self.counted)
         self.counted = True
-        if torch.is_grad_enabled() == self.recorded:
+        if mode() == self.mode:
             return _run(a)
-        with torch.set_grad_enabled(self.recorded):
+        with again(self.mode):
             return _run(a)
 
 
@@ -376,6 +396,13 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
+def _check_version(x: Tensor, version: int, what: str) -> None:
+    if _version(x) != version:
+        raise RuntimeError(
+            f"{what} was changed in place before what follows it was computed; fastbn.torch.revert(model) makes it a layer of torch's again"
+        )
+
+
 class Pending(Standing):
     """The output of a batch norm, and perhaps of a sum."""
 
@@ -383,22 +410,31 @@ class Pending(Standing):
         self.call = call
         self.steps = steps
         self.visit = visit
-        self.residual = residual
+        self._add(residual)
         self.value: Tensor | None = None
         self.released = False  # nobody waits for it
         if type(visit) is Visit:
             visit.waiting[id(self)] = self
         else:
-            visit.waiting.append(self)
+            _unchecked(visit.waiting.append, self)
+
+    def _add(self, residual: Tensor | None) -> None:
+        self.residual = residual
+        self.version = 0 if residual is None else _version(residual)
 
     def tensor(self) -> Tensor:
         """Compute it."""
         if self.value is None:
-            if self.call.recorded and not torch.is_grad_enabled():
+            if self.call.mode.recorded and not torch.is_grad_enabled():
                 _refuse_functions()
             self._release()
-            self.value = self.call.run(self.residual, IDENTITY)
+            self.value = self._run(IDENTITY)
         return self.value
+
+    def _run(self, activation: Builtin) -> Tensor:
+        if self.residual is not None:
+            _check_version(self.residual, self.version, "what is added to a normalization")
+        return self.call.run(self.residual, activation)
 
     def _release(self) -> None:
         """Be no longer waited for; but somebody may still hold it."""
@@ -408,20 +444,29 @@ class Pending(Standing):
 
     def _waits(self) -> bool:
         """Whether what comes now may be computed with it."""
-        return self.value is None and torch.is_grad_enabled() == self.call.recorded
+        return self.value is None and mode() == self.call.mode
+
+    def has_order_of(self, first: Any) -> bool:
+        """Whether a sum that begins with another tensor has the order of memory of the normalization; it has the tensor's."""
+        x = self.call.arguments.x
+        if not isinstance(first, Tensor) or first.shape != x.shape or first.layout is not x.layout:
+            return False
+        if first.is_contiguous() and x.is_contiguous():
+            return True
+        return x.dim() in LAST and all(t.is_contiguous(memory_format=LAST[x.dim()]) for t in (first, x))
 
     def plus(self, other: Any, in_place: bool) -> Any:
         """The sum with a residual, or None if it must be computed apart."""
         x = self.call.arguments.x
+        other = tensor_of(other)  # which may be this one, and waits no longer then
         if not (self._waits() and self.steps.sum and self.residual is None):
             return None
-        other = tensor_of(other)
         if type(other) not in (Tensor, Parameter) and not (torch.compiler.is_compiling() and isinstance(other, Tensor)):
             return None
         if (other.shape, other.dtype, other.device, other.layout) != (x.shape, x.dtype, x.device, x.layout):
             return None
         if in_place:
-            self.residual = other
+            self._add(other)
             added = self
         else:
             added = Pending(self.call, self.steps, self.visit, other)
@@ -435,8 +480,7 @@ class Pending(Standing):
         if self.residual is not None and name not in FROM_OUTPUT:
             return None
         self._release()
-        after = BUILTINS[name]
-        y = self.call.run(self.residual, after if parameter == after.parameter else after._replace(parameter=parameter))
+        y = self._run(Builtin(name, parameter, BUILTINS[name].code))
         if in_place:
             self.value = y
         return y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import stay_frozen
-from fastbn.torch.graph import Graph, check, check_called, is_batch_norm, norms, trace, unseen
+from fastbn.torch.graph import Graph, check, check_called, copied, is_batch_norm, norms, trace, unseen
 from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -210,7 +209,7 @@ def fold(model: nn.Module) -> Folded:
     """
     check(model)
     check_called(model)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     graph = trace(twin)
     folded: dict[str, str] = {}
     left = unseen(twin)

@@ -6,6 +6,7 @@ model's own Python code, with stand-ins for tensors. Hooks are not called: a mod
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
@@ -48,6 +49,17 @@ def check_called(model: nn.Module, name: str = "") -> None:
     for path, layer in model.named_modules(prefix=name):
         if any(nn.parameter.is_lazy(t) for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))):
             raise ValueError(f"model must have been called once, but {path or 'it'} is a {type(layer).__name__} that never was")
+
+
+def copied(model: nn.Module) -> Any:
+    """A deep copy of a model.
+
+    torch refuses to copy tensors that belong to a graph: those that a hook computes anew for each call, of pruned layers or
+    under weight_norm, and outputs that the model's code keeps. The copy has their values.
+    """
+    held = (item for value in _held(model) for item in _contents(value))
+    memo = {id(t): t.detach().clone() for t in held if isinstance(t, torch.Tensor) and not t.is_leaf}
+    return copy.deepcopy(model, memo)
 
 
 class Place(NamedTuple):

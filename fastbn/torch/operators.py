@@ -366,7 +366,8 @@ def keep(ctx: Any, a: Arguments, y: Tensor, saved: Any) -> None:
     """Keep what a backward needs."""
     masked = a.is_masked()
     residual = a.residual if a.activation.code and not masked else None
-    statistics = (None, None) if a.training else (a.mean, a.var)
+    # Copies: a call in training moves running statistics in C, which autograd does not notice.
+    statistics = [None if a.training or t is None else t.clone() for t in (a.mean, a.var)]
     of_batch = saved if a.training and saved is not None else (None, None)
     from_output = saved is not None and a.is_invertible()
     ctx.save_for_backward(
@@ -407,9 +408,14 @@ torch.library.register_fake("fastbn::batch_norm_gradients", _fake_gradients, lib
 torch.library.register_autograd("fastbn::batch_norm", _derive, setup_context=_save, lib=_OWN)
 
 
+def in_words(activation: Builtin) -> tuple[str, float]:
+    """An activation as graphs hold it. Numbers of fastbn's tables are not read: to torch.compile they may be inputs of the graph."""
+    return activation.name, activation.parameter if activation.name == "leaky_relu" else 0.0
+
+
 def in_graph(a: Arguments) -> Tensor:
     """The same as one node of a graph."""
-    y, _, _, mean, var = torch.ops.fastbn.batch_norm(*a[:9], a.activation.name, a.activation.parameter)
+    y, _, _, mean, var = torch.ops.fastbn.batch_norm(*a[:9], *in_words(a.activation))
     if a.training:
         for running, moved in ((a.mean, mean), (a.var, var)):
             if running is not None:

@@ -16,7 +16,7 @@ from fastbn.activations import Builtin
 from fastbn.norms import SavedParts, group_norm, group_norm_backward, group_norm_forward
 from fastbn.torch.arrays import array_of, computable, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours
-from fastbn.torch.operators import _OWN, ALONE, IDENTITY, NUMBERS, _builtin
+from fastbn.torch.operators import _OWN, ALONE, IDENTITY, NUMBERS, _builtin, in_words
 
 F = torch.nn.functional
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves; torch's own group norm
@@ -72,8 +72,7 @@ class Parts(NamedTuple):
     def run(self) -> Tensor:
         """Compute it, where it is usual."""
         if torch.compiler.is_compiling():
-            numbers = self.groups, self.eps, self.activation.name, self.activation.parameter
-            y: Tensor = torch.ops.fastbn.group_norm(*self[:3], *numbers)[0]
+            y: Tensor = torch.ops.fastbn.group_norm(*self[:5], *in_words(self.activation))[0]
             return y
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:3]):
             return _Fused.apply(*self[:3], self[3:])  # type: ignore[no-untyped-call, no-any-return, unused-ignore]

@@ -152,7 +152,7 @@ def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) ->
         def saw(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             layer.training = True  # the model may have said otherwise
             x = inputs[0] if inputs else named.get("input")
-            if not isinstance(x, torch.Tensor) or x.dtype not in TYPES or x.layout is not torch.strided:
+            if not isinstance(x, torch.Tensor) or x.dtype not in TYPES or x.layout is not torch.strided or x.dim() < 2:
                 return  # the layer says what is wrong with it
             with on_torchs_threads():
                 stats = batch_norm_stats(array_of(computable(x.detach().cpu())))

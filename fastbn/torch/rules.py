@@ -75,7 +75,9 @@ def _add(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any)
     if type(alpha) is not int or alpha != 1 or others:
         return None
     found = input.plus(other, False) if isinstance(input, Pending) else None
-    return other.plus(input, False) if found is None and isinstance(other, Pending) else found
+    if found is None and isinstance(other, Pending) and other.has_order_of(input):
+        return other.plus(input, False)
+    return found
 
 
 def _add_(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any) -> Any:  # noqa: A002
