@@ -150,7 +150,8 @@ def _target(r: Request) -> Array:
     return memory.empty_like(r.x)
 
 
-def _deliver(y: Array, out: Array | None) -> Array:
+def deliver(y: Array, out: Array | None) -> Array:
+    """The result, in the array that the caller gets."""
     if out is None or out is y:
         return y
     out[...] = y
@@ -184,7 +185,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
         else:
             high, _, scale, shift = parameters(mean, spread if eps is None else deviation(spread, eps), weight, bias, compute)
             module.normalize(x, r.view.of(y), high, scale, shift, n, epilogue)
-    return _deliver(y, r.out)
+    return deliver(y, r.out)
 
 
 class Folded:
@@ -242,7 +243,7 @@ class Folded:
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
             if hasattr(module, "prepared"):
                 self._plain, self._pin = module.prepared(*vectors, r.activation, r.x, r.axis), dispatch.pinned()
-        return _deliver(y, r.out)
+        return deliver(y, r.out)
 
 
 @default_mode
@@ -274,7 +275,7 @@ def forward(
     if x.size == 0:
         zero = np.zeros(x.shape[r.axis], compute)
         vectors, count = (zero, None, zero.copy(), zero.copy(), zero.copy()), 0
-        return _deliver(y, r.out), keep_for_backward(r, vectors, count, True, r.residual) if keep else None
+        return deliver(y, r.out), keep_for_backward(r, vectors, count, True, r.residual) if keep else None
     module = calls_of(r.dtype, r.activation)
     n = threads.for_call("forward", x)
     residual = None if r.residual is None else _like(r.residual, r)
@@ -291,7 +292,7 @@ def forward(
         composed = ComposedKernel(_kernel(r.dtype, r.activation).module())
         vectors = composed.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue, rows)
     saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
-    y = _deliver(y, r.out)
+    y = deliver(y, r.out)
     for old, moved in ((running.mean, mean), (running.var, var)):
         if old is not None and moved is not None and moved is not old:
             old[...] = moved  # nothing that can fail comes after it
@@ -313,7 +314,7 @@ def forward_with(
         n = threads.for_call("normalize", r.x)
         calls_of(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
     saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
-    y = _deliver(y, r.out)
+    y = deliver(y, r.out)
     if batch.count:
         for old, new in ((running.mean, batch.mean.astype(np.float64) + batch.mean_lo), (running.var, variance(batch, running.correction))):
             if old is not None:
@@ -382,7 +383,7 @@ def backward(
         nothing = np.zeros((2, x.shape[r.axis]), compute)
         if total is not None:
             total(nothing.astype(np.float64))
-        return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)
+        return _only(wanted, None if dx is None else deliver(dx, r.out), nothing[0], nothing[1], dresidual)
     module = calls_of(r.dtype, saved.activation)
     n = threads.for_call("backward", x)
     arrays = _like(dy, r), _dense(x, v)
@@ -422,7 +423,7 @@ def backward(
     dweight = dbias = None
     if want_sums and totals is not None:
         dbias, dweight = totals[0].astype(compute), (totals[1] * invstd).astype(compute)
-    return _only(wanted, _deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
+    return _only(wanted, deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
 
 
 def _only(wanted: Collection[str], dx: Array | None, dweight: Array | None, dbias: Array | None, dresidual: Array | None) -> Gradients:
@@ -463,4 +464,4 @@ def backward_elemt(
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
         input_gradient(calls_of(r.dtype), arrays, (high, low, invstd, scale), (sum_dy, sum_dy_xmu), count, n)
-    return _deliver(dx, r.out)
+    return deliver(dx, r.out)

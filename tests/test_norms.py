@@ -748,18 +748,32 @@ def test_what_the_next_virtual_batch_needs_is_not_moved(moved: str, which: str) 
     np.testing.assert_array_equal(statistics[moved], before)
 
 
-def test_a_virtual_batch_that_fails_moves_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, calls, mean, var = fastbn.batch_norm_forward, itertools.count(), np.zeros(4, np.float32), np.ones(4, np.float32)
+@pytest.mark.parametrize("place", ["x", "residual", "own"])
+def test_a_virtual_batch_that_fails_leaves_everything_as_it_was(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(usual: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count()
 
-    def second_fails(*args: Any, **options: Any) -> Any:
-        if next(calls):
-            raise MemoryError
-        return usual(*args, **options)
+        def second_fails(*args: Any, **options: Any) -> Any:
+            if next(calls):
+                raise MemoryError
+            return usual(*args, **options)
 
-    monkeypatch.setattr(functional, "batch_norm_forward", second_fails)
+        return second_fails
+
+    x, mean, var = _random((4, 4, 3, 4), "float32"), np.zeros(4, np.float32), np.ones(4, np.float32)
+    given = {"x": x, "residual": x[::-1].copy(), "own": np.zeros_like(x)}
+    options: dict[str, Any] = {"training": True, "residual": given["residual"], "activation": "relu", "virtual_batch_size": 2}
+    _, saved = fastbn.ghost_batch_norm_forward(x, mean.copy(), var.copy(), **options)
+    before = {name: a.copy() for name, a in given.items()}
+    for name in ("batch_norm_forward", "batch_norm_backward"):
+        monkeypatch.setattr(functional, name, failing(getattr(functional, name)))
     with pytest.raises(MemoryError):
-        fastbn.ghost_batch_norm(_random((4, 4, 3, 4), "float32"), mean, var, training=True, virtual_batch_size=2)
+        fastbn.ghost_batch_norm(x, mean, var, **options, out=given[place])
     assert (mean.tolist(), var.tolist()) == ([0.0] * 4, [1.0] * 4)
+    with pytest.raises(MemoryError):
+        fastbn.ghost_batch_norm_backward(given["residual"], x, saved, out=given[place])
+    for name, a in given.items():
+        np.testing.assert_array_equal(a, before[name])
 
 
 def test_the_gradient_of_the_mix_stays_with_the_others() -> None:
