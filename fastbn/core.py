@@ -293,9 +293,12 @@ def forward(
         vectors = composed.forward(_dense(x, r.view), r.view.of(y), weight, bias, eps, *new, compute, n, epilogue, rows)
     saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
     y = deliver(y, r.out)
-    for old, moved in ((running.mean, mean), (running.var, var)):
+    for old, moved in ((running.mean, mean), (running.var, var)):  # nothing that can fail comes after it
         if old is not None and moved is not None and moved is not old:
-            old[...] = moved  # nothing that can fail comes after it
+            if _is_wider(old):
+                update_running(old, moved, running.momentum)
+            else:
+                old[...] = moved
     return y, saved
 
 
@@ -323,10 +326,17 @@ def forward_with(
 
 
 def _own(a: Array | None, compute: np.dtype[Any], copy: bool) -> Array | None:
-    """Running statistics as a kernel can move them: contiguous, in the type of the arithmetic or in float64."""
+    """Running statistics as a kernel can move them: contiguous, in the type of the arithmetic or in float64.
+
+    In place of those with more digits it moves zeros, which gives what is to be added to them.
+    """
     if a is None or (not copy and a.flags.carray and (a.dtype == compute or a.dtype == _WIDE)):
         return a
-    return np.array(a, compute if a.dtype == compute else np.float64)
+    return np.zeros(a.shape) if _is_wider(a) else np.array(a, compute if a.dtype == compute else np.float64)
+
+
+def _is_wider(a: Array) -> bool:
+    return bool(a.dtype.kind == "f" and a.dtype.itemsize > _WIDE.itemsize)
 
 
 def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training: bool, residual: Array | None) -> Saved:

@@ -674,6 +674,7 @@ def test_only_rms_norm_chooses_eps() -> None:
         fastbn.layer_norm(np.ones((2, 3), np.float32), 3, eps=None)  # type: ignore[arg-type]
 
 
+STATISTICS = ("running_mean", "running_var")
 SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "batch_norm": (fastbn.batch_norm, (None, None), {"training": True}),
     "instance_norm": (fastbn.instance_norm, (None, None), {}),
@@ -684,6 +685,23 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
     "batch_renorm": (fastbn.batch_renorm, (np.zeros(4), np.ones(4)), {"training": True}),
     "ghost_batch_norm": (fastbn.ghost_batch_norm, (None, None), {"training": True, "virtual_batch_size": 2}),
 }
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("norm", ["batch_norm", "instance_norm", "batch_channel_norm", "batch_renorm", "ghost_batch_norm"])
+@pytest.mark.parametrize("momentum", [0.0, 0.125])
+def test_running_statistics_in_long_double_keep_their_digits(norm: str, momentum: float) -> None:
+    function, given, options = SHARED[norm]
+    x, tiny = _random((4, 4, 3, 4), "float32"), np.finfo(np.longdouble).eps
+    found = []
+    for rest in (0, tiny):  # what float64 rounds away
+        options = options | {"momentum": momentum, **{name: np.full(4, 1 + rest, np.longdouble) for name in STATISTICS}}
+        function(x, **options, **({"mix": given[2]} if len(given) > 2 else {}))
+        found.append([options[name] for name in STATISTICS])
+    batches = 2 if norm == "ghost_batch_norm" else 1
+    for low, high in zip(*found, strict=True):
+        np.testing.assert_allclose(np.float64((high - low) / tiny), (1 - momentum) ** batches, atol=1)  # to the last place
+        assert (high > low).all()
 
 
 class _Interface:
