@@ -571,6 +571,8 @@ class BatchNorm3d(BatchNorm):
 class FrozenBatchNorm(FromOthers):
     """Inference with everything folded once: the serving path. It stays as it was made: its attributes cannot be set.
 
+    A subclass may have attributes of its own.
+
     Parameters
     ----------
     running_mean, running_var : array_like of shape (C,)
@@ -634,7 +636,18 @@ class FrozenBatchNorm(FromOthers):
         )  # fmt: skip
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a FrozenBatchNorm was folded when it was made, and {name} cannot be set: make another one")
+        self._check_own(name, "set")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._check_own(name, "deleted")
+        super().__delattr__(name)
+
+    def _check_own(self, name: str, what: str) -> None:
+        """Check that an attribute is one of a subclass, and neither computed with nor, as a weight would be, without any effect."""
+        folded = {*FrozenBatchNorm.__annotations__, "scale", "shift", "running_mean", "running_var", "weight", "bias"}
+        if type(self) is FrozenBatchNorm or name in folded:
+            raise AttributeError(f"a FrozenBatchNorm was folded when it was made, and {name} cannot be {what}: make another one")
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
@@ -654,7 +667,7 @@ class FrozenBatchNorm(FromOthers):
 
     def __repr__(self) -> str:
         where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
-        return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
+        return f"{type(self).__name__}({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
     def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x.

@@ -316,3 +316,32 @@ def test_a_frozen_batch_norm_stays_as_it_was_made() -> None:
             setattr(frozen, name, value)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(frozen)))  # noqa: S301
     assert repr(twin) == repr(frozen)
+
+
+class _Named(fastbn.FrozenBatchNorm):
+    def __init__(self, *vectors: Any, name: str):
+        self.name = name
+        super().__init__(*vectors)
+
+
+def test_a_subclass_of_a_frozen_batch_norm_has_attributes_of_its_own() -> None:
+    frozen = _Named([0.0], [4.0], name="first")
+    frozen.name = "last"
+    x = rng().normal(size=(2, 1)).astype("f")
+    y = frozen(x)
+    for twin in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):  # noqa: S301
+        assert twin.name == "last"
+        same_bits(twin(x), y)
+    del frozen.name
+    assert not hasattr(frozen, "name")
+
+
+@pytest.mark.parametrize("kind", [fastbn.FrozenBatchNorm, lambda *vectors: _Named(*vectors, name="")], ids=["itself", "subclass"])
+@pytest.mark.parametrize("name", ["eps", "layout", "axis", "activation", "num_features", "scale", "shift", "running_var", "weight"])
+def test_what_a_frozen_batch_norm_computes_with_is_neither_set_nor_deleted(kind: Any, name: str) -> None:
+    frozen = kind([0.0], [1.0])
+    before = repr(frozen), frozen.scale
+    for change, what in ((lambda: setattr(frozen, name, None), "set"), (lambda: delattr(frozen, name), "deleted")):
+        with pytest.raises(AttributeError, match=f"{name} cannot be {what}"):
+            change()
+    assert (repr(frozen), frozen.scale) == before
