@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
-from fastbn.layers import NO_FORWARD, OVERWRITTEN, Context, Layer, without_copy
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
+from fastbn.states import FIRST, NO_FORWARD, OVERWRITTEN, Context, Layer, Tracking, without_copy
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -191,11 +191,11 @@ class _OnChannels(_Layer):
         return super()._options() | {"layout": self.layout, "axis": self.axis}
 
 
-class _Tracked(_OnChannels):
-    """A layer with running statistics."""
+class _Tracked(Tracking, _OnChannels):
+    """A layer of images with channels that may have running statistics."""
 
-    _keys: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     _counts = True  # the batches
+    _usual: ClassVar[dict[str, Any]] = {"track_running_stats": True, "axis": None, "activation": None}
 
     def __init__(
         self, num_features: int, eps: Number, momentum: Number | None, affine: bool, track_running_stats: bool, **options: Any
@@ -212,13 +212,8 @@ class _Tracked(_OnChannels):
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, layout={self.layout!r})"
-
-    def _weight_of_new(self) -> float:
-        """Momentum of the next batch; None is the cumulative average."""
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (1 + (0 if self.num_batches_tracked is None else int(self.num_batches_tracked)))
+        numbers = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, layout={self.layout!r}"
+        return self._shown(f"{self.num_features}, {numbers}", **self._usual)
 
     def _statistics(self, own: bool) -> tuple[Array | None, Array | None]:
         """The running statistics that a call is given: to use, or where it uses its own, to move."""
@@ -240,6 +235,7 @@ class InstanceNorm(_Tracked):
 
     _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
     _counts = False  # as in PyTorch
+    _usual: ClassVar = _Tracked._usual | {"track_running_stats": False}
 
     def __init__(
         self,
@@ -377,7 +373,8 @@ class GroupNorm(_OnChannels):
         self.weight, self.bias = _affine(self._compute, self.num_channels, both, both)
 
     def __repr__(self) -> str:
-        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, layout={self.layout!r})"
+        sizes = f"{self.num_groups}, {self.num_channels}"
+        return self._shown(f"{sizes}, eps={self.eps}, affine={self.affine}, layout={self.layout!r}", axis=None, activation=None)
 
     def _given(self) -> tuple[Any, ...]:
         return self.num_groups, self.weight, self.bias, self.eps
@@ -432,7 +429,9 @@ class LayerNorm(_Layer):
         return self.weight is not None or self.bias is not None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
+        text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
+        lacks_bias = "bias" in self._keys and self.elementwise_affine and self.bias is None
+        return self._shown(text + (", bias=False" if lacks_bias else ""), activation=None)
 
     def _given(self) -> tuple[Any, ...]:
         return self.normalized_shape, self.weight, self.bias, self.eps
@@ -517,7 +516,7 @@ class BatchChannelNorm2d(_Tracked):
     ):
         options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
-        self.mix: Array = np.full(self.num_features, 0.5, self._compute)
+        self.mix: Array = np.full(self.num_features, FIRST["mix"], self._compute)
 
     def _given(self) -> tuple[Any, ...]:
         own = self.training or self.running_mean is None or self.running_var is None
@@ -543,6 +542,7 @@ class BatchRenorm2d(_Tracked):
     """
 
     _ranks = (4,)
+    _usual: ClassVar = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
 
     _functions = _Functions(variants.batch_renorm, variants.batch_renorm_forward, variants.batch_renorm_backward)
 

@@ -18,9 +18,10 @@ import numpy as np
 from fastbn import checks, sync
 from fastbn.floating import default_mode
 from fastbn.functional import batch_norm_stats
-from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, check_writable
+from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.layout import Array
 from fastbn.results import Stats
+from fastbn.states import check_writable
 from fastbn.sync import Communicator
 
 Layer = BatchNorm1d | BatchNorm2d | BatchNorm3d

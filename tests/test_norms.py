@@ -610,6 +610,46 @@ def test_a_residual_that_a_layer_in_eval_wrote_over_has_its_gradient(make: Calla
 
 
 @each_layer
+def test_layers_are_reset_as_they_were_made(make: Callable[..., Any]) -> None:
+    layer, fresh = make(), make().state_dict()
+    layer(_random((2, 4, 5, 5), "float32"))
+    statistics = {key: value for key, value in layer.state_dict().items() if key.startswith(("running", "num"))}
+    for name in layer.state_dict().keys() - statistics.keys():
+        getattr(layer, name)[...] = 3
+    if statistics:
+        layer.reset_running_stats()
+        for key, value in layer.state_dict().items():
+            np.testing.assert_array_equal(value, fresh[key] if key in statistics else np.float32(3))
+    layer(_random((2, 4, 5, 5), "float32"))
+    layer.reset_parameters()
+    for key, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, fresh[key])
+
+
+@pytest.mark.parametrize("theirs", [name for _, _, name in LAYERS])
+def test_layers_have_the_resets_of_pytorchs(theirs: str) -> None:
+    torch = pytest.importorskip("torch")
+    layer, module = eval(f"fastbn.{theirs}"), eval(f"torch.nn.{theirs}", {"torch": torch})  # noqa: S307  our own text
+    for name in ("reset_parameters", "reset_running_stats"):
+        assert hasattr(layer, name) == hasattr(module, name), name
+
+
+@pytest.mark.parametrize("text", [
+    "InstanceNorm2d(4, eps=1e-05, momentum=0.1, affine=False, layout=None)",
+    "InstanceNorm1d(4, eps=0.5, momentum=None, affine=True, layout='NLC', track_running_stats=True, activation='relu').eval()",
+    "GroupNorm(2, 4, eps=1e-05, affine=False, layout=None, axis=-1, activation=('leaky_relu', 0.5))",
+    "LayerNorm((4, 5), eps=1e-05, elementwise_affine=True, dtype='float64')",
+    "LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=False, activation='silu')",
+    "LayerNorm((4,), eps=1e-05, elementwise_affine=False)",
+    "RMSNorm((4,), eps=None, elementwise_affine=True, activation='gelu').eval()",
+    "BatchChannelNorm2d(4, eps=1e-05, momentum=0.1, affine=True, layout='NHWC', track_running_stats=False)",
+    "BatchRenorm2d(4, eps=1e-05, momentum=0.1, affine=True, layout=None, axis=1, rmax=2.0, dmax=1.0)",
+])  # fmt: skip
+def test_the_repr_of_a_layer_makes_it_again(text: str) -> None:
+    assert repr(eval(f"fastbn.{text}")) == text  # noqa: S307  our own text
+
+
+@each_layer
 @pytest.mark.only(lambda make: "running_mean" in make().state_dict())
 def test_layers_without_tracking_move_nothing(make: Callable[..., Any]) -> None:
     layer, x = make(), _random((2, 4, 5, 5), "float32")
