@@ -342,11 +342,10 @@ def _is_wider(a: Array) -> bool:
 def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training: bool, residual: Array | None) -> Saved:
     """What the backward needs, from the mean, what it rounds away, invstd, scale and shift."""
     mean, low, invstd, scale, shift = vectors
-    mask = None if r.mask is None or not training else r.mask.copy()
     kept = residual if r.activation is not None else None
     return Saved(
         mean=mean, invstd=invstd, mean_lo=low, count=count, training=training, scale=scale, shift=shift, shape=r.x.shape,
-        dtype=r.x.dtype, axis=r.axis, mask=mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
+        dtype=r.x.dtype, axis=r.axis, mask=r.mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
     )  # fmt: skip
 
 
