@@ -19,7 +19,7 @@ from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis, view
 from fastbn.results import Gradients, Saved, Stats
-from fastbn.states import NO_FORWARD, OVERWRITTEN, Context, Tracking, loaded_array, without_copy
+from fastbn.states import NO_FORWARD, OVERWRITTEN, Context, Tracking, is_written_over, loaded_array, without_copy
 from fastbn.sync import Communicator
 
 if TYPE_CHECKING:
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-
-
-def _is(out: Array | None, x: Array) -> bool:
-    """Whether the output was written over the input."""
-    if out is None or out is x or not np.may_share_memory(out, x):  # to ask for addresses takes longer
-        return out is x and x.size > 0
-    return out.ctypes.data == x.ctypes.data
 
 
 class BatchNorm(Tracking, FromOthers):
@@ -49,6 +42,7 @@ class BatchNorm(Tracking, FromOthers):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
@@ -76,7 +70,7 @@ class BatchNorm(Tracking, FromOthers):
         assert row is not None  # noqa: S101  resolve has seen it
         n, tracked = self.num_features, self.track_running_stats
         self.weight: Array | None = np.ones(n, row.compute) if checks.switch("affine", affine) else None
-        self.bias: Array | None = np.zeros(n, row.compute) if affine else None
+        self.bias: Array | None = np.zeros(n, row.compute) if checks.switch("bias", bias) and affine else None
         self.running_mean: Array | None = np.zeros(n, row.compute) if tracked else None
         self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
@@ -117,7 +111,7 @@ class BatchNorm(Tracking, FromOthers):
 
     @property
     def affine(self) -> bool:
-        """Whether there are a weight and a bias."""
+        """Whether there is a weight or a bias."""
         return self.weight is not None or self.bias is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -191,7 +185,7 @@ class BatchNorm(Tracking, FromOthers):
             mean, var, weight, bias = (None if v is None else v.copy() for v in given)
             again = partial(functional.batch_norm_forward, weight=weight, bias=bias, running_mean=mean, running_var=var)
             again = partial(again, training=False, eps=self.eps, **options)
-            self._context = Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x), None)
+            self._context = Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, is_written_over(out, x))
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
@@ -208,7 +202,7 @@ class BatchNorm(Tracking, FromOthers):
         )  # fmt: skip
         if batch and saved.count:
             self._count(statistics, before)
-        self._remember(x, saved, _is(out, x), asked)
+        self._remember(x, saved, is_written_over(out, x), asked)
         return y
 
     def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
@@ -266,8 +260,8 @@ class BatchNorm(Tracking, FromOthers):
         if from_output and not saved.invertible:
             raise RuntimeError(OVERWRITTEN)
         if wrt is None:
-            wrt = functional.USUAL if self.affine and not self.frozen else ("x",)
-            wrt = (*wrt, "residual") if saved.has_residual else wrt
+            own = () if self.frozen else tuple(name for name in ("weight", "bias") if getattr(self, name) is not None)
+            wrt = ("x", *own, "residual") if saved.has_residual else ("x", *own)
         if communicator is not None:
             return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, from_output=from_output, out=out)
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
@@ -307,9 +301,11 @@ class BatchNorm1d(BatchNorm):
     momentum : float or None
         Weight of a batch in the update of the running statistics; None is the cumulative average.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether there is a weight, and with `bias` a bias.
     track_running_stats : bool
         Whether there are running statistics; without them, the batch's own are always used.
+    bias : bool
+        Whether there is a bias.
     layout : str, optional
         "NC", "NCL" or "channels_first" (as None), "NLC" or "channels_last".
     axis : int, optional
@@ -346,7 +342,7 @@ class BatchNorm2d(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, communicator, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCHW" or "channels_first" (as None), "NHWC" or "channels_last".
@@ -367,7 +363,7 @@ class BatchNorm3d(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, communicator, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCDHW" or "channels_first" (as None), "NDHWC" or "channels_last".

@@ -15,7 +15,7 @@ from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
-from fastbn.states import FIRST, NO_FORWARD, OVERWRITTEN, Context, Layer, Tracking, without_copy
+from fastbn.states import FIRST, NO_FORWARD, OVERWRITTEN, Context, Layer, Tracking, is_written_over, without_copy
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -38,7 +38,6 @@ class _Layer(Layer):
     """What all of these share: an activation, a dtype, and what the last forward has saved."""
 
     _functions: _Functions
-    weight: Array | None
     bias: Array | None = None
 
     def __init__(self, activation: ActivationLike, dtype: DTypeLike):
@@ -114,7 +113,7 @@ class _Layer(Layer):
         else:
             y, saved = self._functions.forward(x, *given, **options, **call)
         self._moved(x)
-        if out is not None and np.may_share_memory(out, x):
+        if is_written_over(out, x):
             self._context = OVERWRITTEN
         else:
             self._context = Context(x if self.training else weakref.ref(x), other, saved)
@@ -158,7 +157,8 @@ class _Layer(Layer):
 
 
 def _affine(compute: np.dtype[Any], shape: int | tuple[int, ...], weight: bool, bias: bool) -> tuple[Array | None, Array | None]:
-    return np.ones(shape, compute) if weight else None, np.zeros(shape, compute) if bias else None
+    """The weight, and with it the bias."""
+    return np.ones(shape, compute) if weight else None, np.zeros(shape, compute) if checks.switch("bias", bias) and weight else None
 
 
 class _OnChannels(_Layer):
@@ -204,8 +204,8 @@ class _Tracked(Tracking, _OnChannels):
         self.num_features = self._channels
         self.eps = checks.number("eps", eps, 0.0)
         self.momentum = None if momentum is None else checks.number("momentum", momentum)
-        n, compute, both = self.num_features, self._compute, checks.switch("affine", affine)
-        self.weight, self.bias = _affine(compute, n, both, both)
+        n, compute = self.num_features, self._compute
+        self.weight, self.bias = _affine(compute, n, checks.switch("affine", affine), options["bias"])
         self.track_running_stats = tracked = checks.switch("track_running_stats", track_running_stats)
         self.running_mean: Array | None = np.zeros(n, compute) if tracked else None
         self.running_var: Array | None = np.ones(n, compute) if tracked else None
@@ -245,12 +245,13 @@ class InstanceNorm(_Tracked):
         affine: bool = False,
         track_running_stats: bool = False,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
-        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
     def _given(self) -> tuple[Any, ...]:
@@ -271,9 +272,11 @@ class InstanceNorm1d(InstanceNorm):
     momentum : float or None
         Weight of the new values in the running statistics; None leaves them as they are, as in PyTorch.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether there is a weight, and with `bias` a bias.
     track_running_stats : bool
         Whether there are running statistics, which are used in eval.
+    bias : bool
+        Whether there is a bias.
     layout, axis, activation
         As in `batch_norm_forward`.
     dtype : dtype
@@ -294,7 +297,7 @@ class InstanceNorm2d(InstanceNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
         As in `InstanceNorm1d`.
 
     Examples
@@ -312,7 +315,7 @@ class InstanceNorm3d(InstanceNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
         As in `InstanceNorm1d`.
 
     Examples
@@ -337,7 +340,9 @@ class GroupNorm(_OnChannels):
     eps : float
         Added to the variance.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether there is a weight, and with `bias` a bias.
+    bias : bool
+        Whether there is a bias.
     layout, axis, activation
         As in `batch_norm_forward`.
     dtype : dtype
@@ -359,6 +364,7 @@ class GroupNorm(_OnChannels):
         eps: Number = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
@@ -369,8 +375,7 @@ class GroupNorm(_OnChannels):
         if self.num_channels % self.num_groups:
             raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
         self.eps = checks.number("eps", eps, 0.0)
-        both = checks.switch("affine", affine)
-        self.weight, self.bias = _affine(self._compute, self.num_channels, both, both)
+        self.weight, self.bias = _affine(self._compute, self.num_channels, checks.switch("affine", affine), bias)
 
     def __repr__(self) -> str:
         sizes = f"{self.num_groups}, {self.num_channels}"
@@ -421,7 +426,7 @@ class LayerNorm(_Layer):
         self.normalized_shape = norm_calls.row_shape(normalized_shape)
         self.eps: float | None = checks.number("eps", eps, 0.0)
         affine = checks.switch("elementwise_affine", elementwise_affine)
-        self.weight, self.bias = _affine(self._compute, self.normalized_shape, affine, affine and checks.switch("bias", bias))
+        self.weight, self.bias = _affine(self._compute, self.normalized_shape, affine, bias)
 
     @property
     def elementwise_affine(self) -> bool:
@@ -429,9 +434,7 @@ class LayerNorm(_Layer):
         return self.weight is not None or self.bias is not None
 
     def __repr__(self) -> str:
-        text = f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}"
-        lacks_bias = "bias" in self._keys and self.elementwise_affine and self.bias is None
-        return self._shown(text + (", bias=False" if lacks_bias else ""), activation=None)
+        return self._shown(f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}", activation=None)
 
     def _given(self) -> tuple[Any, ...]:
         return self.normalized_shape, self.weight, self.bias, self.eps
@@ -483,7 +486,7 @@ class BatchChannelNorm2d(_Tracked):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
         As in `BatchNorm2d`. The learned mix of each channel begins at 0.5.
 
     Examples
@@ -509,12 +512,13 @@ class BatchChannelNorm2d(_Tracked):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
-        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
         self.mix: Array = np.full(self.num_features, FIRST["mix"], self._compute)
 
@@ -528,7 +532,7 @@ class BatchRenorm2d(_Tracked):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, bias, layout, axis, activation, dtype
         As in `BatchNorm2d`.
     rmax, dmax : float
         Bounds of the correction, attributes that may be changed during training.
@@ -555,12 +559,13 @@ class BatchRenorm2d(_Tracked):
         *,
         rmax: Number = 3.0,
         dmax: Number = 5.0,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
-        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, True, **options)
         self.rmax, self.dmax = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
 

@@ -59,6 +59,13 @@ class Context(NamedTuple):
         return x, self.saved
 
 
+def is_written_over(out: Array | None, x: Array) -> bool:
+    """Whether the output was written over the input."""
+    if out is None or out is x or not np.may_share_memory(out, x):  # to ask for addresses takes longer
+        return out is x and x.size > 0
+    return out.ctypes.data == x.ctypes.data
+
+
 def without_copy(residual: Array | None, activation: object, out: Array | None) -> bool:
     """Whether a layer in eval leaves a residual that the backward needs where it is: that may never come."""
     return residual is not None and activation is not None and not (out is not None and np.may_share_memory(out, residual))
@@ -70,9 +77,13 @@ class Layer:
     _keys: tuple[str, ...] = ("weight", "bias")
     training: bool
     dtype: np.dtype[Any]
+    weight: Array | None
+    bias: Array | None
 
     def _shown(self, arguments: str, **usual: Any) -> str:
         """The layer as it would be made: what is always said, and other arguments that are not as usual."""
+        lacks_bias = "bias" in self._keys and self.weight is not None and self.bias is None
+        arguments += ", bias=False" if lacks_bias else ""
         given = {name: getattr(self, name) for name in usual}
         arguments += "".join(f", {name}={value!r}" for name, value in given.items() if value != usual[name])
         arguments += "" if self.dtype == np.float32 else f", dtype='{self.dtype}'"

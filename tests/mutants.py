@@ -113,7 +113,7 @@ MUTANTS = [
     Mutant("core.py", "            old[...] = moved", "            pass", "test_functional.py"),
     Mutant("core.py", "count = r.x.size // max(r.x.shape[r.axis], 1)", "count = r.x.size", SURVIVORS),
     Mutant("core.py", "return high, low.astype(dtype)\n\n\n@default_mode", "return high, None\n\n\n@default_mode", SURVIVORS),
-    Mutant("core.py", "else r.mask.copy()", "else r.mask", SURVIVORS),
+    Mutant("functional.py", "mask=r.mask.copy()", "mask=r.mask", SURVIVORS),
     Mutant("core.py", "dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)", "dy", SURVIVORS),
     Mutant("core.py", "kept = copied(r.residual) if keep and", "kept = r.residual if keep and", SURVIVORS),
     Mutant("composed.py", "values = x if counted is None else counted", "values = x", "test_functional.py test_extremes.py"),
@@ -135,7 +135,7 @@ MUTANTS = [
     Mutant(
         "layers.py", 'if checks.switch("mode", mode) and (self.running_mean is None or self.running_var is None):', "if False:", SURVIVORS
     ),
-    Mutant("layers.py", "if self.affine and not self.frozen else (\"x\",)", "if self.affine else (\"x\",)", SURVIVORS),
+    Mutant("layers.py", "own = () if self.frozen else tuple(", "own = tuple(", SURVIVORS),
     Mutant("states.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
     Mutant("layers.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:
