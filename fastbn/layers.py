@@ -81,7 +81,7 @@ class BatchNorm(Tracking, FromOthers):
         if found.trained:
             raise ValueError(f"the layer is trained by {found.trained}, which is not what {cls.__name__} does; FrozenBatchNorm takes it")
         given = dict(zip(found.names, found.vectors, strict=True))
-        sizes = [np.shape(v) for v in given.values() if v is not None]
+        sizes = [checks.real(name, v).shape for name, v in given.items() if v is not None]
         if not sizes:
             raise ValueError("a layer without parameters and statistics does not say how many channels it has")
         if len(sizes[0]) != 1:

@@ -220,11 +220,9 @@ def loaded_array(key: str, value: Any, own: Array) -> Array:
         except ValueError:
             shape = np.shape(value)
             raise ValueError(f"{key} must have shape {own.shape}, got {shape}") from None
-    n = np.asarray(value)
+    n = checks.real(key, value)
     if n.shape not in ((), (1,)):
         raise ValueError(f"{key} must have shape (), got {n.shape}")
-    if n.dtype.kind not in "fiu":
-        raise TypeError(f"{key} must be an int, got {checks.short(value)}")
     number = n.reshape(()).item()
     if n.dtype.kind == "f" and isinstance(number, float) and number.is_integer():
         number = int(number)

@@ -408,6 +408,9 @@ ERRORS = (
     (lambda x: fastbn.layer_norm(x, 4), ValueError, "ends in normalized_shape"),
     (lambda x: fastbn.layer_norm(x, ()), ValueError, "at least one axis"),
     (lambda x: fastbn.layer_norm(x, "5"), TypeError, "normalized_shape must be"),
+    (lambda x: fastbn.layer_norm(x, bytes([5])), TypeError, "normalized_shape must be"),
+    (lambda x: fastbn.layer_norm(x, np.array([5.0])), TypeError, "normalized_shape must be an int, got 5.0"),
+    (lambda x: fastbn.layer_norm(x, np.array([[5]])), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, 5, np.ones(4)), ValueError, "weight must have the shape of normalized_shape"),
     (lambda x: fastbn.rms_norm(x, 5, eps=-1.0), ValueError, "eps must be"),
     (lambda x: fastbn.instance_norm(x[:, :, :1, :1]), ValueError, "more than 1 spatial"),
@@ -731,6 +734,13 @@ def test_a_layer_that_cannot_take_all_is_loaded_with_nothing(make: Callable[...,
         layer.load_state_dict(state)
     for key, value in layer.state_dict().items():
         np.testing.assert_array_equal(value, before[key])
+
+
+def test_a_normalized_shape_may_be_an_array_as_for_pytorch() -> None:
+    x = _random((2, 4, 5), "float32")
+    np.testing.assert_array_equal(fastbn.layer_norm(x, np.array([4, 5])), fastbn.layer_norm(x, (4, 5)))
+    assert fastbn.LayerNorm(np.array([4, 5])).normalized_shape == (4, 5)  # type: ignore[arg-type]
+    assert fastbn.RMSNorm(np.array(5)).normalized_shape == (5,)  # type: ignore[arg-type]
 
 
 def test_only_rms_norm_chooses_eps() -> None:
