@@ -131,7 +131,8 @@ class Layer:
         -------
         dict of str to ndarray
         """
-        return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
+        own = {key: value for key in self._keys if (value := getattr(self, key)) is not None}
+        return {key: np.array(layouts.plain(f"{key} of the layer", value)) for key, value in own.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
         """Load parameters and running statistics.
@@ -181,6 +182,8 @@ class Tracking(Layer):
         if self.momentum is not None:
             return self.momentum
         seen = 0 if self.num_batches_tracked is None else int(self.num_batches_tracked)
+        if seen < 0:
+            raise ValueError(f"num_batches_tracked must be at least 0, got {seen}")
         return 1.0 / (seen + 1)
 
 

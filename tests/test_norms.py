@@ -667,6 +667,24 @@ def test_the_repr_of_a_layer_makes_it_again(text: str) -> None:
 
 
 @each_layer
+@pytest.mark.only(lambda make: "bias" in make().state_dict())
+def test_what_is_no_array_of_a_layer_is_named(make: Callable[..., Any]) -> None:
+    layer = make()
+    layer.bias = [0.0] * 4
+    with pytest.raises(TypeError, match=r"bias of the layer must be a numpy\.ndarray, got list"):
+        layer.state_dict()
+
+
+@each_layer
+@pytest.mark.only(lambda make: "num_batches_tracked" in make().state_dict() and not isinstance(make(), fastbn.InstanceNorm2d))
+def test_a_count_of_batches_below_zero_is_named(make: Callable[..., Any]) -> None:
+    layer = make(momentum=None)
+    layer.num_batches_tracked[...] = -1
+    with pytest.raises(ValueError, match="num_batches_tracked must be at least 0, got -1"):
+        layer(np.zeros((2, 4, 5, 5), np.float32))
+
+
+@each_layer
 def test_an_output_between_the_inputs_elements_is_not_over_them(make: Callable[..., Any]) -> None:
     layer, other, memory, dy = make(), make(), _random((2, 4, 5, 5, 2), "float32"), _random((2, 4, 5, 5), "float32", seed=1)
     x = memory[..., 0]
