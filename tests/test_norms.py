@@ -405,6 +405,8 @@ ERRORS = (
     (lambda x: fastbn.group_norm(x, 2.0), TypeError, "num_groups must be an int"),
     (lambda x: fastbn.group_norm(x, 2, np.ones(3)), ValueError, "weight has shape"),
     (lambda x: fastbn.group_norm(x, 2, axis=0), ValueError, "axis must not be 0"),
+    (lambda x: fastbn.group_norm(x[:1, :, :1, :1].copy(), 4), ValueError, "more than 1 value per group"),
+    (lambda x: fastbn.group_norm(x[:1, :1, :1, :1], 1), ValueError, "more than 1 value per group"),
     (lambda x: fastbn.layer_norm(x, 4), ValueError, "ends in normalized_shape"),
     (lambda x: fastbn.layer_norm(x, ()), ValueError, "at least one axis"),
     (lambda x: fastbn.layer_norm(x, "5"), TypeError, "normalized_shape must be"),
@@ -437,6 +439,10 @@ def test_errors_name_the_argument(case: int) -> None:
     with pytest.raises(error, match=words):
         call(x)
     np.testing.assert_array_equal(x, before)
+
+
+def test_groups_of_one_value_are_fine_in_several_images_as_in_pytorch() -> None:
+    np.testing.assert_array_equal(fastbn.group_norm(_random((2, 4, 1), "float32"), 4, bias=np.arange(4)), np.arange(8).reshape(2, 4, 1) % 4)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)])
