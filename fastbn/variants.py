@@ -338,9 +338,12 @@ def _mixed_gradients(
         values = shape.outer * shape.inner
         b0, b1 = ((shares[0] * v).sum(0) / (shape.batch * values) if saved.training else 0 * s for v in (first, of_batch))
         l0, l1 = ((shares[1] * v).sum(1, keepdims=True) / (shape.channels * values) for v in (first, of_layer))
-        slope = -(s * s * b1 + t * t * l1)
-        offset = -(s * (b0 + s * from_batch * b1) + t * (l0 + t * from_layer * l1))
-        maps.gradient(*arrays, written, offset, slope, maps.scale)
+        larger = np.maximum(s, t)
+        factor = np.where((larger > 0) & np.isfinite(larger), larger, 1.0)
+        batch_share, layer_share = s / factor, t / factor
+        slope = -(batch_share * (s * b1) + layer_share * (t * l1))
+        offset = -(batch_share * (b0 + s * from_batch * b1) + layer_share * (l0 + t * from_layer * l1))
+        maps.gradient(*arrays, written, (offset, slope, factor), maps.scale)
     if dresidual is not None and written_residual is not None:
         dresidual = call.deliver(dresidual, written_residual, None)
     if dx is not None and written is not None:
