@@ -311,6 +311,18 @@ def test_derivatives_at_infinity(kernel: Kernel, dtype: np.dtype[Any], activatio
                 np.testing.assert_allclose(np.asarray(gradient, np.float64), want, atol=4 * float(ulp(np.ones(1), dtype)[0]))
 
 
+@pytest.mark.only(lambda kernel, dtype, activation: kernel.name != "numba" or (dtype, activation) == ("float32", "relu"))
+@pytest.mark.parametrize("activation", [None, "relu", "sigmoid"])
+def test_what_a_mask_leaves_out_may_be_infinite(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
+    x, dy = (rng(i).normal(size=(6, 3, 5)).astype(dtype) for i in range(2))
+    mask = rng(2).random((6, 5)) < 0.6
+    np.moveaxis(x, 1, -1)[~mask] = np.inf
+    _, saved = fastbn.batch_norm_forward(x, mask=mask, activation=activation)
+    g = fastbn.batch_norm_backward(dy, x, saved)
+    for gradient in (g.dx, g.dweight, g.dbias):
+        assert np.isfinite(np.asarray(gradient, np.float64)).all()
+
+
 @pytest.mark.parametrize("activation", FAR_SLOPES)
 def test_derivatives_at_infinity_are_pytorchs(activation: str) -> None:
     torch = pytest.importorskip("torch", reason="needs PyTorch (pip install torch)")
