@@ -42,7 +42,7 @@ def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array
 
 def update_running(running: Array, weighed: Array, momentum: float) -> None:
     """Move running statistics towards the batch's; these are weighed: times momentum, a number though they may be none."""
-    running[...] = (1.0 - momentum) * running.astype(np.float64) + weighed
+    running[...] = (1.0 - momentum) * running.astype(np.promote_types(running.dtype, np.float64)) + weighed
 
 
 def deviation(var: Array, eps: float) -> Array:

@@ -132,7 +132,8 @@ def _target(r: Request) -> Array:
     return memory.empty_like(r.x)
 
 
-def _deliver(y: Array, out: Array | None) -> Array:
+def deliver(y: Array, out: Array | None) -> Array:
+    """The result, in the array that the caller gets."""
     if out is None or out is y:
         return y
     out[...] = y
@@ -166,7 +167,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
         else:
             high, _, scale, shift = parameters(mean, spread if eps is None else deviation(spread, eps), weight, bias, compute)
             module.normalize(x, r.view.of(y), high, scale, shift, n, epilogue)
-    return _deliver(y, r.out)
+    return deliver(y, r.out)
 
 
 class Folded:
@@ -224,7 +225,7 @@ class Folded:
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
             if hasattr(module, "prepared"):
                 self._plain, self._pin = module.prepared(*vectors, r.activation, r.x, r.axis), dispatch.pinned()
-        return _deliver(y, r.out)
+        return deliver(y, r.out)
 
 
 @default_mode
@@ -255,7 +256,7 @@ def forward(
     if x.size == 0:
         zero = np.zeros(x.shape[r.axis], compute)
         nothing = zero, None, zero.copy(), zero.copy(), zero.copy()
-        return _deliver(y, r.out), keep_for_backward(r, nothing, 0, True, r.residual) if keep else None
+        return deliver(y, r.out), keep_for_backward(r, nothing, 0, True, r.residual) if keep else None
     module: Calls = calls_of(r.dtype, r.activation)
     n = threads.for_call("forward", x)
     residual = None if r.residual is None else _like(r.residual, r)
@@ -268,10 +269,13 @@ def forward(
     arrays, own = (_dense(x, r.view), r.view.of(y)), running._replace(mean=mean, var=var)
     vectors = module.forward(*arrays, Affine(weight, bias), eps, own, compute, n, _epilogue(r, residual))
     saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
-    y = _deliver(y, r.out)
-    for old, moved in ((running.mean, mean), (running.var, var)):
+    y = deliver(y, r.out)
+    for old, moved in ((running.mean, mean), (running.var, var)):  # nothing that can fail comes after it
         if old is not None and moved is not None and moved is not old:
-            old[...] = moved  # nothing that can fail comes after it
+            if _is_wider(old):
+                update_running(old, moved, running.momentum)
+            else:
+                old[...] = moved
     return y, saved
 
 
@@ -290,7 +294,7 @@ def forward_with(
         n = threads.for_call("normalize", r.x)
         calls_of(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
     saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
-    y = _deliver(y, r.out)
+    y = deliver(y, r.out)
     if batch.count:
         for old, new in ((running.mean, batch.mean.astype(np.float64) + batch.mean_lo), (running.var, variance(batch, running.correction))):
             if old is not None:
@@ -299,20 +303,26 @@ def forward_with(
 
 
 def _own(a: Array | None, compute: np.dtype[Any], copy: bool) -> Array | None:
-    """Running statistics as a kernel can move them: contiguous, in the type of the arithmetic or in float64."""
+    """Running statistics as a kernel can move them: contiguous, in the type of the arithmetic or in float64.
+
+    In place of those with more digits it moves zeros, which gives what is to be added to them.
+    """
     if a is None or (not copy and a.flags.carray and (a.dtype == compute or a.dtype == _WIDE)):
         return a
-    return np.array(a, compute if a.dtype == compute else np.float64)
+    return np.zeros(a.shape) if _is_wider(a) else np.array(a, compute if a.dtype == compute else np.float64)
+
+
+def _is_wider(a: Array) -> bool:
+    return bool(a.dtype.kind == "f" and a.dtype.itemsize > _WIDE.itemsize)
 
 
 def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training: bool, residual: Array | None) -> Saved:
     """What the backward needs, from the mean, what it rounds away, invstd, scale and shift."""
     mean, low, invstd, scale, shift = vectors
-    mask = None if r.mask is None or not training else r.mask.copy()
     kept = residual if r.activation is not None else None
     return Saved(
         mean=mean, invstd=invstd, mean_lo=low, count=count, training=training, scale=scale, shift=shift, shape=r.x.shape,
-        dtype=r.x.dtype, axis=r.axis, mask=mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
+        dtype=r.x.dtype, axis=r.axis, mask=r.mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
     )  # fmt: skip
 
 
@@ -356,7 +366,7 @@ def backward(
         nothing = np.zeros((2, x.shape[r.axis]), compute)
         if total is not None:
             total(nothing.astype(np.float64))
-        return _only(wanted, None if dx is None else _deliver(dx, r.out), nothing[0], nothing[1], dresidual)
+        return _only(wanted, None if dx is None else deliver(dx, r.out), nothing[0], nothing[1], dresidual)
     module = calls_of(r.dtype, saved.activation)
     n = threads.for_call("backward", x)
     arrays = _like(dy, r), _dense(x, v)
@@ -397,7 +407,7 @@ def backward(
     dweight = dbias = None
     if want_sums and totals is not None:
         dbias, dweight = totals[0].astype(compute), (totals[1] * kept.spread).astype(compute)
-    return _only(wanted, _deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
+    return _only(wanted, deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
 
 
 def _only(wanted: Collection[str], dx: Array | None, dweight: Array | None, dbias: Array | None, dresidual: Array | None) -> Gradients:
@@ -438,4 +448,4 @@ def backward_elemt(
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
         input_gradient(calls_of(r.dtype), arrays, Statistics(high, low, invstd), scale, (sum_dy, sum_dy_xmu), count, n)
-    return _deliver(dx, r.out)
+    return deliver(dx, r.out)

@@ -86,6 +86,8 @@ def _forward(
         r = r if out is None else _into(r, out, None, **used)
         checks.apart({"running_mean": mean, "running_var": var}, {"x": r.x, "residual": r.residual, "mask": r.mask})
         running = Running(mean, var, momentum, correction)
+        if keep and r.mask is not None:
+            r = r._replace(mask=r.mask.copy())  # the backward's; before anything is written
         if stats is not None:
             return core.forward_with(r, _of_batch(stats, r, channels, correction), w, b, eps, running, keep)
         _more_than_one(r, correction)

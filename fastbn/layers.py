@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,10 +16,10 @@ from fastbn.checks import Channels
 from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
 from fastbn.dtypes import lookup, resolve
-from fastbn.floating import default_mode
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis, view
 from fastbn.results import Gradients, Saved, Stats
+from fastbn.states import NO_FORWARD, OVERWRITTEN, Context, Tracking, is_written_over, loaded_array, without_copy
 from fastbn.sync import Communicator
 
 if TYPE_CHECKING:
@@ -28,131 +27,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-NO_FORWARD = "backward needs a forward before it: call the layer first (a copy, or what was unpickled, remembers none)"
-OVERWRITTEN = "backward needs the input of the forward before it, over which the output was written: give out= memory of its own"
 
 
-def _is(out: Array | None, x: Array) -> bool:
-    """Whether the output was written over the input."""
-    if out is None or out is x or not np.may_share_memory(out, x):  # to ask for addresses takes longer
-        return out is x and x.size > 0
-    return out.ctypes.data == x.ctypes.data
-
-
-class LoadedKeys(NamedTuple):
-    """What `load_state_dict` did not find, and what it did not use.
-
-    Attributes
-    ----------
-    missing_keys, unexpected_keys : list of str
-    """
-
-    missing_keys: list[str]
-    unexpected_keys: list[str]
-
-
-class Context(NamedTuple):
-    """What a backward needs of the forward before it."""
-
-    x: Array | weakref.ref[Array]  # a layer in eval keeps no array alive
-    residual: weakref.ref[Array] | None
-    saved: Any  # or how to have it, from x
-    from_output: bool = False
-    communicator: Communicator | None = None  # of the processes that share the batch
-
-    def found(self) -> tuple[Array, Any]:
-        """The input of the forward, and what that saved."""
-        x = self.x() if isinstance(self.x, weakref.ref) else self.x
-        residual = None if self.residual is None else self.residual()
-        if x is None or (self.residual is not None and residual is None):
-            raise RuntimeError(
-                "a layer in eval keeps no arrays: hold x and residual until the backward, or stay in training (a BatchNorm with freeze())"
-            )
-        if isinstance(self.saved, partial):
-            return x, self.saved(x, residual=residual)[1]
-        return x, self.saved
-
-
-def without_copy(residual: Array | None, activation: object, out: Array | None) -> bool:
-    """Whether a layer in eval leaves a residual that the backward needs where it is: that may never come."""
-    return residual is not None and activation is not None and not (out is not None and np.may_share_memory(out, residual))
-
-
-class Layer:
-    """What all layers share: whether they train, and the state_dict."""
-
-    _keys: tuple[str, ...] = ("weight", "bias")
-    training: bool
-
-    def _check_count(self) -> None:
-        """Check that a batch can be counted, before it moves the running statistics."""
-        n = getattr(self, "num_batches_tracked", None)
-        if isinstance(n, np.ndarray) and not n.flags.writeable:
-            raise ValueError("num_batches_tracked is updated in place but is read-only")
-
-    def train(self, mode: bool = True) -> Self:
-        """Use the statistics of the input from now on, where there is a choice; a frozen layer stays frozen.
-
-        Parameters
-        ----------
-        mode : bool
-            False is the same as `eval`.
-
-        Returns
-        -------
-        The layer itself.
-        """
-        self.training = checks.switch("mode", mode)
-        return self
-
-    def eval(self) -> Self:
-        """Use running statistics from now on, where there are any.
-
-        Returns
-        -------
-        The layer itself.
-        """
-        return self.train(False)
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters and running statistics, under PyTorch's names.
-
-        Returns
-        -------
-        dict of str to ndarray
-        """
-        return {key: value.copy() for key in self._keys if (value := getattr(self, key)) is not None}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
-        """Load parameters and running statistics.
-
-        Parameters
-        ----------
-        state_dict : mapping of str to array_like
-            With the keys of `state_dict`; "num_batches_tracked" may be missing, as in old PyTorch files, and may have
-            the shape (1,).
-        strict : bool
-            Whether a missing or an unknown key is an error.
-
-        Returns
-        -------
-        LoadedKeys
-            The keys that were missing, and those that were not used.
-
-        Raises
-        ------
-        KeyError
-            If a key is missing or unknown, and strict.
-        TypeError, ValueError
-            If a shape does not fit, a value is no number, or an array of the layer is read-only. Nothing is loaded then.
-        """
-        return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
-
-
-class BatchNorm(Layer, FromOthers):
+class BatchNorm(Tracking, FromOthers):
     """What BatchNorm1d, 2d and 3d share; they differ in the numbers of axes they take."""
 
-    _keys = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     _ranks: tuple[int, ...] = ()
 
     def __init__(
@@ -163,6 +42,7 @@ class BatchNorm(Layer, FromOthers):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
@@ -190,7 +70,7 @@ class BatchNorm(Layer, FromOthers):
         assert row is not None  # noqa: S101  resolve has seen it
         n, tracked = self.num_features, self.track_running_stats
         self.weight: Array | None = np.ones(n, row.compute) if checks.switch("affine", affine) else None
-        self.bias: Array | None = np.zeros(n, row.compute) if affine else None
+        self.bias: Array | None = np.zeros(n, row.compute) if checks.switch("bias", bias) and affine else None
         self.running_mean: Array | None = np.zeros(n, row.compute) if tracked else None
         self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
@@ -201,7 +81,7 @@ class BatchNorm(Layer, FromOthers):
         if found.trained:
             raise ValueError(f"the layer is trained by {found.trained}, which is not what {cls.__name__} does; FrozenBatchNorm takes it")
         given = dict(zip(found.names, found.vectors, strict=True))
-        sizes = [np.shape(v) for v in given.values() if v is not None]
+        sizes = [checks.real(name, v).shape for name, v in given.items() if v is not None]
         if not sizes:
             raise ValueError("a layer without parameters and statistics does not say how many channels it has")
         if len(sizes[0]) != 1:
@@ -226,12 +106,12 @@ class BatchNorm(Layer, FromOthers):
         for key, value in loaded.items():
             setattr(layer, key, None if value is None else value.copy())
         if layer.num_batches_tracked is not None and found.batches is not None:
-            layer.num_batches_tracked = _loaded("num_batches_tracked", found.batches, layer.num_batches_tracked)
+            layer.num_batches_tracked = loaded_array("num_batches_tracked", found.batches, layer.num_batches_tracked)
         return layer.train(found.training).freeze(found.frozen)
 
     @property
     def affine(self) -> bool:
-        """Whether there are a weight and a bias."""
+        """Whether there is a weight or a bias."""
         return self.weight is not None or self.bias is not None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -239,14 +119,12 @@ class BatchNorm(Layer, FromOthers):
         return self.__dict__ | {"_context": None}
 
     def __repr__(self) -> str:
-        text = (
-            f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, layout={self.layout!r}, activation={self.activation!r}"
-        )
-        unusual = {"axis": None, "correction": 1, "skip_nonfinite": False, "communicator": None}
-        text += "".join(f", {name}={getattr(self, name)!r}" for name, usual in unusual.items() if getattr(self, name) != usual)
-        text += "" if self.dtype == np.float32 else f", dtype='{self.dtype}'"
-        return f"{text}){'' if self.training else '.eval()'}{'.freeze()' if self.frozen else ''}"
+        text = self._shown(
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, layout={self.layout!r}, activation={self.activation!r}",
+            axis=None, correction=1, skip_nonfinite=False, communicator=None,
+        )  # fmt: skip
+        return text + (".freeze()" if self.frozen else "")
 
     def _check_layout(self) -> None:
         for rank in self._ranks:
@@ -307,7 +185,7 @@ class BatchNorm(Layer, FromOthers):
             mean, var, weight, bias = (None if v is None else v.copy() for v in given)
             again = partial(functional.batch_norm_forward, weight=weight, bias=bias, running_mean=mean, running_var=var)
             again = partial(again, training=False, eps=self.eps, **options)
-            self._context = Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, _is(out, x), None)
+            self._context = Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, is_written_over(out, x))
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
@@ -324,7 +202,7 @@ class BatchNorm(Layer, FromOthers):
         )  # fmt: skip
         if batch and saved.count:
             self._count(statistics, before)
-        self._remember(x, saved, _is(out, x), asked)
+        self._remember(x, saved, is_written_over(out, x), asked)
         return y
 
     def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
@@ -350,13 +228,6 @@ class BatchNorm(Layer, FromOthers):
             self._context = Context(x, None, saved, overwritten, communicator)
         else:
             self._context = Context(weakref.ref(x), None, saved, overwritten, communicator)
-
-    def _weight_of_new(self) -> float:
-        """Momentum of the next batch; None is the cumulative average."""
-        if self.momentum is not None:
-            return self.momentum
-        seen = 0 if self.num_batches_tracked is None else int(self.num_batches_tracked)
-        return 1.0 / (seen + 1)
 
     def backward(self, dy: Array, *, wrt: tuple[str, ...] | None = None, out: Array | None = None) -> Gradients:
         """Gradients of the last `forward`.
@@ -389,8 +260,8 @@ class BatchNorm(Layer, FromOthers):
         if from_output and not saved.invertible:
             raise RuntimeError(OVERWRITTEN)
         if wrt is None:
-            wrt = functional.USUAL if self.affine and not self.frozen else ("x",)
-            wrt = (*wrt, "residual") if saved.has_residual else wrt
+            own = () if self.frozen else tuple(name for name in ("weight", "bias") if getattr(self, name) is not None)
+            wrt = ("x", *own, "residual") if saved.has_residual else ("x", *own)
         if communicator is not None:
             return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, from_output=from_output, out=out)
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
@@ -417,68 +288,6 @@ class BatchNorm(Layer, FromOthers):
         self.frozen = bool(mode)
         return self
 
-    def reset_running_stats(self) -> None:
-        """Forget the running statistics: mean 0, variance 1, no batches."""
-        self._reset(running_mean=0, running_var=1, num_batches_tracked=0)
-
-    def reset_parameters(self) -> None:
-        """Forget the running statistics, and set the weight to 1 and the bias to 0."""
-        self._reset(running_mean=0, running_var=1, num_batches_tracked=0, weight=1, bias=0)
-
-    def _reset(self, **values: int) -> None:
-        """Set the arrays of the layer to a number each, all of them or none."""
-        own = {name: a for name in values if (a := getattr(self, name)) is not None}
-        check_writable(own)
-        for name, a in own.items():
-            a[...] = values[name]
-
-
-def check_writable(own: Mapping[str, Array], of: str = "the layer") -> None:
-    """Check that each of a layer's arrays can be written, before any is."""
-    for key, a in own.items():
-        checks.writable(key, layouts.plain(f"{key} of {of}", a), f"{key} of {of} is read-only")
-
-
-def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -> LoadedKeys:
-    """Load values into a layer's own arrays, all of them or none."""
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
-    missing = [key for key in own if key not in state_dict and key != "num_batches_tracked"]
-    unknown = [key for key in state_dict if key not in own]
-    if checks.switch("strict", strict) and (missing or unknown):
-        lists = {"lacks": sorted(missing), "has unknown": sorted(map(str, unknown))}
-        raise KeyError("state_dict " + " and ".join(f"{verb} {keys}" for verb, keys in lists.items() if keys))
-    found = {key: _loaded(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
-    check_writable({key: own[key] for key in found})
-    for key, value in found.items():
-        own[key][...] = value
-    return LoadedKeys(missing, unknown)
-
-
-@default_mode
-def _loaded(key: str, value: Any, own: Array) -> Array:
-    """A copy of what is loaded, in the type of what it replaces."""
-    if own.ndim > 1:
-        found = checks.real(key, value)
-        if found.shape != own.shape:
-            raise ValueError(f"{key} must have shape {own.shape}, got {found.shape}")
-        return found.astype(own.dtype)
-    if own.ndim:
-        try:
-            return checks.vector(key, value, Channels(len(own), f"{key} must have shape {own.shape}"), own.dtype).copy()
-        except ValueError:
-            shape = np.shape(value)
-            raise ValueError(f"{key} must have shape {own.shape}, got {shape}") from None
-    n = np.asarray(value)
-    if n.shape not in ((), (1,)):
-        raise ValueError(f"{key} must have shape (), got {n.shape}")
-    if n.dtype.kind not in "fiu":
-        raise TypeError(f"{key} must be an int, got {checks.short(value)}")
-    number = n.reshape(()).item()
-    if n.dtype.kind == "f" and isinstance(number, float) and number.is_integer():
-        number = int(number)
-    return np.array(checks.integer(key, number, 0), own.dtype)
-
 
 class BatchNorm1d(BatchNorm):
     """Batch normalization of (N, C) or (N, C, L) arrays, as ``torch.nn.BatchNorm1d``.
@@ -492,9 +301,11 @@ class BatchNorm1d(BatchNorm):
     momentum : float or None
         Weight of a batch in the update of the running statistics; None is the cumulative average.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether there is a weight, and with `bias` a bias.
     track_running_stats : bool
         Whether there are running statistics; without them, the batch's own are always used.
+    bias : bool
+        Whether there is a bias.
     layout : str, optional
         "NC", "NCL" or "channels_first" (as None), "NLC" or "channels_last".
     axis : int, optional
@@ -531,7 +342,7 @@ class BatchNorm2d(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, communicator, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCHW" or "channels_first" (as None), "NHWC" or "channels_last".
@@ -552,7 +363,7 @@ class BatchNorm3d(BatchNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, axis, activation, correction, skip_nonfinite, communicator, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
         "NCDHW" or "channels_first" (as None), "NDHWC" or "channels_last".
@@ -570,6 +381,8 @@ class BatchNorm3d(BatchNorm):
 
 class FrozenBatchNorm(FromOthers):
     """Inference with everything folded once: the serving path. It stays as it was made: its attributes cannot be set.
+
+    A subclass may have attributes of its own.
 
     Parameters
     ----------
@@ -634,7 +447,18 @@ class FrozenBatchNorm(FromOthers):
         )  # fmt: skip
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a FrozenBatchNorm was folded when it was made, and {name} cannot be set: make another one")
+        self._check_own(name, "set")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._check_own(name, "deleted")
+        super().__delattr__(name)
+
+    def _check_own(self, name: str, what: str) -> None:
+        """Check that an attribute is one of a subclass, and neither computed with nor, as a weight would be, without any effect."""
+        folded = {*FrozenBatchNorm.__annotations__, "scale", "shift", "running_mean", "running_var", "weight", "bias"}
+        if type(self) is FrozenBatchNorm or name in folded:
+            raise AttributeError(f"a FrozenBatchNorm was folded when it was made, and {name} cannot be {what}: make another one")
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
@@ -654,7 +478,7 @@ class FrozenBatchNorm(FromOthers):
 
     def __repr__(self) -> str:
         where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
-        return f"FrozenBatchNorm({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
+        return f"{type(self).__name__}({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
     def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """Normalize x.

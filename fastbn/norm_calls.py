@@ -115,7 +115,9 @@ def row_shape(normalized_shape: object) -> tuple[int, ...]:
     """Check the sizes of the last axes: an int or several."""
     if isinstance(normalized_shape, (int, np.integer)) and not isinstance(normalized_shape, (bool, np.bool_)):
         normalized_shape = (normalized_shape,)
-    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, str):
+    if isinstance(normalized_shape, np.ndarray):
+        normalized_shape = normalized_shape.reshape(-1).tolist() if normalized_shape.ndim < 2 else None
+    if not isinstance(normalized_shape, Sequence) or isinstance(normalized_shape, (str, bytes, bytearray, memoryview)):
         raise TypeError(f"normalized_shape must be an int or a sequence of ints, got {checks.short(normalized_shape)}")
     if not normalized_shape:
         raise ValueError("normalized_shape must have at least one axis, got ()")

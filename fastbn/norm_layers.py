@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 
@@ -13,9 +13,9 @@ from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
 from fastbn.dtypes import lookup, resolve
 from fastbn.functional import ActivationLike, Number
-from fastbn.layers import NO_FORWARD, OVERWRITTEN, Context, Layer, without_copy
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
+from fastbn.states import FIRST, NO_FORWARD, OVERWRITTEN, Context, Layer, Tracking, is_written_over, without_copy
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -38,7 +38,6 @@ class _Layer(Layer):
     """What all of these share: an activation, a dtype, and what the last forward has saved."""
 
     _functions: _Functions
-    weight: Array | None
     bias: Array | None = None
 
     def __init__(self, activation: ActivationLike, dtype: DTypeLike):
@@ -114,7 +113,7 @@ class _Layer(Layer):
         else:
             y, saved = self._functions.forward(x, *given, **options, **call)
         self._moved(x)
-        if out is not None and np.may_share_memory(out, x):
+        if is_written_over(out, x):
             self._context = OVERWRITTEN
         else:
             self._context = Context(x if self.training else weakref.ref(x), other, saved)
@@ -158,7 +157,8 @@ class _Layer(Layer):
 
 
 def _affine(compute: np.dtype[Any], shape: int | tuple[int, ...], weight: bool, bias: bool) -> tuple[Array | None, Array | None]:
-    return np.ones(shape, compute) if weight else None, np.zeros(shape, compute) if bias else None
+    """The weight, and with it the bias."""
+    return np.ones(shape, compute) if weight else None, np.zeros(shape, compute) if checks.switch("bias", bias) and weight else None
 
 
 class _OnChannels(_Layer):
@@ -191,11 +191,11 @@ class _OnChannels(_Layer):
         return super()._options() | {"layout": self.layout, "axis": self.axis}
 
 
-class _Tracked(_OnChannels):
-    """A layer with running statistics."""
+class _Tracked(Tracking, _OnChannels):
+    """A layer of images with channels that may have running statistics."""
 
-    _keys: tuple[str, ...] = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     _counts = True  # the batches
+    _usual: ClassVar[dict[str, Any]] = {"track_running_stats": True, "axis": None, "activation": None}
 
     def __init__(
         self, num_features: int, eps: Number, momentum: Number | None, affine: bool, track_running_stats: bool, **options: Any
@@ -204,21 +204,16 @@ class _Tracked(_OnChannels):
         self.num_features = self._channels
         self.eps = checks.number("eps", eps, 0.0)
         self.momentum = None if momentum is None else checks.number("momentum", momentum)
-        n, compute, both = self.num_features, self._compute, checks.switch("affine", affine)
-        self.weight, self.bias = _affine(compute, n, both, both)
+        n, compute = self.num_features, self._compute
+        self.weight, self.bias = _affine(compute, n, checks.switch("affine", affine), options["bias"])
         self.track_running_stats = tracked = checks.switch("track_running_stats", track_running_stats)
         self.running_mean: Array | None = np.zeros(n, compute) if tracked else None
         self.running_var: Array | None = np.ones(n, compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.num_features}, eps={self.eps}, momentum={self.momentum}, layout={self.layout!r})"
-
-    def _weight_of_new(self) -> float:
-        """Momentum of the next batch; None is the cumulative average."""
-        if self.momentum is not None:
-            return self.momentum
-        return 1.0 / (1 + (0 if self.num_batches_tracked is None else int(self.num_batches_tracked)))
+        numbers = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, layout={self.layout!r}"
+        return self._shown(f"{self.num_features}, {numbers}", **self._usual)
 
     def _statistics(self, own: bool) -> tuple[Array | None, Array | None]:
         """The running statistics that a call is given: to use, or where it uses its own, to move."""
@@ -240,6 +235,7 @@ class InstanceNorm(_Tracked):
 
     _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
     _counts = False  # as in PyTorch
+    _usual: ClassVar = _Tracked._usual | {"track_running_stats": False}
 
     def __init__(
         self,
@@ -249,12 +245,13 @@ class InstanceNorm(_Tracked):
         affine: bool = False,
         track_running_stats: bool = False,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
-        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
     def _given(self) -> tuple[Any, ...]:
@@ -275,9 +272,11 @@ class InstanceNorm1d(InstanceNorm):
     momentum : float or None
         Weight of the new values in the running statistics; None leaves them as they are, as in PyTorch.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether there is a weight, and with `bias` a bias.
     track_running_stats : bool
         Whether there are running statistics, which are used in eval.
+    bias : bool
+        Whether there is a bias.
     layout, axis, activation
         As in `batch_norm_forward`.
     dtype : dtype
@@ -298,7 +297,7 @@ class InstanceNorm2d(InstanceNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
         As in `InstanceNorm1d`.
 
     Examples
@@ -316,7 +315,7 @@ class InstanceNorm3d(InstanceNorm):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
         As in `InstanceNorm1d`.
 
     Examples
@@ -341,7 +340,9 @@ class GroupNorm(_OnChannels):
     eps : float
         Added to the variance.
     affine : bool
-        Whether there are a weight and a bias.
+        Whether there is a weight, and with `bias` a bias.
+    bias : bool
+        Whether there is a bias.
     layout, axis, activation
         As in `batch_norm_forward`.
     dtype : dtype
@@ -363,6 +364,7 @@ class GroupNorm(_OnChannels):
         eps: Number = 1e-5,
         affine: bool = True,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
@@ -373,11 +375,11 @@ class GroupNorm(_OnChannels):
         if self.num_channels % self.num_groups:
             raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
         self.eps = checks.number("eps", eps, 0.0)
-        both = checks.switch("affine", affine)
-        self.weight, self.bias = _affine(self._compute, self.num_channels, both, both)
+        self.weight, self.bias = _affine(self._compute, self.num_channels, checks.switch("affine", affine), bias)
 
     def __repr__(self) -> str:
-        return f"GroupNorm({self.num_groups}, {self.num_channels}, eps={self.eps}, affine={self.affine}, layout={self.layout!r})"
+        sizes = f"{self.num_groups}, {self.num_channels}"
+        return self._shown(f"{sizes}, eps={self.eps}, affine={self.affine}, layout={self.layout!r}", axis=None, activation=None)
 
     def _given(self) -> tuple[Any, ...]:
         return self.num_groups, self.weight, self.bias, self.eps
@@ -424,7 +426,7 @@ class LayerNorm(_Layer):
         self.normalized_shape = norm_calls.row_shape(normalized_shape)
         self.eps: float | None = checks.number("eps", eps, 0.0)
         affine = checks.switch("elementwise_affine", elementwise_affine)
-        self.weight, self.bias = _affine(self._compute, self.normalized_shape, affine, affine and checks.switch("bias", bias))
+        self.weight, self.bias = _affine(self._compute, self.normalized_shape, affine, bias)
 
     @property
     def elementwise_affine(self) -> bool:
@@ -432,7 +434,7 @@ class LayerNorm(_Layer):
         return self.weight is not None or self.bias is not None
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine})"
+        return self._shown(f"{self.normalized_shape}, eps={self.eps}, elementwise_affine={self.elementwise_affine}", activation=None)
 
     def _given(self) -> tuple[Any, ...]:
         return self.normalized_shape, self.weight, self.bias, self.eps
@@ -484,7 +486,7 @@ class BatchChannelNorm2d(_Tracked):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, track_running_stats, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
         As in `BatchNorm2d`. The learned mix of each channel begins at 0.5.
 
     Examples
@@ -510,14 +512,15 @@ class BatchChannelNorm2d(_Tracked):
         affine: bool = True,
         track_running_stats: bool = True,
         *,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
-        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
-        self.mix: Array = np.full(self.num_features, 0.5, self._compute)
+        self.mix: Array = np.full(self.num_features, FIRST["mix"], self._compute)
 
     def _given(self) -> tuple[Any, ...]:
         own = self.training or self.running_mean is None or self.running_var is None
@@ -529,7 +532,7 @@ class BatchRenorm2d(_Tracked):
 
     Parameters
     ----------
-    num_features, eps, momentum, affine, layout, axis, activation, dtype
+    num_features, eps, momentum, affine, bias, layout, axis, activation, dtype
         As in `BatchNorm2d`.
     rmax, dmax : float
         Bounds of the correction, attributes that may be changed during training.
@@ -543,6 +546,7 @@ class BatchRenorm2d(_Tracked):
     """
 
     _ranks = (4,)
+    _usual: ClassVar = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
 
     _functions = _Functions(variants.batch_renorm, variants.batch_renorm_forward, variants.batch_renorm_backward)
 
@@ -555,12 +559,13 @@ class BatchRenorm2d(_Tracked):
         *,
         rmax: Number = 3.0,
         dmax: Number = 5.0,
+        bias: bool = True,
         layout: LayoutName | None = None,
         axis: int | None = None,
         activation: ActivationLike = None,
         dtype: DTypeLike = np.float32,
     ):
-        options = {"layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
+        options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, True, **options)
         self.rmax, self.dmax = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
 

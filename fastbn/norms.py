@@ -464,8 +464,8 @@ def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
     kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
     call, channels = on_channels(kind, x, divided, activation, residual, out, threads)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
-    if call.x.size == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got x of shape {call.x.shape}")
+    if 0 < call.x.size == call.shape.parts:  # one image, as in PyTorch
+        raise ValueError(f"Expected more than 1 value per group when training, got x of shape {call.x.shape} and num_groups={num_groups}")
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), True, call.dtype.compute, call.threads)
     return _forward(call, norm, keep, weight, bias)
 
@@ -511,7 +511,7 @@ def group_norm(
         If an argument has the wrong type or dtype.
     ValueError
         If a shape does not fit, `num_groups` does not divide the channels, a number is out of range, `out` overlaps
-        another argument in part, or x is a single value. Nothing is modified then.
+        another argument in part, or x is one image whose groups have a single value each. Nothing is modified then.
 
     Notes
     -----

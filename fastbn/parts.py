@@ -368,7 +368,7 @@ def backward(
     g0 = (weight * first).reshape(by_parts).sum(2) / shape.values
     g1 = invstd * (invstd * ((weight * second).reshape(by_parts).sum(2) / shape.values))
     if dx is not None:
-        lay.gradient(dy, x, dx, invstd * (low * g1 - g0), -invstd * g1, weight)
+        lay.gradient(dy, x, dx, (low * g1 - g0, -g1, invstd), weight)
     return Sums((second * _repeated(invstd, shape)).sum(0).astype(norm.compute), first.sum(0).astype(norm.compute))
 
 
@@ -405,13 +405,17 @@ class Maps(NamedTuple):
         first, second = (np.concatenate(v).reshape(self.shape.batch, self.shape.channels) for v in zip(*found, strict=True))
         return first, second
 
-    def gradient(self, dy: Array, x: Array, dx: Array, offset: Array, slope: Array, weight: Array) -> None:
-        """``dx = scale * dz + offset + slope * (x - mean)``, where offset and slope are those of the parts."""
+    def gradient(self, dy: Array, x: Array, dx: Array, of_parts: tuple[Array, Array, Array], weight: Array) -> None:
+        """``dx = scale * dz + factor * (offset + slope * (x - mean))``; offset, slope and factor are those of the parts.
+
+        A deviation far from 1 is in the slope and in the factor: their product may leave the range of a number.
+        """
         compute, n = self.norm.compute, self.norm.threads
         dresidual = None if self.epilogue is None else self.epilogue.dresidual
-        offsets, slopes = (_repeated(v, self.shape).ravel() for v in (offset, slope))
+        offsets, slopes, factors = (_repeated(v, self.shape).ravel() for v in of_parts)
         with np.errstate(all="ignore"):
-            g0, g1 = -offsets / self.scale, -slopes / self.scale
+            share = factors / self.scale
+            g0, g1 = -offsets * share, -slopes * share
         outside = (np.abs([g0, g1]) > np.finfo(compute).max).any()
         one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all()) and not outside
         if one_sweep:
@@ -423,8 +427,9 @@ class Maps(NamedTuple):
         # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the first has the scale and
         # the second all the rest, in units of the larger of scale and offset, as a slope alone may leave the range.
         zero, wide_scale = np.zeros_like(self.means), self.scale.astype(np.float64)
-        unit = np.ldexp(1.0, np.frexp(np.maximum(np.abs(wide_scale), np.abs(offsets)))[1])
-        first, units, g0, g1 = (v.astype(compute) for v in (wide_scale / unit, unit, -offsets / unit, -slopes / unit))
+        unit = np.ldexp(1.0, np.frexp(np.maximum(np.abs(wide_scale), np.abs(factors * offsets)))[1])
+        share = factors / unit
+        first, units, g0, g1 = (v.astype(compute) for v in (wide_scale / unit, unit, -offsets * share, -slopes * share))
         narrow = dx.dtype != compute
         kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x
         wide_dy = dy.astype(compute) if narrow else dy

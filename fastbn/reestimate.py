@@ -18,9 +18,10 @@ import numpy as np
 from fastbn import checks, sync
 from fastbn.floating import default_mode
 from fastbn.functional import batch_norm_stats
-from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d, check_writable
+from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.layout import Array
 from fastbn.results import Stats
+from fastbn.states import check_writable
 from fastbn.sync import Communicator
 
 Layer = BatchNorm1d | BatchNorm2d | BatchNorm3d
@@ -148,7 +149,8 @@ class Recorder:
         names = list(self.channels)
         own = [self.total.layers.get(name, Stats.identity(self.channels[name], np.float64)) for name in names]
         merged = sync.merge(own, communicator)
-        (batches,) = sync.check(communicator).all_reduce(np.array([float(self.total.batches)]))
+        own_batches = np.array([float(self.total.batches)])
+        (batches,) = sync.returned("all_reduce", sync.check(communicator).all_reduce(own_batches), own_batches)
         return Estimate({name: s for name, s in zip(names, merged, strict=True) if s.count}, int(batches))
 
 

@@ -86,7 +86,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Array, float], Array], Callable[[Array, f
     ),
     "gelu_tanh": (
         lambda z, _: z * _sigmoid(_cubic(z)),
-        lambda z, _: _gelu_tanh_slope(np.clip(z, -100, 100)),  # beyond it is 0 or 1, and its factors may be no numbers
+        lambda z, _: _gelu_tanh_slope(np.clip(z, -100, 100)) + 0 * z,  # beyond it is 0 or 1, though its factors may be no numbers
     ),
 }
 
@@ -196,6 +196,8 @@ def grad_input(
 ) -> None:
     """Write ``scale * (dz - g0 - (x - mean) * g1)`` to `dx`, where dz is dy, taken back through the activation.
 
+    Where g1 is 0, as that of statistics that are constants, x is not in the sum: it may be infinite.
+
     Parameters
     ----------
     dy, x, dx : ndarray of shape (outer, channels, inner)
@@ -209,7 +211,8 @@ def grad_input(
         The activation, the residual, the parameters of the forward, and where to write dz.
     """
     (g0, g1), (dz, x) = line, _begin(dy, x, mean, epilogue)
-    dx[...] = (_columns(scale) * (dz - _columns(g0) - (x - _columns(mean)) * _columns(g1))).astype(dx.dtype)
+    far = np.where(_columns(g1) == 0, 0, x - _columns(mean))
+    dx[...] = (_columns(scale) * (dz - _columns(g0) - far * _columns(g1))).astype(dx.dtype)
     if epilogue is not None and epilogue.dresidual is not None:
         epilogue.dresidual[...] = dz.astype(dx.dtype)
 

@@ -115,7 +115,7 @@ def _merge(parts: list[Stats], communicator: Communicator, rows: int) -> list[St
     """Merge all ranks' statistics; of each, so many vectors travel: mean and var, or all four."""
     sent = [np.concatenate([[float(part.count)], part.vectors[:rows].astype(np.float64).ravel()]) for part in parts]
     message = np.concatenate(sent) if sent else np.zeros(0)
-    ranks = _returned("all_gather", check(communicator).all_gather(message), message, gathered=True)
+    ranks = returned("all_gather", check(communicator).all_gather(message), message, gathered=True)
     merged, start = [], 0
     for part, own in zip(parts, sent, strict=True):
         found = [_received(row, rows) for row in ranks[:, start : start + own.size]]
@@ -134,9 +134,12 @@ def _received(message: Array, rows: int) -> Stats:
     return of_rows(int(count), vectors)
 
 
-def _returned(method: str, found: object, sent: Array, *, gathered: bool = False) -> Array:
+def returned(method: str, found: object, sent: Array, *, gathered: bool = False) -> Array:
     """Check what a communicator returned."""
-    a = np.asarray(found)
+    try:
+        a = np.asarray(found)
+    except ValueError:  # lists of different lengths
+        a = np.asarray(None)
     shape = a.shape[:1] + sent.shape if gathered else sent.shape
     if a.dtype != np.float64 or a.shape != shape or a.shape[:1] == (0,):
         wanted = f"(ranks, {', '.join(map(str, sent.shape))})" if gathered else str(sent.shape)
@@ -275,6 +278,6 @@ def batch_norm_backward(
     channel = check(communicator)
 
     def total(sums: Array) -> Array:
-        return _returned("all_reduce", channel.all_reduce(sums), sums)
+        return returned("all_reduce", channel.all_reduce(sums), sums)
 
     return functional.gradients(dy, x, saved, wrt, from_output, out, total)

@@ -337,9 +337,12 @@ def _mixed_gradients(
         values = shape.outer * shape.inner
         b0, b1 = ((shares[0] * v).sum(0) / (shape.batch * values) if saved.training else 0 * s for v in (first, of_batch))
         l0, l1 = ((shares[1] * v).sum(1, keepdims=True) / (shape.channels * values) for v in (first, of_layer))
-        slope = -(s * s * b1 + t * t * l1)
-        offset = -(s * (b0 + s * from_batch * b1) + t * (l0 + t * from_layer * l1))
-        maps.gradient(*arrays, written, offset, slope, maps.scale)
+        larger = np.maximum(s, t)
+        factor = np.where((larger > 0) & np.isfinite(larger), larger, 1.0)
+        batch_share, layer_share = s / factor, t / factor
+        slope = -(batch_share * (s * b1) + layer_share * (t * l1))
+        offset = -(batch_share * (b0 + s * from_batch * b1) + layer_share * (l0 + t * from_layer * l1))
+        maps.gradient(*arrays, written, (offset, slope, factor), maps.scale)
     if dresidual is not None and written_residual is not None:
         dresidual = call.deliver(dresidual, written_residual, None)
     if dx is not None and written is not None:
@@ -647,18 +650,19 @@ def ghost_batch_norm_forward(
         moved = {name: checks.running(name, v, channels) for name, v in (("running_mean", running_mean), ("running_var", running_var))}
         checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
         checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
-        y = memory.empty_like(array) if target is None else target
-        mean, var = (v if v is None else v.copy() for v in moved.values())  # the second virtual batch may fail
+        y = memory.empty_like(array)  # not yet `out`, which may be x: the second virtual batch may fail
+        mean, var = (v if v is None else v.copy() for v in moved.values())
         found = []
         for size, end in zip(sizes, accumulate(sizes), strict=True):
             own = slice(end - size, end)
             rest = None if r is None else r[own]
             call = functional.batch_norm_forward(array[own], weight, bias, mean, var, axis=at, residual=rest, out=y[own], **numbers)
             found.append(call[1])
+        kept = SavedGhosts(tuple(found), sizes)
         for old, new in zip(moved.values(), (mean, var), strict=True):
             if old is not None and new is not None:
                 old[...] = new
-    return y, SavedGhosts(tuple(found), sizes)
+    return core.deliver(y, target), kept
 
 
 def ghost_batch_norm(
@@ -764,7 +768,7 @@ def ghost_batch_norm_backward(
         wanted = checks.names("wrt", wrt, functional.GRADIENTS)
         norm_calls.check_virtual_batches(array, saved, wanted, out)
         target = checks.output(out, array, {"dy": given, "x": array})
-        dx = None if "x" not in wanted else memory.empty_like(array) if target is None else target
+        dx = memory.empty_like(array) if "x" in wanted else None  # not yet `out`, as in the forward
         dresidual = memory.empty_like(array) if "residual" in wanted else None
         found = []
         for size, end, one in zip(saved.sizes, accumulate(saved.sizes), saved.saved, strict=True):
@@ -775,4 +779,4 @@ def ghost_batch_norm_backward(
             found.append(g._replace(dresidual=None))
     vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
     sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
-    return Gradients(dx, sums[0], sums[1], dresidual)
+    return Gradients(None if dx is None else core.deliver(dx, target), sums[0], sums[1], dresidual)

@@ -113,7 +113,7 @@ MUTANTS = [
     Mutant("core.py", "            old[...] = moved", "            pass", "test_functional.py"),
     Mutant("core.py", "count = r.x.size // max(r.x.shape[r.axis], 1)", "count = r.x.size", SURVIVORS),
     Mutant("core.py", "return high, low.astype(dtype)\n\n\n@default_mode", "return high, None\n\n\n@default_mode", SURVIVORS),
-    Mutant("core.py", "else r.mask.copy()", "else r.mask", SURVIVORS),
+    Mutant("functional.py", "mask=r.mask.copy()", "mask=r.mask", SURVIVORS),
     Mutant("core.py", "dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)", "dy", SURVIVORS),
     Mutant("core.py", "kept = copied(r.residual) if keep and", "kept = r.residual if keep and", SURVIVORS),
     Mutant("composed.py", "values = x if self.counted is None else self.counted", "values = x", "test_functional.py test_extremes.py"),
@@ -131,12 +131,12 @@ MUTANTS = [
     Mutant("results.py", "offsets = (halves - base) + halves_lo", "offsets = halves - base", STATS),
     Mutant("results.py", "return rounded(count, 2.0 * mean, 2.0 * mean_lo,", "return rounded(count, 2.0 * mean, 0.0 * mean_lo,", STATS),
     # Layers:
-    Mutant("layers.py", "own[key][...] = value", "setattr(self, key, value)", SURVIVORS),
+    Mutant("states.py", "own[key][...] = value", "setattr(self, key, value)", SURVIVORS),
     Mutant(
         "layers.py", 'if checks.switch("mode", mode) and (self.running_mean is None or self.running_var is None):', "if False:", SURVIVORS
     ),
-    Mutant("layers.py", "if self.affine and not self.frozen else (\"x\",)", "if self.affine else (\"x\",)", SURVIVORS),
-    Mutant("layers.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
+    Mutant("layers.py", "own = () if self.frozen else tuple(", "own = tuple(", SURVIVORS),
+    Mutant("states.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
     Mutant("layers.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:
     Mutant("threads.py", "return 1 if nbytes < WORTH_THREADS[op]", "return 1 if nbytes <= WORTH_THREADS[op]", SURVIVORS),
@@ -210,6 +210,7 @@ RELATED = {
     "composed.py": "test_numerics.py test_extremes.py test_survivors.py test_kernels.py",
     "core.py": "test_functional.py test_survivors.py test_numerics.py test_activations.py",
     "layers.py": "test_layers.py test_errors.py test_survivors.py",
+    "states.py": "test_layers.py test_norms.py test_survivors.py",
     "threads.py": "test_threads.py test_survivors.py -k 'not same_bits and not numba'",
     "cpu.py": "test_survivors.py test_dispatch.py",
     "layout.py": "test_layout.py test_survivors.py",

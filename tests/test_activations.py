@@ -284,6 +284,54 @@ def test_derivatives_at_kinks_and_elsewhere(kernel: Kernel, dtype: np.dtype[Any]
         np.testing.assert_allclose(got.dweight, np.full(3, 2 * (exact * z).sum()), rtol=4 * np.finfo(compute).eps)
 
 
+# At minus infinity and infinity: as PyTorch's, of which some are products of zero and infinity.
+FAR_SLOPES: dict[Any, tuple[float, float]] = {
+    "relu": (0, 1), "relu6": (0, 0), "leaky_relu": (0.01, 1), "hardswish": (0, 1), "sigmoid": (0, 0), "tanh": (0, 0),
+    "silu": (np.nan, np.nan), "gelu": (np.nan, np.nan), "gelu_tanh": (np.nan, np.nan),
+}  # fmt: skip
+
+
+@pytest.mark.only(lambda kernel, dtype: kernel.name != "numba" or dtype == "float32")
+@pytest.mark.parametrize("activation", FAR_SLOPES)
+@pytest.mark.parametrize("shape", [(2, 40), (40, 2), (5, 2, 9)], ids=str)
+def test_derivatives_at_infinity(kernel: Kernel, dtype: np.dtype[Any], activation: str, shape: tuple[int, ...]) -> None:
+    """Whether an array is dense or not: given statistics are constants, and an infinite x changes no other gradient."""
+    compute = np.float64 if dtype == np.float64 else np.float32
+    zero, one = np.zeros(shape[1], compute), np.ones(shape[1], compute)
+    x = np.resize(np.array([-np.inf, np.inf, 0.5], dtype), shape)
+    want = np.resize(np.array([*FAR_SLOPES[activation], _truth(activation, np.full(1, 0.5))[1][0]]), shape)
+    wide = np.zeros((*shape[:-1], 2 * shape[-1]), dtype)
+    wide[..., ::2] = x
+    for given in (x, wide[..., ::2]):
+        for residual in (None, np.zeros_like(x)):
+            options: dict[str, Any] = {"eps": 0.0, "activation": activation, "residual": residual}
+            _, saved = fastbn.batch_norm_forward(given, one, zero, zero, one, False, **options)
+            g = fastbn.batch_norm_backward(np.ones_like(x), given, saved, wrt=("x",) if residual is None else ("x", "residual"))
+            for gradient in (g.dx, g.dresidual)[: 1 if residual is None else 2]:
+                np.testing.assert_allclose(np.asarray(gradient, np.float64), want, atol=4 * float(ulp(np.ones(1), dtype)[0]))
+
+
+@pytest.mark.only(lambda kernel, dtype, activation: kernel.name != "numba" or (dtype, activation) == ("float32", "relu"))
+@pytest.mark.parametrize("activation", [None, "relu", "sigmoid"])
+def test_what_a_mask_leaves_out_may_be_infinite(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
+    x, dy = (rng(i).normal(size=(6, 3, 5)).astype(dtype) for i in range(2))
+    mask = rng(2).random((6, 5)) < 0.6
+    np.moveaxis(x, 1, -1)[~mask] = np.inf
+    _, saved = fastbn.batch_norm_forward(x, mask=mask, activation=activation)
+    g = fastbn.batch_norm_backward(dy, x, saved)
+    for gradient in (g.dx, g.dweight, g.dbias):
+        assert np.isfinite(np.asarray(gradient, np.float64)).all()
+
+
+@pytest.mark.parametrize("activation", FAR_SLOPES)
+def test_derivatives_at_infinity_are_pytorchs(activation: str) -> None:
+    torch = pytest.importorskip("torch", reason="needs PyTorch (pip install torch)")
+    z = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, requires_grad=True)
+    functions = {"gelu_tanh": lambda z: torch.nn.functional.gelu(z, approximate="tanh"), "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+    functions.get(activation, getattr(torch.nn.functional, activation, None))(z).sum().backward()
+    np.testing.assert_array_equal(z.grad, FAR_SLOPES[activation])
+
+
 @pytest.mark.only(lambda kernel, dtype: kernel.name != "numba" or dtype == "float32")
 @pytest.mark.parametrize("shape", [(3, 2, 40), (5, 64)], ids=str)
 def test_infinite_gradients(kernel: Kernel, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:

@@ -367,3 +367,25 @@ def test_a_weight_that_is_tiny_beside_another_takes_small_values() -> None:
     want = backward(dy, x, forward(x, *given, eps=0.0)[1]).dx.astype(np.float64)
     got = backward(dy, x * size, forward(x * size, *given, eps=0.0)[1]).dx * 2.0**-84
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("power", [540, 1000, -540, -1000])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("weights", [[0.5, 1.0, 2.0, -1.0], [0.0, 1.0, 2.0, -1.0]])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_gradients_of_float64_take_values_of_any_size(activation: Any, weights: list[float], last: bool, power: int) -> None:
+    """The square of one over a deviation leaves the range, and no gradient does."""
+    x, dy = (rng(i).normal(size=(3, 4, 5, 6)) for i in range(2))
+    w, size = np.array(weights), np.ldexp(1.0, power)
+    if last:
+        x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) for a in (x, dy))
+    for forward, backward, given in (
+        (fastbn.group_norm_forward, fastbn.group_norm_backward, (2, w)),
+        (fastbn.instance_norm_forward, fastbn.instance_norm_backward, (None, None, w)),
+        (fastbn.batch_channel_norm_forward, fastbn.batch_channel_norm_backward, (None, None, np.full(4, 0.25), w, None, True)),
+        (fastbn.batch_norm_forward, fastbn.batch_norm_backward, (w,)),
+        (fastbn.layer_norm_forward, fastbn.layer_norm_backward, (6,)),
+    ):
+        want, got = (backward(dy, a, forward(a, *given, eps=0.0, activation=activation)[1]) for a in (x, x * size))
+        np.testing.assert_allclose(got.dx * size, want.dx, rtol=1e-11, atol=1e-12 * np.abs(want.dx).max())
+        np.testing.assert_allclose(got.dweight, want.dweight, rtol=1e-11, atol=1e-12)

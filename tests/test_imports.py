@@ -33,6 +33,7 @@ ORDER = (
     {"norms"},
     {"variants"},
     {"sync", "conventions", "nn"},
+    {"states"},
     {"layers"},
     {"norm_layers"},
     {"reestimate"},

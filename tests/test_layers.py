@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from typing import Any
 
@@ -28,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cumulative": {"momentum": None},
     "untracked": {"track_running_stats": False},
     "plain": {"affine": False},
+    "no-bias": {"bias": False},
     "plain-untracked": {"affine": False, "track_running_stats": False},
 }
 each_layer = pytest.mark.parametrize(("kind", "shape"), LAYERS.values(), ids=LAYERS)
@@ -43,10 +45,14 @@ def torch() -> Any:
 
 def pair(kind: Any, torch: Any, options: dict[str, Any], channels: int = 7) -> tuple[Any, Any]:
     """A layer and PyTorch's of the same name, with the same parameters."""
-    ours, theirs = kind(channels, **options), getattr(torch.nn, kind.__name__)(channels, **options)
+    module = getattr(torch.nn, kind.__name__)
+    if missing := options.keys() - inspect.signature(module).parameters.keys():
+        pytest.skip(f"this PyTorch has no {missing}")
+    ours, theirs = kind(channels, **options), module(channels, **options)
     if ours.affine:
         r = rng(1)
         state = {"weight": r.uniform(0.5, 2.0, channels), "bias": r.standard_normal(channels)}
+        state = {key: value for key, value in state.items() if key in ours.state_dict()}
         ours.load_state_dict(ours.state_dict() | state)
         theirs.load_state_dict(theirs.state_dict() | {k: torch.tensor(v) for k, v in state.items()})
     return ours, theirs
@@ -69,11 +75,11 @@ def step(ours: Any, theirs: Any, torch: Any, shape: tuple[int, ...], seed: int) 
     y.backward(torch.tensor(p.dy))
     gradients = ours.backward(p.dy)
     alike(gradients.dx, x.grad)
-    if ours.affine:
-        alike(gradients.dweight, theirs.weight.grad)
-        alike(gradients.dbias, theirs.bias.grad)
-    else:
-        assert gradients.dweight is gradients.dbias is None
+    for gradient, parameter in ((gradients.dweight, theirs.weight), (gradients.dbias, theirs.bias)):
+        if parameter is None:
+            assert gradient is None
+        else:
+            alike(gradient, parameter.grad)
 
 
 def same_state(ours: Any, theirs: Any) -> None:
@@ -132,6 +138,15 @@ def test_state_goes_to_torch_and_back(options: dict[str, Any], torch: Any) -> No
     for key, value in fresh.state_dict().items():
         np.testing.assert_array_equal(value, theirs.state_dict()[key].numpy())
     assert fresh.num_batches_tracked == 4
+
+
+def test_a_layer_without_a_bias_is_taken_over_and_printed() -> None:
+    bn = fastbn.BatchNorm2d(7, bias=False)
+    assert "bias=False" in repr(bn)
+    for same in (bn, fastbn.BatchNorm2d.from_torch(bn)):
+        assert same.state_dict().keys() == fastbn.BatchNorm2d(7).state_dict().keys() - {"bias"}
+    with pytest.raises(TypeError, match="bias must be True or False, got None"):
+        fastbn.BatchNorm2d(7, bias=None)  # type: ignore[arg-type]
 
 
 def test_state_is_a_copy() -> None:
@@ -316,3 +331,32 @@ def test_a_frozen_batch_norm_stays_as_it_was_made() -> None:
             setattr(frozen, name, value)
     twin = pickle.loads(pickle.dumps(copy.deepcopy(frozen)))  # noqa: S301
     assert repr(twin) == repr(frozen)
+
+
+class _Named(fastbn.FrozenBatchNorm):
+    def __init__(self, *vectors: Any, name: str):
+        self.name = name
+        super().__init__(*vectors)
+
+
+def test_a_subclass_of_a_frozen_batch_norm_has_attributes_of_its_own() -> None:
+    frozen = _Named([0.0], [4.0], name="first")
+    frozen.name = "last"
+    x = rng().normal(size=(2, 1)).astype("f")
+    y = frozen(x)
+    for twin in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):  # noqa: S301
+        assert twin.name == "last"
+        same_bits(twin(x), y)
+    del frozen.name
+    assert not hasattr(frozen, "name")
+
+
+@pytest.mark.parametrize("kind", [fastbn.FrozenBatchNorm, lambda *vectors: _Named(*vectors, name="")], ids=["itself", "subclass"])
+@pytest.mark.parametrize("name", ["eps", "layout", "axis", "activation", "num_features", "scale", "shift", "running_var", "weight"])
+def test_what_a_frozen_batch_norm_computes_with_is_neither_set_nor_deleted(kind: Any, name: str) -> None:
+    frozen = kind([0.0], [1.0])
+    before = repr(frozen), frozen.scale
+    for change, what in ((lambda: setattr(frozen, name, None), "set"), (lambda: delattr(frozen, name), "deleted")):
+        with pytest.raises(AttributeError, match=f"{name} cannot be {what}"):
+            change()
+    assert (repr(frozen), frozen.scale) == before

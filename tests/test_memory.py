@@ -291,6 +291,30 @@ def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.statistics()["idle"] == 8 * MIB
 
 
+LIMITED = """
+    import resource
+    import numpy as np
+    import fastbn
+    x, out = np.ones((1 << 24, 1), np.float32), np.zeros((1 << 24, 1), np.float32)
+    x[::2] = 0
+    stats, mask = fastbn.batch_norm_stats(x), np.ones(1, bool)
+    mean, var = np.zeros(1, np.float32), np.ones(1, np.float32)
+    fastbn.batch_norm_forward(x[:8], mask=mask, stats=stats)
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20),) * 2)
+    try:
+        fastbn.batch_norm_forward(x, None, None, mean, var, mask=mask, stats=stats, out=out)  # whose mask of x is 16 MiB
+    except MemoryError:
+        print(out.any(), mean, var)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_the_mask_that_a_backward_needs_is_copied_before_anything_is_written() -> None:
+    assert run(LIMITED, FASTBN_NUM_THREADS="1") == "False [0.] [1.]\n"
+
+
 PEAK = """
     def peak():
         with open("/proc/self/status") as file:

@@ -405,9 +405,14 @@ ERRORS = (
     (lambda x: fastbn.group_norm(x, 2.0), TypeError, "num_groups must be an int"),
     (lambda x: fastbn.group_norm(x, 2, np.ones(3)), ValueError, "weight has shape"),
     (lambda x: fastbn.group_norm(x, 2, axis=0), ValueError, "axis must not be 0"),
+    (lambda x: fastbn.group_norm(x[:1, :, :1, :1].copy(), 4), ValueError, "more than 1 value per group"),
+    (lambda x: fastbn.group_norm(x[:1, :1, :1, :1], 1), ValueError, "more than 1 value per group"),
     (lambda x: fastbn.layer_norm(x, 4), ValueError, "ends in normalized_shape"),
     (lambda x: fastbn.layer_norm(x, ()), ValueError, "at least one axis"),
     (lambda x: fastbn.layer_norm(x, "5"), TypeError, "normalized_shape must be"),
+    (lambda x: fastbn.layer_norm(x, bytes([5])), TypeError, "normalized_shape must be"),
+    (lambda x: fastbn.layer_norm(x, np.array([5.0])), TypeError, "normalized_shape must be an int, got 5.0"),
+    (lambda x: fastbn.layer_norm(x, np.array([[5]])), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, 5, np.ones(4)), ValueError, "weight must have the shape of normalized_shape"),
     (lambda x: fastbn.rms_norm(x, 5, eps=-1.0), ValueError, "eps must be"),
     (lambda x: fastbn.instance_norm(x[:, :, :1, :1]), ValueError, "more than 1 spatial"),
@@ -434,6 +439,10 @@ def test_errors_name_the_argument(case: int) -> None:
     with pytest.raises(error, match=words):
         call(x)
     np.testing.assert_array_equal(x, before)
+
+
+def test_groups_of_one_value_are_fine_in_several_images_as_in_pytorch() -> None:
+    np.testing.assert_array_equal(fastbn.group_norm(_random((2, 4, 1), "float32"), 4, bias=np.arange(4)), np.arange(8).reshape(2, 4, 1) % 4)
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 4, 0)])
@@ -516,16 +525,29 @@ LAYERS: tuple[tuple[Any, tuple[int, ...], str], ...] = (
     (lambda: fastbn.InstanceNorm2d(4), (2, 4, 6, 5), "InstanceNorm2d(4)"),
     (lambda: fastbn.InstanceNorm3d(4, affine=True), (2, 4, 3, 3, 2), "InstanceNorm3d(4, affine=True)"),
     (lambda: fastbn.GroupNorm(2, 4), (2, 4, 6, 5), "GroupNorm(2, 4)"),
+    (lambda: fastbn.InstanceNorm2d(4, affine=True, bias=False), (2, 4, 3, 3), "InstanceNorm2d(4, affine=True, bias=False)"),
+    (lambda: fastbn.GroupNorm(2, 4, bias=False), (2, 4, 6, 5), "GroupNorm(2, 4, bias=False)"),
     (lambda: fastbn.LayerNorm((4, 5)), (2, 4, 5), "LayerNorm((4, 5))"),
     (lambda: fastbn.LayerNorm(5, bias=False), (2, 4, 5), "LayerNorm(5, bias=False)"),
     (lambda: fastbn.RMSNorm(5), (2, 4, 5), "RMSNorm(5)"),
 )
 
 
+def _module(text: str) -> Any:
+    import torch
+
+    try:
+        return eval(f"torch.nn.{text}", {"torch": torch})  # noqa: S307  our own text
+    except TypeError as error:
+        if "'bias'" not in str(error):
+            raise
+        pytest.skip(f"this PyTorch has none: {error}")
+
+
 @pytest.mark.parametrize(("make", "shape", "theirs"), LAYERS, ids=[name for _, _, name in LAYERS])
 def test_layers_are_pytorchs(make: Any, shape: tuple[int, ...], theirs: str) -> None:
     torch = pytest.importorskip("torch")
-    layer, module = make(), eval(f"torch.nn.{theirs}", {"torch": torch})  # noqa: S307  our own text
+    layer, module = make(), _module(theirs)
     assert layer.state_dict().keys() == module.state_dict().keys()
     state = {k: v + 0.25 if v.dtype.kind == "f" else v for k, v in layer.state_dict().items()}
     layer.load_state_dict(state)
@@ -610,6 +632,75 @@ def test_a_residual_that_a_layer_in_eval_wrote_over_has_its_gradient(make: Calla
 
 
 @each_layer
+def test_layers_are_reset_as_they_were_made(make: Callable[..., Any]) -> None:
+    layer, fresh = make(), make().state_dict()
+    layer(_random((2, 4, 5, 5), "float32"))
+    statistics = {key: value for key, value in layer.state_dict().items() if key.startswith(("running", "num"))}
+    for name in layer.state_dict().keys() - statistics.keys():
+        getattr(layer, name)[...] = 3
+    if statistics:
+        layer.reset_running_stats()
+        for key, value in layer.state_dict().items():
+            np.testing.assert_array_equal(value, fresh[key] if key in statistics else np.float32(3))
+    layer(_random((2, 4, 5, 5), "float32"))
+    layer.reset_parameters()
+    for key, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, fresh[key])
+
+
+@pytest.mark.parametrize("theirs", [name for _, _, name in LAYERS])
+def test_layers_have_the_resets_of_pytorchs(theirs: str) -> None:
+    pytest.importorskip("torch")
+    layer, module = eval(f"fastbn.{theirs}"), _module(theirs)  # noqa: S307  our own text
+    for name in ("reset_parameters", "reset_running_stats"):
+        assert hasattr(layer, name) == hasattr(module, name), name
+
+
+@pytest.mark.parametrize("text", [
+    "InstanceNorm2d(4, eps=1e-05, momentum=0.1, affine=False, layout=None)",
+    "InstanceNorm1d(4, eps=0.5, momentum=None, affine=True, layout='NLC', track_running_stats=True, activation='relu').eval()",
+    "GroupNorm(2, 4, eps=1e-05, affine=False, layout=None, axis=-1, activation=('leaky_relu', 0.5))",
+    "GroupNorm(2, 4, eps=1e-05, affine=True, layout=None, bias=False)",
+    "LayerNorm((4, 5), eps=1e-05, elementwise_affine=True, dtype='float64')",
+    "LayerNorm((4,), eps=1e-05, elementwise_affine=True, bias=False, activation='silu')",
+    "LayerNorm((4,), eps=1e-05, elementwise_affine=False)",
+    "RMSNorm((4,), eps=None, elementwise_affine=True, activation='gelu').eval()",
+    "BatchChannelNorm2d(4, eps=1e-05, momentum=0.1, affine=True, layout='NHWC', track_running_stats=False)",
+    "BatchRenorm2d(4, eps=1e-05, momentum=0.1, affine=True, layout=None, axis=1, rmax=2.0, dmax=1.0)",
+])  # fmt: skip
+def test_the_repr_of_a_layer_makes_it_again(text: str) -> None:
+    assert repr(eval(f"fastbn.{text}")) == text  # noqa: S307  our own text
+
+
+@each_layer
+@pytest.mark.only(lambda make: "bias" in make().state_dict())
+def test_what_is_no_array_of_a_layer_is_named(make: Callable[..., Any]) -> None:
+    layer = make()
+    layer.bias = [0.0] * 4
+    with pytest.raises(TypeError, match=r"bias of the layer must be a numpy\.ndarray, got list"):
+        layer.state_dict()
+
+
+@each_layer
+@pytest.mark.only(lambda make: "num_batches_tracked" in make().state_dict() and not isinstance(make(), fastbn.InstanceNorm2d))
+def test_a_count_of_batches_below_zero_is_named(make: Callable[..., Any]) -> None:
+    layer = make(momentum=None)
+    layer.num_batches_tracked[...] = -1
+    with pytest.raises(ValueError, match="num_batches_tracked must be at least 0, got -1"):
+        layer(np.zeros((2, 4, 5, 5), np.float32))
+
+
+@each_layer
+def test_an_output_between_the_inputs_elements_is_not_over_them(make: Callable[..., Any]) -> None:
+    layer, other, memory, dy = make(), make(), _random((2, 4, 5, 5, 2), "float32"), _random((2, 4, 5, 5), "float32", seed=1)
+    x = memory[..., 0]
+    other(x.copy())
+    layer(x, out=memory[..., 1])
+    for found, wanted in zip(layer.backward(dy), other.backward(dy), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@each_layer
 @pytest.mark.only(lambda make: "running_mean" in make().state_dict())
 def test_layers_without_tracking_move_nothing(make: Callable[..., Any]) -> None:
     layer, x = make(), _random((2, 4, 5, 5), "float32")
@@ -669,11 +760,19 @@ def test_a_layer_that_cannot_take_all_is_loaded_with_nothing(make: Callable[...,
         np.testing.assert_array_equal(value, before[key])
 
 
+def test_a_normalized_shape_may_be_an_array_as_for_pytorch() -> None:
+    x = _random((2, 4, 5), "float32")
+    np.testing.assert_array_equal(fastbn.layer_norm(x, np.array([4, 5])), fastbn.layer_norm(x, (4, 5)))
+    assert fastbn.LayerNorm(np.array([4, 5])).normalized_shape == (4, 5)  # type: ignore[arg-type]
+    assert fastbn.RMSNorm(np.array(5)).normalized_shape == (5,)  # type: ignore[arg-type]
+
+
 def test_only_rms_norm_chooses_eps() -> None:
     with pytest.raises(TypeError, match="eps must be a number, got None"):
         fastbn.layer_norm(np.ones((2, 3), np.float32), 3, eps=None)  # type: ignore[arg-type]
 
 
+STATISTICS = ("running_mean", "running_var")
 SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = {
     "batch_norm": (fastbn.batch_norm, (None, None), {"training": True}),
     "instance_norm": (fastbn.instance_norm, (None, None), {}),
@@ -684,6 +783,23 @@ SHARED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = 
     "batch_renorm": (fastbn.batch_renorm, (np.zeros(4), np.ones(4)), {"training": True}),
     "ghost_batch_norm": (fastbn.ghost_batch_norm, (None, None), {"training": True, "virtual_batch_size": 2}),
 }
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("norm", ["batch_norm", "instance_norm", "batch_channel_norm", "batch_renorm", "ghost_batch_norm"])
+@pytest.mark.parametrize("momentum", [0.0, 0.125])
+def test_running_statistics_in_long_double_keep_their_digits(norm: str, momentum: float) -> None:
+    function, given, options = SHARED[norm]
+    x, tiny = _random((4, 4, 3, 4), "float32"), np.finfo(np.longdouble).eps
+    found = []
+    for rest in (0, tiny):  # what float64 rounds away
+        options = options | {"momentum": momentum, **{name: np.full(4, 1 + rest, np.longdouble) for name in STATISTICS}}
+        function(x, **options, **({"mix": given[2]} if len(given) > 2 else {}))
+        found.append([options[name] for name in STATISTICS])
+    batches = 2 if norm == "ghost_batch_norm" else 1
+    for low, high in zip(*found, strict=True):
+        np.testing.assert_allclose(np.float64((high - low) / tiny), (1 - momentum) ** batches, atol=1)  # to the last place
+        assert (high > low).all()
 
 
 class _Interface:
@@ -748,18 +864,32 @@ def test_what_the_next_virtual_batch_needs_is_not_moved(moved: str, which: str) 
     np.testing.assert_array_equal(statistics[moved], before)
 
 
-def test_a_virtual_batch_that_fails_moves_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, calls, mean, var = fastbn.batch_norm_forward, itertools.count(), np.zeros(4, np.float32), np.ones(4, np.float32)
+@pytest.mark.parametrize("place", ["x", "residual", "own"])
+def test_a_virtual_batch_that_fails_leaves_everything_as_it_was(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(usual: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count()
 
-    def second_fails(*args: Any, **options: Any) -> Any:
-        if next(calls):
-            raise MemoryError
-        return usual(*args, **options)
+        def second_fails(*args: Any, **options: Any) -> Any:
+            if next(calls):
+                raise MemoryError
+            return usual(*args, **options)
 
-    monkeypatch.setattr(functional, "batch_norm_forward", second_fails)
+        return second_fails
+
+    x, mean, var = _random((4, 4, 3, 4), "float32"), np.zeros(4, np.float32), np.ones(4, np.float32)
+    given = {"x": x, "residual": x[::-1].copy(), "own": np.zeros_like(x)}
+    options: dict[str, Any] = {"training": True, "residual": given["residual"], "activation": "relu", "virtual_batch_size": 2}
+    _, saved = fastbn.ghost_batch_norm_forward(x, mean.copy(), var.copy(), **options)
+    before = {name: a.copy() for name, a in given.items()}
+    for name in ("batch_norm_forward", "batch_norm_backward"):
+        monkeypatch.setattr(functional, name, failing(getattr(functional, name)))
     with pytest.raises(MemoryError):
-        fastbn.ghost_batch_norm(_random((4, 4, 3, 4), "float32"), mean, var, training=True, virtual_batch_size=2)
+        fastbn.ghost_batch_norm(x, mean, var, **options, out=given[place])
     assert (mean.tolist(), var.tolist()) == ([0.0] * 4, [1.0] * 4)
+    with pytest.raises(MemoryError):
+        fastbn.ghost_batch_norm_backward(given["residual"], x, saved, out=given[place])
+    for name, a in given.items():
+        np.testing.assert_array_equal(a, before[name])
 
 
 def test_the_gradient_of_the_mix_stays_with_the_others() -> None:

@@ -461,6 +461,11 @@ HUGE = 10**400
         ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked=HUGE))),
         ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked="5"))),
         ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked=[5, 6]))),
+        ("num_batches_tracked", lambda x: fastbn.BatchNorm1d(4).load_state_dict(_state(num_batches_tracked=[[5], [5, 6]]))),
+        ("running_mean", lambda x: fastbn.BatchNorm1d.from_torch(_state(running_mean=[[5], [5, 6]]))),
+        ("communicator.all_gather", lambda x: fastbn.sync.batch_norm_stats(x, _Returns([[5], [5, 6]]))),
+        ("communicator.all_reduce", lambda x: _estimated_by(x, [[5], [5, 6]])),
+        ("communicator.all_reduce", lambda x: _estimated_by(x, np.zeros(2))),
         ("state_dict", lambda x: fastbn.BatchNorm1d(4).load_state_dict(None)),
         ("state_dict", lambda x: fastbn.BatchNorm1d(4).load_state_dict([("weight", x[0])])),
         ("num_features", lambda x: fastbn.BatchNorm1d(HUGE)),
@@ -481,6 +486,24 @@ HUGE = 10**400
 )  # fmt: skip
 def test_a_wrong_argument_is_named(name: str, call: Callable[[Array], object]) -> None:
     refused(lambda: call(np.arange(12, dtype=F32).reshape(3, 4)), name)
+
+
+class _Returns(fastbn.sync.Alone):
+    """A communicator whose messages are answered by something else."""
+
+    def __init__(self, gathered: Any = None, reduced: Any = None):
+        self.gathered, self.reduced = gathered, reduced
+
+    def all_gather(self, array: Array) -> Array:
+        return super().all_gather(array) if self.gathered is None else self.gathered  # type: ignore[no-any-return]
+
+    def all_reduce(self, array: Array) -> Array:
+        return self.reduced  # type: ignore[no-any-return]
+
+
+def _estimated_by(x: Array, reduced: Any) -> None:
+    bn = fastbn.BatchNorm1d(4)
+    fastbn.update_bn([bn], [x], bn, communicator=_Returns(reduced=reduced))
 
 
 def _state(**wrong: Any) -> dict[str, Any]:

@@ -260,3 +260,47 @@ def test_a_graph_with_an_activation_of_another_version_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"activation must be one of identity, relu, .*, got 'mish'"):
             call()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", ("leaky_relu", 0.3), "silu"], ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_bias_may_change_before_the_backward_as_for_torchs_own(activation: Any, with_residual: bool, training: bool) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(4, 3, 5, 6, dtype=torch.float64) for _ in range(2)] + [torch.rand(3, dtype=torch.float64) for _ in range(4)]
+    found = []
+    for f in (composed, ours):
+        x, residual, weight, bias = leaves = [t.clone().requires_grad_() for t in given[:4]]
+        y = f(x, residual if with_residual else None, weight, bias, *(t.clone() for t in given[4:]), training, activation)
+        with torch.no_grad():
+            bias += 1
+        if f is ours and activation == "silu":  # a second derivative depends on it
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.square().sum().backward()
+            return
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        (dx * given[0]).sum().backward(inputs=leaves if with_residual else [x, weight, bias])
+        found.append([dx.detach(), *(t.grad for t in leaves if t.grad is not None)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_bias_of_a_group_norm_may_change_before_the_backward() -> None:
+    torch.manual_seed(0)
+    given = torch.randn(4, 6, 160, 160), torch.rand(6), torch.rand(6)
+    found = []
+    for convert in (False, True):
+        model = torch.nn.Sequential(torch.nn.GroupNorm(6, 6), torch.nn.ReLU())
+        with torch.no_grad():
+            model[0].weight.copy_(given[1])
+            model[0].bias.copy_(given[2])
+        if convert:
+            fastbn.torch.convert(model)
+        x = given[0].clone().requires_grad_()
+        y = model(x)
+        with torch.no_grad():
+            model[0].bias += 1
+        y.square().sum().backward()
+        found.append([x.grad, model[0].weight.grad, model[0].bias.grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)

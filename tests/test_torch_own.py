@@ -205,3 +205,19 @@ def test_a_layer_with_mish_learns_as_one_of_torchs() -> None:
     losses = example["train"](example["mish_layer"](), steps=8), example["train"](example["torch_layer"](), steps=8)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_parameters_may_change_before_the_backward_which_keeps_what_it_needs_of_them() -> None:
+    x, residual, *vectors, dy = given()
+    found = []
+    for change in (0, 1):
+        weight, bias, mean, var = (t.clone() for t in vectors)
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        y = fastbn.torch.batch_norm(leaves[0], mean, var, *leaves[2:], True, activation=SWISH, residual=leaves[1])
+        with torch.no_grad():
+            for t in leaves[2:]:
+                t += change
+        y.backward(dy)
+        found.append([t.grad for t in leaves])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -317,7 +317,7 @@ def _map_block(loop: Loop) -> Any:
     """What writes one block of an output."""
     evaluate = _evaluator(loop)
     m = MEMORY[loop.storage]
-    read, write, fma, through, activation_inverse = m.read, m.write, m.fma, _passing(loop), m.activation_inverse
+    read, write, fma, through, counted, activation_inverse = m.read, m.write, m.fma, _passing(loop), m.counted, m.activation_inverse
     gradient, active, residual, second, undone = (
         loop.operation == "grad_input", evaluate is not None, loop.residual, loop.second, loop.undone
     )  # fmt: skip
@@ -341,7 +341,7 @@ def _map_block(loop: Loop) -> Any:
                 g = through(g, v)
             if second:
                 write(j.dresidual, at, g, rest, j.nontemporal)
-            v = scale * fma(d, slope, g - offset)
+            v = scale * fma(counted(d, slope), slope, g - offset)
         write(j.out, at, v, rest, j.nontemporal)
 
     return map_block

@@ -213,10 +213,10 @@ class Memory:
         caches, which needs whole cache lines.
     element
         One element, as float64.
-    splat, fma, first, fill, total, through, activation_inverse, coarse, finite
+    splat, fma, first, fill, total, through, counted, activation_inverse, coarse, finite
         A block of one number; a * b + c; a block's first n lanes, the others zero, or like its first one; the sum of all lanes, as float64;
-        dy times a slope, and 0 where that is 0; x, or x / slope where it is not positive; a block of few digits; zero
-        where a block is infinite or NaN.
+        dy times a slope, and 0 where that is 0; a block, and 0 where a slope is 0; x, or x / slope where it is not positive; a block of
+        few digits; zero where a block is infinite or NaN.
     """
 
     def __init__(self, name: str):
@@ -326,6 +326,10 @@ class Memory:
             zero = ir.Constant(lanes, None)
             return builder.select(builder.fcmp_ordered("==", slope, zero), zero, builder.fmul(dy, slope))
 
+        def counted(builder: Any, v: Any, slope: Any) -> Any:
+            zero = ir.Constant(lanes, None)
+            return builder.select(builder.fcmp_ordered("==", slope, zero), zero, v)
+
         def activation_inverse(builder: Any, v: Any, slope: Any) -> Any:
             return builder.select(builder.fcmp_ordered(">", v, ir.Constant(lanes, None)), v, builder.fdiv(v, slope))
 
@@ -353,6 +357,7 @@ class Memory:
         self.fill = _emit(block, (block, i64), fill)
         self.total = _emit(types.float64, (block,), total)
         self.through = _emit(block, (block, block), through)
+        self.counted = _emit(block, (block, block), counted)
         self.activation_inverse = _emit(block, (block, block), activation_inverse)
         self.coarse = _emit(block, (block,), coarse)
         self.finite = _emit(block, (block,), finite)

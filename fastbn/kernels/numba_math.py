@@ -323,10 +323,11 @@ def _gelu_tanh(z: float, _: float) -> Any:
 
 @_compiled
 def _gelu_tanh_slope(z: float, _: float) -> Any:
-    edge = like(z, 32)  # beyond it the slope is 0 or 1, and the square of z may overflow
+    edge = like(z, 32)  # beyond it the slope is 0 or 1, and the square of z may overflow; at infinity it is none, as in PyTorch
+    one = z * like(z, 0) + like(z, 1)
     z = edge if z > edge else -edge if z < -edge else z
     u = _twice_u(z)
-    return sigmoid(u) * (like(z, 1) + z * (z * z * like(z, 0.21406444881780075) + like(z, 1.5957691216057307)) * sigmoid(-u))
+    return sigmoid(u) * (one + z * (z * z * like(z, 0.21406444881780075) + like(z, 1.5957691216057307)) * sigmoid(-u))
 
 
 FUNCTIONS: dict[str, tuple[Any, Any]] = {

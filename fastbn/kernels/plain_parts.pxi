@@ -83,7 +83,7 @@ cdef tuple plain_parts_forward(Doors doors, str kind, x, divided, out, tuple giv
     if not bind_plain(doors, &call, "forward", x, layout, axis, &at, activation, residual):
         return None
     if groups is not None:
-        if type(groups) is not int or groups < 1 or call.channels % groups != 0:
+        if type(groups) is not int or groups < 1 or call.channels % groups != 0 or cnp.PyArray_SIZE(x) == groups:
             return None
         group = call.channels // <Py_ssize_t> groups
     if (

@@ -370,8 +370,9 @@ def keep(ctx: Any, a: Arguments, y: Tensor, saved: Any) -> None:
     statistics = [None if a.training or t is None else t.clone() for t in (a.mean, a.var)]
     of_batch = saved if a.training and saved is not None else (None, None)
     from_output = saved is not None and a.is_invertible()
+    bias = keep_bias(ctx, a.bias, a.activation)
     ctx.save_for_backward(
-        None if from_output else a.x, residual, a.weight, a.bias, *statistics, *of_batch, y if masked or from_output else None
+        None if from_output else a.x, residual, a.weight, bias, *statistics, *of_batch, y if masked or from_output else None
     )
     ctx.numbers = *a[6:10], from_output
     ctx.composed = saved is None
@@ -379,8 +380,24 @@ def keep(ctx: Any, a: Arguments, y: Tensor, saved: Any) -> None:
 
 def kept(ctx: Any) -> tuple[Arguments, Tensor | None, Any]:
     """What `keep` kept."""
-    *tensors, first, second, y = ctx.saved_tensors
-    return Arguments(*tensors, *ctx.numbers), y, None if ctx.composed else (first, second)
+    x, residual, weight, bias, *statistics, first, second, y = ctx.saved_tensors
+    a = Arguments(x, residual, weight, kept_bias(ctx, bias, ctx.needs_input_grad[3]), *statistics, *ctx.numbers)
+    return a, y, None if ctx.composed else (first, second)
+
+
+def keep_bias(ctx: Any, bias: Tensor | None, activation: Builtin) -> Tensor | None:
+    """The bias as a backward needs it.
+
+    Torch's own layers let it change before the backward. So do these, with a copy: but for curved functions, no derivative of a
+    gradient depends on the bias.
+    """
+    ctx.copied = bias is not None and (activation.code == 0 or activation.name in FROM_OUTPUT)
+    return bias.detach().clone() if bias is not None and ctx.copied else bias
+
+
+def kept_bias(ctx: Any, bias: Tensor | None, wanted: bool) -> Tensor | None:
+    """What `keep_bias` kept, from which a gradient can be asked."""
+    return bias.detach().requires_grad_(wanted) if bias is not None and ctx.copied else bias
 
 
 def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

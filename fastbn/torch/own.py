@@ -54,13 +54,14 @@ class _Own(torch.autograd.Function):
     def forward(ctx: Any, activation: Activation, *given: Any) -> Tensor:
         a = Arguments(*given)
         y, ctx.saved = _forward(a, activation, saves=True)
-        ctx.save_for_backward(a.x, a.weight, a.bias)
+        ctx.save_for_backward(a.x)
+        ctx.dtypes = [None if t is None else t.dtype for t in (a.x, a.weight, a.bias)]
         return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         needed = zip(("x", "residual", "weight", "bias"), ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, need in needed if need)
         source = computable(x)
@@ -69,17 +70,17 @@ class _Own(torch.autograd.Function):
             g = functional.batch_norm_backward(
                 array_of(computable(dy)), array_of(source), ctx.saved, wrt=wanted, out=None if dx is None else array_of(dx)
             )
-        found = None if dx is None else dx.to(x.dtype), _tensor(g.dresidual, x), _tensor(g.dweight, weight), _tensor(g.dbias, bias)
-        return None, *found, *(None,) * 7
+        gradients = zip((g.dresidual, g.dweight, g.dbias), ctx.dtypes, strict=True)
+        return None, None if dx is None else dx.to(x.dtype), *(_tensor(v, dtype) for v, dtype in gradients), *(None,) * 7
 
 
-def _tensor(a: Array | None, like: Tensor) -> Tensor | None:
+def _tensor(a: Array | None, dtype: torch.dtype) -> Tensor | None:
     """A gradient in memory of its own, in the dtype of what it is the gradient of."""
     if a is None:
         return None
     if a.dtype.name == "bfloat16":
         return torch.from_numpy(np.asarray(a).view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(a).to(like.dtype)
+    return torch.from_numpy(a).to(dtype)
 
 
 def _run(activation: Activation, a: Arguments) -> Tensor:

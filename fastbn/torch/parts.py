@@ -16,7 +16,7 @@ from fastbn.activations import Builtin
 from fastbn.norms import SavedParts, group_norm, group_norm_backward, group_norm_forward
 from fastbn.torch.arrays import array_of, computable, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours
-from fastbn.torch.operators import _OWN, ALONE, IDENTITY, NUMBERS, _builtin, in_words
+from fastbn.torch.operators import _OWN, ALONE, IDENTITY, NUMBERS, _builtin, in_words, keep_bias, kept_bias
 
 F = torch.nn.functional
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves; torch's own group norm
@@ -122,14 +122,16 @@ def _function(activation: Builtin) -> Any:
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, others: Any) -> Tensor:
-        y, *saved = normalize(Parts(x, weight, bias, *others), keep=True)
-        ctx.save_for_backward(x, weight, bias, *saved)
+        a = Parts(x, weight, bias, *others)
+        y, *saved = normalize(a, keep=True)
+        ctx.save_for_backward(x, weight, keep_bias(ctx, bias, a.activation), *saved)
         ctx.others = others
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *saved = ctx.saved_tensors
+        bias = kept_bias(ctx, bias, ctx.needs_input_grad[2])
         return *gradients(dy, Parts(x, weight, bias, *ctx.others), tuple(saved), ctx.needs_input_grad[:3]), None
 
 
@@ -176,7 +178,8 @@ def _fake_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:3], *output[1:])
+    x, weight, bias = inputs[:3]
+    ctx.save_for_backward(x, weight, keep_bias(ctx, bias, _builtin(*inputs[5:])), *output[1:])
     ctx.others = inputs[3:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -188,6 +191,7 @@ def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, *saved = ctx.saved_tensors
     groups, eps, name, parameter = ctx.others
     wanted = ctx.needs_input_grad[:3]
+    bias = kept_bias(ctx, bias, wanted[2])
     if torch.is_grad_enabled():
         found = gradients(dy, Parts(x, weight, bias, groups, eps, _builtin(name, parameter)), tuple(saved), wanted)
     else:

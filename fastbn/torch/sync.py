@@ -113,13 +113,14 @@ class _Synchronized(torch.autograd.Function):
         for old, new in ((mean, new_mean), (var, new_var)):
             if old is not None and new is not None:
                 old.copy_(torch.from_numpy(new))
-        ctx.save_for_backward(x, weight, bias)
+        ctx.save_for_backward(x)
+        ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         wanted = tuple(name for name, need in zip(("x", "weight", "bias"), ctx.needs_input_grad, strict=False) if need)
         source = computable(x)
         dx = _like(source) if "x" in wanted else None
@@ -128,9 +129,9 @@ class _Synchronized(torch.autograd.Function):
                 array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
                 out=None if dx is None else array_of(dx),
             )  # fmt: skip
-        dweight = None if g.dweight is None else torch.from_numpy(g.dweight).to(weight.dtype)
-        dbias = None if g.dbias is None else torch.from_numpy(g.dbias).to(bias.dtype)
-        return None if dx is None else dx.to(x.dtype), dweight, dbias, None, None, None, None, None
+        gradients = zip((g.dweight, g.dbias), ctx.dtypes, strict=True)
+        vectors = (None if v is None else torch.from_numpy(v).to(dtype) for v, dtype in gradients)
+        return None if dx is None else dx.to(x.dtype), *vectors, None, None, None, None, None
 
 
 # Of layers, beside them: it is of this process, and no part of a copy or a pickle.

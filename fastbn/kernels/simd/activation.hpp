@@ -145,17 +145,18 @@ template <int kind, class R> inline R smooth_derivative(R z) {
         const Normal<R> n = normal(z);
         return multiply_add(z, n.density, n.below);
     }
-    // Far from zero these are 0 or 1, and stay so.
+    // Far from zero these are 0 or 1, and stay so. At infinity those of the products of z are none, as in PyTorch.
+    const R one = multiply_add(z, all<R>(0), all<R>(1));
     if (kind == GELU_TANH) {
         z = within(K::cubic, z);
         const Logistic<R> s = logistic(twice_u(z));
-        return s.at * multiply_add(z * twice_u_slope(z), s.opposite, all<R>(1));
+        return s.at * multiply_add(z * twice_u_slope(z), s.opposite, one);
     }
     z = within(K::normal, kind == TANH ? z * 2 : z);
     const Logistic<R> s = logistic(z);
     if (kind == TANH) return 4 * s.at * s.opposite;
     if (kind == SIGMOID) return s.at * s.opposite;
-    return s.at * multiply_add(z, s.opposite, all<R>(1));
+    return s.at * multiply_add(z, s.opposite, one);
 }
 
 template <int kind, bool derivative, class R> inline void each(R* r, ptrdiff_t n) {

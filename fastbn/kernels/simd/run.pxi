@@ -286,10 +286,12 @@ cdef Status map_call(TypedCall[Map, T]* job) noexcept nogil:
     cdef int arrays = 2 + (job.dy != NULL) + (job.residual != NULL) + (job.dresidual != NULL)
     if not plan(job, &p, 0, arrays, arrays):
         return NO_MEMORY
-    if Map in Backward and not job.frozen:
+    if Map in Backward:
+        job.frozen = True
         for c in range(job.channels):
             Block[T].set_value(job.grad_offset, c, Block[T].value(job.g0, c))
             Block[T].set_value(job.grad_slope, c, -Block[T].value(job.g1, c))
+            job.frozen = job.frozen and Block[T].value(job.g0, c) == 0 and Block[T].value(job.g1, c) == 0
     run_map(job, &p)
     return DONE
 
