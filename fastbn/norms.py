@@ -465,7 +465,7 @@ def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
     call, channels = on_channels(kind, x, divided, activation, residual, out, threads)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     if 0 < call.x.size == call.shape.parts:  # one image, as in PyTorch
-        raise ValueError(f"Expected more than 1 value per group when training, got x of shape {call.x.shape} and num_groups={num_groups}")
+        raise ValueError(f"Expected more than 1 value per group when training, got x of shape {call.x.shape} and num_groups={divided[0]}")
     norm = parts.Norm(w, b, checks.number("eps", eps, 0.0), True, call.dtype.compute, call.threads)
     return _forward(call, norm, keep, weight, bias)
 

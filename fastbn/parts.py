@@ -392,9 +392,7 @@ class Maps(NamedTuple):
 
     def _epilogue(self, see: Any, at: slice, dresidual: Array | None) -> Epilogue | None:
         after = self.epilogue
-        return after and after._replace(
-            residual=see(after.residual), scale=self.scale[at], shift=self.shift[at], dresidual=see(dresidual)
-        )
+        return after and after._replace(residual=see(after.residual), scale=self.scale[at], shift=self.shift[at], dresidual=see(dresidual))
 
     def sums(self, dy: Array, x: Array) -> tuple[Array, Array]:
         """Sums of each channel of each image, of shape (batch, channels)."""
@@ -441,13 +439,11 @@ class Maps(NamedTuple):
                 maps = self._replace(epilogue=self.epilogue._replace(residual=residual.astype(compute)))
             dz = np.empty(dx.shape, compute) if narrow or dresidual is None else dresidual
         for see, at in maps._each():
-            means, nothing = self.means[at], (zero[at], zero[at])
+            source, to, means, nothing = see(kept), see(out), self.means[at], (zero[at], zero[at])
             if self.epilogue is not None:
-                self.module.grad_input(
-                    see(wide_dy), see(kept), see(out), means, self.scale[at], nothing, n, maps._epilogue(see, at, dz)
-                )  # fmt: skip
-            self.module.grad_input(see(dz), see(kept), see(out), means, first[at], nothing, n, None)
-            self.module.grad_input(see(out), see(kept), see(out), means, units[at], (g0[at], g1[at]), n, None)
+                self.module.grad_input(see(wide_dy), source, to, means, self.scale[at], nothing, n, maps._epilogue(see, at, dz))
+            self.module.grad_input(see(dz), source, to, means, first[at], nothing, n, None)
+            self.module.grad_input(to, source, to, means, units[at], (g0[at], g1[at]), n, None)
         if narrow:
             dx[...] = out
             if dresidual is not None:
