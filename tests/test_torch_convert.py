@@ -947,6 +947,24 @@ def test_checkpoints_that_were_not_foreseen(body: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+def test_every_activation_may_be_in_a_compiled_graph() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(MODULES.values())
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in (*MODULES, *FUNCTIONS))
+
+        def forward(self, x: Any) -> Any:
+            return [act(norm(x)) for act, norm in zip([*self.layers, *FUNCTIONS.values()], self.norms, strict=True)]
+
+    model, x = Model(), image()
+    own = copy.deepcopy(model)
+    assert all(layer.fused for layer in fastbn.torch.convert(model))
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), own(x))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_graph_holds_checkpoints_whole(dynamic: bool) -> None:
     part, again = (Body(lambda m, x: (m.bn(m.conv(x)) + m.bn2(m.other(x))).relu()) for _ in range(2))
