@@ -689,6 +689,22 @@ def test_torch_fx_sees_a_layer_of_torchs() -> None:
     assert torch.equal(graph(x), model(x))
 
 
+def test_a_module_that_lets_nobody_set_attributes_is_converted() -> None:
+    class Closed(Body):
+        closed = False
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.closed:
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model = Closed(lambda m, x: m.bn(m.conv(x)).relu())
+    Closed.closed = True
+    assert same(model, image())[0].fused == ("relu",)
+    assert fastbn.torch.revert(model) == 2
+    assert type(model) is Closed
+
+
 def test_what_is_no_module_is_refused() -> None:
     for function in (fastbn.torch.convert, fastbn.torch.revert):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
