@@ -689,6 +689,22 @@ def test_torch_fx_sees_a_layer_of_torchs() -> None:
     assert torch.equal(graph(x), model(x))
 
 
+def test_a_module_that_lets_nobody_set_attributes_is_converted() -> None:
+    class Closed(Body):
+        closed = False
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if self.closed:
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model = Closed(lambda m, x: m.bn(m.conv(x)).relu())
+    Closed.closed = True
+    assert same(model, image())[0].fused == ("relu",)
+    assert fastbn.torch.revert(model) == 2
+    assert type(model) is Closed
+
+
 def test_what_is_no_module_is_refused() -> None:
     for function in (fastbn.torch.convert, fastbn.torch.revert):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got Tensor"):
@@ -945,6 +961,24 @@ def test_checkpoints_that_were_not_foreseen(body: str) -> None:
     model.flag = own.flag = True
     for got, want in zip(step(model, x), step(own, x), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_every_activation_may_be_in_a_compiled_graph() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(MODULES.values())
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in (*MODULES, *FUNCTIONS))
+
+        def forward(self, x: Any) -> Any:
+            return [act(norm(x)) for act, norm in zip([*self.layers, *FUNCTIONS.values()], self.norms, strict=True)]
+
+    model, x = Model(), image()
+    own = copy.deepcopy(model)
+    assert all(layer.fused for layer in fastbn.torch.convert(model))
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), own(x))
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -20,7 +20,7 @@ from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.results import Stats
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, unreadable, vector
-from fastbn.torch.derived import OWN, Derived, derive, refuse_script
+from fastbn.torch.derived import OWN, Derived, become, derive, refuse_script
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.sync import unusual
 
@@ -167,7 +167,7 @@ class Adaptation:
         """Make the layers what they were, but for those that adapt anew since. It may be called again."""
         for path, layer in self.layers.items():
             if layer.__dict__.get(STATE) is self._memories[path]:
-                layer.__class__ = type(layer).__bases__[1]
+                become(layer, type(layer).__bases__[1])
                 del layer.__dict__[STATE]
         self.layers, self._memories = {}, {}
 
@@ -237,5 +237,5 @@ def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> A
     for _, layer in layers:
         layer.__dict__[STATE] = _Memory(count, memory)
         kind: Any = type(layer)
-        layer.__class__ = _adapted(kind)
+        become(layer, _adapted(kind))
     return Adaptation(model)

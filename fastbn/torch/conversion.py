@@ -22,7 +22,7 @@ import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute w
 from fastbn.tables import counted, table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, is_line, settled
-from fastbn.torch.derived import Derived, derive, own_class, release
+from fastbn.torch.derived import Derived, become, derive, own_class, release
 from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
@@ -303,7 +303,7 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
                 steps = steps._replace(scope=scope)
             layer.__dict__[STEPS] = steps
             if not isinstance(layer, mixin):
-                layer.__class__ = derive(mixin, type(layer))
+                become(layer, derive(mixin, type(layer)))
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, STEPS in layer.__dict__, keeps))
     for module, scope in scopes.items():
@@ -311,7 +311,7 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
             scope.pairs = _pairs(module, scope)
         module.__dict__[SCOPE] = scope
         if not isinstance(module, Scoped):
-            module.__class__ = derive(Scoped, type(module))
+            become(module, derive(Scoped, type(module)))
     return Conversion(found, unseen(model))
 
 

@@ -58,6 +58,8 @@ class Steps(NamedTuple):
         Whether a backward may find the input from the output.
     scope : Scope, optional
         Where things are expected: the code of a module around the layer if they are `outside`, else the layer's own.
+    compiles : bool
+        Whether torch.compile lets the activation meet what waits.
     """
 
     sum: bool = False
@@ -66,10 +68,11 @@ class Steps(NamedTuple):
     plain: bool = False
     from_output: bool = False
     scope: Scope | None = None
+    compiles: bool = True
 
     def visit(self, layer: Any) -> Any:
         """The call in which something of a layer may wait, or None."""
-        if not (self.sum or self.activation):
+        if not (self.sum or self.activation) or (torch.compiler.is_compiling() and not self.compiles):
             return None
         if self.outside and self.scope is not None:
             return self.scope.visit()

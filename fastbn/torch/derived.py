@@ -48,9 +48,14 @@ def derive(mixin: type[Derived], kind: Any) -> type:
     return found
 
 
+def become(module: object, kind: type) -> None:
+    """Make a module one of another class, also where its own code refuses new values of attributes, or passes them on."""
+    object.__setattr__(module, "__class__", kind)
+
+
 def release(module: object) -> None:
     """Give a module its own class again. Where somebody has derived another one from ours since, as parametrizations do, that stays."""
-    module.__class__ = own_class(module)
+    become(module, own_class(module))
 
 
 def is_overlaid(module: object) -> bool:

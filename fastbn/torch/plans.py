@@ -29,6 +29,9 @@ FUNCTIONS = {
     torch.sigmoid_, F.tanh, torch.tanh, torch.tanh_, "relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_",
 }  # fmt: skip
 MASKED = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, "relu", "relu_"}
+# Those that torch.overrides does not list: what waits is no argument for them where torch.compile traces. To torch.fx F.sigmoid is
+# the method.
+UNLISTED = {nn.Hardswish, F.hardswish, F.sigmoid, "sigmoid", F.tanh, "tanh", F.leaky_relu_, torch.relu_, torch.sigmoid_, torch.tanh_}
 LEAKY = {nn.LeakyReLU, F.leaky_relu, F.leaky_relu_}
 # What torch.fx calls them: it sees `a += b` as `a + b`.
 INPLACE = {name for i_name in dir(operator) if f"__{i_name}__" in dir(operator) for name in (i_name, i_name[1:]) if i_name[0] == "i"}
@@ -241,7 +244,7 @@ def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = Tru
             why = _hooked(part, start, user)
         if why:
             break
-        steps = steps._replace(sum=True) if is_sum else steps._replace(activation=True)
+        steps = steps._replace(sum=True) if is_sum else steps._replace(activation=True, compiles=kind not in UNLISTED)
         names.append("add" if is_sum else _name(part, user))
         passed.append(user)
         read = len(passed)
