@@ -164,7 +164,7 @@ class ComposedKernel:
             dy, epilogue = place, None
         sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
-            sum_dy_xmu = sum_dy_xmu - mean_lo * sum_dy
+            sum_dy_xmu = sum_dy_xmu - np.where(mean_lo == 0, 0.0, mean_lo * sum_dy)  # the sum may be infinite
         if dx is not None and scale is not None:
             count = x.shape[0] * x.shape[2]
             input_gradient(self, (dy, x, dx), kept, scale, (sum_dy, sum_dy_xmu), count, threads, epilogue)

@@ -348,6 +348,19 @@ def test_infinite_gradients(kernel: Kernel, dtype: np.dtype[Any], shape: tuple[i
             np.testing.assert_array_equal(np.asarray(gradient, np.float64), want, err_msg=str(activation))
 
 
+@pytest.mark.only(lambda kernel, dtype: kernel.name != "numba" or dtype == "float32")
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_an_infinite_gradient_is_infinite_in_the_sums_as_in_pytorch(kernel: Kernel, dtype: np.dtype[Any], activation: Any) -> None:
+    """Statistics that are given round nothing away, which infinity would be multiplied with."""
+    x, dy = np.array([[1, 2], [3, 4], [2, 1]], dtype), np.array([[np.inf, 1], [1, 1], [1, 1]], dtype)
+    compute = np.float64 if dtype == np.float64 else np.float32
+    zero, one = np.zeros(2, compute), np.ones(2, compute)
+    for mean in (zero, zero.astype(np.float64)):
+        _, saved = fastbn.batch_norm_forward(x, one, zero, mean, one, False, eps=0.0, activation=activation)
+        g = fastbn.batch_norm_backward(dy, x, saved)
+        np.testing.assert_array_equal([g.dweight, g.dbias], [[np.inf, 7], [np.inf, 3]])
+
+
 @pytest.mark.only(  # Numba: one dtype for each
     lambda kernel, dtype, activation: kernel.name != "numba" or activation not in NAMES or (dtype == "float32") != lookup(activation).costly
 )

@@ -743,7 +743,8 @@ def _settle_gradient(number: Any) -> Any:
                     put64(sum_dy_xmu, c, get64(sum_dy_xmu, c) + get64(dots + skip, c))
         for c in range(first, last):
             low = optional(j.mean_lo, c, 0.0)
-            put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - low * get64(j.sum_dy, c))
+            lost = low * get64(j.sum_dy, c) if low != 0 else 0.0  # the sum may be infinite
+            put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - lost)
             if j.kind == BACKWARD:
                 invstd = np.float64(get(j.invstd, c))
                 slope = invstd * (invstd * get64(j.sum_dy_xmu, c) / count)  # the square alone may leave the range

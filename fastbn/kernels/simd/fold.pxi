@@ -162,7 +162,7 @@ cdef void fold_gradient(TypedCall[GradSums, T]* job, Py_ssize_t first, Py_ssize_
         get_vector(invstd, job.invstd, first, n, 0, <T*> NULL)
         if job.mean_lo != NULL:
             for i in range(n):
-                dots[i] -= low[i] * sums[i]
+                dots[i] -= low[i] * sums[i] if low[i] != 0 else 0  # the sum may be infinite
         if job.out != NULL and not job.frozen:
             for i in range(n):
                 g1[i] = -(invstd[i] * (invstd[i] * dots[i] / count))  # the square alone may leave the range
