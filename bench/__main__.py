@@ -62,7 +62,7 @@ More: python -m bench.situ, bench.in_torch, bench.busy, bench.growth, bench.roof
     add("--largest", type=options.whole(1), default=1024, metavar="MB", help="leave out larger tensors (default: %(default)s)")
     add("--peers", nargs="+", choices=list(BY_NAME), metavar="NAME",
         help=f"{', '.join(BY_NAME)} (default: all that are installed but torch.compile; copy and fastbn always)")  # fmt: skip
-    add("--threads", nargs="+", type=options.whole(1), default=[fastbn.get_num_threads()], metavar="N",
+    add("--threads", nargs="+", type=options.threads, default=[fastbn.get_num_threads()], metavar="N",
         help="for every contender; several numbers measure each case with each (default: %(default)s)")  # fmt: skip
     add("--processes", type=options.whole(1), default=1, metavar="N",
         help="measure in so many processes, one after the other (default: %(default)s)")  # fmt: skip
@@ -81,9 +81,7 @@ More: python -m bench.situ, bench.in_torch, bench.busy, bench.growth, bench.roof
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments = parser.parse_args(argv)
-    files = [path.resolve() for path in (arguments.json, arguments.markdown, arguments.csv, arguments.html) if path is not None]
-    if len(set(files)) < len(files):
-        parser.error("--json, --markdown, --csv and --html must name different files")
+    options.need_different(parser, arguments, again.WRITTEN)
     for option in ("roofline", "html"):
         if getattr(arguments, option) is not None:
             options.need(parser, f"--{option}", "matplotlib")
@@ -126,8 +124,19 @@ def _run(
     return each(items, lambda item: f"{item[0].network} {'x'.join(map(str, item[0].shape))} {item[1]}", work, report.latest)
 
 
-def _in_processes(arguments: argparse.Namespace) -> list[list[Row]]:
-    """The rows of several processes that measure the same; those of whichever Ctrl-C ends, too."""
+def _wait(process: subprocess.Popen[bytes]) -> bool:
+    """Wait for a process; whether Ctrl-C came meanwhile, which it gets, too, and writes what it has."""
+    interrupted = False
+    while process.returncode is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # noqa: PERF203  at most one or two
+            interrupted = True
+    return interrupted
+
+
+def _in_processes(arguments: argparse.Namespace) -> tuple[list[list[Row]], bool]:
+    """The rows of several processes that measure the same; also whether Ctrl-C ended one, whose rows are among them."""
     several = ("networks", "layouts", "peers", "threads", "traced")
     command = [sys.executable, "-m", "bench", *["--quick"] * arguments.quick]
     for name in (*several, "dtype", "largest", "budget"):
@@ -136,18 +145,19 @@ def _in_processes(arguments: argparse.Namespace) -> list[list[Row]]:
             value = [network for network in value if network not in {path.stem for path in arguments.traced}]
         if value:
             command += [f"--{name}", *map(str, value if name in several else [value])]
-    found = []
+    found, interrupted = [], False
     for _ in range(arguments.processes):
         with tempfile.TemporaryDirectory() as folder:
             paths = [f"{folder}/bench.{ending}" for ending in ("json", "md")]
-            done = subprocess.run(  # noqa: S603  our own arguments
-                [*command, "--json", paths[0], "--markdown", paths[1]], stdout=subprocess.DEVNULL, cwd=RESULTS.parents[1], check=False
+            process = subprocess.Popen(  # noqa: S603  our own arguments
+                [*command, "--json", paths[0], "--markdown", paths[1]], stdout=subprocess.DEVNULL, cwd=RESULTS.parents[1]
             )
+            interrupted = _wait(process)
             if Path(paths[0]).exists():
                 found.append(report.read_json(Path(paths[0]).read_text(encoding="utf-8"))[1])
-            if done.returncode:
+            if interrupted or process.returncode:
                 break
-    return found
+    return found, interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,7 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = report.machine(arguments.dtype, contenders)
     wanted = Counter(case.network for case, _ in chosen for _ in OPS for _ in dict.fromkeys(arguments.threads))
     if arguments.processes > 1:
-        rows, interrupted = again.combine(_in_processes(arguments)), False
+        found, interrupted = _in_processes(arguments)
+        rows = again.combine(found)
     else:
         seconds = arguments.budget or (45.0 if arguments.quick else 900.0)
         rows, interrupted = _run(chosen, arguments.dtype, seconds, contenders, arguments.threads)

@@ -13,6 +13,7 @@ from bench.cases import NETWORKS
 from bench.measure import Row
 from bench.timing import combine as combine_times
 
+WRITTEN = ("json", "markdown", "csv", "html")  # options that name a report
 Key = tuple[str, tuple[int, ...], str, str, str, int]
 
 
@@ -28,7 +29,10 @@ def combine(runs: Sequence[Sequence[Row]]) -> list[Row]:
         found.setdefault(key(row), []).append(row)
     return [
         rows[0]._replace(
-            times={name: combine_times([row.times[name] for row in rows if name in row.times]) for name in rows[0].times},
+            times={
+                name: combine_times([row.times[name] for row in rows if name in row.times])
+                for name in dict.fromkeys(name for row in rows for name in row.times)
+            },
             error=max(row.error for row in rows),
         )
         for rows in found.values()
@@ -82,9 +86,10 @@ def main(argv: Sequence[str]) -> int:
     )  # fmt: skip
     add = parser.add_argument
     add("runs", nargs="+", type=options.input_file, metavar="RUN.json", help="what python -m bench --json has written")
-    for name in ("json", "markdown", "csv", "html"):
+    for name in WRITTEN:
         add(f"--{name}", type=options.output_file, metavar="PATH", help="a file that is there is kept under another name")
     arguments = parser.parse_args(rest)
+    options.need_different(parser, arguments, WRITTEN)
     if command == "merge" and arguments.json is None:
         parser.error("merge needs --json")
     if arguments.html is not None:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table; after Ctrl-C, what there is."""
     parser = argparse.ArgumentParser("python -m bench.busy", description="Training forward on a quiet and on a busy machine.")
     add = parser.add_argument
-    add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="beside one (default: %(default)s)")
+    add("--threads", type=options.threads, default=fastbn.get_num_threads(), help="beside one (default: %(default)s)")
     add("--processes", type=options.whole(0), default=1, help="processes that compute all the time (default: %(default)s)")
     add("--seconds", type=options.seconds, default=5.0, help="for each row (default: %(default)s)")
     arguments = parser.parse_args(argv)

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("before", type=options.input_file, help="what python -m bench --json has written")
     parser.add_argument("after", type=options.input_file, help="the same, later")
-    parser.add_argument("--fail-below", type=options.seconds, metavar="CHANGE", help="exit status 1 if a mean is below this")
+    parser.add_argument("--fail-below", type=options.above_zero("ratio"), metavar="CHANGE", help="exit status 1 if a mean is below this")
     arguments = parser.parse_args(argv[1:] if argv[:1] == ["compare"] else argv)
     (_, before), (_, after) = (again.read(path, parser) for path in (arguments.before, arguments.after))
     written = parts(before, after, (arguments.before.name, arguments.after.name))

@@ -87,9 +87,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.in_keras", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="(default: all that are installed)")
-    parser.add_argument("--turns", type=int, default=9, help="steps of each that count")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--side", type=int, default=32, help="pixels")
+    parser.add_argument("--turns", type=options.whole(1), default=9, help="steps of each that count (default: %(default)s)")
+    parser.add_argument("--batch", type=options.whole(1), default=32, help="images (default: %(default)s)")
+    parser.add_argument("--side", type=options.whole(1), default=32, help="height and width, in pixels (default: %(default)s)")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     options.need(parser, "it", "keras")
@@ -112,9 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("|---|" + "---:|" * 9, flush=True)
     for backend in given.backends:
         environment = os.environ | {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-        options = ["--turns", str(given.turns), "--batch", str(given.batch), "--side", str(given.side)]
+        numbers = ["--turns", str(given.turns), "--batch", str(given.batch), "--side", str(given.side)]
         done = subprocess.run(  # noqa: S603  this very module
-            [sys.executable, "-m", "bench.in_keras", "--here", *options], env=environment, stdout=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "bench.in_keras", "--here", *numbers], env=environment, stdout=subprocess.PIPE, text=True, check=False
         )
         if done.returncode:  # it has said why
             return done.returncode
@@ -123,4 +123,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(options.run(main))

@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -252,12 +251,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=options.whole(1), default=8, help="(default: %(default)s)")
     add("--pixels", type=options.whole(32), default=128, help="height and width; of volumes half (default: %(default)s)")
     add("--width", type=options.whole(1), default=1, help="divide all channels by this (default: %(default)s)")
-    add("--threads", type=options.whole(1), default=torch.get_num_threads(), help="(default: %(default)s)")
+    add("--threads", type=options.threads, default=torch.get_num_threads(), help="(default: %(default)s)")
     add("--turns", type=options.whole(1), default=10, help="of each side (default: %(default)s)")
     add("--steps", type=options.whole(1), default=2, help="of a turn (default: %(default)s)")
     add("--sides", nargs="+", choices=SIDES, default=list(USUAL), metavar="NAME", help=f"{', '.join(SIDES)} (default: the first four)")
     add("--eval", action="store_true", help="inference instead of training")
-    add("--json", type=Path, metavar="PATH", help="write all numbers, those of each shape too")
+    add("--json", type=options.output_file, metavar="PATH", help="write all numbers, those of each shape too")
     return parser.parse_args(argv)
 
 
@@ -276,10 +275,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rows, interrupted = each(list(product(args.networks, args.formats)), ", ".join, attempt)
     text.show(parts(rows, args))
-    if args.json:
-        args.json.write_text(json.dumps([as_json(row) for row in rows], indent=1))
+    written = args.json is None or options.write({args.json: json.dumps([as_json(row) for row in rows], indent=1)})
     print("".join(f"{what}\n" for what in failed), end="", file=sys.stderr)
-    return options.INTERRUPTED if interrupted else int(bool(failed))
+    return options.INTERRUPTED if interrupted else int(bool(failed) or not written)
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -288,4 +286,4 @@ def as_json(row: Row) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(options.run(main))

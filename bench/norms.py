@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import exp, log
 from typing import Any, NamedTuple
 
@@ -116,13 +117,14 @@ def measure(row: Row, last: bool, backward: bool, seconds: float) -> dict[str, f
     return best
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser("python -m bench.norms", description=__doc__)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=0.05, help="of one contender's turn")
-    parser.add_argument("--only", default="", help="norms, separated by commas")
-    arguments = parser.parse_args()
+    norms = sorted({row.norm for row in ROWS})
+    parser.add_argument("--threads", type=options.threads, default=2, help="of both libraries (default: %(default)s)")
+    parser.add_argument("--seconds", type=options.seconds, default=0.05, help="of one contender's turn (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=norms, default=norms, metavar="NORM", help=f"{', '.join(norms)} (default: all)")
+    arguments = parser.parse_args(argv)
     options.need(parser, "it", "torch")
     import torch
 
@@ -130,8 +132,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     fastbn.set_num_threads(arguments.threads)
-    wanted = arguments.only.split(",") if arguments.only else sorted({row.norm for row in ROWS})
-    for norm in wanted:
+    for norm in dict.fromkeys(arguments.only):
         for backward in (False, True):
             for last in (False, True) if norm in ("instance_norm", "group_norm") else (False,):
                 ratios = []
@@ -143,7 +144,8 @@ def main() -> None:
                     what = "backward" if backward else "forward"
                     print(f"{norm:14}{what:9}{where:14}{row.network:26}{us}  x{ratios[-1]:.2f}", flush=True)
                 print(f"{norm} {'backward' if backward else 'forward'}: geometric mean x{exp(sum(map(log, ratios)) / len(ratios)):.2f}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(options.run(main))

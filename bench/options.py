@@ -7,38 +7,51 @@ import errno
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
+from fastbn.environment import MOST_THREADS
+
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Return the type of an argument that is a whole number from `least` on."""
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return the type of an argument that is a whole number from `least` on, to `most` where there is a limit."""
+    wanted = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
 
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return value
 
     return parse
 
 
-def seconds(text: str) -> float:
-    """Parse an argument that is a time above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, got {text!r}")
-    return value
+threads = whole(1, MOST_THREADS)
+
+
+def above_zero(what: str) -> Callable[[str], float]:
+    """Return the type of an argument that is a number above 0; what it is a number of is said where it is none."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a {what} above 0, got {text!r}")
+        return value
+
+    return parse
+
+
+seconds = above_zero("number of seconds")
 
 
 def input_file(text: str) -> Path:
@@ -93,6 +106,13 @@ def need(parser: argparse.ArgumentParser, option: str, *modules: str) -> None:
     missing = [PACKAGES.get(module, module) for module in modules if find_spec(module) is None]
     if missing:
         parser.error(f"{option} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def need_different(parser: argparse.ArgumentParser, arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """End with one line where two of these options name one file."""
+    files = [path.resolve() for path in (getattr(arguments, name) for name in names) if path is not None]
+    if len(set(files)) < len(files):
+        parser.error(f"{', '.join(f'--{name}' for name in names)} must name different files")
 
 
 def require(program: str, *modules: str) -> None:

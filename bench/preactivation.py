@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m bench.preactivation", description="Batch norm and ReLU inside an ONNX model that cannot fold them, beside fastbn's."
     )
     add = parser.add_argument
-    add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="for both (default: %(default)s)")
+    add("--threads", type=options.threads, default=fastbn.get_num_threads(), help="for both (default: %(default)s)")
     add("--seconds", type=options.seconds, default=12.0, help="for all (default: %(default)s)")
     arguments = parser.parse_args(argv)
     options.need(parser, "it", "onnxruntime", "onnx")

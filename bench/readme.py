@@ -174,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = blocks(about, rows) | of_situations(about_threads, threads)
     texts = {path: renewed(path.read_text(encoding="utf-8"), found) for path in TEXTS}
     if arguments.check:
-        return int(any(path.read_text(encoding="utf-8") != content for path, content in texts.items()))
+        stale = [str(path.relative_to(ROOT)) for path, content in texts.items() if path.read_text(encoding="utf-8") != content]
+        print("".join(f"{path} would change: python -m bench readme\n" for path in stale), end="", file=sys.stderr)
+        return int(bool(stale))
     PICTURES.mkdir(exist_ok=True)
     for path, content in {**texts, **pictures(rows, threads)}.items():
         path.write_text(content, encoding="utf-8")

@@ -217,7 +217,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layouts", nargs="+", choices=data.LAYOUTS, default=list(data.LAYOUTS), help="order of the axes in memory (default: %(default)s)")
     add("--between", choices=NEIGHBORS, default=between, help="a convolution of NumPy or PyTorch, or a walk through other code and memory "
         "(default: torch where it is installed, else numpy)")  # fmt: skip
-    add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="for every contender (default: %(default)s)")
+    add("--threads", type=options.threads, default=fastbn.get_num_threads(), help="for every contender (default: %(default)s)")
     add("--budget", type=options.seconds, metavar="SECONDS", help="for all measurements (default: 900, or 120 with --quick)")
     add("--markdown", type=options.output_file, default=str(RESULTS / "situ.md"), metavar="PATH",
         help="a file that is there is kept under another name (default: %(default)s)")  # fmt: skip

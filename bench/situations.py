@@ -245,7 +245,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--situations", nargs="+", choices=SITUATIONS, default=list(SITUATIONS), metavar="NAME", help=f"{names} (default: all)")
     add("--ops", nargs="+", choices=("inference", "forward", "backward"), default=["forward", "backward"], help="(default: %(default)s)")
     add("--sizes", nargs="+", type=options.whole(1), default=list(SIZES), metavar="KB", help="of x (default: %(default)s)")
-    add("--threads", type=options.whole(1), default=fastbn.get_num_threads(), help="the most, after 1, 2, 4 ... (default: %(default)s)")
+    add("--threads", type=options.threads, default=fastbn.get_num_threads(), help="the most, after 1, 2, 4 ... (default: %(default)s)")
     add("--seconds", type=options.seconds, default=1.0, help="for each row (default: %(default)s)")
     add("--json", type=options.output_file, metavar="FILE", help="write all there, with the machine")
     add("--plot", type=options.output_file, metavar="FILE", help="draw the gains there (needs matplotlib)")
@@ -272,14 +272,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if interrupted:
         print(f"interrupted after {len(rows)} rows", file=sys.stderr)
-    if rows and arguments.json is not None:
-        options.write({arguments.json: as_json(before, rows)})
+    written = not rows or arguments.json is None or options.write({arguments.json: as_json(before, rows)})
     if rows and arguments.plot is not None:
         options.keep(arguments.plot)
         draw(rows, threads, arguments.plot)
     if rows:
         text.show(write(rows, threads, report.unstable(before)))
-    return options.INTERRUPTED if interrupted else 0
+    return options.INTERRUPTED if interrupted else int(not written)
 
 
 if __name__ == "__main__":

@@ -126,12 +126,12 @@ def process(rank: int, file: str, args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes."""
     parser = argparse.ArgumentParser(prog="python -m bench.sync", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
-    parser.add_argument("--times", type=int, default=100, help="calls of each kind (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=7, help="of the network (default: %(default)s)")
+    parser.add_argument("--processes", type=options.whole(1), default=2, help="(default: %(default)s)")
+    parser.add_argument("--times", type=options.whole(1), default=100, help="calls of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=options.whole(1), default=7, help="of the network (default: %(default)s)")
     parser.add_argument("--network", choices=MODELS, default="resnet18", help="(default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="images on each process (default: %(default)s)")
-    parser.add_argument("--pixels", type=int, default=128, help="height and width (default: %(default)s)")
+    parser.add_argument("--batch", type=options.whole(1), default=8, help="images on each process (default: %(default)s)")
+    parser.add_argument("--pixels", type=options.whole(32), default=128, help="height and width (default: %(default)s)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(process, (str(Path(folder) / "store"), args), nprocs=args.processes)
@@ -139,4 +139,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(options.run(main))

@@ -32,6 +32,9 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=400_000, help="of the array (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=9_000, help="rows of a chunk (default: %(default)s)")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
     random = da.random.default_rng(0)
     x = random.normal(1e4, 1.0, (args.rows, CHANNELS), chunks=(args.chunk, CHANNELS)).astype(np.float32)
     found = stats_of(x).compute(scheduler="threads")

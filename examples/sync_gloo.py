@@ -72,6 +72,9 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=2, help="images of a batch on each process (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=400, help="of training (default: %(default)s)")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
     with tempfile.TemporaryDirectory() as folder:
         given = args.processes, str(Path(folder) / "store"), args.each, args.steps
         torch.multiprocessing.spawn(process, given, nprocs=args.processes)

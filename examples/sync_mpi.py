@@ -68,6 +68,9 @@ def main() -> int:
     parser.add_argument("--each", type=int, default=2, help="images of a batch on each process (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=600, help="of training (default: %(default)s)")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if value < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {value}")
     digits = load_digits()
     data = train_test_split((digits.data / 16).astype(np.float32), digits.target, test_size=0.25, random_state=0)
     for name, communicator in (("of the whole batch", fastbn.mpi.Communicator()), ("of each process's part", None)):

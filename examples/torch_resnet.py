@@ -94,7 +94,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100, help="of training (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="draw the losses there, by matplotlib")
     arguments = parser.parse_args()
-    steps = max(10, arguments.steps)
+    if (steps := arguments.steps) < 10:
+        parser.error(f"argument --steps: must be at least 10, got {steps}")
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     images = nn.functional.interpolate(images, (SIZE, SIZE)).contiguous()

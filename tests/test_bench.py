@@ -409,14 +409,21 @@ WRONG = {
     "bench.__main__": (
         ["--budget", "0"], ["--budget", "-1"], ["--budget", "nan"], ["--budget", "soon"], ["--threads", "0"], ["--threads", "-3"],
         ["--threads", "1.5"], ["--peers", "cublas"], ["--processes", "0"], ["--traced", "/nothing"], ["--traced", "pyproject.toml"],
-        ["--largest", "0"],
+        ["--largest", "0"], ["--threads", "99999999999"],
+        ["report", str(readme.RUN), "--json", "a", "--csv", "./a"],
         ["compare", "/nothing", "/nothing"], ["merge", "/nothing"], ["report", "/nothing"],
         ["--json", "/proc/nothing/bench.json"], ["--markdown", "/dev/null/bench.md"], ["--json", "/"],
         ["--json", "a", "--markdown", "./a"], ["--roofline", "/proc/nothing"],
     ),
     "bench.growth": (["--seconds", "0"], ["--largest", "1"], ["/proc/nothing"]),
-    "bench.busy": (["--threads", "0"], ["--seconds", "-1"], ["--processes", "-1"]),
-    "bench.situ": (["--threads", "0"], ["--budget", "0"], ["--batches", "0"], ["--markdown", "/"]),
+    "bench.busy": (["--threads", "0"], ["--threads", "99999999999"], ["--seconds", "-1"], ["--processes", "-1"]),
+    "bench.in_keras": (["--turns", "0"], ["--batch", "0"], ["--side", "0"], ["--backends", "theano"]),
+    "bench.in_torch": (["--threads", "99999999999"], ["--json", "/"]),
+    "bench.norms": (["--threads", "0"], ["--threads", "99999999999"], ["--seconds", "-1"], ["--only", "batch_norm"]),
+    "bench.preactivation": (["--threads", "99999999999"],),
+    "bench.situations": (["--threads", "99999999999"],),
+    "bench.sync": (["--processes", "0"], ["--times", "0"], ["--steps", "0"], ["--batch", "0"], ["--pixels", "1"]),
+    "bench.situ": (["--threads", "0"], ["--threads", "99999999999"], ["--budget", "0"], ["--batches", "0"], ["--markdown", "/"]),
     "bench.same.__main__": ([".", "/nothing"], [".", ".", "--every", "0"], [".", ".", "--checks", "none"]),
     "bench.roofline": (["/nothing.json"], ["pyproject.toml"], ["/nothing.json", "/dev/null"]),
 }  # fmt: skip
@@ -425,11 +432,27 @@ WRONG = {
 @pytest.mark.parametrize(("module", "wrong"), [(module, wrong) for module, all_wrong in WRONG.items() for wrong in all_wrong])
 def test_commands_refuse_a_wrong_argument_with_one_line_before_they_measure(module, wrong, capsys):
     pytest.importorskip("rich")
+    if module in ("bench.in_torch", "bench.sync"):
+        pytest.importorskip("torch")
     with pytest.raises(SystemExit) as ended:
         import_module(module).main(wrong)
     assert ended.value.code == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "error: " in said
+
+
+def test_a_bound_of_a_comparison_is_a_ratio(capsys):
+    with pytest.raises(SystemExit):
+        import_module("bench.compare").main([__file__, __file__, "--fail-below", "-1"])
+    assert capsys.readouterr().err.endswith("error: argument --fail-below: must be a ratio above 0, got '-1'\n")
+
+
+def test_every_program_ends_quietly_by_an_interrupt_and_a_pipe():
+    """All of them are run by what does so."""
+    main = import_module("bench.__main__")
+    folder = Path(main.__file__).parent
+    ends = [(folder / name / "__main__.py" if (folder / name).is_dir() else folder / f"{name}.py") for name in main.PROGRAMS]
+    assert all(file.read_text(encoding="utf-8").endswith("    sys.exit(options.run(main))\n") for file in ends)
 
 
 def test_programs_of_their_own_are_named(capsys):
@@ -447,6 +470,8 @@ def test_programs_of_their_own_are_named(capsys):
 @pytest.mark.parametrize("module", WRONG)
 def test_commands_have_help_for_every_option(module, capsys):
     pytest.importorskip("rich")
+    if module in ("bench.in_torch", "bench.sync"):
+        pytest.importorskip("torch")
     with pytest.raises(SystemExit) as ended:
         import_module(module).main(["--help"])
     assert ended.value.code == 0
@@ -474,6 +499,45 @@ def test_main_writes_what_there_is_when_interrupted(tmp_path, capsys, monkeypatc
     assert len(found["rows"]) == 1
     assert set(found["left_out"]) == {"tiny", "ppocr_cls"}
     assert NETWORKS["ppocr_cls"].title in paths[1].read_text()
+
+
+def test_an_interrupt_of_several_processes_keeps_the_rows_of_all(tmp_path, capsys, monkeypatch):
+    """The process that measures gets it, too, and writes what it has; who waits for it goes on waiting."""
+    pytest.importorskip("rich")
+    main_module = import_module("bench.__main__")
+    row = _row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, numpy=8.0)
+    about = report.machine("float32", main_module.choose(["numpy"]))
+
+    class Measuring:
+        started = 0
+
+        def __init__(self, command, **_):
+            Measuring.started += 1
+            self.returncode, self.path = None, Path(command[command.index("--json") + 1])
+
+        def wait(self):
+            if Measuring.started == 2 and not self.path.exists():
+                self.path.write_text("")
+                raise KeyboardInterrupt
+            self.path.write_text(report.as_json(about, [row], {}))
+            self.returncode = 130 if Measuring.started == 2 else 0
+
+    monkeypatch.setattr(report, "machine", lambda *_: about)  # which starts processes of its own
+    monkeypatch.setattr(main_module.subprocess, "Popen", Measuring)
+    paths = tmp_path / "bench.json", tmp_path / "bench.md"
+    few = ["--networks", "tiny", "--peers", "numpy", "--processes", "5", "--json", str(paths[0]), "--markdown", str(paths[1])]
+    assert main_module.main(few) == options.INTERRUPTED
+    assert Measuring.started == 2
+    assert "interrupted after 1 of " in capsys.readouterr().err
+    (found,) = report.read_json(paths[0].read_text())[1]
+    assert found.times["fastbn"].processes == 2
+
+
+def test_merged_runs_keep_the_peers_of_each():
+    first, second = (_row("tiny", (1, 8, 4, 4), 1, "forward", "NCHW", copy=1.0, fastbn=2.0, **{peer: 8.0}) for peer in ("numpy", "torch"))
+    (row,) = again.combine([[first], [second]])
+    assert set(row.times) == {"copy", "fastbn", "numpy", "torch"}
+    assert row.times["fastbn"].processes == 2
 
 
 def test_commands_end_without_a_traceback(capsys):

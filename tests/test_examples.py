@@ -61,6 +61,24 @@ def test_train_digits_refuses_a_wrong_argument_before_it_trains(wrong, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "needs"),
+    [
+        ("torch_resnet", ("--steps", "9"), ("sklearn", "torch")),
+        ("sync_gloo", ("--processes", "0"), ("sklearn", "torch")),
+        ("sync_gloo", ("--each", "0"), ("sklearn", "torch")),
+        ("sync_mpi", ("--steps", "0"), ("sklearn", "mpi4py")),
+        ("reestimate_dask", ("--chunk", "0"), ("dask",)),
+    ],
+)
+def test_numbers_of_examples_are_checked(name, wrong, needs):
+    for package in needs:
+        pytest.importorskip(package)
+    done = run([sys.executable, EXAMPLES / f"{name}.py", *wrong], ENVIRONMENT)
+    assert done.returncode == 2
+    assert f"error: argument {wrong[0]}: must be at least " in done.stderr.splitlines()[-1]
+
+
 @example("torch_resnet", "--steps", "40", needs=("sklearn", "matplotlib", "torch"))
 def test_torch_resnet(beside):
     pytest.importorskip("torch", minversion="2.10")
