@@ -13,6 +13,7 @@ import numpy as np
 
 from fastbn import activations
 from fastbn.dtypes import DTYPES, DType, lookup
+from fastbn.environment import MOST_THREADS
 from fastbn.floating import default_mode
 from fastbn.layout import Array, channel_axis, plain
 
@@ -64,6 +65,11 @@ def misfit(channels: Channels, but: str, wanted: int) -> ValueError:
             but += f"; axis {axis} has {wanted}: did you mean layout={layout!r}?"
             break
     return ValueError(f"{channels.words} but {but}")
+
+
+def threads(n: object) -> int | None:
+    """Check how many threads a call is to have; None says nothing of that."""
+    return None if n is None else integer("threads", n, 1, MOST_THREADS)
 
 
 def real(name: str, a: object) -> Array:

@@ -43,6 +43,8 @@ class Request(NamedTuple):
     residual : ndarray or None
     mask : ndarray of bool, or None
         Of the shape of x without the channels.
+    threads : int or None
+        How many were asked for.
     """
 
     x: Array
@@ -53,6 +55,11 @@ class Request(NamedTuple):
     activation: Function = None
     residual: Array | None = None
     mask: Array | None = None
+    threads: int | None = None
+
+    def team(self, op: str, a: Array | None = None) -> int:
+        """How many threads run an operation on x, or on a part of it: those asked for, or as many as are worth it."""
+        return self.threads or threads.for_call(op, self.x if a is None else a)
 
 
 def parameters(
@@ -159,7 +166,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
     y, compute = _target(r), r.dtype.compute
     if r.x.size:
         module = calls_of(r.dtype, r.activation)
-        x, n = _dense(r.x, r.view), threads.for_call("normalize", r.x)
+        x, n = _dense(r.x, r.view), r.team("normalize")
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
         wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
         if not wide and mean.dtype == compute and spread.dtype == compute:
@@ -220,7 +227,7 @@ class Folded:
         if r.x.size:
             module = calls_of(r.dtype, r.activation)
             vectors = self.parameters(r.dtype.compute)
-            n = threads.for_call("normalize", r.x)
+            n = r.team("normalize")
             epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
             if hasattr(module, "prepared"):
@@ -236,7 +243,7 @@ def stats(r: Request, dtype: np.dtype[Any] | None = None) -> Stats:
     if rows.size == 0:
         return Stats.identity(r.x.shape[r.axis], dtype)
     count = rows.shape[0] * rows.shape[2]
-    module, n = calls_of(r.dtype), threads.for_call("stats", rows)
+    module, n = calls_of(r.dtype), r.team("stats", rows)
     mean, mean_lo, m2 = module.stats(rows, n)
     var = m2 / count
     if (part := extremes.unusual(rows, m2 < 2.0**1000)) is not None:
@@ -258,7 +265,7 @@ def forward(
         nothing = zero, None, zero.copy(), zero.copy(), zero.copy()
         return deliver(y, r.out), keep_for_backward(r, nothing, 0, True, r.residual) if keep else None
     module: Calls = calls_of(r.dtype, r.activation)
-    n = threads.for_call("forward", x)
+    n = r.team("forward")
     residual = None if r.residual is None else _like(r.residual, r)
     kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     mean, var = (_own(a, compute, r.mask is not None) for a in (running.mean, running.var))
@@ -291,7 +298,7 @@ def forward_with(
     kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
     if r.x.size:
         epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
-        n = threads.for_call("normalize", r.x)
+        n = r.team("normalize")
         calls_of(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
     saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
     y = deliver(y, r.out)
@@ -368,7 +375,7 @@ def backward(
             total(nothing.astype(np.float64))
         return _only(wanted, None if dx is None else deliver(dx, r.out), nothing[0], nothing[1], dresidual)
     module = calls_of(r.dtype, saved.activation)
-    n = threads.for_call("backward", x)
+    n = r.team("backward")
     arrays = _like(dy, r), _dense(x, v)
     kept = _statistics_of_output(saved) if from_output else Statistics(saved.mean, saved.mean_lo, saved.invstd)
     mean, scale = kept.mean, saved.scale
@@ -431,7 +438,7 @@ def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[
     high, low = centered(mean, compute)
     if r.x.size == 0:
         return np.zeros_like(high), np.zeros_like(high)
-    n = threads.for_call("backward", r.x)
+    n = r.team("backward")
     sums = calls_of(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, Statistics(high, low, invstd), None, n, None)
     return sums[0].astype(compute), sums[1].astype(compute)
 
@@ -444,7 +451,7 @@ def backward_elemt(
     dx = _target(r)
     if r.x.size:
         high, low = centered(mean, r.dtype.compute)
-        n = threads.for_call("backward", r.x)
+        n = r.team("backward")
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
         arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
         input_gradient(calls_of(r.dtype), arrays, Statistics(high, low, invstd), scale, (sum_dy, sum_dy_xmu), count, n)

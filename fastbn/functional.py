@@ -25,7 +25,7 @@ USUAL = GRADIENTS[:3]
 
 
 def _request(
-    x: object, layout: object, axis: object, activation: object = None, residual: object = None, mask: object = None
+    x: object, layout: object, axis: object, threads: object, activation: object = None, residual: object = None, mask: object = None
 ) -> tuple[Request, Channels]:
     """Check the array of a call and what goes with it; with the channels it has."""
     array, dtype = checks.array(x)
@@ -33,7 +33,8 @@ def _request(
     f = checks.activation(activation)
     r = None if residual is None else checks.same("residual", residual, array)
     m = checks.mask(mask, array, channels)
-    return Request(array, channels, dtype, view(array, channels), None, f, r, m), checks.channels_of(array, channels)
+    n = checks.threads(threads)
+    return Request(array, channels, dtype, view(array, channels), None, f, r, m, n), checks.channels_of(array, channels)
 
 
 def _into(r: Request, out: object, dy: Array | None = None, **used: object) -> Request:
@@ -123,6 +124,7 @@ def batch_norm_forward(
     mask: Array | None = None,
     correction: int = 1,
     stats: Stats | None = None,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Batch normalization that also returns what the backward pass needs.
@@ -164,6 +166,8 @@ def batch_norm_forward(
         The statistics of the batch, or with a mask of what counts in it, where they are known already: training then uses
         these. They may be of a larger batch of which x is a part, as over several processes; the gradient of x then needs
         sums over all of that, see `fastbn.sync` and `batch_norm_backward_reduce`.
+    threads : int, optional
+        Of this call; None means as many as `num_threads` says, where they are worth it.
     out : ndarray of the shape and dtype of x, optional
         Where to write the result; may be x.
 
@@ -201,13 +205,13 @@ def batch_norm_forward(
     array([0., 0.])
     """
     f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
-    if mask is None and stats is None and (doors := core.doors(x, f)) is not None:
+    if mask is None and stats is None and threads is None and (doors := core.doors(x, f)) is not None:
         kept = core.copied(residual) if f is not None and type(residual) is np.ndarray else None
         given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
         found = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, kept)
         if found is not None:
             return found[0], Saved.of(found[1])
-    r, channels = _request(x, layout, axis, activation, residual, mask)
+    r, channels = _request(x, layout, axis, threads, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
     y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
     assert saved is not None  # noqa: S101  it was asked for
@@ -231,6 +235,7 @@ def batch_norm(
     mask: Array | None = None,
     correction: int = 1,
     stats: Stats | None = None,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> Array:
     """Batch normalization, with the arguments of ``torch.nn.functional.batch_norm``.
@@ -249,7 +254,7 @@ def batch_norm(
         Weight of the batch in the update of the running statistics, as in PyTorch.
     eps : float
         Added to the variance.
-    layout, axis, activation, residual, mask, correction, stats, out
+    layout, axis, activation, residual, mask, correction, stats, threads, out
         As in `batch_norm_forward`.
 
     Returns
@@ -270,12 +275,12 @@ def batch_norm(
            [ 1.,  1.]], dtype=float32)
     """
     f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
-    if mask is None and stats is None and (doors := core.doors(x, f)) is not None:
+    if mask is None and stats is None and threads is None and (doors := core.doors(x, f)) is not None:
         given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
         y: Array | None = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, False)
         if y is not None:
             return y
-    r, channels = _request(x, layout, axis, activation, residual, mask)
+    r, channels = _request(x, layout, axis, threads, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
     return _forward(r, channels, *given, training, stats, out, keep=False)[0]
 
@@ -287,6 +292,7 @@ def batch_norm_backward(
     *,
     wrt: Sequence[str] = USUAL,
     from_output: bool = False,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> Gradients:
     """Gradients of `batch_norm_forward`.
@@ -308,6 +314,8 @@ def batch_norm_backward(
         (``out=x``), and training keeps one array for each layer where it would keep two. Only for no activation
         or a leaky_relu with a slope above 0, without a residual. The weights must not be 0, and x is known no
         better than the dtype of the output tells.
+    threads : int, optional
+        As in `batch_norm_forward`.
     out : ndarray of the shape and dtype of x, optional
         Where to write dx; may be dy or x.
 
@@ -343,21 +351,23 @@ def batch_norm_backward(
     >>> fastbn.batch_norm_backward(np.array([[1.0], [0.0]]), x, saved, wrt=["weight", "bias"])
     Gradients(dx=None, dweight=array([-1.]), dbias=array([1.]), dresidual=None)
     """
-    made = saved.made if isinstance(saved, Saved) and from_output is False else None
+    made = saved.made if isinstance(saved, Saved) and from_output is False and threads is None else None
     if made is not None and (doors := core.doors(x, made[MADE_ACTIVATION])) is not None:
         found = doors.plain_backward(x, dy, made, wrt, out)
         if found is not None:
             return tuple.__new__(Gradients, found)  # what Gradients(*found) is, in a third of the time
-    return gradients(dy, x, saved, wrt, from_output, out)
+    return gradients(dy, x, saved, wrt, from_output, threads, out)
 
 
 def gradients(
-    dy: Array, x: Array, saved: Saved, wrt: Sequence[str], from_output: object, out: Array | None, total: Total | None = None
-) -> Gradients:
+    dy: Array, x: Array, saved: Saved, wrt: Sequence[str], from_output: object, threads: object, out: Array | None,
+    total: Total | None = None,
+) -> Gradients:  # fmt: skip
     """As `batch_norm_backward`; `total` adds up sums over all parts of the batch, of which x is one."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
     r, saved = _of_saved(x, saved)
+    r = r._replace(threads=checks.threads(threads))
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
     held = _held(r.x, r.axis, saved.mask)
@@ -437,8 +447,9 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
 
 
 def batch_norm_stats(
-    x: Array | Iterable[Array], *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None
-) -> Stats:
+    x: Array | Iterable[Array], *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None,
+    threads: int | None = None,
+) -> Stats:  # fmt: skip
     """Count, mean and population variance of each channel.
 
     Parameters
@@ -450,6 +461,8 @@ def batch_norm_stats(
     mask : ndarray of bool, optional
         Positions that count, broadcastable to the shape of x without the channel axis. Only for a single array: of several,
         merge ``batch_norm_stats(x, mask=mask)`` of each.
+    threads : int, optional
+        As in `batch_norm_forward`.
 
     Returns
     -------
@@ -475,19 +488,20 @@ def batch_norm_stats(
     >>> fastbn.batch_norm_stats(x[i : i + 1] for i in range(2))
     Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
-    if mask is None and (doors := core.doors(x)) is not None:
+    if mask is None and threads is None and (doors := core.doors(x)) is not None:
         found_now = doors.plain_stats(x, layout, axis)
         if found_now is not None:
             return of_rows(found_now[1], found_now[0])
     # What can turn into an array is meant as one.
     if not isinstance(x, Iterable) or isinstance(x, (str, bytes, bytearray, Mapping)) or hasattr(type(x), "__array__"):
-        return core.stats(_request(x, layout, axis, mask=mask)[0])
+        return core.stats(_request(x, layout, axis, threads, mask=mask)[0])
     if mask is not None:
         raise ValueError("mask goes with a single array x; merge the statistics of each batch and its mask")
+    checks.threads(threads)  # no fault of any batch
     found: Stats | None = None
     for i, batch in enumerate(x):
         try:
-            r, channels = _request(batch, layout, axis)
+            r, channels = _request(batch, layout, axis, threads)
         except (TypeError, ValueError) as error:
             raise type(error)(f"item {i} of x: {error}") from None
         if found is not None and found.mean.size != channels[0]:
@@ -498,9 +512,9 @@ def batch_norm_stats(
     return found
 
 
-def wide_stats(x: Array, layout: LayoutName | None, axis: int | None, mask: Array | None) -> Stats:
+def wide_stats(x: Array, layout: LayoutName | None, axis: int | None, mask: Array | None, threads: int | None) -> Stats:
     """As `batch_norm_stats` of an array, in float64 whatever its dtype: a variance has twice the range of a value."""
-    return core.stats(_request(x, layout, axis, mask=mask)[0], np.dtype(np.float64))
+    return core.stats(_request(x, layout, axis, threads, mask=mask)[0], np.dtype(np.float64))
 
 
 def batch_norm_elemt(
@@ -514,6 +528,7 @@ def batch_norm_elemt(
     axis: int | None = None,
     activation: ActivationLike = None,
     residual: Array | None = None,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> Array:
     """Normalize with given statistics: ``(x - mean) * invstd * weight + bias``.
@@ -523,7 +538,7 @@ def batch_norm_elemt(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
     mean, invstd : array_like of shape (C,)
         Mean and one over the standard deviation. Those in float64 are used to all their digits, for float32 x too.
-    weight, bias, layout, axis, activation, residual, out
+    weight, bias, layout, axis, activation, residual, threads, out
         As in `batch_norm_forward`.
 
     Returns
@@ -543,11 +558,11 @@ def batch_norm_elemt(
            [ 0.5]])
     """
     f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
-    if (doors := core.doors(x, f)) is not None:
+    if threads is None and (doors := core.doors(x, f)) is not None:
         y: Array | None = doors.plain_inference(x, layout, axis, out, mean, invstd, weight, bias, None, f, residual, False)
         if y is not None:
             return y
-    r, channels = _request(x, layout, axis, activation, residual)
+    r, channels = _request(x, layout, axis, threads, activation, residual)
     compute = r.dtype.compute
     m, scale = checks.precise("mean", mean, channels, compute), checks.precise("invstd", invstd, channels, compute)
     w = None if weight is None else checks.precise("weight", weight, channels, compute)
@@ -556,8 +571,9 @@ def batch_norm_elemt(
 
 
 def batch_norm_backward_reduce(
-    dy: Array, x: Array, mean: ArrayLike, invstd: ArrayLike, *, layout: LayoutName | None = None, axis: int | None = None
-) -> tuple[Array, Array]:
+    dy: Array, x: Array, mean: ArrayLike, invstd: ArrayLike, *, layout: LayoutName | None = None, axis: int | None = None,
+    threads: int | None = None,
+) -> tuple[Array, Array]:  # fmt: skip
     """Sums over each channel that the gradients need.
 
     Parameters
@@ -566,7 +582,7 @@ def batch_norm_backward_reduce(
         Gradient of y, and the input of the forward pass.
     mean, invstd : array_like of shape (C,)
         The statistics the forward used.
-    layout, axis
+    layout, axis, threads
         As in `batch_norm_forward`.
 
     Returns
@@ -586,7 +602,7 @@ def batch_norm_backward_reduce(
     >>> fastbn.batch_norm_backward_reduce(np.ones_like(x), x, [2.0], [1.0])
     (array([2.]), array([0.]))
     """
-    r, channels = _request(x, layout, axis)
+    r, channels = _request(x, layout, axis, threads)
     dy = checks.same("dy", dy, r.x)
     compute = r.dtype.compute
     return core.backward_reduce(r, dy, checks.precise("mean", mean, channels, compute), checks.vector("invstd", invstd, channels, compute))
@@ -604,6 +620,7 @@ def batch_norm_backward_elemt(
     *,
     layout: LayoutName | None = None,
     axis: int | None = None,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> Array:
     """Gradient of x from the sums of `batch_norm_backward_reduce`.
@@ -618,8 +635,8 @@ def batch_norm_backward_elemt(
         Over all processes that share the statistics.
     count : int
         Number of values per channel in the statistics, over all processes.
-    layout, axis, out
-        As in `batch_norm_backward`.
+    layout, axis, threads, out
+        As in `batch_norm_forward`.
 
     Returns
     -------
@@ -640,7 +657,7 @@ def batch_norm_backward_elemt(
     array([[0.],
            [0.]])
     """
-    r, channels = _request(x, layout, axis)
+    r, channels = _request(x, layout, axis, threads)
     dy = checks.same("dy", dy, r.x)
     compute, wide = r.dtype.compute, np.dtype(np.float64)
     m, scale = checks.precise("mean", mean, channels, compute), checks.vector("invstd", invstd, channels, compute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +137,9 @@ class BatchNorm(Tracking, FromOthers):
         channel_axis(self.layout, self._ranks[-1], self.axis)  # raises the reason
 
     def forward(
-        self, x: Array, residual: Array | None = None, *, mask: Array | None = None, stats: Stats | None = None, out: Array | None = None
-    ) -> Array:
+        self, x: Array, residual: Array | None = None, *, mask: Array | None = None, stats: Stats | None = None,
+        threads: int | None = None, out: Array | None = None,
+    ) -> Array:  # fmt: skip
         """Normalize x, and remember it for `backward`.
 
         Parameters
@@ -150,6 +152,8 @@ class BatchNorm(Tracking, FromOthers):
             Positions that count in the statistics, broadcastable to the shape of x without the channel axis.
         stats : Stats, optional
             The statistics of the batch, where they are known already; only in training. With a communicator it asks nobody.
+        threads : int, optional
+            Of this call; None means as many as `num_threads` says, where they are worth it.
         out : ndarray of the shape and dtype of x, optional
             Where to write the result. If it is x, `backward` works from the output instead, which must not be changed
             until then; see `from_output` in `batch_norm_backward` for which layers can.
@@ -177,7 +181,7 @@ class BatchNorm(Tracking, FromOthers):
             axis = channel_axis(self.layout, x.ndim, self.axis)
             if x.shape[axis] != self.num_features:
                 raise checks.misfit(checks.channels_of(x, axis), f"the layer has num_features={self.num_features}", self.num_features)
-        options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation}
+        options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation, "threads": threads}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
         if not batch and not self.training and stats is None and without_copy(residual, self.activation, out):
             given = (self.running_mean, self.running_var, self.weight, self.bias)
@@ -189,7 +193,7 @@ class BatchNorm(Tracking, FromOthers):
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
-            stats = sync.batch_norm_stats(x, asked, layout=self.layout, axis=self.axis, mask=mask)
+            stats = sync.batch_norm_stats(x, asked, layout=self.layout, axis=self.axis, mask=mask, threads=threads)
         statistics: tuple[Array | None, Array | None] = (None, None)
         if not batch or (self.track_running_stats and self.training and not self.frozen):
             statistics = self.running_mean, self.running_var
@@ -229,7 +233,7 @@ class BatchNorm(Tracking, FromOthers):
         else:
             self._context = Context(weakref.ref(x), None, saved, overwritten, communicator)
 
-    def backward(self, dy: Array, *, wrt: tuple[str, ...] | None = None, out: Array | None = None) -> Gradients:
+    def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:
         """Gradients of the last `forward`.
 
         Parameters
@@ -238,6 +242,8 @@ class BatchNorm(Tracking, FromOthers):
         wrt : sequence of str, optional
             Which gradients: "x", "weight", "bias", "residual". None means all that there are; those of weight and
             bias not for a frozen layer.
+        threads : int, optional
+            As in `forward`.
         out : ndarray of the shape and dtype of x, optional
             Where to write dx; may be dy.
 
@@ -262,9 +268,10 @@ class BatchNorm(Tracking, FromOthers):
         if wrt is None:
             own = () if self.frozen else tuple(name for name in ("weight", "bias") if getattr(self, name) is not None)
             wrt = ("x", *own, "residual") if saved.has_residual else ("x", *own)
+        options: dict[str, Any] = {"from_output": from_output, "threads": threads, "out": out}
         if communicator is not None:
-            return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, from_output=from_output, out=out)
-        return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, out=out)
+            return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, **options)
+        return functional.batch_norm_backward(dy, x, saved, wrt=wrt, **options)
 
     def freeze(self, mode: bool = True) -> Self:
         """Use the running statistics in training too, and leave them and the parameters alone.
@@ -480,7 +487,7 @@ class FrozenBatchNorm(FromOthers):
         where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
         return f"{type(self).__name__}({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
-    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None, *, threads: int | None = None) -> Array:
         """Normalize x.
 
         Parameters
@@ -491,6 +498,8 @@ class FrozenBatchNorm(FromOthers):
             Added before the activation.
         out : ndarray of the shape and dtype of x, optional
             Where to write the result; may be x.
+        threads : int, optional
+            Of this call; None means as many as `num_threads` says, where they are worth it.
 
         Returns
         -------
@@ -501,7 +510,7 @@ class FrozenBatchNorm(FromOthers):
         TypeError, ValueError
             As `batch_norm`.
         """
-        if (y := self._folded.plain(x, residual, out)) is not None:
+        if threads is None and (y := self._folded.plain(x, residual, out)) is not None:
             return y
         array, dtype = checks.array(x)
         axis = channel_axis(self.layout, array.ndim, self.axis)
@@ -509,7 +518,8 @@ class FrozenBatchNorm(FromOthers):
             raise checks.misfit(checks.channels_of(array, axis), f"the layer has {self.num_features}", self.num_features)
         r = None if residual is None else checks.same("residual", residual, array)
         target = checks.output(out, array, {"x": array, "residual": r})
-        return self._folded.apply(Request(array, axis, dtype, view(array, axis), target, self._activation, r))
+        lies, n = view(array, axis), checks.threads(threads)
+        return self._folded.apply(Request(array, axis, dtype, lies, target, self._activation, r, threads=n))
 
 
 def _vectors(**given: Any) -> tuple[Array, Array, Array | None, Array | None]:

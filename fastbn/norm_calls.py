@@ -11,7 +11,6 @@ from fastbn import checks, core, memory, parts
 from fastbn import threads as threading
 from fastbn.activations import Activation, Epilogue
 from fastbn.dtypes import DType
-from fastbn.environment import MOST_THREADS
 from fastbn.layout import Array
 from fastbn.results import Function
 
@@ -76,7 +75,7 @@ class Call(NamedTuple):
 
 def thread_count(threads: object, op: str, x: object) -> int:
     """How many threads a call has: as many as it was given, or as are worth it."""
-    return threading.for_call(op, x) if threads is None else checks.integer("threads", threads, 1, MOST_THREADS)
+    return checks.threads(threads) or threading.for_call(op, x)
 
 
 def on_channels(

@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, core, functional, parts
-from fastbn import threads as threading
 from fastbn.activations import Epilogue
 from fastbn.composed import update_running
 from fastbn.dtypes import lookup
 from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
-from fastbn.norm_calls import Call, on_backward, on_channels, on_rows, row_vector, targets, thread_count
+from fastbn.norm_calls import Call, on_backward, on_channels, on_rows, row_vector, targets
 from fastbn.results import Function, Gradients, Saved
 
 
@@ -278,11 +277,10 @@ def _checked_instance_norm(
     if not checks.switch("use_input_stats", use_input_stats):
         if running_mean is None or running_var is None:
             raise ValueError("running_mean and running_var must be given when use_input_stats is False")
-        vectors, options = (weight, bias, running_mean, running_var), {"axis": call.axis, "activation": activation, "residual": residual}
-        with threading.num_threads(call.threads):
-            if keep:
-                return functional.batch_norm_forward(x, *vectors, training=False, eps=eps, out=out, **options)
-            return functional.batch_norm(x, running_mean, running_var, weight, bias, eps=eps, out=out, **options), None
+        options = {"axis": call.axis, "activation": activation, "residual": residual, "threads": threads}
+        if keep:
+            return functional.batch_norm_forward(x, weight, bias, *running, training=False, eps=eps, out=out, **options)
+        return functional.batch_norm(x, *running, weight, bias, eps=eps, out=out, **options), None
     new, e = checks.number("momentum", momentum), checks.number("eps", eps, 0.0)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
     mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
@@ -406,8 +404,7 @@ def instance_norm_backward(
     array([2.])
     """
     if isinstance(saved, Saved):
-        with threading.num_threads(thread_count(threads, "backward", x)):
-            return functional.batch_norm_backward(dy, x, saved, wrt=wrt, out=out)
+        return functional.batch_norm_backward(dy, x, saved, wrt=wrt, threads=threads, out=out)
     return _backward("instance_norm", dy, x, saved, wrt, out, threads)
 
 

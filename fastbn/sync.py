@@ -148,8 +148,9 @@ def returned(method: str, found: object, sent: Array, *, gathered: bool = False)
 
 
 def batch_norm_stats(
-    x: Array, communicator: Communicator, *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None
-) -> Stats:
+    x: Array, communicator: Communicator, *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None,
+    threads: int | None = None,
+) -> Stats:  # fmt: skip
     """Statistics of the whole batch, of which each process has a part, in one message.
 
     Parameters
@@ -157,7 +158,7 @@ def batch_norm_stats(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         The part of this process; N may be 0. All have the same channels and dtype.
     communicator : Communicator
-    layout, axis, mask
+    layout, axis, mask, threads
         As in `fastbn.batch_norm_stats`.
 
     Returns
@@ -177,7 +178,7 @@ def batch_norm_stats(
     Stats(count=2, mean=array([2.]), var=array([1.]))
     """
     check(communicator)
-    own = functional.wide_stats(x, layout, axis, mask)
+    own = functional.wide_stats(x, layout, axis, mask, threads)
     # What a float64 rounds away of a mean counts for float64 values alone.
     return _merge([own], communicator, 4 if x.dtype == np.float64 else 2)[0]
 
@@ -198,6 +199,7 @@ def batch_norm_forward(
     residual: Array | None = None,
     mask: Array | None = None,
     correction: int = 1,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
     """Training's forward of a part of a batch, with the statistics of the whole.
@@ -206,7 +208,7 @@ def batch_norm_forward(
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         The part of this process; N may be 0. All have the same channels and dtype.
-    weight, bias, running_mean, running_var, momentum, eps, layout, axis, activation, residual, mask, correction, out
+    weight, bias, running_mean, running_var, momentum, eps, layout, axis, activation, residual, mask, correction, threads, out
         As in `fastbn.batch_norm_forward`. Running statistics move by the whole batch, to the same bits on every process.
     communicator : Communicator
 
@@ -230,10 +232,10 @@ def batch_norm_forward(
     array([[-1.],
            [ 1.]])
     """
-    stats = batch_norm_stats(x, communicator, layout=layout, axis=axis, mask=mask)
+    stats = batch_norm_stats(x, communicator, layout=layout, axis=axis, mask=mask, threads=threads)
     return functional.batch_norm_forward(
         x, weight, bias, running_mean, running_var, True, momentum, eps, layout=layout, axis=axis, activation=activation,
-        residual=residual, mask=mask, correction=correction, stats=stats, out=out,
+        residual=residual, mask=mask, correction=correction, stats=stats, threads=threads, out=out,
     )  # fmt: skip
 
 
@@ -245,13 +247,14 @@ def batch_norm_backward(
     communicator: Communicator,
     wrt: Sequence[str] = functional.USUAL,
     from_output: bool = False,
+    threads: int | None = None,
     out: Array | None = None,
 ) -> Gradients:
     """Gradients of `batch_norm_forward` of this module.
 
     Parameters
     ----------
-    dy, x, saved, wrt, from_output, out
+    dy, x, saved, wrt, from_output, threads, out
         As in `fastbn.batch_norm_backward`; `wrt` is the same on every process. Without "x" in it, nothing is sent.
     communicator : Communicator
 
@@ -280,4 +283,4 @@ def batch_norm_backward(
     def total(sums: Array) -> Array:
         return returned("all_reduce", channel.all_reduce(sums), sums)
 
-    return functional.gradients(dy, x, saved, wrt, from_output, out, total)
+    return functional.gradients(dy, x, saved, wrt, from_output, threads, out, total)

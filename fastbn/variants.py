@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, core, extremes, functional, memory, norm_calls, parts
-from fastbn import threads as threading
 from fastbn.activations import Epilogue
 from fastbn.composed import split, update_running
 from fastbn.floating import default_mode
@@ -169,7 +168,7 @@ def _mixed(
     """The statistics of a forward, and in training those of the batch as Stats."""
     axis, wide, stats = call.axis, np.dtype(np.float64), None
     if training:
-        stats = functional.wide_stats(call.x, None, axis, None)
+        stats = functional.wide_stats(call.x, None, axis, None, call.threads)
         mean, low, var = stats.mean, stats.mean_lo, variance(stats)
         invstd = 1 / np.sqrt(var + eps)
         if call.x.size and not extremes.are_usual(var * stats.count, var + eps, invstd, wide).all():
@@ -423,24 +422,23 @@ def batch_renorm_forward(
     checks.apart({"out": out}, {"weight": weight, "bias": bias})
     most_r, most_d = checks.number("rmax", rmax, 1.0), checks.number("dmax", dmax, 0.0)
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
-    options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "out": out}
-    with threading.num_threads(norm_calls.thread_count(threads, "forward", x)):
-        if not checks.switch("training", training):
-            _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
-            return found[0], SavedRenorm(saved, None, None)
-        options["stats"] = stats = functional.wide_stats(x, layout, axis, None)
-        array, dtype = checks.array(x)
-        channels = checks.channels_of(array, checks.channel(array, layout, axis))
-        e, wide = checks.number("eps", eps, 0.0), np.dtype(np.float64)
-        mean, var = checks.vector("running_mean", running_mean, channels, wide), checks.vector("running_var", running_var, channels, wide)
-        w = np.ones_like(mean) if weight is None else checks.vector("weight", weight, channels, wide)
-        b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
-        r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
-        scale, shift = w * r, b + w * d
-        of_batch = variance(stats)
-        if not extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute).all():
-            options["stats"] = None  # it finds them itself, in units
-        y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
+    options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "threads": threads, "out": out}
+    if not checks.switch("training", training):
+        _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
+        return found[0], SavedRenorm(saved, None, None)
+    options["stats"] = stats = functional.wide_stats(x, layout, axis, None, threads)
+    array, dtype = checks.array(x)
+    channels = checks.channels_of(array, checks.channel(array, layout, axis))
+    e, wide = checks.number("eps", eps, 0.0), np.dtype(np.float64)
+    mean, var = checks.vector("running_mean", running_mean, channels, wide), checks.vector("running_var", running_var, channels, wide)
+    w = np.ones_like(mean) if weight is None else checks.vector("weight", weight, channels, wide)
+    b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
+    r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
+    scale, shift = w * r, b + w * d
+    of_batch = variance(stats)
+    if not extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute).all():
+        options["stats"] = None  # it finds them itself, in units
+    y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
     return y, SavedRenorm(saved, r, d)
 
 
@@ -555,8 +553,7 @@ def batch_renorm_backward(
     if (saved.r is None) != (saved.d is None):
         raise ValueError("saved.r and saved.d must both be vectors, or both be None")
     both = saved.r is not None and "weight" in wanted and "bias" not in wanted
-    with threading.num_threads(norm_calls.thread_count(threads, "backward", x)):
-        g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, out=out)
+    g = functional.batch_norm_backward(dy, x, saved.saved, wrt=(*wanted, "bias") if both else wanted, threads=threads, out=out)
     if saved.r is None or saved.d is None or g.dweight is None or g.dbias is None or "weight" not in wanted:
         return g
     dweight = (saved.r * g.dweight + saved.d * g.dbias).astype(g.dweight.dtype)
@@ -632,36 +629,36 @@ def ghost_batch_norm_forward(
     at = checks.channel(array, layout, axis)
     if at == 0:
         raise ValueError("axis must not be 0, which is the images'")
-    numbers: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction, "activation": activation}
+    options: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction}
+    options |= {"axis": at, "activation": activation, "threads": threads}
     r = None if residual is None else checks.same("residual", residual, array)
     target = checks.output(out, array, {"x": array, "residual": r})
-    with threading.num_threads(norm_calls.thread_count(threads, "forward", array)):
-        if not checks.switch("training", training) or not array.size:
-            given = (weight, bias, running_mean, running_var)
-            y, saved = functional.batch_norm_forward(array, *given, axis=at, residual=r, out=target, **numbers)
-            return y, SavedGhosts((saved,), (len(array),))
-        sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), -(-len(array) // size)))
-        if min(sizes) * (array.size // len(array) // array.shape[at]) < 1 + checks.integer("correction", correction, 0, 1):
-            raise ValueError(
-                f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
-                f"shape {array.shape}"
-            )
-        channels = checks.channels_of(array, at)
-        moved = {name: checks.running(name, v, channels) for name, v in (("running_mean", running_mean), ("running_var", running_var))}
-        checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
-        checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
-        y = memory.empty_like(array)  # not yet `out`, which may be x: the second virtual batch may fail
-        mean, var = (v if v is None else v.copy() for v in moved.values())
-        found = []
-        for size, end in zip(sizes, accumulate(sizes), strict=True):
-            own = slice(end - size, end)
-            rest = None if r is None else r[own]
-            call = functional.batch_norm_forward(array[own], weight, bias, mean, var, axis=at, residual=rest, out=y[own], **numbers)
-            found.append(call[1])
-        kept = SavedGhosts(tuple(found), sizes)
-        for old, new in zip(moved.values(), (mean, var), strict=True):
-            if old is not None and new is not None:
-                old[...] = new
+    if not checks.switch("training", training) or not array.size:
+        given = (weight, bias, running_mean, running_var)
+        y, saved = functional.batch_norm_forward(array, *given, residual=r, out=target, **options)
+        return y, SavedGhosts((saved,), (len(array),))
+    sizes = tuple(len(a) for a in np.array_split(np.empty(len(array), np.bool_), -(-len(array) // size)))
+    if min(sizes) * (array.size // len(array) // array.shape[at]) < 1 + checks.integer("correction", correction, 0, 1):
+        raise ValueError(
+            f"Expected more than {correction} value per channel when training, got virtual batches of {min(sizes)} images from x of "
+            f"shape {array.shape}"
+        )
+    channels = checks.channels_of(array, at)
+    moved = {name: checks.running(name, v, channels) for name, v in (("running_mean", running_mean), ("running_var", running_var))}
+    checks.apart(moved, {"x": array, "residual": r, "weight": weight, "bias": bias})  # which the next virtual batch needs
+    checks.apart({"out": target}, {"weight": weight, "bias": bias, **moved})
+    y = memory.empty_like(array)  # not yet `out`, which may be x: the second virtual batch may fail
+    mean, var = (v if v is None else v.copy() for v in moved.values())
+    found = []
+    for size, end in zip(sizes, accumulate(sizes), strict=True):
+        own = slice(end - size, end)
+        rest = None if r is None else r[own]
+        call = functional.batch_norm_forward(array[own], weight, bias, mean, var, residual=rest, out=y[own], **options)
+        found.append(call[1])
+    kept = SavedGhosts(tuple(found), sizes)
+    for old, new in zip(moved.values(), (mean, var), strict=True):
+        if old is not None and new is not None:
+            old[...] = new
     return core.deliver(y, target), kept
 
 
@@ -762,21 +759,21 @@ def ghost_batch_norm_backward(
     given = checks.same("dy", dy, array)
     if not isinstance(saved.saved, tuple) or not saved.saved or not all(isinstance(one, Saved) for one in saved.saved):
         raise TypeError(f"saved.saved must be a tuple of Saved, one of each virtual batch, got {checks.short(saved.saved)}")
-    with threading.num_threads(norm_calls.thread_count(threads, "backward", array)):
-        if len(saved.saved) == 1:
-            return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, out=out)
-        wanted = checks.names("wrt", wrt, functional.GRADIENTS)
-        norm_calls.check_virtual_batches(array, saved, wanted, out)
-        target = checks.output(out, array, {"dy": given, "x": array})
-        dx = memory.empty_like(array) if "x" in wanted else None  # not yet `out`, as in the forward
-        dresidual = memory.empty_like(array) if "residual" in wanted else None
-        found = []
-        for size, end, one in zip(saved.sizes, accumulate(saved.sizes), saved.saved, strict=True):
-            own = slice(end - size, end)
-            g = functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, out=None if dx is None else dx[own])
-            if dresidual is not None:
-                dresidual[own] = g.dresidual
-            found.append(g._replace(dresidual=None))
+    if len(saved.saved) == 1:
+        return functional.batch_norm_backward(given, array, saved.saved[0], wrt=wrt, threads=threads, out=out)
+    wanted = checks.names("wrt", wrt, functional.GRADIENTS)
+    norm_calls.check_virtual_batches(array, saved, wanted, out)
+    target = checks.output(out, array, {"dy": given, "x": array})
+    dx = memory.empty_like(array) if "x" in wanted else None  # not yet `out`, as in the forward
+    dresidual = memory.empty_like(array) if "residual" in wanted else None
+    found = []
+    for size, end, one in zip(saved.sizes, accumulate(saved.sizes), saved.saved, strict=True):
+        own = slice(end - size, end)
+        to = None if dx is None else dx[own]
+        g = functional.batch_norm_backward(given[own], array[own], one, wrt=wanted, threads=threads, out=to)
+        if dresidual is not None:
+            dresidual[own] = g.dresidual
+        found.append(g._replace(dresidual=None))
     vectors = {"weight": [g.dweight for g in found], "bias": [g.dbias for g in found]}
     sums = [np.sum(np.array(v, np.float64), 0).astype(saved.saved[0].mean.dtype) if name in wanted else None for name, v in vectors.items()]
     return Gradients(None if dx is None else core.deliver(dx, target), sums[0], sums[1], dresidual)

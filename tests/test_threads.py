@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import threads
+from fastbn import core, sync, threads
 from fastbn.dispatch import TABLE, Kernel
-from fastbn.kernels.protocol import Affine, Running, Statistics
+from fastbn.kernels.protocol import Affine, Calls, Running, Statistics
 
 # Awkward sizes: one channel, one image, few channels, planes of several tiles, rows that are gathered, short last rows.
 SHAPES = [
@@ -351,3 +352,63 @@ def test_same_bits_wherever_the_output_starts(kernel: Kernel, shape: tuple[int, 
         assert np.isnan(memory[start + size :]).all()
         results.add(y.tobytes())
     assert len(results) == 1
+
+
+X = np.random.default_rng(0).normal(1, 2, (4, 6, 5)).astype(np.float32)
+SAVED = fastbn.batch_norm_forward(X)[1]
+ZERO, ONE = np.zeros(6, np.float32), np.ones(6, np.float32)
+LAYER, FROZEN = fastbn.BatchNorm1d(6), fastbn.FrozenBatchNorm(ZERO, ONE)
+GHOSTS, RENORM = ({"training": True, "virtual_batch_size": 2}, {"training": True})
+CALLS: dict[str, Any] = {
+    "batch_norm": lambda **n: fastbn.batch_norm(X, ZERO, ONE, **n),
+    "batch_norm in training": lambda **n: fastbn.batch_norm(X, None, None, training=True, **n),
+    "batch_norm_forward": lambda **n: fastbn.batch_norm_forward(X, **n)[0],
+    "batch_norm_forward with a mask": lambda **n: fastbn.batch_norm_forward(X, mask=X[:, 0] > 1, **n)[0],
+    "batch_norm_forward with stats": lambda **n: fastbn.batch_norm_forward(X, stats=fastbn.batch_norm_stats(X), **n)[0],
+    "batch_norm_backward": lambda **n: fastbn.batch_norm_backward(X, X, SAVED, **n).dx,
+    "batch_norm_stats": lambda **n: fastbn.batch_norm_stats(X, **n).mean,
+    "batch_norm_stats of several": lambda **n: fastbn.batch_norm_stats([X, X], **n).mean,
+    "batch_norm_elemt": lambda **n: fastbn.batch_norm_elemt(X, ZERO, ONE, **n),
+    "batch_norm_backward_reduce": lambda **n: fastbn.batch_norm_backward_reduce(X, X, ZERO, ONE, **n)[1],
+    "batch_norm_backward_elemt": lambda **n: fastbn.batch_norm_backward_elemt(X, X, ZERO, ONE, None, ONE, ONE, 20, **n),
+    "sync.batch_norm_stats": lambda **n: sync.batch_norm_stats(X, sync.Alone(), **n).mean,
+    "sync.batch_norm_forward": lambda **n: sync.batch_norm_forward(X, communicator=sync.Alone(), **n)[0],
+    "sync.batch_norm_backward": lambda **n: sync.batch_norm_backward(X, X, SAVED, communicator=sync.Alone(), **n).dx,
+    "BatchNorm1d": lambda **n: LAYER(X, **n),
+    "BatchNorm1d.backward": lambda **n: (LAYER(X, **n), LAYER.backward(X, **n))[1].dx,
+    "FrozenBatchNorm": lambda **n: FROZEN(X, **n),
+    "ghost_batch_norm": lambda **n: fastbn.ghost_batch_norm(X, None, None, **GHOSTS, **n),
+    "batch_renorm": lambda **n: fastbn.batch_renorm(X, ZERO.copy(), ONE.copy(), **RENORM, **n),
+    "instance_norm in evaluation": lambda **n: fastbn.instance_norm(X, ZERO, ONE, use_input_stats=False, **n),
+}  # fmt: skip
+
+
+class Watched:
+    """Whole calls that note how many threads each of them is given."""
+
+    def __init__(self, calls: Any, given: list[int]):
+        self.calls, self.given = calls, given
+
+    def __getattr__(self, name: str) -> Any:
+        prescribed = getattr(Calls, name, None)  # others ask whether there is such a call
+        function = getattr(self.calls, name)
+        if prescribed is None:
+            return function
+
+        def call(*args: Any) -> Any:
+            self.given.append(inspect.signature(prescribed).bind(None, *args).arguments["threads"])
+            return function(*args)
+
+        return call
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_says_how_many_threads_it_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small the array is; the bits are those of a call that says nothing."""
+    alone, given, calls_of = CALLS[name](), list[int](), core.calls_of
+    monkeypatch.setattr(core, "calls_of", lambda *of: Watched(calls_of(*of), given))
+    assert CALLS[name](threads=3).tobytes() == alone.tobytes()
+    assert set(given) == ({3} if "mask" not in name else set())  # with a mask, whole calls are made of operations
+    for wrong, error in ((0, ValueError), (-1, ValueError), (2**20 + 1, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)):
+        with pytest.raises(error, match=r"^threads must be"):
+            CALLS[name](threads=wrong)
