@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-
-
 class BatchNorm(Tracking, FromOthers):
     """What BatchNorm1d, 2d and 3d share; they differ in the numbers of axes they take."""
 
