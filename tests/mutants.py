@@ -137,7 +137,7 @@ MUTANTS = [
     ),
     Mutant("layers.py", "own = () if self.frozen else tuple(", "own = tuple(", SURVIVORS),
     Mutant("states.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
-    Mutant("layers.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
+    Mutant("states.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:
     Mutant("threads.py", "return 1 if nbytes < WORTH_THREADS[op]", "return 1 if nbytes <= WORTH_THREADS[op]", SURVIVORS),
     Mutant("cpu.py", 'removesuffix("K")) * 1024', 'removesuffix("K"))', SURVIVORS),
