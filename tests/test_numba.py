@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from truth import of_whole_calls
 
 import fastbn
 from fastbn import core, dispatch
@@ -105,20 +106,8 @@ def test_same_bits(shape: tuple[int, int, int], dtype: str, door: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 def test_whole_calls_equal_composed_ones(shape: tuple[int, int, int], dtype: str) -> None:
     """The algebra compiled by Numba and the one in NumPy give the same bits."""
-    rng = np.random.default_rng(0)
-    x, dy = (rng.normal(100, 3, shape).astype(dtype_of(dtype)) for _ in range(2))
-    compute = np.dtype(np.float64 if x.dtype == np.float64 else np.float32)
-    w, b, m, v = (rng.uniform(0.5, 2, shape[1]).astype(compute) for _ in range(4))
-
-    def whole(module: Any) -> list[bytes]:
-        y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
-        running = m.copy(), v.copy()
-        saved = module.forward(x, y, Affine(w, b), 1e-5, Running(*running, 0.3, 1), compute, 1)
-        sums = module.backward(dy, x, dx, Statistics(*saved[:3]), w, 1)
-        module.inference(x, z, Statistics(m, None, v, 1e-3), Affine(w, b), 1)
-        return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]
-
-    assert whole(kernel) == whole(core.ComposedKernel(kernel))
+    storage = np.dtype(dtype_of(dtype))
+    assert of_whole_calls(kernel, shape, storage) == of_whole_calls(core.ComposedKernel(kernel), shape, storage)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
