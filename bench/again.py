@@ -65,17 +65,6 @@ def write(about: dict[str, Any], rows: list[Row], left_out: Mapping[str, int], a
     return options.write(texts)
 
 
-def read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], list[Row]]:
-    """Read a run; what is none ends the command with a line."""
-    try:
-        about, rows = report.read_json(path.read_text(encoding="utf-8"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        parser.error(f"{path} is not what python -m bench writes")
-    if not rows:
-        parser.error(f"{path} holds no measurements")
-    return about, rows
-
-
 def main(argv: Sequence[str]) -> int:
     """Read runs, write reports, and print the summary."""
     command, *rest = argv
@@ -94,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("merge needs --json")
     if arguments.html is not None:
         options.need(parser, "--html", "matplotlib")
-    runs = [read(path, parser) for path in arguments.runs]
+    runs = [report.read(path, parser) for path in arguments.runs]
     about = dict(runs[0][0])
     if len(runs) > 1:
         about["dtype"] = ", ".join(dict.fromkeys(dtype for run, _ in runs for dtype in run["dtype"].split(", ")))

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import numpy as np
 
 import fastbn
-from bench.cases import Case
+from bench.cases import NETWORKS, Case
 from bench.data import Array, Inputs, inputs
 
 Call = Callable[[], object]
 
-TINY = {"1x8x4x4": (1, 8, 4, 4), "2x64x4x4": (2, 64, 4, 4)}
+TINY = {layer.name: layer.shape for layer in NETWORKS["tiny"].layers}
 # Long planes, long rows, and planes that are shorter than a block: each has loops of its own.
 PATTERNS = {"ncsp": ((4, 32, 28, 28), "NCHW"), "nspc": ((4, 32, 28, 28), "NHWC"), "small planes": ((64, 32, 7, 7), "NCHW")}
 PLAIN = ("stats", "inference", "forward", "backward")

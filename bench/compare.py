@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import again, options, text
+from bench import again, options, report, text
 from bench.measure import Row
 from bench.ratios import mean, over_best
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("after", type=options.input_file, help="the same, later")
     parser.add_argument("--fail-below", type=options.above_zero("ratio"), metavar="CHANGE", help="exit status 1 if a mean is below this")
     arguments = parser.parse_args(argv[1:] if argv[:1] == ["compare"] else argv)
-    (_, before), (_, after) = (again.read(path, parser) for path in (arguments.before, arguments.after))
+    (_, before), (_, after) = (report.read(path, parser) for path in (arguments.before, arguments.after))
     written = parts(before, after, (arguments.before.name, arguments.after.name))
     text.show(written)
     means = [line[4] for line in written[3].lines]

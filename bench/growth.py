@@ -68,12 +68,7 @@ def draw(found: dict[tuple[str, int], dict[str, float]], folder: Path) -> list[P
         panel.grid(visible=True, alpha=0.3)
         panel.legend()
         panel.set_ylabel("ns per KiB, median")
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"growth.{suffix}" for suffix in ("png", "svg")]
-    for path in paths:
-        options.keep(path)
-        figure.savefig(path, dpi=150)
-    return paths
+    return options.write_figure(figure, folder, "growth")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

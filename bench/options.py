@@ -11,8 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastbn.environment import MOST_THREADS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended
 
@@ -152,6 +156,16 @@ def _write(path: Path, text: str) -> bool:
         return False
     print(f"wrote {path}", file=sys.stderr)
     return True
+
+
+def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Save a figure as PNG and SVG in a folder, which is made if it is not there; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
+    for path in paths:
+        keep(path)
+        figure.savefig(path, dpi=150)
+    return paths
 
 
 def run(main: Callable[[], int]) -> int:

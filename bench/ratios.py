@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 from bench.measure import Row
 from bench.peers import BY_NAME
+from fastbn.benchmark import TENSORS, WIDE
 
-# Tensors that any implementation must read or write once, whatever the layout: for GB/s.
-TENSORS = {"inference": 2, "forward": 2, "backward": 3}
-WIDE = 0.25  # a spread of times above which a figure means little
 STEPS = (1, 2, 5)  # how many times as fast: what the shares of rows are counted for
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from bench import again, options, page, report, situations, text
+from bench import options, page, report, situations, text
 from bench.measure import Row
 from bench.peers import OPS
 from bench.ratios import STEPS, behind, best, mean, over_best, reason, shares
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--check", action="store_true", help="write nothing; exit status 1 if a table would change")
     arguments = parser.parse_args(argv[1:] if argv[:1] == ["readme"] else argv)
     options.need(parser, "readme", "matplotlib")
-    about, rows = again.read(arguments.run, parser)
+    about, rows = report.read(arguments.run, parser)
     about_threads, threads = situations.read_json(SITUATIONS.read_text(encoding="utf-8"))
     found = blocks(about, rows) | of_situations(about_threads, threads)
     texts = {path: renewed(path.read_text(encoding="utf-8"), found) for path in TEXTS}

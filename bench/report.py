@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -23,9 +24,10 @@ import fastbn
 from bench.cases import NETWORKS
 from bench.measure import Row
 from bench.peers import Contender
-from bench.ratios import STEPS, WIDE, Summary, against, behind, best, gigabytes, over_best, reason, summarize
+from bench.ratios import STEPS, Summary, against, behind, best, gigabytes, over_best, reason, summarize
 from bench.text import Part, Table
 from bench.timing import Times
+from fastbn.benchmark import WIDE
 
 # A load of others per core, and a spread of times, above which figures mean little; and in how many rows.
 BUSY, SOME = 0.25, 0.25
@@ -317,3 +319,14 @@ def read_json(text: str) -> tuple[dict[str, Any], list[Row]]:
         for row in found["rows"]
     ]
     return found["machine"], rows
+
+
+def read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], list[Row]]:
+    """Read a run; what is none ends the command with a line."""
+    try:
+        about, rows = read_json(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        parser.error(f"{path} is not what python -m bench writes")
+    if not rows:
+        parser.error(f"{path} holds no measurements")
+    return about, rows

@@ -20,7 +20,7 @@ import numpy as np
 from bench import options
 from bench.measure import Row
 from bench.peers import OPS
-from bench.report import read_json
+from bench.report import read
 from bench.text import table
 
 RESULTS = Path(__file__).parent / "results"
@@ -99,12 +99,7 @@ def draw(about: dict[str, Any], rows: Sequence[Row], folder: Path) -> list[Path]
     panels[0].set_ylabel("µs, median")
     version, threads = about["config"]["fastbn"], f"{about['threads']} threads"
     figure.suptitle(", ".join((f"fastbn {version}", about["dtype"], threads, about["processor"], about["date"])))
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"roofline.{suffix}" for suffix in ("png", "svg")]
-    for path in paths:
-        options.keep(path)
-        figure.savefig(path, dpi=150)
-    return paths
+    return options.write_figure(figure, folder, "roofline")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,13 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     options.need(parser, "the drawing", "matplotlib")
     try:
-        about, rows = read_json(arguments.results.read_text(encoding="utf-8"))
+        about, rows = read(arguments.results, parser)
     except OSError as error:
         parser.error(f"cannot read {arguments.results}: {error.strerror}; python -m bench writes it")
-    except (ValueError, KeyError, TypeError):
-        parser.error(f"{arguments.results} is not what python -m bench writes")
-    if not rows:
-        parser.error(f"{arguments.results} holds no measurements")
     written = options.write({arguments.folder / "roofline.md": ratios(rows)})
     print("wrote", *draw(about, rows, arguments.folder), file=sys.stderr)
     return int(not written)

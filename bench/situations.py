@@ -126,8 +126,8 @@ SITUATIONS: dict[str, Situation] = {
     "openmp": (_openmp, nullcontext),
     "half-a-processor": (lambda: _nothing, lambda: quota(0.5)),
 }
-# Of those that not every machine has: why there is none here, or None.
 SHOWN = ("loop", "product", "sweep", "pause-5ms", "busy")  # by the picture of the documentation
+# Of those that not every machine has: why there is none here, or None.
 UNAVAILABLE: dict[str, Callable[[], str | None]] = {"openmp": _no_torch, "half-a-processor": no_quota}
 
 

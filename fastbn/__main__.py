@@ -221,8 +221,8 @@ def verify(names: Sequence[str], as_json: bool = False) -> int:
     tested = list(dtypes())
     tallies = {(kernel, d.name): Tally() for kernel, d in product(usable, tested) if not dispatch.KERNELS[kernel].declines(d.name)}
     threads = sorted({1, fastbn.get_num_threads()})
-    problems = list(product(tested, SHAPES))
-    for done, (dtype, shape) in enumerate(problems, 1):
+    cases = list(product(tested, SHAPES))
+    for done, (dtype, shape) in enumerate(cases, 1):
         given = draw(shape, dtype)
         want, may = expect(given)
         for kernel, memory, n in product(usable, MEMORIES, threads):
@@ -230,10 +230,10 @@ def verify(names: Sequence[str], as_json: bool = False) -> int:
                 continue
             with fastbn.use_kernel(kernel), fastbn.num_threads(n):
                 error, name = worst(run(given, memory), want, may)
-            where = f"{name}, {'x'.join(map(str, shape))}, {memory}, {n} thread{'s' if n > 1 else ''}"
+            where = f"{name}, {'x'.join(map(str, shape))}, {memory}, {counted(n, 'thread')}"
             before = tallies[kernel, dtype.name]
             tallies[kernel, dtype.name] = Tally(before.cases + 1, *max((error, where), before[1:]))
-        show_progress(done, len(problems))
+        show_progress(done, len(cases))
 
     failed = not tallies or any(t.error > 1 for t in tallies.values())
     if as_json:
@@ -337,8 +337,8 @@ def overview() -> int:
     if not wrong:
         chosen = {dtype: dispatch.pinned() or dispatch.select(dtype).name for dtype in DTYPES}
         for i, kernel in enumerate(dict.fromkeys(chosen.values())):
-            dtypes = ", ".join(dtype for dtype in chosen if chosen[dtype] == kernel)
-            print_within(f"  {'' if i else 'kernel':<11}", f"{kernel} for {dtypes}")
+            for_these = ", ".join(dtype for dtype in chosen if chosen[dtype] == kernel)
+            print_within(f"  {'' if i else 'kernel':<11}", f"{kernel} for {for_these}")
     for problem in wrong:
         print_within("  problem    ", problem)
     print("\ncommands, each with --help:")

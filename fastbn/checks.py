@@ -20,6 +20,7 @@ from fastbn.layout import Array, channel_axis, plain
 if TYPE_CHECKING:
     from fastbn.results import Function
 
+
 def came(dtype: np.dtype[Any]) -> str:
     """Name of a dtype in an error; of one in the other byte order, its code."""
     return short(dtype, str(dtype))
@@ -287,6 +288,16 @@ def saved_after(saved: Any, x: Array) -> None:
         same("saved.residual", saved.residual, x)
     elif saved.has_residual and saved.activation is not None:
         raise ValueError("saved.residual must not be None: the activation's derivative depends on it")
+
+
+def gradients(saved: Any, wanted: Sequence[str], out: object) -> None:
+    """Check that a forward saved what the wanted gradients need, and that `out` is for one of them."""
+    if "residual" in wanted and not saved.has_residual:
+        raise ValueError("wrt names 'residual', but the forward had none")
+    if isinstance(saved.activation, activations.Activation) and saved.activation.derivative is None:
+        raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
+    if out is not None and "x" not in wanted:
+        raise ValueError("out is where dx goes, but wrt does not name 'x'")
 
 
 def is_iterable(value: object) -> bool:

@@ -120,10 +120,14 @@ def copied(a: Array) -> Array:
     return copy
 
 
+def _lies_like_x(a: Array, r: Request) -> bool:
+    own = view(a, r.axis)
+    return own.dense and (own.perm, own.dims) == (r.view.perm, r.view.dims)
+
+
 def _like(a: Array, r: Request) -> Array:
     """`a`, of the shape of x, as (outer, channels, inner) in the memory order of x."""
-    va = view(a, r.axis)
-    if va.dense and (va.perm, va.dims) == (r.view.perm, r.view.dims):
+    if _lies_like_x(a, r):
         return r.view.of(a)
     ordered = memory.empty_like(r.x)
     ordered[...] = a
@@ -132,11 +136,7 @@ def _like(a: Array, r: Request) -> Array:
 
 def _target(r: Request) -> Array:
     """The array that the kernel writes: `out` where its memory order is that of x, else a new one."""
-    if r.out is not None:
-        vo = view(r.out, r.axis)
-        if vo.dense and (vo.perm, vo.dims) == (r.view.perm, r.view.dims):
-            return r.out
-    return memory.empty_like(r.x)
+    return r.out if r.out is not None and _lies_like_x(r.out, r) else memory.empty_like(r.x)
 
 
 def deliver(y: Array, out: Array | None) -> Array:
@@ -152,9 +152,21 @@ def _counted(a: Array, axis: int, mask: Array) -> Array:
     return np.moveaxis(a, axis, -1)[mask][:, :, None]
 
 
-def _epilogue(r: Request, residual: Array | None) -> Epilogue | None:
+def _epilogue(r: Request) -> Epilogue | None:
     """What follows the normalization; the residual lies in memory as x does."""
-    return None if r.activation is None and residual is None else Epilogue(r.activation, residual)
+    if r.activation is None and r.residual is None:
+        return None
+    return Epilogue(r.activation, None if r.residual is None else _like(r.residual, r))
+
+
+def kept_residual(residual: Array | None, activation: Function) -> Array | None:
+    """A copy of a residual, where the backward needs it: the derivative of an activation depends on it."""
+    return None if residual is None or activation is None else copied(residual)
+
+
+def residual_gradient(dy: Array, out: Array | None) -> Array:
+    """The gradient of what was added to a sum: dy itself, unless dx is about to be written over it."""
+    return dy if out is None or not np.may_share_memory(out, dy) else copied(dy)
 
 
 @default_mode
@@ -167,7 +179,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
     if r.x.size:
         module = calls_of(r.dtype, r.activation)
         x, n = _dense(r.x, r.view), r.team("normalize")
-        epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
+        epilogue = _epilogue(r)
         wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
         if not wide and mean.dtype == compute and spread.dtype == compute:
             module.inference(x, r.view.of(y), Statistics(mean, None, spread, eps), Affine(weight, bias), n, epilogue)
@@ -227,9 +239,7 @@ class Folded:
         if r.x.size:
             module = calls_of(r.dtype, r.activation)
             vectors = self.parameters(r.dtype.compute)
-            n = r.team("normalize")
-            epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
-            module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, n, epilogue)
+            module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, r.team("normalize"), _epilogue(r))
             if hasattr(module, "prepared"):
                 self._plain, self._pin = module.prepared(*vectors, r.activation, r.x, r.axis), dispatch.pinned()
         return deliver(y, r.out)
@@ -263,19 +273,18 @@ def forward(
     if x.size == 0:
         zero = np.zeros(x.shape[r.axis], compute)
         nothing = zero, None, zero.copy(), zero.copy(), zero.copy()
-        return deliver(y, r.out), keep_for_backward(r, nothing, 0, True, r.residual) if keep else None
+        return deliver(y, r.out), _saved(r, nothing, 0, True, kept_residual(r.residual, r.activation)) if keep else None
     module: Calls = calls_of(r.dtype, r.activation)
     n = r.team("forward")
-    residual = None if r.residual is None else _like(r.residual, r)
-    kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
+    kept = kept_residual(r.residual, r.activation) if keep else None
     mean, var = (_own(a, compute, r.mask is not None) for a in (running.mean, running.var))
     count = x.size // x.shape[r.axis]
     if r.mask is not None:
         rows = _counted(x, r.axis, r.mask)
         module, count = ComposedKernel(_kernel(r.dtype, r.activation).module(), rows), len(rows)
     arrays, own = (_dense(x, r.view), r.view.of(y)), running._replace(mean=mean, var=var)
-    vectors = module.forward(*arrays, Affine(weight, bias), eps, own, compute, n, _epilogue(r, residual))
-    saved = keep_for_backward(r, vectors, count, True, kept) if keep else None
+    vectors = module.forward(*arrays, Affine(weight, bias), eps, own, compute, n, _epilogue(r))
+    saved = _saved(r, vectors, count, True, kept) if keep else None
     y = deliver(y, r.out)
     for old, moved in ((running.mean, mean), (running.var, var)):  # nothing that can fail comes after it
         if old is not None and moved is not None and moved is not old:
@@ -295,12 +304,11 @@ def forward_with(
     high, low = split(batch.mean.astype(np.float64), batch.mean_lo.astype(np.float64), compute)
     invstd = deviation(variance(batch), eps)
     vectors = high, low.astype(compute), invstd.astype(compute), *fold(low, invstd, weight, bias, compute)
-    kept = copied(r.residual) if keep and r.residual is not None and r.activation is not None else None
+    kept = kept_residual(r.residual, r.activation) if keep else None
     if r.x.size:
-        epilogue = _epilogue(r, None if r.residual is None else _like(r.residual, r))
-        n = r.team("normalize")
-        calls_of(r.dtype, r.activation).normalize(_dense(r.x, r.view), r.view.of(y), high, *vectors[3:], n, epilogue)
-    saved = keep_for_backward(r, vectors, batch.count, True, kept) if keep else None
+        arrays, n = (_dense(r.x, r.view), r.view.of(y)), r.team("normalize")
+        calls_of(r.dtype, r.activation).normalize(*arrays, high, *vectors[3:], n, _epilogue(r))
+    saved = _saved(r, vectors, batch.count, True, kept) if keep else None
     y = deliver(y, r.out)
     if batch.count:
         for old, new in ((running.mean, batch.mean.astype(np.float64) + batch.mean_lo), (running.var, variance(batch, running.correction))):
@@ -323,10 +331,9 @@ def _is_wider(a: Array) -> bool:
     return bool(a.dtype.kind == "f" and a.dtype.itemsize > _WIDE.itemsize)
 
 
-def keep_for_backward(r: Request, vectors: tuple[Any, ...], count: int, training: bool, residual: Array | None) -> Saved:
-    """What the backward needs, from the mean, what it rounds away, invstd, scale and shift."""
+def _saved(r: Request, vectors: tuple[Any, ...], count: int, training: bool, kept: Array | None) -> Saved:
+    """What the backward needs: the mean, what it rounds away, invstd, scale and shift; and a residual as `kept_residual` has it."""
     mean, low, invstd, scale, shift = vectors
-    kept = residual if r.activation is not None else None
     return Saved(
         mean=mean, invstd=invstd, mean_lo=low, count=count, training=training, scale=scale, shift=shift, shape=r.x.shape,
         dtype=r.x.dtype, axis=r.axis, mask=r.mask, activation=r.activation, residual=kept, has_residual=r.residual is not None,
@@ -339,9 +346,9 @@ def fixed(r: Request, mean: Array, var: Array, weight: Array | None, bias: Array
     compute, invstd = r.dtype.compute, deviation(var, eps)
     high, lost, scale, shift = parameters(mean, invstd, weight, bias, compute)
     low = None if mean.dtype == compute else lost
-    kept = None if r.residual is None or r.activation is None else copied(r.residual)
+    kept = kept_residual(r.residual, r.activation)
     count = r.x.size // max(r.x.shape[r.axis], 1)
-    return keep_for_backward(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
+    return _saved(r, (high, low, invstd.astype(compute), scale, shift), count, False, kept)
 
 
 def _statistics_of_output(saved: Saved) -> Statistics:
@@ -365,15 +372,14 @@ def backward(
     dx = _target(r) if "x" in wanted or ("residual" in wanted and active) else None
     dresidual = None
     if "residual" in wanted:
-        # dy itself is the gradient of a sum, unless dx is about to be written over it.
-        dresidual = memory.empty_like(x) if active else dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)
+        dresidual = memory.empty_like(x) if active else residual_gradient(dy, r.out)
     if not saved.training or "x" not in wanted:
         total = None
     if x.size == 0:
         nothing = np.zeros((2, x.shape[r.axis]), compute)
         if total is not None:
             total(nothing.astype(np.float64))
-        return _only(wanted, None if dx is None else deliver(dx, r.out), nothing[0], nothing[1], dresidual)
+        return only(wanted, None if dx is None else deliver(dx, r.out), nothing[0], nothing[1], dresidual)
     module = calls_of(r.dtype, saved.activation)
     n = r.team("backward")
     arrays = _like(dy, r), _dense(x, v)
@@ -414,10 +420,11 @@ def backward(
     dweight = dbias = None
     if want_sums and totals is not None:
         dbias, dweight = totals[0].astype(compute), (totals[1] * kept.spread).astype(compute)
-    return _only(wanted, deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
+    return only(wanted, deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
 
 
-def _only(wanted: Collection[str], dx: Array | None, dweight: Array | None, dbias: Array | None, dresidual: Array | None) -> Gradients:
+def only(wanted: Collection[str], dx: Array | None, dweight: Array | None, dbias: Array | None, dresidual: Array | None) -> Gradients:
+    """Those gradients that are wanted; that of the residual is computed for no other reason."""
     return Gradients(
         dx if "x" in wanted else None, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, dresidual
     )

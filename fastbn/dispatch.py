@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from fastbn import caller, cpu
+from fastbn import caller, checks, cpu
 from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
@@ -282,7 +282,7 @@ def warmup(
     """
     patterns = {pattern(layout) for layout in _names("layouts", layouts, LAYOUTS)}
     names = _names("dtypes", dtypes, tuple(DTYPES))
-    if isinstance(activations, str) or not isinstance(activations, Iterable) or getattr(activations, "ndim", None) == 0:
+    if isinstance(activations, str) or not checks.is_iterable(activations):
         activations = (activations,)
     chosen = [None if activation is None else lookup(activation) for activation in activations]
     for dtype in names:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn.activations import Epilogue
-
-Array = np.ndarray[Any, Any]
+from fastbn.layout import Array
 
 
 class Part(NamedTuple):

@@ -378,14 +378,9 @@ def gradients(
             "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and give them to "
             "batch_norm_backward_elemt"
         )
-    if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
-        raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
-    if "residual" in wanted and not saved.has_residual:
-        raise ValueError("wrt names 'residual', but the forward had none")
+    checks.gradients(saved, wanted, out)
     if checks.switch("from_output", from_output):
         _can_be_inverted(saved, r.x.dtype)
-    if out is not None and "x" not in wanted:
-        raise ValueError("out is where dx goes, but wrt does not name 'x'")
     kept = {f"saved.{name}": getattr(saved, name) for name in ("mean", "mean_lo", "invstd", "scale", "shift", "mask", "residual")}
     return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output), total)
 
@@ -489,9 +484,9 @@ def batch_norm_stats(
     Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
     if mask is None and threads is None and (doors := core.doors(x)) is not None:
-        found_now = doors.plain_stats(x, layout, axis)
-        if found_now is not None:
-            return of_rows(found_now[1], found_now[0])
+        made = doors.plain_stats(x, layout, axis)
+        if made is not None:
+            return of_rows(made[1], made[0])
     # What can turn into an array is meant as one.
     if not isinstance(x, Iterable) or isinstance(x, (str, bytes, bytearray, Mapping)) or hasattr(type(x), "__array__"):
         return core.stats(_request(x, layout, axis, threads, mask=mask)[0])

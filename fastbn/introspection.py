@@ -8,10 +8,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from fastbn import cpu, environment, memory, threads
+from fastbn import checks, cpu, environment, memory, threads
 from fastbn.dispatch import KERNELS, TABLE, Kernel, passed_over, pinned, select
-from fastbn.dtypes import DTYPES, lookup
-from fastbn.layout import Array, LayoutName, channel_axis, plain, view
+from fastbn.dtypes import DTYPES
+from fastbn.layout import Array, LayoutName, channel_axis, view
 from fastbn.tables import counted
 
 OPS = ("stats", "normalize", "forward", "backward")
@@ -61,9 +61,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     """
     if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
-    dtype = lookup(plain("x", x).dtype)
-    if dtype is None:
-        raise TypeError(f"x must have dtype {', '.join(DTYPES)}, got {x.dtype}")
+    x, dtype = checks.array(x)
     v = view(x, channel_axis(layout, x.ndim, axis))
     kernel = select(dtype.storage)
     n = threads.for_call(op, x)

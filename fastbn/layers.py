@@ -16,18 +16,16 @@ from fastbn.activations import Activation, Builtin
 from fastbn.checks import Channels
 from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
-from fastbn.dtypes import lookup, resolve
+from fastbn.dtypes import DTYPES, resolve
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis, view
-from fastbn.results import Gradients, Saved, Stats
-from fastbn.states import NO_FORWARD, OVERWRITTEN, Context, Tracking, is_written_over, loaded_array, without_copy
+from fastbn.results import Gradients, Stats
+from fastbn.states import OVERWRITTEN, Context, Tracking, is_written_over, loaded_array, without_copy
 from fastbn.sync import Communicator
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
     from typing_extensions import Self
-
-
 
 
 class BatchNorm(Tracking, FromOthers):
@@ -67,15 +65,12 @@ class BatchNorm(Tracking, FromOthers):
         self.training = True
         self.frozen = False
         self.num_batches_skipped = 0
-        row = lookup(self.dtype)
-        assert row is not None  # noqa: S101  resolve has seen it
-        n, tracked = self.num_features, self.track_running_stats
-        self.weight: Array | None = np.ones(n, row.compute) if checks.switch("affine", affine) else None
-        self.bias: Array | None = np.zeros(n, row.compute) if checks.switch("bias", bias) and affine else None
-        self.running_mean: Array | None = np.zeros(n, row.compute) if tracked else None
-        self.running_var: Array | None = np.ones(n, row.compute) if tracked else None
+        n, tracked, compute = self.num_features, self.track_running_stats, DTYPES[self.dtype.name].compute
+        self.weight: Array | None = np.ones(n, compute) if checks.switch("affine", affine) else None
+        self.bias: Array | None = np.zeros(n, compute) if checks.switch("bias", bias) and affine else None
+        self.running_mean: Array | None = np.zeros(n, compute) if tracked else None
+        self.running_var: Array | None = np.ones(n, compute) if tracked else None
         self.num_batches_tracked: Array | None = np.array(0, np.int64) if tracked else None
-        self._context: Context | str | None = None  # a str says why there is none
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
@@ -114,10 +109,6 @@ class BatchNorm(Tracking, FromOthers):
     def affine(self) -> bool:
         """Whether there is a weight or a bias."""
         return self.weight is not None or self.bias is not None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The arrays of the last forward are no part of a layer's state."""
-        return self.__dict__ | {"_context": None}
 
     def __repr__(self) -> str:
         text = self._shown(
@@ -176,8 +167,7 @@ class BatchNorm(Tracking, FromOthers):
             if x.ndim not in self._ranks:
                 ranks = " or ".join(map(str, self._ranks))
                 raise ValueError(f"{type(self).__name__} takes arrays with {ranks} axes, but x has shape {x.shape}")
-            if x.dtype != self.dtype:
-                raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {checks.came(x.dtype)}")
+            self._check_dtype(x)
             axis = channel_axis(self.layout, x.ndim, self.axis)
             if x.shape[axis] != self.num_features:
                 raise checks.misfit(checks.channels_of(x, axis), f"the layer has num_features={self.num_features}", self.num_features)
@@ -206,12 +196,10 @@ class BatchNorm(Tracking, FromOthers):
         )  # fmt: skip
         if batch and saved.count:
             self._count(statistics, before)
-        self._remember(x, saved, is_written_over(out, x), asked)
+        overwritten = is_written_over(out, x)
+        kept = Context(x if self.training else weakref.ref(x), None, saved, overwritten, asked)
+        self._context = OVERWRITTEN if overwritten and not saved.invertible else kept
         return y
-
-    def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
-        """As `forward`."""
-        return self.forward(x, residual, **options)
 
     def _count(self, statistics: tuple[Array | None, ...], before: list[Array | None]) -> None:
         """Count the batch; or where it may not count, set the statistics back to what they were before."""
@@ -223,15 +211,6 @@ class BatchNorm(Tracking, FromOthers):
             return
         if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
-
-    def _remember(self, x: Array, saved: Saved, overwritten: bool, communicator: Communicator | None) -> None:
-        """Keep what the backward needs."""
-        if overwritten and not saved.invertible:
-            self._context = OVERWRITTEN
-        elif self.training:
-            self._context = Context(x, None, saved, overwritten, communicator)
-        else:
-            self._context = Context(weakref.ref(x), None, saved, overwritten, communicator)
 
     def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:
         """Gradients of the last `forward`.
@@ -259,10 +238,9 @@ class BatchNorm(Tracking, FromOthers):
         TypeError, ValueError
             As `batch_norm_backward`.
         """
-        if not isinstance(self._context, Context):
-            raise RuntimeError(self._context or NO_FORWARD)
-        *_, from_output, communicator = self._context
-        x, saved = self._context.found()
+        context = self._remembered()
+        *_, from_output, communicator = context
+        x, saved = context.found()
         if from_output and not saved.invertible:
             raise RuntimeError(OVERWRITTEN)
         if wrt is None:

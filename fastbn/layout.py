@@ -124,8 +124,6 @@ class View(NamedTuple):
 
     Attributes
     ----------
-    axis : int
-        Axis of the channels in the array's shape.
     dims : tuple of int
         ``(outer, channels, inner)``.
     perm : tuple of int or None
@@ -135,7 +133,6 @@ class View(NamedTuple):
         in NumPy's order "K", and `dims` and `perm` describe the copy.
     """
 
-    axis: int
     dims: tuple[int, int, int]
     perm: tuple[int, ...] | None
     dense: bool
@@ -148,10 +145,6 @@ class View(NamedTuple):
     def of(self, a: Array) -> Array:
         """View of a dense array as ``(outer, channels, inner)``, C-contiguous, without a copy."""
         return (a if self.perm is None else a.transpose(self.perm)).reshape(self.dims)
-
-    def channel_shape(self, ndim: int) -> tuple[int, ...]:
-        """Shape that broadcasts a vector of channels against the array."""
-        return tuple(-1 if i == self.axis else 1 for i in range(ndim))
 
 
 def view(x: Array, axis: int) -> View:
@@ -168,7 +161,7 @@ def _view(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, align
         order = tuple(sorted(identity, key=lambda i: (shape[i] != 1, -abs(strides[i]), i)))
         order = identity if order == (*(i for i in identity if shape[i] == 1), *(i for i in identity if shape[i] != 1)) else order
     dense = aligned and _contiguous(shape, strides, itemsize, order)
-    return View(axis, _dims(shape, axis, order), None if order == identity else order, dense)
+    return View(_dims(shape, axis, order), None if order == identity else order, dense)
 
 
 def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, order: tuple[int, ...]) -> bool:

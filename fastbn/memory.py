@@ -41,13 +41,12 @@ import numpy as np
 
 from fastbn import cgroup
 from fastbn.environment import settings
+from fastbn.layout import Array
 
 try:
     from fastbn.kernels import _pool
 except ImportError:  # built without a compiler: nobody has scratch memory
     _pool = None
-
-Array = np.ndarray[Any, Any]
 
 # Below this the memory allocator recycles by itself, and page faults are few.
 SMALLEST = 1 << 20

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, functional
-from fastbn.dtypes import lookup
 from fastbn.floating import default_mode
 from fastbn.functional import Number
 from fastbn.layout import Array
@@ -228,14 +227,12 @@ def fused_batch_norm(
     """
     if not isinstance(data_format, str) or data_format not in _FORMATS:
         raise ValueError(f"data_format must be one of {', '.join(_FORMATS)}, got {checks.short(data_format)}")
-    array, _ = checks.array(x)
+    array, dtype = checks.array(x)
     if array.ndim != len(data_format):
         raise ValueError(f"data_format {data_format!r} is for arrays with {len(data_format)} axes, but x has shape {array.shape}")
     axis = data_format.index("C")
     channels = checks.channels_of(array, axis)._replace(shape=())  # data_format is no layout
     eps, factor = checks.number("epsilon", epsilon, 0.0), checks.number("exponential_avg_factor", exponential_avg_factor)
-    row = lookup(array.dtype)
-    assert row is not None  # noqa: S101  it is checked
     training, wide = checks.switch("is_training", is_training), np.dtype(np.float64)
     if (not training or factor != 1.0) and (mean is None or variance is None):
         raise ValueError("mean and variance must be given when is_training is False or exponential_avg_factor is not 1")
@@ -243,7 +240,7 @@ def fused_batch_norm(
         running = np.zeros(channels[0]), np.zeros(channels[0])
     else:
         running = checks.vector("mean", mean, channels, wide).copy(), checks.vector("variance", variance, channels, wide).copy()
-    w, b = checks.optional("scale", scale, channels, row.compute), checks.optional("offset", offset, channels, row.compute)
+    w, b = checks.optional("scale", scale, channels, dtype.compute), checks.optional("offset", offset, channels, dtype.compute)
     count = array.size // max(channels[0], 1)
     y = functional.batch_norm(
         array, *running, w, b, training, factor, eps, axis=axis, correction=1 if count > 1 or array.size == 0 else 0
@@ -251,4 +248,4 @@ def fused_batch_norm(
     if training and array.size == 0:
         for v in running:
             v.fill(np.nan)  # as in TensorFlow
-    return y, _narrow(running[0], row.compute), _narrow(running[1], row.compute)
+    return y, _narrow(running[0], dtype.compute), _narrow(running[1], dtype.compute)

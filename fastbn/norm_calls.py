@@ -9,10 +9,12 @@ import numpy as np
 
 from fastbn import checks, core, memory, parts
 from fastbn import threads as threading
-from fastbn.activations import Activation, Epilogue
+from fastbn.activations import Epilogue
 from fastbn.dtypes import DType
 from fastbn.layout import Array
 from fastbn.results import Function
+
+OF_ROWS = ("layer_norm", "rms_norm")  # the normalizations of rows; all others are of images
 
 
 class Call(NamedTuple):
@@ -39,19 +41,15 @@ class Call(NamedTuple):
         if a.strides == self.x.strides and a.flags.aligned:
             return True
         group = self.shape.group
-        own = parts.shape_of(a, self.axis, group) if self.kind not in ("layer_norm", "rms_norm") else parts.rows_of(a, a.ndim - self.axis)
+        own = parts.shape_of(a, self.axis, group) if self.kind not in OF_ROWS else parts.rows_of(a, a.ndim - self.axis)
         return own.direct and own.order == self.shape.order and own.dims == self.shape.dims
 
     def target(self, out: Array | None) -> tuple[Array, Array]:
         """Where the kernel writes: the array, and the same as (batch, outer, channels, inner)."""
         if self.shape.direct and out is not None and out.flags.writeable and self._lies_like_x(out):
             return out, self.shape.of(out)
-        if self.shape.direct:
-            y = memory.empty_like(self.x)
-            return y, self.shape.of(y)
         y = memory.empty_like(self.x)
-        order = self.shape.order
-        if order is None and y.flags.c_contiguous:
+        if self.shape.direct or (self.shape.order is None and y.flags.c_contiguous):
             return y, self.shape.of(y)
         return y, np.empty(self.shape.dims, self.x.dtype)
 
@@ -67,15 +65,20 @@ class Call(NamedTuple):
         if not np.may_share_memory(y, written):
             seen = y if order is None else y.transpose(order)
             seen[...] = written.reshape(seen.shape)
-        if out is None or out is y:
-            return y
-        out[...] = y
-        return out
+        return core.deliver(y, out)
 
 
 def thread_count(threads: object, op: str, x: object) -> int:
     """How many threads a call has: as many as it was given, or as are worth it."""
     return checks.threads(threads) or threading.for_call(op, x)
+
+
+def channel_of_images(x: Array, layout: object, axis: object) -> int:
+    """Axis of the channels of x, which has images on its axis 0."""
+    at = checks.channel(x, layout, axis)
+    if at == 0:
+        raise ValueError("axis must not be 0, which is the images'")
+    return at
 
 
 def on_channels(
@@ -84,9 +87,7 @@ def on_channels(
     """Check a call on images, divided by a number of groups or None, which is single channels, and by what tells their axis."""
     groups, layout, axis = divided
     array, dtype = checks.array(x)
-    at = checks.channel(array, layout, axis)
-    if at == 0:
-        raise ValueError("axis must not be 0, which is the images'")
+    at = channel_of_images(array, layout, axis)
     channels = checks.channels_of(array, at)
     group = 1
     if groups is not None:
@@ -148,7 +149,7 @@ def on_backward(
     """Check the arrays of a backward against what the forward has saved, and that but for its vectors; with dy, and where dx goes."""
     array, dtype = checks.array(x)
     checks.like_saved(array, saved.shape, saved.dtype)
-    rows = kind in ("layer_norm", "rms_norm")
+    rows = kind in OF_ROWS
     axis = checks.integer("saved.axis", saved.axis, 0 if rows else 1, array.ndim - 1)
     channels = checks.channels_of(array, axis)
     together = group if rows else checks.integer("saved.group", group, min(1, channels[0]))
@@ -157,12 +158,7 @@ def on_backward(
     shape = parts.rows_of(array, array.ndim - axis) if rows else parts.shape_of(array, axis, together)
     checks.saved_after(saved, array)
     given = checks.same("dy", dy, array)
-    if "residual" in wanted and not saved.has_residual:
-        raise ValueError("wrt names 'residual', but the forward had none")
-    if isinstance(saved.activation, Activation) and saved.activation.derivative is None:
-        raise ValueError(f"the backward needs the derivative of {saved.activation}: give fastbn.Activation(forward, derivative)")
-    if out is not None and "x" not in wanted:
-        raise ValueError("out is where dx goes, but wrt does not name 'x'")
+    checks.gradients(saved, wanted, out)
     target = checks.output(out, array, {"dy": given, "x": array, "residual": saved.residual})
     n = thread_count(threads, "backward", array)
     return Call(kind, array, dtype, axis, shape, n, saved.activation), given, target
@@ -177,25 +173,20 @@ def targets(
         dx, written = call.target(out)
     if "residual" in wanted and active:
         dresidual, written_residual = call.target(None)
-    elif "residual" in wanted:  # the gradient of a sum is dy itself, unless dx is about to be written over it
-        dresidual = dy if out is None or not np.may_share_memory(out, dy) else core.copied(dy)
+    elif "residual" in wanted:
+        dresidual = core.residual_gradient(dy, out)
     return dx, written, dresidual, written_residual
 
 
 def check_virtual_batches(x: Array, saved: Any, wanted: tuple[str, ...], out: object) -> None:
     """Check all that the backward of any virtual batch would, before that of the first writes."""
-    if out is not None and "x" not in wanted:
-        raise ValueError("out is where dx goes, but wrt does not name 'x'")
     if not isinstance(saved.sizes, tuple) or len(saved.sizes) != len(saved.saved):
         raise ValueError(f"saved.sizes must be {len(saved.saved)} numbers, one of each virtual batch, got {checks.short(saved.sizes)}")
     images = sum(checks.integer("saved.sizes", size, 1) for size in saved.sizes)
     if len(x) != images:
         raise ValueError(f"saved is of a forward of {images} images, but x has shape {x.shape}")
     for size, one in zip(saved.sizes, saved.saved, strict=True):
-        if "residual" in wanted and not one.has_residual:
-            raise ValueError("wrt names 'residual', but the forward had none")
         if (one.shape, one.dtype) != ((size, *x.shape[1:]), x.dtype):
             had = f"{size} images had shape {checks.short(one.shape)} and dtype {one.dtype}"
             raise ValueError(f"saved is of a forward whose {had}, but x has shape {x.shape} and dtype {x.dtype}")
-        if isinstance(one.activation, Activation) and one.activation.derivative is None:
-            raise ValueError(f"the backward needs the derivative of {one.activation}: give fastbn.Activation(forward, derivative)")
+        checks.gradients(one, wanted, out)

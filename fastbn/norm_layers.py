@@ -11,11 +11,11 @@ import numpy as np
 
 from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
-from fastbn.dtypes import lookup, resolve
+from fastbn.dtypes import DTYPES, resolve
 from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
-from fastbn.states import FIRST, NO_FORWARD, OVERWRITTEN, Context, Layer, Tracking, is_written_over, without_copy
+from fastbn.states import FIRST, OVERWRITTEN, Context, Layer, Tracking, is_written_over, without_copy
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -44,19 +44,8 @@ class _Layer(Layer):
         checks.activation(activation)
         self.activation = activation
         self.dtype = resolve(dtype)
-        row = lookup(self.dtype)
-        assert row is not None  # noqa: S101  resolve has seen it
-        self._compute = row.compute
+        self._compute = DTYPES[self.dtype.name].compute
         self.training = True
-        self._context: Context | str | None = None  # a str says why there is none
-
-    def __getstate__(self) -> dict[str, Any]:
-        """The arrays of the last forward are no part of a layer's state."""
-        return self.__dict__ | {"_context": None}
-
-    def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
-        """As `forward`."""
-        return self.forward(x, residual, **options)
 
     def _given(self) -> tuple[Any, ...]:
         """What the functions are given after x."""
@@ -71,8 +60,8 @@ class _Layer(Layer):
 
     def _check(self, x: Array) -> None:
         """Check x against the layer."""
-        if isinstance(x, np.ndarray) and x.dtype != self.dtype:
-            raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {checks.came(x.dtype)}")
+        if isinstance(x, np.ndarray):
+            self._check_dtype(x)
 
     def forward(self, x: Array, residual: Array | None = None, *, threads: int | None = None, out: Array | None = None) -> Array:
         """Normalize x, and remember it for `backward`; it must not be changed until then.
@@ -143,9 +132,7 @@ class _Layer(Layer):
         TypeError, ValueError
             As the function.
         """
-        if not isinstance(self._context, Context):
-            raise RuntimeError(self._context or NO_FORWARD)
-        x, saved = self._context.found()
+        x, saved = self._remembered().found()
         if wrt is None:
             own = [key for key in ("weight", "bias", "mix") if getattr(self, key, None) is not None]
             wrt = ("x", *own, *(("residual",) if self._has_residual(saved) else ()))

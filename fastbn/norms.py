@@ -19,7 +19,7 @@ from fastbn.dtypes import lookup
 from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
-from fastbn.norm_calls import Call, on_backward, on_channels, on_rows, row_vector, targets
+from fastbn.norm_calls import OF_ROWS, Call, on_backward, on_channels, on_rows, row_vector, targets
 from fastbn.results import Function, Gradients, Saved
 
 
@@ -119,7 +119,7 @@ class _Given(NamedTuple):
     def _finish(self, module: Any, y: Array, found: parts.Vectors) -> None:
         """Compute the parts that the kernel has left."""
         options = self.activation, self.residual, None, None
-        if self.kind in ("layer_norm", "rms_norm"):
+        if self.kind in OF_ROWS:
             call = on_rows(self.kind, self.x, self.divided, *options)[0]
         else:
             call = on_channels(self.kind, self.x, self.divided, *options)[0]
@@ -135,7 +135,7 @@ def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: obj
     if call.out is not None:
         checks.apart({"out": call.out}, {"weight": weight, "bias": bias})
     y, memory_of_y = call.target(call.out)
-    kept = core.copied(call.residual) if keep and call.residual is not None and call.activation is not None else None
+    kept = core.kept_residual(call.residual, call.activation) if keep else None
     empty = np.zeros((call.shape.batch, call.shape.parts), norm.compute)
     found = parts.Vectors(empty, empty, empty)
     if call.x.size:
@@ -197,11 +197,9 @@ def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...]
     if dx is not None and written is not None:
         dx = call.deliver(dx, written, out if "x" in wanted else None)
     dweight, dbias = sums
-    if call.kind in ("layer_norm", "rms_norm"):
+    if call.kind in OF_ROWS:
         dweight, dbias = (v.reshape(call.x.shape[call.axis :]) for v in sums)
-    return Gradients(
-        dx if "x" in wanted else None, dweight if "weight" in wanted else None, dbias if "bias" in wanted else None, dresidual
-    )
+    return core.only(wanted, dx, dweight, dbias, dresidual)
 
 
 def instance_norm_forward(

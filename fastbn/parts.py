@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from fastbn.kernels.protocol import Operations
     from fastbn.results import Function
 
-_WIDE = np.dtype(np.float64)
-
 
 class Shape(NamedTuple):
     """How an array divides into parts, and how it lies in memory.

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 Function = Builtin | Activation | None  # an activation
 
-
 _NARROW, _WIDE = np.dtype(np.float32), np.dtype(np.float64)
 _LARGEST = 10**30  # count: far from where a float overflows
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +79,26 @@ class Layer:
     dtype: np.dtype[Any]
     weight: Array | None
     bias: Array | None
+    forward: Callable[..., Array]
+    _context: Context | str | None = None  # of the last forward; a str says why there is none
+
+    def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
+        """As `forward`."""
+        return self.forward(x, residual, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The arrays of the last forward are no part of a layer's state."""
+        return self.__dict__ | {"_context": None}
+
+    def _check_dtype(self, x: Array) -> None:
+        if x.dtype != self.dtype:
+            raise TypeError(f"x must have the dtype of the layer, {self.dtype}, got {checks.came(x.dtype)}")
+
+    def _remembered(self) -> Context:
+        """What the last forward has left for a backward."""
+        if not isinstance(self._context, Context):
+            raise RuntimeError(self._context or NO_FORWARD)
+        return self._context
 
     def _shown(self, arguments: str, **usual: Any) -> str:
         """The layer as it would be made: what is always said, and other arguments that are not as usual."""

@@ -183,7 +183,7 @@ def _mixed(
         own, spread, units = parts.moments(core.calls_of(call.dtype), call.dense(call.x), call.shape, eps, call.threads)
         layer_mean, layer_invstd = np.ldexp(own, units), np.ldexp(1 / np.sqrt(spread + np.ldexp(eps, -2 * units)), -units)
     high, rest = split(mean, low, call.dtype.compute)
-    kept = core.copied(call.residual) if call.residual is not None and call.activation is not None else None
+    kept = core.kept_residual(call.residual, call.activation)
     return SavedMix(
         call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, invstd, layer_mean, layer_invstd, *affine, call.activation,
         kept, call.residual is not None,
@@ -626,9 +626,7 @@ def ghost_batch_norm_forward(
     """
     size = checks.integer("virtual_batch_size", virtual_batch_size, 1)
     array, _ = checks.array(x)
-    at = checks.channel(array, layout, axis)
-    if at == 0:
-        raise ValueError("axis must not be 0, which is the images'")
+    at = norm_calls.channel_of_images(array, layout, axis)
     options: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "correction": correction}
     options |= {"axis": at, "activation": activation, "threads": threads}
     r = None if residual is None else checks.same("residual", residual, array)

@@ -269,9 +269,6 @@ class Draw(random.Random):
         self.roots: list[Array] = []
         self.notes: list[str] = []
 
-    def often(self, p: float) -> bool:
-        return self.random() < p
-
     # --- values
 
     def kind(self) -> str:

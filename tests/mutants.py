@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant(
         "functional.py", 'n = checks.integer("count", count, 1 if r.x.size else 0)', 'n = checks.integer("count", count, -1)', SURVIVORS
     ),
-    Mutant("functional.py", 'if out is not None and "x" not in wanted:', "if False:", SURVIVORS),
+    Mutant("checks.py", 'if out is not None and "x" not in wanted:', "if False:", SURVIVORS),
     Mutant("functional.py", "if count < 1 + correction:", "if count < 1:", ERRORS),
     Mutant("functional.py", '{"x": r.x, "residual": r.residual, "mask": r.mask})', "{})", ERRORS),
     Mutant("functional.py", 'checks.apart({"out": target}, {"mask": r.mask} | used)', "pass", ERRORS),
@@ -114,8 +114,8 @@ MUTANTS = [
     Mutant("core.py", "count = r.x.size // max(r.x.shape[r.axis], 1)", "count = r.x.size", SURVIVORS),
     Mutant("core.py", "return high, low.astype(dtype)\n\n\n@default_mode", "return high, None\n\n\n@default_mode", SURVIVORS),
     Mutant("functional.py", "mask=r.mask.copy()", "mask=r.mask", SURVIVORS),
-    Mutant("core.py", "dy if r.out is None or not np.may_share_memory(r.out, dy) else copied(dy)", "dy", SURVIVORS),
-    Mutant("core.py", "kept = copied(r.residual) if keep and", "kept = r.residual if keep and", SURVIVORS),
+    Mutant("core.py", "dy if out is None or not np.may_share_memory(out, dy) else copied(dy)", "dy", SURVIVORS),
+    Mutant("core.py", "else copied(residual)", "else residual", SURVIVORS),
     Mutant("composed.py", "values = x if self.counted is None else self.counted", "values = x", "test_functional.py test_extremes.py"),
     Mutant(
         "composed.py",
@@ -137,7 +137,7 @@ MUTANTS = [
     ),
     Mutant("layers.py", "own = () if self.frozen else tuple(", "own = tuple(", SURVIVORS),
     Mutant("states.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
-    Mutant("layers.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
+    Mutant("states.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:
     Mutant("threads.py", "return 1 if nbytes < WORTH_THREADS[op]", "return 1 if nbytes <= WORTH_THREADS[op]", SURVIVORS),
     Mutant("cpu.py", 'removesuffix("K")) * 1024', 'removesuffix("K"))', SURVIVORS),

@@ -135,7 +135,7 @@ def norms(place: Places, n: int, c: int, s: int, compute: np.dtype[Any]) -> None
         v, d = (place(role, (shape[-1],), compute) for role in ("mean", "g"))
         for activation, r in ((None, None), ("silu", residual)):
             options: dict[str, Any] = {"activation": activation, "residual": r, "out": y}
-            of_channels = [(fastbn.group_norm_forward, fastbn.group_norm_backward, (groups,)) for groups in {1, c}]
+            of_channels = [(fastbn.group_norm_forward, fastbn.group_norm_backward, (groups,)) for groups in {1, c} if n * c * s > groups]
             if s > 1:
                 of_channels.append((fastbn.instance_norm_forward, fastbn.instance_norm_backward, (None, None)))
             for forward, backward, first in of_channels:

@@ -37,7 +37,7 @@ def taken() -> int:
 
 def composed(x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, activation: Any) -> Any:
     found = operators.IDENTITY if activation is None else checks.activation(activation)
-    return operators.composed(x, residual, weight, bias, mean, var, training, 0.1, 1e-5, found)
+    return operators.Arguments(x, residual, weight, bias, mean, var, training, 0.1, 1e-5, found).composed()
 
 
 def ours(x: Any, residual: Any, weight: Any, bias: Any, mean: Any, var: Any, training: bool, activation: Any) -> Any:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastbn import Gradients, reference
+from fastbn.dtypes import DTYPES
+from fastbn.kernels.protocol import Affine, Running, Statistics
 from fastbn.layout import Array
 
 # One below, at and above the vector lengths and their multiples; 49 and 100 are real spatial and class counts.
@@ -149,3 +151,16 @@ def same_bits(a: Array, b: Array) -> None:
 def count(shape: tuple[int, ...], axis: int) -> int:
     """Number of values per channel."""
     return prod(shape) // shape[axis]
+
+
+def of_whole_calls(module: Any, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> list[bytes]:
+    """The bits of all results of a kernel's whole calls, or of a composition of its operations."""
+    draw, compute = rng(), DTYPES[dtype.name].compute
+    x, dy = (draw.normal(100, 3, shape).astype(dtype) for _ in range(2))
+    w, b, m, v = (draw.uniform(0.5, 2, shape[1]).astype(compute) for _ in range(4))
+    y, z, dx = np.empty_like(x), np.empty_like(x), np.empty_like(x)
+    running = m.copy(), v.copy()
+    saved = module.forward(x, y, Affine(w, b), 1e-5, Running(*running, 0.3, 1), compute, 1)
+    sums = module.backward(dy, x, dx, Statistics(*saved[:3]), w, 1)
+    module.inference(x, z, Statistics(m, None, v, 1e-3), Affine(w, b), 1)
+    return [a.tobytes() for a in (*saved, *running, *sums, y, z, dx)]

@@ -1231,11 +1231,6 @@ else:
         _doors.plain_stats, _doors.plain_inference, _doors.plain_forward, _doors.plain_backward,
     )  # fmt: skip
 
-    def plain_parts_forward(*_: Any) -> None:
-        """None: normalizations of parts are made of the operations."""
-
-    plain_parts_backward = plain_parts_forward
-
     def prepared(mean: Array, scale: Array, shift: Array, activation: Any, sample: Array, axis: int) -> Any:
         """A call of `normalize` with fixed parameters; None for a function of the user's."""
         return None if activation is not None and activation.custom else _doors.prepared(mean, scale, shift, activation, sample, axis)

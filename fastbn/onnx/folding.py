@@ -14,7 +14,7 @@ import os
 from typing import Any, NamedTuple
 
 import numpy as np
-from onnx import ModelProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from fastbn import checks
 from fastbn.layout import Array
@@ -97,9 +97,7 @@ def _into_before(node: Node, scale: Array, shift: Array) -> str:
         scope.remove(node)
         scope.rename(last, node.input(0), node.proto.output[0])
     else:
-        constant = scope.new_constant(f"{node.proto.output[0]}_shift", change.add, node)
-        name = f"{node.proto.name}_shift" if node.proto.name else ""
-        proto = helper.make_node("Add", [node.input(0), constant], [node.proto.output[0]], name=name)
+        proto = _add_of(node, node.input(0), change.add, node.proto.output[0])
         scope.remove(node)
         scope.add(node, proto)
     return maker.own_name
@@ -164,9 +162,13 @@ def _add_after(node: Node, value: Array) -> None:
     scope, output = node.scope, node.proto.output[0]
     product = scope.model.unused(f"{output}_product")
     scope.rename(node, output, product)
-    constant = scope.new_constant(f"{output}_shift", value, node)
-    name = f"{node.proto.name}_shift" if node.proto.name else ""
-    scope.add(node, helper.make_node("Add", [product, constant], [output], name=name), after=True)
+    scope.add(node, _add_of(node, product, value, output), after=True)
+
+
+def _add_of(node: Node, read: str, value: Array, output: str) -> NodeProto:
+    """The Add of a constant, which is to stand beside a node."""
+    constant = node.scope.new_constant(f"{output}_shift", value, node)
+    return helper.make_node("Add", [read, constant], [output], name=f"{node.proto.name}_shift" if node.proto.name else "")
 
 
 def _leave_out(node: Node) -> None:

@@ -23,9 +23,8 @@ MVN_EPSILON = 1e-9  # of MeanVarianceNormalization, which adds it to the standar
 
 
 def _exact(stats: Stats) -> tuple[Array, Array]:
-    """Mean and variance in float64, with all the digits that are known."""
-    mean, var = stats.mean.astype(np.float64), stats.var.astype(np.float64)
-    return (mean if stats.mean_lo is None else mean + stats.mean_lo), var
+    """Mean and variance in float64; the mean with all the digits that are known."""
+    return stats.mean.astype(np.float64) + stats.mean_lo, stats.var.astype(np.float64)
 
 
 def _opset(op: OpRun) -> int:

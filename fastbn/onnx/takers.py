@@ -86,25 +86,25 @@ def _bias(node: Node, index: int, count: int, like: Array) -> tuple[Array, np.dt
     return wide, value.dtype
 
 
-def _with_bias(node: Node, weight: tuple[int, Array], bias: Array, dtype: np.dtype[Any], index: int = 2) -> Change:
+def _with_bias(node: Node, weight: tuple[int, Array], bias: Array, dtype: np.dtype[Any]) -> Change:
     """New weights, and a new bias where there was one or must be one."""
     writes = [Write(node, *weight)]
-    if node.input(index) or bias.any():
-        writes.append(Write(node, index, stored(bias, dtype)))
+    if node.input(2) or bias.any():
+        writes.append(Write(node, 2, stored(bias, dtype)))
     return Change(writes)
 
 
-def _kernel(node: Node, split: int) -> tuple[Array, Array, int]:
-    """The weights of a convolution, as they are and in float64, and its groups, which divide them along an axis."""
+def _kernel(node: Node) -> tuple[Array, Array, int]:
+    """The weights of a convolution, as they are and in float64, and its groups, which divide them along the first axis."""
     weight, wide = weights(node, 1)
     groups = int(node.attribute("group", 1))
-    if wide.ndim < 3 or groups < 1 or wide.shape[split] % groups:
+    if wide.ndim < 3 or groups < 1 or len(wide) % groups:
         raise Stays(f"the weights of {node.own_name}, of shape {wide.shape}, are not those of a convolution of {groups} groups")
     return weight, wide, groups
 
 
 def _conv(node: Node, scale: Array, shift: Array) -> Change:
-    weight, wide, _ = _kernel(node, 0)
+    weight, wide, _ = _kernel(node)
     _matches(len(wide), scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)
     new = stored(wide * shaped(scale, 0, wide.ndim), weight.dtype, 0)
@@ -112,7 +112,7 @@ def _conv(node: Node, scale: Array, shift: Array) -> Change:
 
 
 def _conv_transpose(node: Node, scale: Array, shift: Array) -> Change:
-    weight, wide, groups = _kernel(node, 0)
+    weight, wide, groups = _kernel(node)
     _matches(wide.shape[1] * groups, scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)
     # Weights are (inputs, outputs of a group, ...), and the inputs of a group lie one behind the other.
@@ -146,16 +146,16 @@ def _gemm(node: Node, scale: Array, shift: Array) -> Change:
 
 def _matmul(node: Node, scale: Array, shift: Array) -> Change:
     rank = node.scope.rank(node.proto.output[0])
-    right = rank == 2  # else its columns are no channels
     if rank is None:
         raise Stays(f"how many axes {node.own_name} returns is not known")
     if rank not in (2, 3):
         raise Stays(f"the channels are no columns of {node.own_name}")
-    weight, wide = weights(node, 1 if right else 0, 2)
-    axis = 1 if right else 0
-    _matches(wide.shape[axis], scale, node)
-    write = Write(node, 1 if right else 0, stored(wide * shaped(scale, axis, 2), weight.dtype, axis))
-    return Change([write], add=stored(shift if right else shift[:, None], weight.dtype) if shift.any() else None)
+    # Channels are the columns of what is on the right; where there are more axes, the rows of what is on the left.
+    side = 1 if rank == 2 else 0
+    weight, wide = weights(node, side, 2)
+    _matches(wide.shape[side], scale, node)
+    write = Write(node, side, stored(wide * shaped(scale, side, 2), weight.dtype, side))
+    return Change([write], add=stored(shift if side else shift[:, None], weight.dtype) if shift.any() else None)
 
 
 def _norm(node: Node, scale: Array, shift: Array) -> Change:
@@ -208,7 +208,7 @@ def _padding_of_same(size: int | str | None, kernel: int, stride: int, dilation:
 
 def _before_conv(node: Node, data: int, scale: Array, shift: Array) -> Change:
     _is_first(node, data)
-    weight, wide, groups = _kernel(node, 0)
+    weight, wide, groups = _kernel(node)
     _matches(wide.shape[1] * groups, scale, node)
     if shift.any() and _pads(node, wide.shape[2:]):
         raise Stays(f"{node.own_name} after it pads with zeros, which its shift would have to leave out")
@@ -222,7 +222,7 @@ def _before_conv(node: Node, data: int, scale: Array, shift: Array) -> Change:
 
 def _before_conv_transpose(node: Node, data: int, scale: Array, shift: Array) -> Change:
     _is_first(node, data)
-    weight, wide, _ = _kernel(node, 0)
+    weight, wide, _ = _kernel(node)
     _matches(len(wide), scale, node)
     if shift.any():
         raise Stays(f"{node.own_name} after it does not bring its shift to every output alike")

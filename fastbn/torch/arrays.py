@@ -17,6 +17,7 @@ from fastbn.dtypes import resolve
 from fastbn.layout import Array
 from fastbn.threads import num_threads
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # the orders of memory that torch has a name for, by dimensions
 TYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<V2"}
 
 

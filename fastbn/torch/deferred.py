@@ -28,13 +28,14 @@ from torch import Tensor, fx, nn
 from torch.nn import Module, Parameter, Sequential
 
 from fastbn.activations import BUILTINS, Builtin
+from fastbn.torch.arrays import LAST
 from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import function_codes, has_hooks, in_function
 from fastbn.torch.modes import again, mode, saved_hooks
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
-from fastbn.torch.parts import LAST, Parts
+from fastbn.torch.parts import Parts
 from fastbn.torch.standing import Standing, tensor_of
 
 SCOPE = "_fastbn_scope"  # of a module: its Scope

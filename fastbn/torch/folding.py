@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fastbn.torch.arrays import LAST
 from fastbn.torch.deferred import hooks_of_others
-from fastbn.torch.freezing import stay_frozen
+from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import Graph, check, check_called, copied, is_batch_norm, norms, trace, unseen
 from fastbn.torch.sync import unusual
 
@@ -92,7 +93,7 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
         return "", "it was never called"
     if why := unusual(layer):
         return "", why
-    if inference and layer.training and stay_frozen not in layer._forward_pre_hooks.values():
+    if inference and layer.training and not is_frozen(layer):
         return "", "it is in training mode"
     if place.calls == 0:
         return "", "what calls it cannot be traced"
@@ -147,7 +148,7 @@ def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 
 def _format(like: Tensor) -> torch.memory_format:
-    known = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    known = LAST.get(like.dim())
     last = known is not None and not like.is_contiguous() and like.is_contiguous(memory_format=known)
     return known if last and known is not None else torch.contiguous_format
 

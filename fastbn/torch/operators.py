@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbn.activations import BUILTINS, Builtin
+from fastbn.torch.arrays import LAST
 from fastbn.torch.override import ready
 
 F = torch.nn.functional
@@ -94,7 +95,8 @@ class Arguments(NamedTuple):
 
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
-        return composed(*self[:10])
+        x, residual, weight, bias, mean, var, training, momentum, eps, activation, _ = self
+        return after(F.batch_norm(x, mean, var, weight, bias, training, momentum, eps), residual, activation)
 
     def is_masked(self) -> bool:
         """Whether the derivative of what follows is had from the output."""
@@ -136,7 +138,7 @@ def compiled() -> Any:
 
 def _like(x: Tensor) -> Tensor:
     """Of x's shape, in the order of memory that torch gives the output of batch norm."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    last = LAST.get(x.dim())
     kept = last is not None and not x.is_contiguous() and (x.is_contiguous(memory_format=last) or _has_gaps(x))
     return torch.empty_like(x, memory_format=last if kept else torch.contiguous_format)
 
@@ -171,15 +173,8 @@ def _fake_backward(
     return _like(input) if output_mask[0] else None, *vectors, _like(input) if of_residual and activation else None
 
 
-def composed(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None,
-    training: bool, momentum: float, eps: float, activation: Builtin,
-) -> Tensor:  # fmt: skip
-    """The same by torch's own operators."""
-    return _after(F.batch_norm(x, mean, var, weight, bias, training, momentum, eps), residual, activation)
-
-
-def _after(z: Tensor, residual: Tensor | None, activation: Builtin) -> Tensor:
+def after(z: Tensor, residual: Tensor | None, activation: Builtin) -> Tensor:
+    """What follows a normalization, by torch's own operators."""
     z = z if residual is None else z + residual
     return ALONE[activation.name](z, activation.parameter) if activation.code else z
 
@@ -239,11 +234,11 @@ def gradients(
 
 
 def _attempt_gradients(dy: Tensor, a: Arguments, saved: tuple[Tensor | None, Tensor | None], wanted: tuple[bool, ...]) -> Any:
-    after = a.bias, a.residual, a.activation.code, a.activation.parameter, wanted[1], a.from_output
+    rest = a.bias, a.residual, a.activation.code, a.activation.parameter, wanted[1], a.from_output
     mask = [wanted[0], wanted[2], wanted[3]]
     try:
         dx, dweight, dbias, dresidual = compiled().batch_norm_backward.default(
-            dy, a.x, a.weight, a.mean, a.var, *saved, a.training, a.eps, mask, *after
+            dy, a.x, a.weight, a.mean, a.var, *saved, a.training, a.eps, mask, *rest
         )
     except RuntimeError as error:
         if LEFT not in str(error):
@@ -277,20 +272,20 @@ def gradients_from_output(dy: Tensor, y: Tensor, a: Arguments, saved: tuple[Tens
 # What graphs hold.
 
 _library: Any = torch.library.Library  # it has no types
-_OWN = _library("fastbn", "FRAGMENT")
-_OWN.define(
+LIBRARY = _library("fastbn", "FRAGMENT")
+LIBRARY.define(
     "batch_norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, bool training, "
     "float momentum, float eps, str activation, float parameter) -> "
     "(Tensor output, Tensor save_mean, Tensor save_invstd, Tensor running_mean_out, Tensor running_var_out)"
 )
-_OWN.define(
+LIBRARY.define(
     "batch_norm_gradients(Tensor grad_out, Tensor input, Tensor? residual, Tensor? output, Tensor? weight, Tensor? bias, "
     "Tensor? running_mean, Tensor? running_var, Tensor save_mean, Tensor save_invstd, bool training, float eps, str activation, "
     "float parameter, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _builtin(name: str, parameter: float) -> Builtin:
+def builtin_named(name: str, parameter: float) -> Builtin:
     """An activation of a graph, which another version of fastbn may have written."""
     if name == IDENTITY.name:
         return IDENTITY
@@ -314,14 +309,14 @@ def _normalize(
     input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,  # noqa: A002
     running_var: Tensor | None, training: bool, momentum: float, eps: float, activation: str, parameter: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    after = _builtin(activation, parameter)
+    follows = builtin_named(activation, parameter)
     mean, var = (t.clone() if training and t is not None else t for t in (running_mean, running_var))
     found = None
     if is_compiled(input):
-        found = attempt(Arguments(input, residual, weight, bias, mean, var, training, momentum, eps, after))
+        found = attempt(Arguments(input, residual, weight, bias, mean, var, training, momentum, eps, follows))
     if found is None:
         z, *saved = torch.native_batch_norm(input, weight, bias, mean, var, training, momentum, eps)
-        found = _after(z, residual, after), saved[0], saved[1]
+        found = after(z, residual, follows), saved[0], saved[1]
     return *found, *(input.new_empty(0) if t is None or not training else t for t in (mean, var))
 
 
@@ -339,8 +334,7 @@ def _gradients(
     running_mean: Tensor | None, running_var: Tensor | None, save_mean: Tensor, save_invstd: Tensor, training: bool, eps: float,
     activation: str, parameter: float, output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    after = _builtin(activation, parameter)
-    a = Arguments(input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, after)
+    a = Arguments(input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, builtin_named(activation, parameter))
     saved = ((save_mean, save_invstd) if training else (None, None)) if is_compiled(input) else None
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(a[:4], output_mask, strict=True)]
     return gradients(grad_out, a._replace(**dict(zip(a._fields, leaves, strict=False))), output, saved, tuple(output_mask))
@@ -356,7 +350,7 @@ def _fake_gradients(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a = Arguments._make((*inputs[:9], _builtin(*inputs[9:]), False))
+    a = Arguments._make((*inputs[:9], builtin_named(*inputs[9:]), False))
     keep(ctx, a, output[0], output[1:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -418,11 +412,11 @@ def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     return dx, dy if direct and wanted[1] else dresidual, dweight, dbias, *nothing
 
 
-_OWN.impl("batch_norm", _normalize, "CompositeExplicitAutograd")
-_OWN.impl("batch_norm_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("fastbn::batch_norm", _fake_normalize, lib=_OWN)
-torch.library.register_fake("fastbn::batch_norm_gradients", _fake_gradients, lib=_OWN)
-torch.library.register_autograd("fastbn::batch_norm", _derive, setup_context=_save, lib=_OWN)
+LIBRARY.impl("batch_norm", _normalize, "CompositeExplicitAutograd")
+LIBRARY.impl("batch_norm_gradients", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("fastbn::batch_norm", _fake_normalize, lib=LIBRARY)
+torch.library.register_fake("fastbn::batch_norm_gradients", _fake_gradients, lib=LIBRARY)
+torch.library.register_autograd("fastbn::batch_norm", _derive, setup_context=_save, lib=LIBRARY)
 
 
 def in_words(activation: Builtin) -> tuple[str, float]:

@@ -144,5 +144,5 @@ def _variance(layer: Any) -> tuple[float, float] | None:
 def _dead(layer: Any) -> int:
     if not _known(layer.weight):
         return 0
-    size = layer.weight.detach().double().abs()
-    return int((size <= DEAD * size.max()).sum())
+    weight = layer.weight.detach().double().abs()
+    return int((weight <= DEAD * weight.max()).sum())

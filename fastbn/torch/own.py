@@ -21,14 +21,10 @@ from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads
 from fastbn.torch.operators import Arguments
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.preserve_format)
-
-
 def _forward(a: Arguments, activation: Activation, saves: bool) -> tuple[Tensor, Any]:
     """The output and, if it is wanted, what a backward needs."""
     source, residual = computable(a.x), None if a.residual is None else array_of(computable(a.residual))
-    y = _like(source)
+    y = torch.empty_like(source)
     running = [vector(t) for t in (a.mean, a.var)]
     if a.training:  # a copy is moved, so that torch sees the change
         running = [None if v is None else v.copy() for v in running]
@@ -65,7 +61,7 @@ class _Own(torch.autograd.Function):
         needed = zip(("x", "residual", "weight", "bias"), ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, need in needed if need)
         source = computable(x)
-        dx = _like(source) if "x" in wanted else None
+        dx = torch.empty_like(source) if "x" in wanted else None
         with on_torchs_threads():
             g = functional.batch_norm_backward(
                 array_of(computable(dy)), array_of(source), ctx.saved, wrt=wanted, out=None if dx is None else array_of(dx)

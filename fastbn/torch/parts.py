@@ -14,16 +14,15 @@ from torch.overrides import has_torch_function
 
 from fastbn.activations import Builtin
 from fastbn.norms import SavedParts, group_norm, group_norm_backward, group_norm_forward
-from fastbn.torch.arrays import array_of, computable, on_torchs_threads, vector
+from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours
-from fastbn.torch.operators import _OWN, ALONE, IDENTITY, NUMBERS, _builtin, in_words, keep_bias, kept_bias
+from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, in_words, keep_bias, kept_bias
 
 F = torch.nn.functional
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves; torch's own group norm
 # is faster than its instance norm.
 SMALLEST = 2 << 20
 OF_GROUPS = 4  # times as many
-LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Parts(NamedTuple):
@@ -66,8 +65,7 @@ class Parts(NamedTuple):
 
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
-        z = F.group_norm(self.x, self.groups, self.weight, self.bias, self.eps)
-        return ALONE[self.activation.name](z, self.activation.parameter) if self.activation.code else z
+        return after(F.group_norm(self.x, self.groups, self.weight, self.bias, self.eps), None, self.activation)
 
     def run(self) -> Tensor:
         """Compute it, where it is usual."""
@@ -83,12 +81,12 @@ def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
     """Output, and where it is wanted what a backward needs: mean, what it rounds away, one over the deviation."""
     y = torch.empty_like(a.x)
     given: Any = array_of(a.x), a.groups, vector(a.weight), vector(a.bias), a.eps
-    after = _function(a.activation)
+    activation: Any = a.activation.argument if a.activation.code else None
     with on_torchs_threads():
         if not keep:
-            group_norm(*given, activation=after, out=array_of(y))
+            group_norm(*given, activation=activation, out=array_of(y))
             return (y,)
-        _, saved = group_norm_forward(*given, activation=after, out=array_of(y))
+        _, saved = group_norm_forward(*given, activation=activation, out=array_of(y))
     return y, *(torch.from_numpy(v) for v in (saved.mean, saved.mean_lo, saved.invstd))
 
 
@@ -103,20 +101,15 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
         return tuple(next(found) if w and t is not None else None for t, w in zip(a[:3], wanted, strict=True))
     x = array_of(a.x)
     mean, mean_lo, invstd = (t.numpy() for t in saved)
-    weight, bias, after = vector(a.weight), vector(a.bias), a.activation if a.activation.code else None
+    weight, bias, activation = vector(a.weight), vector(a.bias), a.activation if a.activation.code else None
     group = a.x.shape[1] // a.groups
-    kept = SavedParts("group_norm", x.shape, x.dtype, 1, group, mean, mean_lo, invstd, weight, bias, after, None, False)
+    kept = SavedParts("group_norm", x.shape, x.dtype, 1, group, mean, mean_lo, invstd, weight, bias, activation, None, False)
     dx = torch.empty_like(a.x) if wanted[0] else None
     names = [name for name, w in zip(("x", "weight", "bias"), wanted, strict=True) if w]
     with on_torchs_threads():
         g = group_norm_backward(array_of(dy), x, kept, wrt=names, out=None if dx is None else array_of(dx))
     of = (None if v is None or t is None else torch.from_numpy(v).to(t.dtype) for v, t in zip((g.dweight, g.dbias), a[1:3], strict=True))
     return dx, *of
-
-
-def _function(activation: Builtin) -> Any:
-    """An activation as the functions of fastbn are given it."""
-    return activation.argument if activation.code else None
 
 
 class _Fused(torch.autograd.Function):
@@ -137,11 +130,11 @@ class _Fused(torch.autograd.Function):
 
 # What graphs hold.
 
-_OWN.define(
+LIBRARY.define(
     "group_norm(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, str activation, float parameter) -> "
     "(Tensor output, Tensor mean, Tensor mean_lo, Tensor invstd)"
 )
-_OWN.define(
+LIBRARY.define(
     "group_norm_gradients(Tensor grad_out, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor mean_lo, Tensor invstd, "
     "int num_groups, float eps, str activation, float parameter, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
 )
@@ -150,7 +143,7 @@ _OWN.define(
 def _normalize(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, activation: str, parameter: float,  # noqa: A002
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return normalize(Parts(input, weight, bias, num_groups, eps, _builtin(activation, parameter)), keep=True)
+    return normalize(Parts(input, weight, bias, num_groups, eps, builtin_named(activation, parameter)), keep=True)
 
 
 def _fake_normalize(
@@ -164,7 +157,7 @@ def _gradients(
     grad_out: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, mean_lo: Tensor, invstd: Tensor,  # noqa: A002
     num_groups: int, eps: float, activation: str, parameter: float, output_mask: list[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    a = Parts(input, weight, bias, num_groups, eps, _builtin(activation, parameter))
+    a = Parts(input, weight, bias, num_groups, eps, builtin_named(activation, parameter))
     with torch.no_grad():
         return gradients(grad_out, a, (mean, mean_lo, invstd), tuple(output_mask))
 
@@ -179,7 +172,7 @@ def _fake_gradients(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias = inputs[:3]
-    ctx.save_for_backward(x, weight, keep_bias(ctx, bias, _builtin(*inputs[5:])), *output[1:])
+    ctx.save_for_backward(x, weight, keep_bias(ctx, bias, builtin_named(*inputs[5:])), *output[1:])
     ctx.others = inputs[3:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -193,14 +186,14 @@ def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:3]
     bias = kept_bias(ctx, bias, wanted[2])
     if torch.is_grad_enabled():
-        found = gradients(dy, Parts(x, weight, bias, groups, eps, _builtin(name, parameter)), tuple(saved), wanted)
+        found = gradients(dy, Parts(x, weight, bias, groups, eps, builtin_named(name, parameter)), tuple(saved), wanted)
     else:
         found = torch.ops.fastbn.group_norm_gradients(dy, x, weight, bias, *saved, groups, eps, name, parameter, list(wanted))
     return *found, None, None, None, None
 
 
-_OWN.impl("group_norm", _normalize, "CompositeExplicitAutograd")
-_OWN.impl("group_norm_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("fastbn::group_norm", _fake_normalize, lib=_OWN)
-torch.library.register_fake("fastbn::group_norm_gradients", _fake_gradients, lib=_OWN)
-torch.library.register_autograd("fastbn::group_norm", _derive, setup_context=_save, lib=_OWN)
+LIBRARY.impl("group_norm", _normalize, "CompositeExplicitAutograd")
+LIBRARY.impl("group_norm_gradients", _gradients, "CompositeExplicitAutograd")
+torch.library.register_fake("fastbn::group_norm", _fake_normalize, lib=LIBRARY)
+torch.library.register_fake("fastbn::group_norm_gradients", _fake_gradients, lib=LIBRARY)
+torch.library.register_autograd("fastbn::group_norm", _derive, setup_context=_save, lib=LIBRARY)

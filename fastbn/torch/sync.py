@@ -90,11 +90,6 @@ class Communicator(sync.OfProcess):
         return found
 
 
-def _like(x: Tensor) -> Tensor:
-    """Of x's shape and, where that is dense, its order of memory."""
-    return torch.empty_like(x, memory_format=torch.preserve_format)
-
-
 class _Synchronized(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -103,7 +98,7 @@ class _Synchronized(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.communicator = communicator
         source = computable(x)
-        y = _like(source)
+        y = torch.empty_like(source)
         new_mean, new_var = (None if v is None else np.array(vector(v)) for v in (mean, var))
         with on_torchs_threads():
             _, ctx.saved = sync.batch_norm_forward(
@@ -123,7 +118,7 @@ class _Synchronized(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         wanted = tuple(name for name, need in zip(("x", "weight", "bias"), ctx.needs_input_grad, strict=False) if need)
         source = computable(x)
-        dx = _like(source) if "x" in wanted else None
+        dx = torch.empty_like(source) if "x" in wanted else None
         with on_torchs_threads():
             g = sync.batch_norm_backward(
                 array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
