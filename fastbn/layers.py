@@ -185,7 +185,8 @@ class BatchNorm(Tracking, FromOthers):
         if asked is not None and stats is None:
             stats = sync.batch_norm_stats(x, asked, layout=self.layout, axis=self.axis, mask=mask, threads=threads)
         statistics: tuple[Array | None, Array | None] = (None, None)
-        if not batch or (self.track_running_stats and self.training and not self.frozen):
+        moves = self.track_running_stats and self.training and not self.frozen
+        if not batch or moves:
             statistics = self.running_mean, self.running_var
             if batch:
                 self._check_count()
@@ -195,21 +196,21 @@ class BatchNorm(Tracking, FromOthers):
             residual=residual, mask=mask, correction=self.correction, stats=stats, out=out, **options,
         )  # fmt: skip
         if batch and saved.count:
-            self._count(statistics, before)
+            self._count(statistics, before, moves)
         overwritten = is_written_over(out, x)
         kept = Context(x if self.training else weakref.ref(x), None, saved, overwritten, asked)
         self._context = OVERWRITTEN if overwritten and not saved.invertible else kept
         return y
 
-    def _count(self, statistics: tuple[Array | None, ...], before: list[Array | None]) -> None:
-        """Count the batch; or where it may not count, set the statistics back to what they were before."""
+    def _count(self, statistics: tuple[Array | None, ...], before: list[Array | None], moves: bool) -> None:
+        """Count the batch, where batches move statistics; or where it may not count, set the statistics back to what they were before."""
         if before and not all(v is None or np.isfinite(v).all() for v in statistics):
             self.num_batches_skipped += 1
             for moved, old in zip(statistics, before, strict=True):
                 if moved is not None:
                     moved[...] = old
             return
-        if any(v is not None for v in statistics) and self.num_batches_tracked is not None:
+        if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
     def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:

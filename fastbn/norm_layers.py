@@ -202,18 +202,22 @@ class _Tracked(Tracking, _OnChannels):
         numbers = f"eps={self.eps}, momentum={self.momentum}, affine={self.affine}, layout={self.layout!r}"
         return self._shown(f"{self.num_features}, {numbers}", **self._usual)
 
+    @property
+    def _moves(self) -> bool:
+        """Whether a call moves the running statistics that there are."""
+        return self.training and self.track_running_stats
+
     def _statistics(self, own: bool) -> tuple[Array | None, Array | None]:
         """The running statistics that a call is given: to use, or where it uses its own, to move."""
-        moves = self.training and self.track_running_stats
-        return (self.running_mean, self.running_var) if moves or not own else (None, None)
+        return (self.running_mean, self.running_var) if self._moves or not own else (None, None)
 
     def _check(self, x: Array) -> None:
         super()._check(x)
-        if self._counts and self.training and self.track_running_stats:
+        if self._counts and self._moves:
             self._check_count()
 
     def _moved(self, x: Array) -> None:
-        if self._counts and self.training and self.track_running_stats and x.size and self.num_batches_tracked is not None:
+        if self._counts and self._moves and x.size and self.num_batches_tracked is not None:
             self.num_batches_tracked += 1
 
 
@@ -241,8 +245,13 @@ class InstanceNorm(_Tracked):
         options = {"bias": bias, "layout": layout, "axis": axis, "activation": activation, "dtype": dtype}
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
 
+    @property
+    def _moves(self) -> bool:
+        # As PyTorch, whose layer gives its function all that there is, also when its tracking was switched off: to move it.
+        return self.training or not self.track_running_stats
+
     def _given(self) -> tuple[Any, ...]:
-        own = self.training or not self.track_running_stats or self.running_mean is None or self.running_var is None
+        own = self._moves or self.running_mean is None or self.running_var is None
         momentum = 0.0 if self.momentum is None else self.momentum  # as PyTorch, which counts no batches here
         return (*self._statistics(own), self.weight, self.bias, own, momentum, self.eps)
 

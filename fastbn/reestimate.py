@@ -155,7 +155,7 @@ class Recorder:
 
 
 class _Bar:
-    """One line on the standard error."""
+    """One line on the standard error, if there is one and somebody reads it: hours of work do not end because nobody does."""
 
     def __init__(self, batches: object):
         try:
@@ -166,11 +166,15 @@ class _Bar:
 
     def __call__(self, estimate: Estimate) -> None:
         self.seen += 1
-        line = f"\rupdate_bn: {self.seen}{self.of} batches, {time.monotonic() - self.start:.0f} s"
-        print(line, end="", file=sys.stderr, flush=True)
+        self._write(f"\rupdate_bn: {self.seen}{self.of} batches, {time.monotonic() - self.start:.0f} s")
 
     def close(self) -> None:
-        print(file=sys.stderr)
+        self._write("\n")
+
+    def _write(self, text: str) -> None:
+        with suppress(AttributeError, OSError, ValueError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def collect(

@@ -6,7 +6,9 @@ over torch.distributed, or one of your own. A forward sends one message and a ba
 a) The forward gathers everybody's statistics and merges them in the order of the ranks: the same bits on every process.
 b) The backward adds up two sums per channel. Gradients of weight and bias are of the process's own part: whoever adds up
    or averages the gradients of all other parameters does it for these, too.
-c) A process without data sends the empty batch and sums of zero. All must call, in the same order, or the others wait.
+c) What is sent is a variance, as one float64: float64 inputs may have deviations from 1e-150 to 1e150, where one process takes
+   all that there are. Inputs of the other dtypes may have any.
+d) A process without data sends the empty batch and sums of zero. All must call, in the same order, or the others wait.
 """
 
 from __future__ import annotations

@@ -170,6 +170,14 @@ def options(rank: int, ranks: int) -> None:
 
 
 @check
+def batches_are_counted_without_running_statistics(rank: int, ranks: int) -> None:
+    layer = SyncBatchNorm(3)
+    layer.running_mean = layer.running_var = None
+    layer(torch.randn(4, 3))
+    assert int(layer.num_batches_tracked) == 1
+
+
+@check
 def parameters_of_16_bits(rank: int, ranks: int) -> None:
     layer = SyncBatchNorm(4, dtype=torch.bfloat16)
     x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(rank)).bfloat16()

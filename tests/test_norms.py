@@ -701,7 +701,7 @@ def test_an_output_between_the_inputs_elements_is_not_over_them(make: Callable[.
 
 
 @each_layer
-@pytest.mark.only(lambda make: "running_mean" in make().state_dict())
+@pytest.mark.only(lambda make: "running_mean" in make().state_dict() and not isinstance(make(), fastbn.InstanceNorm2d))
 def test_layers_without_tracking_move_nothing(make: Callable[..., Any]) -> None:
     layer, x = make(), _random((2, 4, 5, 5), "float32")
     layer.track_running_stats = False
@@ -721,6 +721,20 @@ def test_instance_norm_without_tracking_uses_the_images_statistics_in_eval() -> 
     layer.running_mean = None
     np.testing.assert_array_equal(layer.eval()(x), fastbn.instance_norm(x))
     np.testing.assert_array_equal(layer.running_var, np.ones(4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_instance_norm_moves_the_statistics_that_it_has_wherever_it_uses_the_images_own(training: bool) -> None:
+    torch = pytest.importorskip("torch")
+    ours, theirs = (kind(4, track_running_stats=True) for kind in (fastbn.InstanceNorm2d, torch.nn.InstanceNorm2d))
+    x = _random((2, 4, 5, 5), "float32")
+    for layer in (ours, theirs):
+        layer.track_running_stats = False
+        layer.train(training)
+    ours(x), theirs(torch.from_numpy(x))
+    assert (ours.running_mean != 0).all()
+    for key, value in theirs.state_dict().items():
+        np.testing.assert_allclose(ours.state_dict()[key], value.numpy(), rtol=1e-6)
 
 
 def test_an_empty_batch_is_not_counted() -> None:

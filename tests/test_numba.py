@@ -646,7 +646,8 @@ def test_the_cache_is_that_of_one_python_and_one_processor() -> None:
     stamp = "sys.implementation.cache_tag = sys.argv[1]\nfrom fastbn.kernels import numba_cache\nprint(numba_cache._stamp())"
     generic = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
     found = [python(stamp, "cpython-311"), python(stamp, "cpython-312"), python(stamp, "cpython-311", **generic)]
-    assert len(set(found)) == 3
+    found.append(python(stamp, "cpython-311", NUMBA_OPT="0"))  # slow code, for who debugs
+    assert len(set(found)) == 4
     assert python(stamp, "cpython-311") == found[0]
 
 
@@ -681,6 +682,14 @@ for terminal, numba_cache.PATIENCE, dtype in ((False, 0.001, "f2"), (True, 1000,
 def test_slow_compiling_is_announced(tmp_path: Path) -> None:
     """On a terminal, and not where it is not slow."""
     assert python(TERMINAL, NUMBA_CACHE_DIR=str(tmp_path)) == "True |True |True fastbn: compiling Numba kernels, once ...\n|"
+
+
+LOG = "sys.stderr = type('Log', (), {'write': print, 'flush': lambda self: None})()"
+
+
+@pytest.mark.parametrize("change", ["sys.stderr = None", "del sys.stderr", "sys.stderr.close()", LOG])
+def test_a_service_may_have_no_standard_error(change: str) -> None:
+    assert python(f"{change}; print(fastbn.batch_norm_stats(np.ones((2, 3))).count)") == "2\n"
 
 
 def test_disabled_compiler() -> None:

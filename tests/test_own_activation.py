@@ -6,7 +6,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 import warnings
+from collections.abc import Callable
 from math import erf, exp, log1p, tanh
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,7 @@ def test_a_division_by_zero_does_not_depend_on_who_compiled_the_function_first()
         fastbn.batch_norm_forward(x, activation=numba.njit(error_model="python", locals={"a": numba.int64})(lambda a: 1 / a))
 
 
+@pytest.mark.filterwarnings("ignore:First-class function type feature is experimental")
 @pytest.mark.parametrize("called_before", [True, False])
 def test_functions_that_it_calls_divide_as_it_does(called_before: bool) -> None:
     numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
@@ -154,7 +157,14 @@ def test_functions_that_it_calls_divide_as_it_does(called_before: bool) -> None:
         assert inverse(np.float32(2)) == 0.5
     space = {"inverse": inverse}
     exec("def by_name(z): return [inverse(w) for w in (z,)][0]", space)  # noqa: S102  globals of its own
-    for function in (space["by_name"], lambda z: inverse(z), lambda z, call=inverse: call(z)):
+    module, several = types.ModuleType("module"), (inverse, np.float64)
+    module.inner = module  # type: ignore[attr-defined]  # they may know each other
+    module.inverse = inverse  # type: ignore[attr-defined]
+    ways: tuple[Callable[..., Any], ...] = (
+        space["by_name"], lambda z: inverse(z), lambda z, call=inverse: call(z),
+        lambda z: module.inverse(z), lambda z: module.inner.inverse(z), lambda z: several[0](z),
+    )  # fmt: skip
+    for function in ways:
         y, _ = fastbn.batch_norm_forward(np.zeros((4, 3), np.float32), activation=numba.njit(function))
         assert np.isposinf(y).all()
     with pytest.raises(ZeroDivisionError):

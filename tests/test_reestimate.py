@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -176,6 +177,16 @@ def test_a_line_tells_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TypeError):
         fastbn.update_bn(net.layers, [*data(), "no batch"], net, progress=True)
     assert capsys.readouterr().err.endswith("update_bn: 5 of 6 batches, 0 s\n")
+
+
+def test_a_line_that_nobody_can_read_ends_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, closed):
+        net = Net()
+        monkeypatch.setattr("sys.stderr", stream)
+        assert fastbn.update_bn(net.layers, data(), net, progress=True).batches == 5
+    assert capsys.readouterr().out == ""
 
 
 def fails(net: Net) -> Callable[[Array], Array]:

@@ -578,6 +578,15 @@ def test_tracking_may_be_switched_off_and_on() -> None:
     assert bn.num_batches_tracked == 1
 
 
+def test_batches_are_counted_without_running_statistics_too() -> None:
+    x = problem((2, 3, 4, 4)).x
+    bn = fastbn.BatchNorm2d(3)
+    bn.running_mean = bn.running_var = None
+    bn(x)
+    bn.eval()(x)
+    assert bn.num_batches_tracked == 1  # as in PyTorch
+
+
 def test_pickles_and_copies_hold_no_caches_and_no_inputs() -> None:
     x = problem((4, 3, 20, 20)).x
     for activation in (None, "relu"):

@@ -267,10 +267,12 @@ def test_what_a_communicator_raises_goes_through_and_nothing_is_moved() -> None:
     assert (dy == 1).all()
 
 
-@pytest.mark.parametrize("std", [1e-30, 1e-20, 1e20, 1e30])
-def test_values_at_the_ends_of_the_range_over_processes(std: float) -> None:
-    p = problem((16, 4, 3))
-    x = (p.x * std).astype(np.float32)
+@pytest.mark.parametrize(
+    ("dtype", "std"), [*(("float32", std) for std in (1e-30, 1e-20, 1e20, 1e30)), ("float64", 1e-150), ("float64", 1e150)]
+)
+def test_values_at_the_ends_of_the_range_over_processes(dtype: str, std: float) -> None:
+    p = problem((16, 4, 3), dtype)
+    x = (p.x * std).astype(dtype)
     eps = 0.0 if std < 1 else 1e-5
     y, saved = fastbn.batch_norm_forward(x, p.weight, p.bias, eps=eps)
     g = fastbn.batch_norm_backward(p.dy, x, saved)

@@ -19,7 +19,7 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba import cfunc
+from numba import cfunc, config
 from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
@@ -34,12 +34,17 @@ compiled_here: list[str] = []  # names of what was compiled, and of what was rea
 read_here: list[str] = []
 
 
+# What else in Numba's configuration changes the code: debugging in one process must not make another one slow.
+_SWITCHES = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "DEBUGINFO_DEFAULT", "USING_SVML")
+
+
 @cache
 def _stamp() -> str:
     """What compiled code depends on besides its name."""
     here = Path(__file__).parent
     python = f"{sys.implementation.cache_tag}{getattr(sys, 'abiflags', '')}"
     parts = [python, numba.__version__, llvmlite.__version__, *cpu_target.target_context.codegen().magic_tuple()]
+    parts += [f"{name} {getattr(config, name)}" for name in _SWITCHES]
     parts += [str(file.read_bytes()) for file in sorted(here.glob("numba*.py"))]  # none in a zip file: Numba looks at its time
     return sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -64,10 +69,17 @@ def _tell() -> None:
     print("fastbn: compiling Numba kernels, once ...", file=sys.stderr, flush=True)
 
 
+def _is_at_a_terminal() -> bool:
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError):  # there is none, it is closed, or in its place is something that only writes
+        return False
+
+
 @contextmanager
 def announced() -> Iterator[None]:
     """Say what takes so long, once, and to a terminal only."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not _is_at_a_terminal():
         yield
         return
     timer = threading.Timer(PATIENCE, _tell)

@@ -222,7 +222,7 @@ class SyncBatchNorm(_BatchNorm):
         if input.shape[1] != self.num_features:
             raise ValueError(f"input has {input.shape[1]} channels, but the layer has num_features={self.num_features}")
         mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        seen = self.num_batches_tracked if mean is not None else None
+        seen = self.num_batches_tracked if self.track_running_stats else None
         momentum = self.momentum
         if momentum is None:  # the cumulative average
             momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
