@@ -80,6 +80,38 @@ def test_results_are_those_of_the_composition(dtype: Any, activation: Any) -> No
     assert taken() == calls
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_gradients_are_the_same_whichever_are_wanted(activation: Any, training: bool) -> None:
+    """Behind a convolution that does not learn, that of the residual alone."""
+    torch.manual_seed(1)
+    given = [torch.randn(4, 6, 5, 7), torch.randn(4, 6, 5, 7), torch.randn(6), torch.randn(6)]
+    running, dy = (torch.randn(6), torch.rand(6) + 0.5), torch.randn(4, 6, 5, 7)
+    for wanted in itertools.product((True, False), repeat=4):
+        results = []
+        for f in (composed, ours):
+            leaves = [t.clone().requires_grad_(w) for t, w in zip(given, wanted, strict=True)]
+            y = f(*leaves, *(t.clone() for t in running), training, activation)
+            if any(wanted):
+                y.backward(dy)
+            results.append([y, *(t.grad for t in leaves)])
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_tensors_whose_memory_holds_other_numbers_are_taken_as_what_they_are(training: bool) -> None:
+    """Parts of a conjugate are negated when they are read, and derivatives may be zeros without memory."""
+    torch.manual_seed(2)
+    given = [torch.randn(4, 6, 5, 7), torch.randn(4, 6, 5, 7), torch.randn(6), torch.randn(6), torch.randn(6), torch.rand(6) + 0.5]
+    for i, t in enumerate(given[: 4 if training else 6]):  # torch itself loses what it moves of others
+        for odd in (torch.complex(t, -t).conj().imag, torch._efficientzerotensor(t.shape)):
+            results = []
+            for f, x in ((composed, odd + 0), (ours, odd)):
+                rest = [x if j == i else other.clone() for j, other in enumerate(given)]
+                results.append([f(*rest, training, "relu"), *rest[4:]])
+            torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_first_and_second_derivatives_are_those_of_finite_differences(training: bool, activation: Any) -> None:

@@ -126,6 +126,16 @@ class Reads(Shared):
         return self.bn(self.a(x)) + self.a.weight.sum()
 
 
+class ReadsAll(Shared):
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.a(x)) + torch.cat([p.flatten() for p in self.parameters()]).sum()
+
+
+class ReadsState(Shared):
+    def forward(self, x: Any) -> Any:
+        return self.bn(self.a(x)) + self.state_dict()["a.weight"].sum()
+
+
 class Untraceable(Shared):
     def forward(self, x: Any) -> Any:
         return self.bn(self.a(x)) if x.sum() > 0 else x
@@ -164,6 +174,13 @@ LEFT = {
     "read twice": (Twice, "bn", "what the Conv2d before it returns is read elsewhere, too"),
     "shared convolution": (SharedConvolution, "bn", "the Conv2d before it is shared by several calls"),
     "weights are read": (Reads, "bn", "the model's code reads the weights of the Conv2d beside it"),
+    "all weights are read": (ReadsAll, "bn", "the model's code reads its tensors"),
+    "the state is read": (ReadsState, "bn", "the model's code reads its tensors"),
+    "another number of dimensions": (
+        lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm2d(3)),
+        "1",
+        "the Linear beside it takes another number of dimensions",
+    ),
     "untraceable": (Untraceable, "bn", "what calls it cannot be traced"),
     "hooks": (hooked, "1", "the Conv2d beside it has hooks"),
     "instance norm": (
@@ -210,13 +227,39 @@ def test_parts_of_a_model_that_cannot_be_traced_are_folded() -> None:
     assert str(found) == "part.1: folded into part.0\nbn: left, what calls it cannot be traced"
 
 
-def test_a_linear_layer_was_folded_for_two_dimensions_only() -> None:
-    """Batch norm takes the second of three dimensions for the channels, a linear layer the last one."""
-    model = lived(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("layers", "taken", "other"),
+    [
+        ((nn.Linear(4, 4), nn.BatchNorm1d(4)), (2, 4), (2, 4, 4)),
+        ((nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)), (2, 3, 4), (3, 4)),
+        ((nn.BatchNorm1d(3), nn.Conv1d(3, 4, 1)), (2, 3, 4), (3, 3)),
+        ((nn.Conv2d(3, 4, 1), fastbn.torch.SyncBatchNorm(4)), (2, 3, 4, 4), (3, 4, 4)),
+    ],
+    ids=["linear", "convolution", "convolution after it", "any dimensions"],
+)
+def test_a_batch_norm_was_folded_for_the_dimensions_in_which_both_agree_on_channels(layers: Any, taken: Any, other: Any) -> None:
+    """Batch norm takes the second axis for the channels, a linear layer the last one, a convolution without a batch the first one."""
+    model, x = lived(nn.Sequential(*layers)), torch.randn(taken)
     found = fastbn.torch.fold(model).model
-    torch.testing.assert_close(found(torch.ones(2, 4)), model(torch.ones(2, 4)))
-    with pytest.raises(ValueError, match="folded for inputs of 2 dimensions, got 3"):
-        found(torch.ones(2, 4, 4))
+    model(torch.randn(other))
+    with pytest.raises(ValueError, match=f"folded for inputs of {len(taken)} dimensions, got {len(other)}"):
+        found(torch.randn(other))
+    for same in (found, torch.fx.symbolic_trace(found), torch.jit.script(found), copy.deepcopy(found)):
+        torch.testing.assert_close(same(x), model(x))
+
+
+class Asks(Shared):
+    def forward(self, x: Any) -> Any:
+        dtype = next(self.parameters()).dtype
+        return self.bn(self.a(x.to(dtype))) * self.bn.num_features + self.bn.eps * self.bn.momentum + self.bn.affine
+
+
+def test_a_batch_norm_that_was_folded_can_be_asked_for_its_numbers() -> None:
+    model, x = lived(Asks()), torch.randn(2, 3, 5, 5)
+    found = fastbn.torch.fold(model)
+    assert found.folded == {"bn": "a"}
+    torch.testing.assert_close(found.model(x), model(x))
 
 
 def test_the_order_of_memory_of_weights_stays() -> None:

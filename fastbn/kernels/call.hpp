@@ -46,7 +46,7 @@ struct Call {
     const void *x, *dy;
     void* out;             // y or dx; of a backward it may be NULL: no dx then
     const void* residual;  // added before the activation; of a backward, where the activation's derivative needs it; or NULL
-    void* dresidual;       // of a backward with an activation; or NULL
+    void* dresidual;       // of a backward with an activation and an out; or NULL
     Activation activation;
     bool from_output;  // x of a backward is the output of the forward: what the activation made of it is undone
     bool frozen;       // the statistics of a backward are constants

@@ -165,9 +165,10 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after) noexcep
     Call call = begin(x, attempt.operation);
     call.frozen = frozen;
     Gradient of_x;
-    Owned dresidual, copy_of_residual;
+    Owned dresidual, copy_of_residual, no_dx;
     Output dweight, dbias;
-    if (!of_x.enter(x, tensor_in(stack[0]), dy, wanted[0], call) || !p.read(weight, call.weight)) return MEMORY;
+    const bool maps = wanted[0] || (after.of_residual && after.activation.kind != IDENTITY);  // the kernels write both in one loop
+    if (!of_x.enter(x, tensor_in(stack[0]), dy, maps, call) || !p.read(weight, call.weight)) return MEMORY;
     if (frozen) {
         void* var = nullptr;
         call.invstd = p.take();
@@ -180,7 +181,7 @@ Answer try_backward(const Slot* stack, Attempt& attempt, Epilogue after) noexcep
     if (wanted[2] && !dbias.make(p, p.channels, false)) return MEMORY;
     call.dweight = dweight.data, call.dbias = dbias.data;
     if (!read_pre_activation(x, p, after, bias, call, copy_of_residual, dresidual)) return MEMORY;
-    Owned* results[] = {&of_x.dx, &dweight.made, &dbias.made, &dresidual};
+    Owned* results[] = {wanted[0] ? &of_x.dx : &no_dx, &dweight.made, &dbias.made, &dresidual};
     for (int i = 0; i < 4; ++i)
         if (results[i]->tensor == nullptr && !make_none(*results[i])) return MEMORY;
     if (wanted[0] || wanted[1] || wanted[2] || after.of_residual)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn.torch.arrays import LAST
@@ -17,6 +18,11 @@ from fastbn.torch.sync import unusual
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+DIMENSIONS = {
+    nn.Linear: 2, nn.Conv1d: 3, nn.ConvTranspose1d: 3, nn.Conv2d: 4, nn.ConvTranspose2d: 4, nn.Conv3d: 5, nn.ConvTranspose3d: 5,
+}  # fmt: skip
+# Of the inputs that a batch norm takes, where it refuses all others.
+OWN_DIMENSIONS: dict[Any, int] = {nn.BatchNorm2d._check_input_dim: 4, nn.BatchNorm3d._check_input_dim: 5}
 
 
 class Folded(NamedTuple):
@@ -25,7 +31,8 @@ class Folded(NamedTuple):
     Attributes
     ----------
     model : Module
-        A copy, in which an `nn.Identity` stands for each batch norm that was folded.
+        A copy, in which an `nn.Identity` stands for each batch norm that was folded. It has the layer's numbers, as `num_features`
+        and `eps`, and none of its tensors.
     folded : dict of str to str
         Path of a batch norm -> path of the layer that took it.
     left : dict of str to str
@@ -42,14 +49,35 @@ class Folded(NamedTuple):
         return "\n".join(lines + [f"{path or 'the model'}: left, {why}" for path, why in self.left.items()]) or "no normalization layers"
 
 
-class Rows(nn.Identity):
-    """What stands for a batch norm that was folded into a linear layer, which is right for two dimensions alone."""
+@fx.wrap  # a condition, which torch.fx cannot trace
+def _checked(input: Tensor, dimensions: int) -> Tensor:  # noqa: A002  as nn.Identity
+    if input.dim() != dimensions:
+        raise ValueError(f"a batch norm was folded for inputs of {dimensions} dimensions, got {input.dim()}")
+    return input
+
+
+class Checked(nn.Identity):
+    """What stands for a batch norm that takes inputs of several numbers of dimensions: in one alone it and the layer agree on channels."""
+
+    def __init__(self, dimensions: int):
+        super().__init__()
+        self.dimensions = dimensions
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as nn.Identity
         """Return the input."""
-        if input.dim() != 2:
-            raise ValueError(f"a batch norm after a linear layer was folded for inputs of 2 dimensions, got {input.dim()}")
-        return input
+        return _checked(input, self.dimensions)
+
+
+def _own_dimensions(layer: Any) -> int | None:
+    return OWN_DIMENSIONS.get(type(layer)._check_input_dim)
+
+
+def _stand_in(layer: Any, other: nn.Module) -> nn.Module:
+    """What stands for a batch norm that another layer took, with what the model's code may ask a batch norm for."""
+    made = (Checked(DIMENSIONS[type(other)]) if _own_dimensions(layer) is None else nn.Identity()).train(layer.training)
+    for name in _NormBase.__constants__:
+        setattr(made, name, getattr(layer, name))
+    return made
 
 
 def changed(layer: nn.Module) -> str:
@@ -118,6 +146,8 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
 def _refuses(other: Any, path: str, layer: Any, graph: Graph, backwards: bool, apart: bool) -> str:
     """Why the layer before a batch norm, or after it, cannot take it."""
     kind = type(other).__name__
+    if _own_dimensions(layer) not in (None, DIMENSIONS[type(other)]):
+        return f"the {kind} beside it takes another number of dimensions"
     if graph.calls.get(path) != 1:
         return f"the {kind} {'after' if backwards else 'before'} it is shared by several calls"
     if graph.reads(path):
@@ -222,7 +252,7 @@ def fold(model: nn.Module) -> Folded:
         other = twin.get_submodule(into)
         with torch.no_grad():
             _take(layer, other, backwards=into == graph.places[path].after)
-        stand_in = (Rows() if isinstance(other, nn.Linear) else nn.Identity()).train(layer.training)
+        stand_in = _stand_in(layer, other)
         for parent in list(twin.modules()):
             for name in [name for name, child in parent._modules.items() if child is layer]:
                 setattr(parent, name, stand_in)

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from typing import Self
@@ -119,12 +121,32 @@ class Part(NamedTuple):
         In the order in which they run.
     stored : set of Node
         Those whose output the model's code keeps in a module.
+    read : set of str
+        Names of the tensors that the model's code reads and that are in no node.
     """
 
     module: nn.Module
     prefix: str
     nodes: list[fx.Node]
     stored: set[fx.Node]
+    read: set[str]
+
+
+class _Reads(TorchFunctionMode):
+    """Notes the tensors of a model that are computed with while its code is traced: those of `parameters()` are no stand-ins."""
+
+    NO_VALUES = (torch.dtype, torch.device, torch.layout, torch.Size, bool, int, type(None))  # what says nothing of a tensor's values
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.names = {id(t): name for name, t in (*module.named_parameters(), *module.named_buffers())}
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, self.NO_VALUES):
+            self.found.update(self.names[id(a)] for a in tree_leaves((args, kwargs)) if id(a) in self.names)
+        return result
 
 
 class _Tracer(fx.Tracer):
@@ -241,12 +263,12 @@ def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part
         parameters = inspect.signature(part.forward).parameters.values()
         optional = {p.name: p.default for p in parameters if p.default is not p.empty}
     for concrete in [None, optional] if optional else [None]:
-        with _untouched(part):
+        with _untouched(part), _Reads(part) as reads:
             try:
                 nodes = list(_Tracer().trace(part, concrete).nodes)
             except Exception:  # noqa: S112  the model's own code, which was not written for stand-ins, may raise anything
                 continue
-            return Part(part, prefix, nodes, _stored(part))
+            return Part(part, prefix, nodes, _stored(part), reads.found)
     return None
 
 
@@ -350,6 +372,7 @@ def trace(model: nn.Module) -> Graph:
 
 
 def _read(part: Part, whole: Graph, names: dict[int, list[str]]) -> None:
+    whole.read.update(part.prefix + name for name in part.read)
     for node in part.nodes:
         if node.op == "call_module":
             path = part.prefix + str(node.target)

@@ -181,6 +181,8 @@ def after(z: Tensor, residual: Tensor | None, activation: Builtin) -> Tensor:
 
 def attempt(a: Arguments) -> tuple[Tensor, Tensor, Tensor] | None:
     """Output and what a backward needs, by the kernels; None if they do not take it."""
+    if any(t.is_neg() or t._is_zerotensor() for t in (a.x, *a.tensors())):
+        return None  # what resolves these before a kernel knows no operator that changes what it does not return
     statistics = a.mean, a.var, a.training, a.momentum, a.eps
     try:
         return compiled().batch_norm_forward.default(  # type: ignore[no-any-return]
