@@ -31,6 +31,12 @@ from fastbn.torch.parts import Parts
 from fastbn.torch.plans import KINDS, NOBODY, Plan, plans, refuses
 
 jit: Any = torch.jit  # it has no types
+_modules: Any = torch_module  # nor has this
+
+
+def _is_seen(layer: Any, activation: Any) -> bool:
+    """Whether a hook, or another way to call the layer, comes between it and an activation."""
+    return has_hooks(layer) or has_hooks(activation) or _modules._has_any_global_hook() or layer._compiled_call_impl is not None
 
 
 class Converted(Derived):
@@ -56,11 +62,10 @@ class Converted(Derived):
     def followed(self, x: Tensor, activation: Any) -> Any:
         """What an activation makes of the output for an x that is the operators'."""
         me: Any = self
-        modules: Any = torch_module  # it has no types
         after, steps = builtin(activation), self.__dict__.get(STEPS)
         if after is None or steps is None or type(x) is not Tensor or type(self).forward is not Converted.forward:
             return activation(me(x))
-        if has_hooks(self) or has_hooks(activation) or modules._has_any_global_hook() or me._compiled_call_impl is not None:
+        if _is_seen(me, activation):
             return activation(me(x))
         a = _arguments(self, x, steps.from_output)
         return activation(me(x)) if a is None else run(a._replace(activation=after))
@@ -90,8 +95,7 @@ class Converted(Derived):
     def _is_watched(self) -> bool:
         """Whether a hook wants tensors."""
         me: Any = self
-        modules: Any = torch_module  # it has no types
-        return bool(me._forward_hooks or me._backward_hooks or me._backward_pre_hooks) or modules._has_any_global_hook()
+        return bool(me._forward_hooks or me._backward_hooks or me._backward_pre_hooks) or _modules._has_any_global_hook()
 
     def extra_repr(self) -> str:
         """As the layer's own, and what is expected to follow."""
@@ -127,11 +131,9 @@ class ConvertedParts(Converted):
     def followed(self, x: Tensor, activation: Any) -> Any:
         """What an activation makes of the output."""
         me: Any = self
-        modules: Any = torch_module  # it has no types
         after = builtin(activation)
-        known = after is not None and type(self).forward is ConvertedParts.forward and me._compiled_call_impl is None
-        hooked = has_hooks(self) or has_hooks(activation) or modules._has_any_global_hook()
-        a = _parts(self, x) if known and not hooked else None
+        known = after is not None and type(self).forward is ConvertedParts.forward and not _is_seen(me, activation)
+        a = _parts(self, x) if known else None
         return activation(me(x)) if a is None or after is None else a._replace(activation=after).run()
 
 

@@ -1,7 +1,7 @@
 """What stands before and after the batch norms of a model, as torch.fx finds it.
 
-A model that cannot be traced as a whole is traced in parts: its children, theirs, and so on. Nothing is called but the
-model's own Python code, with stand-ins for tensors. Hooks are not called: a module that has some is a part by itself.
+A model that cannot be traced as a whole is traced in pieces: its children, theirs, and so on. Nothing is called but the
+model's own Python code, with stand-ins for tensors. Hooks are not called: a module that has some is a piece by itself.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Place(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """A part of a model that was traced.
+    """What was found in the pieces of a model.
 
     Attributes
     ----------
@@ -109,8 +109,8 @@ class Graph(NamedTuple):
         return any(tensor.startswith(f"{path}.") for tensor in self.read)
 
 
-class Part(NamedTuple):
-    """A part of a model that torch.fx can trace.
+class Piece(NamedTuple):
+    """A piece of a model that torch.fx can trace.
 
     Attributes
     ----------
@@ -245,46 +245,46 @@ def _stored(model: nn.Module) -> set[fx.Node]:
     return {item.node for value in _held(model) for item in _contents(value) if isinstance(item, fx.Proxy)}
 
 
-def traced(part: nn.Module, prefix: str = "", *, defaults: bool = False) -> Part | None:
+def traced(piece: nn.Module, prefix: str = "", *, defaults: bool = False) -> Piece | None:
     """The graph of a module, or None if it cannot be traced.
 
     Parameters
     ----------
-    part : Module
+    piece : Module
     prefix : str
         What stands before the names of its modules.
     defaults : bool
         Where it cannot be traced, try again with what optional arguments are by default.
     """
-    if "forward" in part.__dict__:  # torch.fx would trace that of its class
+    if "forward" in piece.__dict__:  # torch.fx would trace that of its class
         return None
     optional = {}
     if defaults:
-        parameters = inspect.signature(part.forward).parameters.values()
+        parameters = inspect.signature(piece.forward).parameters.values()
         optional = {p.name: p.default for p in parameters if p.default is not p.empty}
     for concrete in [None, optional] if optional else [None]:
-        with _untouched(part), _Reads(part) as reads:
+        with _untouched(piece), _Reads(piece) as reads:
             try:
-                nodes = list(_Tracer().trace(part, concrete).nodes)
+                nodes = list(_Tracer().trace(piece, concrete).nodes)
             except Exception:  # noqa: S112  the model's own code, which was not written for stand-ins, may raise anything
                 continue
-            return Part(part, prefix, nodes, _stored(part), reads.found)
+            return Piece(piece, prefix, nodes, _stored(piece), reads.found)
     return None
 
 
-def parts(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Part]:
-    """The largest parts of a model that can be traced and have normalization layers; one for each call."""
+def pieces(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Iterator[Piece]:
+    """The largest pieces of a model that can be traced and have normalization layers; one for each call."""
     if not any(True for _ in all_norms(model)) or isinstance(model, NORMS):
         return
-    part = traced(model, prefix, defaults=defaults)
-    if part is not None:
-        yield part
-        inner = [(str(node.target), model.get_submodule(str(node.target))) for node in part.nodes if node.op == "call_module"]
+    piece = traced(model, prefix, defaults=defaults)
+    if piece is not None:
+        yield piece
+        inner = [(str(node.target), model.get_submodule(str(node.target))) for node in piece.nodes if node.op == "call_module"]
         within = [(name, child) for name, child in inner if has_hooks(child)]
     else:
         within = [*model.named_children()]
     for name, child in within:
-        yield from parts(child, f"{prefix}{name}.", defaults=defaults)
+        yield from pieces(child, f"{prefix}{name}.", defaults=defaults)
 
 
 def norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -366,42 +366,42 @@ def trace(model: nn.Module) -> Graph:
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
-    for part in parts(model):
-        _read(part, whole, names)
+    for piece in pieces(model):
+        _read(piece, whole, names)
     return Graph({path: whole.places.get(path, Place()) for path, _ in all_norms(model)}, whole.calls, whole.read)
 
 
-def _read(part: Part, whole: Graph, names: dict[int, list[str]]) -> None:
-    whole.read.update(part.prefix + name for name in part.read)
-    for node in part.nodes:
+def _read(piece: Piece, whole: Graph, names: dict[int, list[str]]) -> None:
+    whole.read.update(piece.prefix + name for name in piece.read)
+    for node in piece.nodes:
         if node.op == "call_module":
-            path = part.prefix + str(node.target)
-            others = names[id(part.module.get_submodule(str(node.target)))]
-            # By a name outside of the part, which could not be traced, it may be called, too.
-            whole.calls[path] = whole.calls.get(path, 0) + 1 + (not all(name.startswith(part.prefix) for name in others))
+            path = piece.prefix + str(node.target)
+            others = names[id(piece.module.get_submodule(str(node.target)))]
+            # By a name outside of the piece, which could not be traced, it may be called, too.
+            whole.calls[path] = whole.calls.get(path, 0) + 1 + (not all(name.startswith(piece.prefix) for name in others))
         elif node.op == "get_attr":
-            whole.read.add(part.prefix + str(node.target))
-    for node in part.nodes:
-        if node.op == "call_module" and isinstance(part.module.get_submodule(str(node.target)), NORMS):
-            path = part.prefix + str(node.target)
-            whole.places[path] = _place(part.module, node, part.prefix, whole.calls[path])
+            whole.read.add(piece.prefix + str(node.target))
+    for node in piece.nodes:
+        if node.op == "call_module" and isinstance(piece.module.get_submodule(str(node.target)), NORMS):
+            path = piece.prefix + str(node.target)
+            whole.places[path] = _place(piece.module, node, piece.prefix, whole.calls[path])
 
 
-def _place(part: nn.Module, node: fx.Node, prefix: str, calls: int) -> Place:
+def _place(piece: nn.Module, node: fx.Node, prefix: str, calls: int) -> Place:
     sources, users = node.all_input_nodes, list(node.users)
-    before, before_is = _one(part, sources, prefix, "the input")
-    after, after_is = _one(part, users, prefix, "the output")
+    before, before_is = _one(piece, sources, prefix, "the input")
+    after, after_is = _one(piece, users, prefix, "the output")
     apart = len(sources) == 1 and len(sources[0].users) == 1
     return Place(calls, before, after, apart, before_is, after_is)
 
 
-def _one(part: nn.Module, nodes: list[fx.Node], prefix: str, edge: str) -> tuple[str, str]:
+def _one(piece: nn.Module, nodes: list[fx.Node], prefix: str, edge: str) -> tuple[str, str]:
     """Path and name of what one node calls."""
     if len(nodes) != 1:
         return "", "several" if nodes else "nothing"
     (node,) = nodes
     if node.op == "call_module":
-        return prefix + str(node.target), type(part.get_submodule(str(node.target))).__name__
+        return prefix + str(node.target), type(piece.get_submodule(str(node.target))).__name__
     if node.op in {"placeholder", "output"}:
         return "", edge
     return "", str(getattr(node.target, "__name__", node.target))

@@ -19,7 +19,7 @@ from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import Steps
 from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
-from fastbn.torch.graph import AROUND, OUTSIDE, Part, has_hooks, parts, traced
+from fastbn.torch.graph import AROUND, OUTSIDE, Piece, has_hooks, pieces, traced
 
 F = torch.nn.functional
 KINDS = (_NormBase, nn.GroupNorm)
@@ -82,11 +82,11 @@ def refuses(layer: Any) -> tuple[str, Plan]:
         return f"it {why}", NOBODY
     if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, nn.GroupNorm.forward):
         return "", Plan(steps=Steps(plain=not any(hasattr(type(layer), name) for name in STATE)), fits_outside=True)
-    part, function = traced(layer), F.batch_norm if isinstance(layer, _BatchNorm) else F.group_norm
-    inside = [node for node in part.nodes if node.target is function] if part else []
-    if part is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
+    piece, function = traced(layer), F.batch_norm if isinstance(layer, _BatchNorm) else F.group_norm
+    inside = [node for node in piece.nodes if node.target is function] if piece else []
+    if piece is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
         return f"the code of {type(layer).__name__} is not understood", NOBODY
-    plan = _follow(part, inside[0], set(), sums=isinstance(layer, _BatchNorm))
+    plan = _follow(piece, inside[0], set(), sums=isinstance(layer, _BatchNorm))
     return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
 
 
@@ -94,18 +94,18 @@ def plans(model: nn.Module) -> dict[int, Plan]:
     """What follows each layer that traced code calls, by the layer's id."""
     found: dict[int, Plan] = {}
     calls: Counter[int] = Counter()
-    for part in parts(model, defaults=True):
+    for piece in pieces(model, defaults=True):
         taken: set[fx.Node] = set()
-        for node in part.nodes:
-            layer = _module(part, node)
+        for node in piece.nodes:
+            layer = _module(piece, node)
             if isinstance(layer, KINDS):
                 calls[id(layer)] += 1
-                found[id(layer)] = _follow(part, node, taken, sums=isinstance(layer, _BatchNorm))
+                found[id(layer)] = _follow(piece, node, taken, sums=isinstance(layer, _BatchNorm))
     return {key: plan if calls[key] == 1 else Plan(why="it is called several times") for key, plan in found.items()}
 
 
-def _module(part: Part, node: fx.Node) -> nn.Module | None:
-    return part.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _module(piece: Piece, node: fx.Node) -> nn.Module | None:
+    return piece.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def _input(node: fx.Node) -> Any:
@@ -121,61 +121,61 @@ def _is_sum(node: fx.Node, one: fx.Node) -> bool:
     return isinstance(other, fx.Node) and other is not one and (node.args[0] is one or not in_place)
 
 
-def _activation(part: Part, node: fx.Node) -> Any:
+def _activation(piece: Piece, node: fx.Node) -> Any:
     """Class or function of a node that is an activation, or None."""
-    layer = _module(part, node)
+    layer = _module(piece, node)
     if layer is not None:
         return type(layer) if type(layer) in ACTIVATIONS and "forward" not in layer.__dict__ else None
     return node.target if node.op in {"call_function", "call_method"} and node.target in FUNCTIONS else None
 
 
-def _name(part: Part, node: fx.Node) -> str:
-    layer = _module(part, node)
+def _name(piece: Piece, node: fx.Node) -> str:
+    layer = _module(piece, node)
     return type(layer).__name__ if layer is not None else str(getattr(node.target, "__name__", node.target))
 
 
-def _passes(part: Part, node: fx.Node) -> bool:
+def _passes(piece: Piece, node: fx.Node) -> bool:
     """Whether a node returns what it was given."""
-    layer = _module(part, node)
+    layer = _module(piece, node)
     return type(layer) is nn.Identity and not changed(layer)
 
 
-def _at_once(part: Part, first: fx.Node, last: fx.Node) -> bool:
+def _at_once(piece: Piece, first: fx.Node, last: fx.Node) -> bool:
     """Whether nothing is computed between two nodes."""
-    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last)]
-    return all(node.op == "get_attr" or _passes(part, node) for node in between)
+    between = piece.nodes[piece.nodes.index(first) + 1 : piece.nodes.index(last)]
+    return all(node.op == "get_attr" or _passes(piece, node) for node in between)
 
 
-def _is_read(part: Part, first: fx.Node, last: fx.Node) -> bool:
+def _is_read(piece: Piece, first: fx.Node, last: fx.Node) -> bool:
     """Whether tensors of a layer are read after its call, up to a node."""
-    between = part.nodes[part.nodes.index(first) + 1 : part.nodes.index(last) + 1]
+    between = piece.nodes[piece.nodes.index(first) + 1 : piece.nodes.index(last) + 1]
     sources = (source for node in between for source in (node, *node.all_input_nodes))
     read = {str(source.target).rpartition(".")[0] for source in sources if source.op == "get_attr"}
-    layer = _module(part, first)
-    return any(part.module.get_submodule(path) is layer for path in read)
+    layer = _module(piece, first)
+    return any(piece.module.get_submodule(path) is layer for path in read)
 
 
-def _is_kept(part: Part, node: Any) -> bool:
+def _is_kept(piece: Piece, node: Any) -> bool:
     """Whether nobody else can change in place what a node returns to its only reader."""
     if not isinstance(node, fx.Node) or len(node.users) != 1:
         return False
-    return type(_module(part, node)) in LAYERS or (node.op == "call_function" and node.target in FRESH)
+    return type(_module(piece, node)) in LAYERS or (node.op == "call_function" and node.target in FRESH)
 
 
-def _hooked(part: Part, first: fx.Node, last: fx.Node) -> str:
+def _hooked(piece: Piece, first: fx.Node, last: fx.Node) -> str:
     """Why a module between two nodes wants to see a tensor, or nothing."""
     stacks = [dict(node.meta.get("nn_module_stack", {})) for node in (first, last)]
     paths = [{str(value[0]) for value in stack.values()} for stack in stacks]
     for path in sorted(paths[0] ^ paths[1]):
-        if why := changed(part.module.get_submodule(path)):
+        if why := changed(piece.module.get_submodule(path)):
             return f"{path} {why}"
     return ""
 
 
-def _callers(part: Part, node: fx.Node) -> list[str]:
+def _callers(piece: Piece, node: fx.Node) -> list[str]:
     """Paths of the modules in whose code a node is, from the outermost on."""
     paths = [str(value[0]) for value in node.meta.get("nn_module_stack", {}).values()]
-    return paths[:-1] if _module(part, node) is not None else paths
+    return paths[:-1] if _module(piece, node) is not None else paths
 
 
 def _shared(callers: list[list[str]]) -> int:
@@ -187,19 +187,19 @@ def _shared(callers: list[list[str]]) -> int:
     return shared
 
 
-def _is_repeated(part: Part, nodes: list[fx.Node]) -> bool:
+def _is_repeated(piece: Piece, nodes: list[fx.Node]) -> bool:
     """Whether nodes are in a checkpoint, which runs them again, but not the call of the module in whose code they are."""
-    return nodes[0].meta[AROUND] is not None and _shared([_callers(part, node) for node in nodes]) <= nodes[0].meta[OUTSIDE]
+    return nodes[0].meta[AROUND] is not None and _shared([_callers(piece, node) for node in nodes]) <= nodes[0].meta[OUTSIDE]
 
 
-def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
+def _within(piece: Piece, nodes: list[fx.Node]) -> dict[str, Any]:
     """The innermost module in whose code nodes are, and the ways from there to those that are modules; nothing if there is none."""
-    first, *others = (_callers(part, node) for node in nodes)
+    first, *others = (_callers(piece, node) for node in nodes)
     shared = _shared([first, *others])
-    module = part.module.get_submodule(first[shared - 1] if shared else "")
+    module = piece.module.get_submodule(first[shared - 1] if shared else "")
     names = {id(layer): name for name, layer in module.named_modules()}
     paths = [path for callers in (first, *others) for path in callers[shared:]]
-    layers = [part.module.get_submodule(path) for path in paths] + [layer for node in nodes if (layer := _module(part, node)) is not None]
+    layers = [piece.module.get_submodule(path) for path in paths] + [layer for node in nodes if (layer := _module(piece, node)) is not None]
     if any(id(layer) not in names for layer in layers):
         return {}
     return {"within": module, "places": tuple({(tuple(names[id(layer)].split(".")), type(layer)): None for layer in layers})}
@@ -208,79 +208,79 @@ def _within(part: Part, nodes: list[fx.Node]) -> dict[str, Any]:
 _OUTPUT = "the model's output follows"
 
 
-def _follow(part: Part, start: fx.Node, taken: set[fx.Node], *, sums: bool = True) -> Plan:
+def _follow(piece: Piece, start: fx.Node, taken: set[fx.Node], *, sums: bool = True) -> Plan:
     """What follows a node, and can be computed with it."""
     names: list[str] = []
     steps = Steps(outside=True)
     passed, read = [start], 1
     node, why = start, ""
     while not steps.activation:
-        if node in part.stored:
+        if node in piece.stored:
             why = "the model's code keeps what it returns"
             break
         if len(node.users) != 1:
             why = f"what it returns is read {len(node.users)} times"
             break
         (user,) = node.users
-        if _passes(part, user):
+        if _passes(piece, user):
             node = user
             passed.append(user)
             continue
-        kind = _activation(part, user)
+        kind = _activation(piece, user)
         is_sum = sums and _is_sum(user, node) and not steps.sum
         if user.op == "output":
-            why = f"{part.prefix[:-1]} has hooks" if part.prefix and has_hooks(part.module) else _OUTPUT
+            why = f"{piece.prefix[:-1]} has hooks" if piece.prefix and has_hooks(piece.module) else _OUTPUT
         elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
-            why = f"{_name(part, user)} follows"
+            why = f"{_name(piece, user)} follows"
         elif user in taken:
             why = "the other side of the sum is fused"
         elif user.meta[AROUND] is not start.meta[AROUND]:
             why = "an autograd.Function or a checkpoint is between"
-        elif not _at_once(part, node if steps.sum else start, user) and (steps.sum or not _is_kept(part, _input(start))):
+        elif not _at_once(piece, node if steps.sum else start, user) and (steps.sum or not _is_kept(piece, _input(start))):
             why = "its input may change before what follows is computed"
-        elif _is_read(part, start, user):
+        elif _is_read(piece, start, user):
             why = "its tensors are read before what follows is computed"
         else:
-            why = _hooked(part, start, user)
+            why = _hooked(piece, start, user)
         if why:
             break
         steps = steps._replace(sum=True) if is_sum else steps._replace(activation=True, compiles=kind not in UNLISTED)
-        names.append("add" if is_sum else _name(part, user))
+        names.append("add" if is_sum else _name(piece, user))
         passed.append(user)
         read = len(passed)
         node = user
         if is_sum:
             taken.add(user)
-    inverts = not names or (names == [_name(part, node)] and _activation(part, node) in LEAKY)
-    steady = inverts and node not in part.stored and not _is_changed(part, node)
-    place = _within(part, passed[:read] if names else passed)
-    if names and _is_repeated(part, passed[:read]):
+    inverts = not names or (names == [_name(piece, node)] and _activation(piece, node) in LEAKY)
+    steady = inverts and node not in piece.stored and not _is_changed(piece, node)
+    place = _within(piece, passed[:read] if names else passed)
+    if names and _is_repeated(piece, passed[:read]):
         return Plan(why="a checkpoint runs it again outside of its module's call")
     if names and not place:
         return Plan(why="a module of somebody else follows")
     return Plan(steps, tuple(names), "" if names else why, steady=steady, **place)
 
 
-def _is_changed(part: Part, node: fx.Node) -> bool:
+def _is_changed(piece: Piece, node: fx.Node) -> bool:
     """Whether what a node returns may be changed in place by somebody, who may have it from another one."""
     found, todo = {node}, [node]
     while todo:
         one = todo.pop()
-        if any(_changes(part, user, one) for user in one.users):
+        if any(_changes(piece, user, one) for user in one.users):
             return True
-        sharing = [user for user in one.users if user not in found and _shares(part, user)]
+        sharing = [user for user in one.users if user not in found and _shares(piece, user)]
         found.update(sharing)
         todo += sharing
     return False
 
 
-def _changes(part: Part, node: fx.Node, one: fx.Node) -> bool:
+def _changes(piece: Piece, node: fx.Node, one: fx.Node) -> bool:
     """Whether a node may change in place what another one returns: also one whose code is not known."""
-    layer: Any = _module(part, node)
+    layer: Any = _module(piece, node)
     if layer is not None:
         return bool(getattr(layer, "inplace", False))
     if node.op == "output":
-        return part.prefix != ""  # there is a caller who could not be traced
+        return piece.prefix != ""  # there is a caller who could not be traced
     name = str(getattr(node.target, "__name__", node.target))
     in_place = name.endswith("_") or (node.op == "call_function" and name in INPLACE) or node.kwargs.get("inplace", False)
     if node.op == "call_function" and str(getattr(node.target, "__module__", None) or "torch").partition(".")[0] not in KNOWN:
@@ -288,9 +288,9 @@ def _changes(part: Part, node: fx.Node, one: fx.Node) -> bool:
     return bool(in_place) and (one in node.args[:1] or one in node.kwargs.values())
 
 
-def _shares(part: Part, node: fx.Node) -> bool:
+def _shares(piece: Piece, node: fx.Node) -> bool:
     """Whether a node may return memory that it was given: all but those that are known not to."""
-    layer = _module(part, node)
+    layer = _module(piece, node)
     if layer is not None:
         return type(layer) not in LAYERS and not isinstance(layer, FRESH_LAYERS) and type(layer) not in ACTIVATIONS
     return node.target not in FRESH | FRESH_TOO and node.target not in FUNCTIONS
