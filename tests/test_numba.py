@@ -687,7 +687,7 @@ def test_slow_compiling_is_announced(tmp_path: Path) -> None:
 LOG = "sys.stderr = type('Log', (), {'write': print, 'flush': lambda self: None})()"
 
 
-@pytest.mark.parametrize("change", ["sys.stderr = None", "del sys.stderr", "sys.stderr.close()", LOG])
+@pytest.mark.parametrize("change", ["sys.stderr = None", "sys.stderr.close()", LOG])
 def test_a_service_may_have_no_standard_error(change: str) -> None:
     assert python(f"{change}; print(fastbn.batch_norm_stats(np.ones((2, 3))).count)") == "2\n"
 

@@ -148,7 +148,7 @@ def test_a_division_by_zero_does_not_depend_on_who_compiled_the_function_first()
         fastbn.batch_norm_forward(x, activation=numba.njit(error_model="python", locals={"a": numba.int64})(lambda a: 1 / a))
 
 
-@pytest.mark.filterwarnings("ignore:First-class function type feature is experimental")
+@pytest.mark.filterwarnings("ignore:.*First-class function type feature is experimental")
 @pytest.mark.parametrize("called_before", [True, False])
 def test_functions_that_it_calls_divide_as_it_does(called_before: bool) -> None:
     numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
