@@ -282,7 +282,7 @@ def forward(
     if r.mask is not None:
         rows = _counted(x, r.axis, r.mask)
         module, count = ComposedKernel(_kernel(r.dtype, r.activation).module(), rows), len(rows)
-    arrays, own = (_dense(x, r.view), r.view.of(y)), running._replace(mean=mean, var=var)
+    arrays, own = (_dense(x, r.view), r.view.of(y)), Running(mean, var, running.momentum, running.correction)
     vectors = module.forward(*arrays, Affine(weight, bias), eps, own, compute, n, _epilogue(r))
     saved = _saved(r, vectors, count, True, kept) if keep else None
     y = deliver(y, r.out)

@@ -466,7 +466,7 @@ class FrozenBatchNorm(FromOthers):
         where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
         return f"{type(self).__name__}({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
-    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None, *, threads: int | None = None) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None, threads: int | None = None) -> Array:
         """Normalize x.
 
         Parameters
