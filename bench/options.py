@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastbn.environment import MOST_THREADS
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -37,7 +35,11 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-threads = whole(1, MOST_THREADS)
+def threads(text: str) -> int:
+    """The type of an argument that is a number of threads."""
+    from fastbn.environment import MOST_THREADS  # not before a build is chosen (build.py)
+
+    return whole(1, MOST_THREADS)(text)
 
 
 def above_zero(what: str) -> Callable[[str], float]:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import product
@@ -54,6 +56,11 @@ def test_gate_names_the_case_that_ends_a_process_or_raises(copied_build, capsys)
         build = str(Path(fastbn.__file__).parent.parent)
         assert import_module("bench.same.__main__").main([build, str(copied_build), *GATE]) == 1
         assert re.search(f"forward, float32, 3x5x7, contiguous, leaky_relu.*{words}", capsys.readouterr().out)
+
+
+def test_a_counted_process_has_no_fastbn_before_its_build_is_chosen():
+    code = "import sys; from bench import instructions; raise SystemExit('fastbn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(calls.__file__).parents[1], check=True)
 
 
 def test_gate_imports_each_build_and_nothing_else(tmp_path, capsys):
