@@ -359,6 +359,9 @@ SAVED = fastbn.batch_norm_forward(X)[1]
 ZERO, ONE = np.zeros(6, np.float32), np.ones(6, np.float32)
 LAYER, FROZEN = fastbn.BatchNorm1d(6), fastbn.FrozenBatchNorm(ZERO, ONE)
 GHOSTS, RENORM = ({"training": True, "virtual_batch_size": 2}, {"training": True})
+OF_GHOSTS = fastbn.ghost_batch_norm_forward(X, None, None, **GHOSTS)[1]
+OF_RENORM = fastbn.batch_renorm_forward(X, ZERO.copy(), ONE.copy(), **RENORM)[1]
+OF_GIVEN = fastbn.instance_norm_forward(X, ZERO, ONE, use_input_stats=False)[1]
 CALLS: dict[str, Any] = {
     "batch_norm": lambda **n: fastbn.batch_norm(X, ZERO, ONE, **n),
     "batch_norm in training": lambda **n: fastbn.batch_norm(X, None, None, training=True, **n),
@@ -378,6 +381,9 @@ CALLS: dict[str, Any] = {
     "BatchNorm1d.backward": lambda **n: (LAYER(X, **n), LAYER.backward(X, **n))[1].dx,
     "FrozenBatchNorm": lambda **n: FROZEN(X, **n),
     "ghost_batch_norm": lambda **n: fastbn.ghost_batch_norm(X, None, None, **GHOSTS, **n),
+    "ghost_batch_norm_backward": lambda **n: fastbn.ghost_batch_norm_backward(X, X, OF_GHOSTS, **n).dx,
+    "batch_renorm_backward": lambda **n: fastbn.batch_renorm_backward(X, X, OF_RENORM, **n).dx,
+    "instance_norm_backward in evaluation": lambda **n: fastbn.instance_norm_backward(X, X, OF_GIVEN, **n).dx,
     "batch_renorm": lambda **n: fastbn.batch_renorm(X, ZERO.copy(), ONE.copy(), **RENORM, **n),
     "instance_norm in evaluation": lambda **n: fastbn.instance_norm(X, ZERO, ONE, use_input_stats=False, **n),
 }  # fmt: skip
