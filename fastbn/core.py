@@ -6,24 +6,25 @@ Who computes a whole call is decided here: the kernel itself, or `composed.Compo
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache, update_wrapper
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from fastbn import dispatch, extremes, memory, threads
-from fastbn.activations import Activation, Epilogue
+from fastbn import activations, dispatch, extremes, memory, parts, threads
+from fastbn.activations import BUILTINS, Activation, Epilogue
 from fastbn.composed import ComposedKernel, deviation, fold, input_gradient, split, update_running
-from fastbn.dtypes import DType, lookup
+from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.floating import default_mode
 from fastbn.kernels.protocol import Affine, Running, Statistics
 from fastbn.layout import Array, View, channel_axis, view
-from fastbn.results import Function, Gradients, Saved, Stats, rounded, variance
+from fastbn.results import Function, Gradients, Saved, SavedParts, Stats, of_rows, rounded, variance
 
 if TYPE_CHECKING:
     from fastbn.kernels.protocol import Calls
 
 _WIDE = np.dtype(np.float64)
+F = TypeVar("F", bound=Callable[..., Any])
 Total = Callable[[Array], Array]  # adds up float64 sums of shape (2, C) over all parts of a batch
 
 
@@ -70,6 +71,19 @@ def parameters(
     return high, low.astype(dtype), *fold(low, invstd, weight, bias, dtype)
 
 
+def _finish_parts(
+    module: Any, arrays: tuple[Array, Array, Array | None], group: int, affine: tuple[Any, Any], eps: float, centered: bool,
+    activation: Function, made: Array,
+) -> None:  # fmt: skip
+    """Compute the parts that a plain call has left: x, y and residual are (batch, outer, channels, inner), `made` is what it found."""
+    x, y, residual = arrays
+    weight, bias = (None if v is None else v.reshape(-1) for v in affine)
+    epilogue = None if residual is None and activation is None else Epilogue(activation, residual)
+    batch, outer, channels, inner = x.shape
+    shape = parts.Shape(batch, outer, channels, inner, group)
+    parts.finish(module, x, y, shape, parts.Norm(weight, bias, eps, centered, made.dtype, 1), parts.Vectors(*made), epilogue)
+
+
 @cache
 def whole_calls(kernel: dispatch.Kernel) -> Calls:
     """What runs a kernel's whole calls: its module, or a composition of the module's operations."""
@@ -77,8 +91,8 @@ def whole_calls(kernel: dispatch.Kernel) -> Calls:
     composed = ComposedKernel(module)
     if hasattr(module, "connect"):
         module.connect(
-            composed=composed, part=extremes.Part, epilogue=Epilogue, axis_of=channel_axis, threads_of=threads.for_call,
-            memory_for=memory.empty_like, small=min(threads.WORTH_THREADS.values()),
+            composed=composed, part=extremes.Part, epilogue=Epilogue, finish_parts=_finish_parts, axis_of=channel_axis,
+            threads_of=threads.for_call, memory_for=memory.empty_like, small=min(threads.WORTH_THREADS.values()),
         )  # fmt: skip
     return module if hasattr(module, "forward") else composed
 
@@ -92,32 +106,42 @@ def calls_of(dtype: DType, activation: Function = None) -> Calls:
     return whole_calls(_kernel(dtype, activation))
 
 
-def doors(x: object, activation: Function = None) -> Any:
-    """The doors for plain arrays like x; None where x is not one, or its kernel has none."""
-    custom = activation is not None and isinstance(activation, Activation)
-    return _doors(x.dtype, dispatch.pinned(), custom) if type(x) is np.ndarray else None
-
-
-@lru_cache(maxsize=64)
-def _doors(dtype: np.dtype[Any], pin: str | None, custom: bool) -> Any:
-    row = lookup(dtype)
-    try:
-        module = None if row is None else whole_calls(dispatch.select(row.storage, custom))
-    except (ValueError, TypeError, RuntimeError):  # of the kernel: the checked way says why, when it has looked at the arguments
-        return None
-    return module if hasattr(module, "plain_forward") else None
-
-
-def _dense(a: Array, v: View) -> Array:
-    """`a` as (outer, channels, inner); a copy where its memory is not dense."""
-    return v.of(a if v.dense else copied(a))
-
-
 def copied(a: Array) -> Array:
     """A dense copy, in the same order of memory."""
     copy = memory.empty_like(a)
     copy[...] = a
     return copy
+
+
+def _direct_calls(x: Array, custom: bool) -> Any:
+    """What takes the direct path for arrays like x; None where nothing does."""
+    row = lookup(x.dtype)
+    try:
+        module: Any = None if row is None else whole_calls(dispatch.select(row.storage, custom))
+    except (ValueError, TypeError, RuntimeError):  # of the kernel: the checked way says why, when it has looked at the arguments
+        return None
+    return module if isinstance(module, _calls.Calls) else getattr(module, "direct_calls", None)
+
+
+try:
+    from fastbn.kernels import _calls
+except ImportError:  # built without a compiler
+    library = None
+else:
+    library = _calls.Library(
+        pin=dispatch.PIN, calls_of=_direct_calls, activations=(BUILTINS, activations.lookup, Activation), copied=copied,
+        results=(Saved, SavedParts, Gradients, of_rows), steps=tuple(DTYPES[name].step for name in _calls.STORAGES),
+    )  # fmt: skip
+
+
+def direct(function: F) -> F:
+    """A public function whose plain calls go from its arguments straight to a kernel, where kernels were compiled."""
+    return function if library is None else cast("F", update_wrapper(_calls.Direct(function, library), function))
+
+
+def _dense(a: Array, v: View) -> Array:
+    """`a` as (outer, channels, inner); a copy where its memory is not dense."""
+    return v.of(a if v.dense else copied(a))
 
 
 def _lies_like_x(a: Array, r: Request) -> bool:
@@ -196,12 +220,11 @@ class Folded:
         self._invstd = default_mode(deviation)(var, eps)
         self._mean, self._weight, self._bias = mean, weight, bias
         self._parameters: dict[np.dtype[Any], tuple[Array, Array, Array]] = {}
-        self._plain: Any = None
-        self._pin: str | None = None  # what was pinned when `_plain` was made
+        self.ready: tuple[Any, object] | None = None  # calls for arrays like the last one, and what was pinned then
 
     def __getstate__(self) -> dict[str, Any]:
         """What is found again when it is needed is no part of the state, and could not be pickled."""
-        return self.__dict__ | {"_parameters": {}, "_plain": None, "_pin": None}
+        return self.__dict__ | {"_parameters": {}, "ready": None}
 
     @property
     @default_mode
@@ -216,13 +239,6 @@ class Folded:
         """Of ``y = x * scale + shift``, in float64."""
         shift: Array = (0.0 if self._bias is None else self._bias) - self._mean * self.scale
         return shift
-
-    def plain(self, x: object, residual: object, out: object) -> Array | None:
-        """Normalize by one call of a kernel a plain array like the last one of `apply`; None where it is not like that."""
-        if self._plain is None or dispatch.pinned() != self._pin:
-            return None
-        y: Array | None = self._plain(x, residual, out)
-        return y
 
     @default_mode
     def parameters(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
@@ -240,8 +256,9 @@ class Folded:
             module = calls_of(r.dtype, r.activation)
             vectors = self.parameters(r.dtype.compute)
             module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, r.team("normalize"), _epilogue(r))
-            if hasattr(module, "prepared"):
-                self._plain, self._pin = module.prepared(*vectors, r.activation, r.x, r.axis), dispatch.pinned()
+            if library is not None and hasattr(module, "prepared"):
+                prepared = module.prepared(*vectors, r.activation, r.x, r.axis)
+                self.ready = None if prepared is None else (prepared, library.pinned())
         return deliver(y, r.out)
 
 

@@ -90,7 +90,7 @@ class Kernel:
         from fastbn.kernels import _calls, _plan
 
         _plan.set_caches(*cpu.caches())
-        return cast("Operations", _calls.Doors(module.KERNELS))
+        return cast("Operations", _calls.Calls(module.KERNELS))
 
 
 TABLE = (
@@ -121,13 +121,13 @@ def _imports_for_packagers() -> None:
     import fastbn.reference  # noqa: F401
 
 
-_pinned: ContextVar[str | None] = ContextVar("fastbn_kernel")  # by `use_kernel`
+PIN: ContextVar[str | None] = ContextVar("fastbn_kernel")  # by `use_kernel`
 _from_environment = settings.kernel
 
 
 def pinned() -> str | None:
     """Name of the pinned kernel: by `use_kernel`, else by FASTBN_KERNEL when fastbn was imported, else None."""
-    return _pinned.get(_from_environment)
+    return PIN.get(_from_environment)
 
 
 def _check(name: str, pin: str = "kernel") -> None:
@@ -163,11 +163,11 @@ def use_kernel(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         _check(name)
-    token = _pinned.set(name)
+    token = PIN.set(name)
     try:
         yield
     finally:
-        _pinned.reset(token)
+        PIN.reset(token)
 
 
 def select(dtype: str, custom: bool = False) -> Kernel:
@@ -199,7 +199,7 @@ def select(dtype: str, custom: bool = False) -> Kernel:
 
 @cache
 def _pin(name: str, dtype: str, custom: bool) -> Kernel:
-    pin = "kernel" if _pinned.get(None) else "FASTBN_KERNEL"
+    pin = "kernel" if PIN.get(None) else "FASTBN_KERNEL"
     _check(name, pin)
     if reason := KERNELS[name].declines(dtype, custom):
         raise RuntimeError(f"{pin} {name!r} is pinned but cannot run: {reason}")

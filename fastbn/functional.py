@@ -15,7 +15,7 @@ from fastbn.core import Request, Total
 from fastbn.dtypes import DTYPES
 from fastbn.kernels.protocol import Running
 from fastbn.layout import Array, LayoutName, view
-from fastbn.results import MADE_ACTIVATION, Gradients, Saved, Stats, of_rows
+from fastbn.results import Gradients, Saved, Stats
 
 ActivationName = Literal["relu", "relu6", "leaky_relu", "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"]
 ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callable[[float], float] | None
@@ -107,6 +107,7 @@ def _forward(
     return core.inference(r, mean, var, w, b, eps), saved
 
 
+@core.direct
 def batch_norm_forward(
     x: Array,
     weight: ArrayLike | None = None,
@@ -204,13 +205,6 @@ def batch_norm_forward(
     >>> fastbn.batch_norm_backward(y, x, saved).dbias
     array([0., 0.])
     """
-    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
-    if mask is None and stats is None and threads is None and (doors := core.doors(x, f)) is not None:
-        kept = core.copied(residual) if f is not None and type(residual) is np.ndarray else None
-        given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
-        found = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, kept)
-        if found is not None:
-            return found[0], Saved.of(found[1])
     r, channels = _request(x, layout, axis, threads, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
     y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
@@ -218,6 +212,7 @@ def batch_norm_forward(
     return y, saved
 
 
+@core.direct
 def batch_norm(
     x: Array,
     running_mean: ArrayLike | None,
@@ -274,17 +269,12 @@ def batch_norm(
     array([[-1., -1.],
            [ 1.,  1.]], dtype=float32)
     """
-    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
-    if mask is None and stats is None and threads is None and (doors := core.doors(x, f)) is not None:
-        given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
-        y: Array | None = doors.plain_forward(x, layout, axis, out, *given, training, f, residual, False)
-        if y is not None:
-            return y
     r, channels = _request(x, layout, axis, threads, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
     return _forward(r, channels, *given, training, stats, out, keep=False)[0]
 
 
+@core.direct
 def batch_norm_backward(
     dy: Array,
     x: Array,
@@ -351,11 +341,6 @@ def batch_norm_backward(
     >>> fastbn.batch_norm_backward(np.array([[1.0], [0.0]]), x, saved, wrt=["weight", "bias"])
     Gradients(dx=None, dweight=array([-1.]), dbias=array([1.]), dresidual=None)
     """
-    made = saved.made if isinstance(saved, Saved) and from_output is False and threads is None else None
-    if made is not None and (doors := core.doors(x, made[MADE_ACTIVATION])) is not None:
-        found = doors.plain_backward(x, dy, made, wrt, out)
-        if found is not None:
-            return tuple.__new__(Gradients, found)  # what Gradients(*found) is, in a third of the time
     return gradients(dy, x, saved, wrt, from_output, threads, out)
 
 
@@ -441,6 +426,7 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
         )
 
 
+@core.direct
 def batch_norm_stats(
     x: Array | Iterable[Array], *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None,
     threads: int | None = None,
@@ -483,10 +469,6 @@ def batch_norm_stats(
     >>> fastbn.batch_norm_stats(x[i : i + 1] for i in range(2))
     Stats(count=2, mean=array([2., 5.]), var=array([1., 0.]))
     """
-    if mask is None and threads is None and (doors := core.doors(x)) is not None:
-        made = doors.plain_stats(x, layout, axis)
-        if made is not None:
-            return of_rows(made[1], made[0])
     # What can turn into an array is meant as one.
     if not isinstance(x, Iterable) or isinstance(x, (str, bytes, bytearray, Mapping)) or hasattr(type(x), "__array__"):
         return core.stats(_request(x, layout, axis, threads, mask=mask)[0])
@@ -512,6 +494,7 @@ def wide_stats(x: Array, layout: LayoutName | None, axis: int | None, mask: Arra
     return core.stats(_request(x, layout, axis, threads, mask=mask)[0], np.dtype(np.float64))
 
 
+@core.direct
 def batch_norm_elemt(
     x: Array,
     mean: ArrayLike,
@@ -552,11 +535,6 @@ def batch_norm_elemt(
     array([[-0.5],
            [ 0.5]])
     """
-    f = None if activation is None or type(x) is not np.ndarray else checks.activation(activation)
-    if threads is None and (doors := core.doors(x, f)) is not None:
-        y: Array | None = doors.plain_inference(x, layout, axis, out, mean, invstd, weight, bias, None, f, residual, False)
-        if y is not None:
-            return y
     r, channels = _request(x, layout, axis, threads, activation, residual)
     compute = r.dtype.compute
     m, scale = checks.precise("mean", mean, channels, compute), checks.precise("invstd", invstd, channels, compute)

@@ -466,6 +466,7 @@ class FrozenBatchNorm(FromOthers):
         where = f"layout={self.layout!r}" if self.axis is None else f"axis={self.axis}"
         return f"{type(self).__name__}({self.num_features} channels, eps={self.eps}, {where}, activation={self.activation!r})"
 
+    @core.direct
     def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None, threads: int | None = None) -> Array:
         """Normalize x.
 
@@ -489,8 +490,6 @@ class FrozenBatchNorm(FromOthers):
         TypeError, ValueError
             As `batch_norm`.
         """
-        if threads is None and (y := self._folded.plain(x, residual, out)) is not None:
-            return y
         array, dtype = checks.array(x)
         axis = channel_axis(self.layout, array.ndim, self.axis)
         if array.shape[axis] != self.num_features:

@@ -6,73 +6,23 @@ They have the names and arguments of ``torch.nn.functional``. `parts` does the w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, core, functional, parts
-from fastbn.activations import Epilogue
 from fastbn.composed import update_running
 from fastbn.dtypes import lookup
 from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
 from fastbn.norm_calls import OF_ROWS, Call, on_backward, on_channels, on_rows, row_vector, targets
-from fastbn.results import Function, Gradients, Saved
-
-
-@dataclass(frozen=True, eq=False)
-class SavedParts:
-    """What a forward over parts of images keeps for its backward. It is equal to nothing but itself.
-
-    Attributes
-    ----------
-    kind : str
-        Of the normalization: "instance_norm", "group_norm", "layer_norm" or "rms_norm".
-    shape, dtype
-        Of the forward's x.
-    axis : int
-        Of the channels; of a row, the first of its axes.
-    group : int
-        Channels that share statistics.
-    mean, invstd : ndarray of shape (batch, parts)
-        The statistics: the mean, and one over the deviation.
-    mean_lo : ndarray of shape (batch, parts)
-        What `mean` rounds away.
-    weight, bias : ndarray or None
-        Copies, one number for each channel.
-    activation : Builtin, Activation or None
-    residual : ndarray of the shape of x, or None
-        A copy, where the activation's derivative needs it.
-    has_residual : bool
-        Whether the forward added a residual.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    axis: int
-    group: int
-    mean: Array
-    mean_lo: Array
-    invstd: Array
-    weight: Array | None
-    bias: Array | None
-    activation: Function
-    residual: Array | None
-    has_residual: bool
-
-
-def _doors(x: object, threads: object) -> Any:
-    """The doors for plain arrays like x; None where there are none for parts, or a call says how many threads it has."""
-    doors = core.doors(x) if threads is None else None
-    return doors if hasattr(doors, "plain_parts_forward") else None
+from fastbn.results import Gradients, Saved, SavedParts
 
 
 class _Given(NamedTuple):
-    """A call as a user gives it, for the door of plain arrays.
+    """A call as a user gives it.
 
     Attributes
     ----------
@@ -90,44 +40,6 @@ class _Given(NamedTuple):
     residual: Any
     threads: Any
     out: Any
-
-    def forward(self, keep: bool) -> tuple[Array, SavedParts | None] | None:
-        """Run it by the door; None where anything is unusual."""
-        doors = _doors(self.x, self.threads)
-        if doors is None:
-            return None
-        f = None if self.activation is None else checks.activation(self.activation)
-        kept = core.copied(self.residual) if keep and f is not None and type(self.residual) is np.ndarray else None
-        given = (self.weight, self.bias, self.eps)
-        done = doors.plain_parts_forward(self.kind, self.x, self.divided, self.out, given, f, self.residual)
-        if done is None:
-            return None
-        y, made, axis, group, left = done
-        if left:
-            self._finish(doors, y, parts.Vectors(*made))
-        if not keep:
-            return y, None
-        weight, bias = self.weight, self.bias
-        saved = object.__new__(SavedParts)  # setting the fields of a frozen one by one takes as long as a small call
-        saved.__dict__.update(
-            kind=self.kind, shape=self.x.shape, dtype=self.x.dtype, axis=axis, group=group, mean=made[0], mean_lo=made[1], invstd=made[2],
-            weight=None if weight is None else weight.flatten(), bias=None if bias is None else bias.flatten(),
-            activation=f, residual=kept, has_residual=self.residual is not None,
-        )  # fmt: skip
-        return y, saved
-
-    def _finish(self, module: Any, y: Array, found: parts.Vectors) -> None:
-        """Compute the parts that the kernel has left."""
-        options = self.activation, self.residual, None, None
-        if self.kind in OF_ROWS:
-            call = on_rows(self.kind, self.x, self.divided, *options)[0]
-        else:
-            call = on_channels(self.kind, self.x, self.divided, *options)[0]
-        weight, bias = (None if v is None else v.reshape(-1) for v in (self.weight, self.bias))
-        norm = parts.Norm(weight, bias, self.eps, self.kind != "rms_norm", call.dtype.compute, 1)
-        residual = None if self.residual is None else call.dense(self.residual)
-        epilogue = None if residual is None and call.activation is None else Epilogue(call.activation, residual)
-        parts.finish(module, call.dense(self.x), call.dense(y), call.shape, norm, found, epilogue)
 
 
 def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: object) -> tuple[Array, SavedParts | None]:
@@ -157,16 +69,6 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
     if not isinstance(saved, SavedParts) or not isinstance(saved.kind, str) or saved.kind != kind:
         got = f"one of {checks.short(saved.kind, str(saved.kind))}" if isinstance(saved, SavedParts) else type(saved).__name__
         raise TypeError(f"saved must be what {kind}_forward returned, got {got}")
-    whole = saved.residual is not None or saved.activation is None or not saved.has_residual
-    if whole and (doors := _doors(x, threads)) is not None:
-        vectors = saved.mean, saved.mean_lo, saved.invstd, saved.weight, saved.bias
-        how = saved.shape, saved.dtype, saved.axis, saved.group, saved.activation, saved.residual, saved.has_residual
-        try:
-            found = doors.plain_parts_backward(kind, x, dy, vectors, how, wrt, out)
-        except (AttributeError, OverflowError, TypeError, ValueError):
-            found = None  # what was saved has been changed, and the checked way says how
-        if found is not None:
-            return Gradients(*found)
     wanted = checks.names("wrt", wrt, GRADIENTS)
     call, given, target = on_backward(kind, dy, x, saved, wanted, out, threads, saved.group)
     shape, compute = call.shape, call.dtype.compute
@@ -202,6 +104,7 @@ def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...]
     return core.only(wanted, dx, dweight, dbias, dresidual)
 
 
+@core.direct
 def instance_norm_forward(
     x: Array,
     running_mean: ArrayLike | None = None,
@@ -254,18 +157,8 @@ def instance_norm_forward(
     return y, saved
 
 
-def _instance_norm(
-    given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
-) -> tuple[Array, SavedParts | Saved | None]:
-    if running[0] is None and running[1] is None and use_input_stats is True and type(momentum) is float:
-        done = given.forward(keep)
-        if done is not None:
-            return done
-    return _checked_instance_norm(given, running, use_input_stats, momentum, keep)
-
-
 @default_mode
-def _checked_instance_norm(
+def _instance_norm(
     given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
 ) -> tuple[Array, SavedParts | Saved | None]:
     """Check, run, and move the running statistics."""
@@ -298,6 +191,7 @@ def _checked_instance_norm(
     return y, saved
 
 
+@core.direct
 def instance_norm(
     x: Array,
     running_mean: ArrayLike | None = None,
@@ -364,6 +258,7 @@ def instance_norm(
     return _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, False)[0]
 
 
+@core.direct
 def instance_norm_backward(
     dy: Array, x: Array, saved: SavedParts | Saved, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
 ) -> Gradients:
@@ -406,6 +301,7 @@ def instance_norm_backward(
     return _backward("instance_norm", dy, x, saved, wrt, out, threads)
 
 
+@core.direct
 def group_norm_forward(
     x: Array,
     num_groups: int,
@@ -454,8 +350,6 @@ def group_norm_forward(
 def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
     if given.divided[0] is None:
         raise TypeError("num_groups must be an int, got None")
-    if (done := given.forward(keep)) is not None:
-        return done
     kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
     call, channels = on_channels(kind, x, divided, activation, residual, out, threads)
     w, b = (checks.optional(name, v, channels, call.dtype.compute) for name, v in (("weight", weight), ("bias", bias)))
@@ -465,6 +359,7 @@ def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
     return _forward(call, norm, keep, weight, bias)
 
 
+@core.direct
 def group_norm(
     x: Array,
     num_groups: int,
@@ -521,6 +416,7 @@ def group_norm(
     return _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), False)[0]
 
 
+@core.direct
 def group_norm_backward(
     dy: Array, x: Array, saved: SavedParts, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
 ) -> Gradients:
@@ -551,6 +447,7 @@ def group_norm_backward(
     return _backward("group_norm", dy, x, saved, wrt, out, threads)
 
 
+@core.direct
 def layer_norm_forward(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -595,8 +492,6 @@ def layer_norm_forward(
 
 
 def _layer_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
-    if (done := given.forward(keep)) is not None:
-        return done
     kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out = given
     call, shape = on_rows(kind, x, normalized_shape, activation, residual, out, threads)
     compute = call.dtype.compute
@@ -605,6 +500,7 @@ def _layer_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
     return _forward(call, norm, keep, weight, bias)
 
 
+@core.direct
 def layer_norm(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -660,6 +556,7 @@ def layer_norm(
     return _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), False)[0]
 
 
+@core.direct
 def layer_norm_backward(
     dy: Array, x: Array, saved: SavedParts, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
 ) -> Gradients:
@@ -697,6 +594,7 @@ def _eps(eps: Any, x: object) -> Any:
     return eps if row is None else row.step
 
 
+@core.direct
 def rms_norm_forward(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -740,6 +638,7 @@ def rms_norm_forward(
     return y, saved
 
 
+@core.direct
 def rms_norm(
     x: Array,
     normalized_shape: int | Sequence[int],
@@ -790,6 +689,7 @@ def rms_norm(
     return _layer_norm(_Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out), False)[0]
 
 
+@core.direct
 def rms_norm_backward(
     dy: Array, x: Array, saved: SavedParts, *, wrt: Sequence[str] = ("x", "weight"), threads: int | None = None, out: Array | None = None
 ) -> Gradients:
@@ -823,5 +723,3 @@ def rms_norm_backward(
     if "bias" in checks.names("wrt", wrt, GRADIENTS):
         raise ValueError("wrt names 'bias', but rms_norm has none")
     return _backward("rms_norm", dy, x, saved, wrt, out, threads)
-
-

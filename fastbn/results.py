@@ -449,7 +449,6 @@ def _sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 _VECTORS = ("mean", "mean_lo", "invstd", "scale", "shift")
 _OTHERS = ("count", "training", "shape", "dtype", "axis", "activation", "residual", "has_residual")
-MADE_ACTIVATION = 1 + _OTHERS.index("activation")  # where it is in what a plain call has made
 
 
 @dataclass(frozen=True, eq=False)
@@ -493,14 +492,8 @@ class Saved:
     activation: Function
     residual: Array | None
     has_residual: bool
-    made: ClassVar[tuple[Any, ...] | None] = None  # what a plain call has made; None where the fields are from elsewhere
-
-    @classmethod
-    def of(cls, made: tuple[Any, ...]) -> Saved:
-        """One from what a plain call has made. It is taken apart when it is looked at, which takes longer than a small call."""
-        saved = object.__new__(cls)
-        saved.__dict__["made"] = made
-        return saved
+    # What a plain call has made, which is taken apart when it is looked at; None where the fields are from elsewhere.
+    made: ClassVar[tuple[Any, ...] | None] = None
 
     def __getattr__(self, name: str) -> Any:
         made = self.made
@@ -518,6 +511,48 @@ class Saved:
     def invertible(self) -> bool:
         """Whether the input of the forward can be had from its output."""
         return not self.has_residual and (self.activation is None or self.activation.invertible)
+
+
+@dataclass(frozen=True, eq=False)
+class SavedParts:
+    """What a forward over parts of images keeps for its backward. It is equal to nothing but itself.
+
+    Attributes
+    ----------
+    kind : str
+        Of the normalization: "instance_norm", "group_norm", "layer_norm" or "rms_norm".
+    shape, dtype
+        Of the forward's x.
+    axis : int
+        Of the channels; of a row, the first of its axes.
+    group : int
+        Channels that share statistics.
+    mean, invstd : ndarray of shape (batch, parts)
+        The statistics: the mean, and one over the deviation.
+    mean_lo : ndarray of shape (batch, parts)
+        What `mean` rounds away.
+    weight, bias : ndarray or None
+        Copies, one number for each channel.
+    activation : Builtin, Activation or None
+    residual : ndarray of the shape of x, or None
+        A copy, where the activation's derivative needs it.
+    has_residual : bool
+        Whether the forward added a residual.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    axis: int
+    group: int
+    mean: Array
+    mean_lo: Array
+    invstd: Array
+    weight: Array | None
+    bias: Array | None
+    activation: Function
+    residual: Array | None
+    has_residual: bool
 
 
 class Gradients(NamedTuple):

@@ -102,13 +102,6 @@ MUTANTS = [
     Mutant("composed.py", "shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)", "shift - mean_lo * scale", SURVIVORS),
     Mutant("core.py", '"x" in wanted or ("residual" in wanted and active) else None', '"x" in wanted else None', SURVIVORS),
     Mutant("core.py", "if compute not in self._parameters:", "if not self._parameters:", SURVIVORS),
-    Mutant("core.py", "if self._plain is None or dispatch.pinned() != self._pin:", "if self._plain is None:", SURVIVORS),
-    Mutant(
-        "core.py",
-        "return _doors(x.dtype, dispatch.pinned(), custom)",
-        "return _doors(x.dtype, None, custom)",
-        SURVIVORS,
-    ),
     Mutant("core.py", "None if low is None else (low * saved.scale).astype(dtype)", "None", SURVIVORS),
     Mutant("core.py", "            old[...] = moved", "            pass", "test_functional.py"),
     Mutant("core.py", "count = r.x.size // max(r.x.shape[r.axis], 1)", "count = r.x.size", SURVIVORS),
@@ -147,7 +140,7 @@ MUTANTS = [
     Mutant("memory.py", "return min((limit for limit in limits", "return max((limit for limit in limits", "test_memory.py"),
     Mutant("memory.py", "room = limit() - size - sum(", "room = limit() - size - 0 * sum(", "test_memory.py"),
     Mutant("dtypes.py", "DTYPES.get(dtype.name) if dtype.isnative else None", "DTYPES.get(dtype.name)", "test_errors.py"),
-    Mutant("dispatch.py", "return _pinned.get(_from_environment)", "return _from_environment or _pinned.get(None)", "test_dispatch.py"),
+    Mutant("dispatch.py", "return PIN.get(_from_environment)", "return _from_environment or PIN.get(None)", "test_dispatch.py"),
 ]
 # Each means a rebuild. The tests that kill them belong to the kernels' own files.
 NATIVE = [
@@ -155,6 +148,8 @@ NATIVE = [
         Mutant("kernels/plain.pxi", f"and is_apart_or_all(out, {name})", "", "test_errors.py test_survivors.py")
         for name in ("x", "other", "residual")
     ),
+    Mutant("kernels/direct.pxi", " if pin is self.library.pinned() else None", "", SURVIVORS),
+    Mutant("kernels/direct.pxi", "        pin = self.pinned()\n", "        pin = None\n", SURVIVORS),
     Mutant("kernels/simd/block.hpp", "(z.r[i] >= 6)", "(z.r[i] > 6)", "test_activations.py"),
     Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", SURVIVORS),
     Mutant("kernels/simd/run.pxi", "            take_back(job)\n", "            pass\n", "test_extremes.py"),

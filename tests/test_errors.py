@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from truth import same_bits
+from ways import pinned_by_environment
 
 import fastbn
-from fastbn import dispatch
 
 pytestmark = pytest.mark.usefixtures("kernel")
 
@@ -391,10 +391,9 @@ def test_a_failed_load_loads_nothing(key: str, wrong: Any) -> None:
         np.testing.assert_array_equal(value, state[name] - 1)
 
 
-def test_the_kernel_is_checked_before_anything_is_modified(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_from_environment", "simd_v9")
+def test_the_kernel_is_checked_before_anything_is_modified() -> None:
     mean, x = ZEROS.copy(), X.copy()
-    with pytest.raises(ValueError, match=r"FASTBN_KERNEL must be one of .*, got 'simd_v9'"):
+    with pinned_by_environment("simd_v9"), pytest.raises(ValueError, match=r"FASTBN_KERNEL must be one of .*, got 'simd_v9'"):
         Context().run(fastbn.batch_norm, x, mean, None, training=True, out=x)  # outside of the fixture's pin
     same_bits(mean, ZEROS)
     same_bits(x, X)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
+import inspect
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from truth import of_whole_calls
+from ways import DIRECT, is_direct, pinned_by_environment, take_the_checked_way
 
 import fastbn
 from fastbn import core, reference
@@ -32,7 +37,7 @@ def names(kernel: Kernel) -> set[str]:
 @needs_simd
 def test_all_modules_export_the_same_names() -> None:
     assert len({frozenset(names(kernel)) for kernel in MODULES}) == 1
-    assert {*OPERATIONS, "inference", "forward", "backward", "connect", "plain_forward"} <= names(MODULES[0])
+    assert {*OPERATIONS, "inference", "forward", "backward", "connect", "prepared"} <= names(MODULES[0])
     assert all(hasattr(reference, operation) for operation in OPERATIONS)
 
 
@@ -75,7 +80,7 @@ def test_plain_calls_equal_checked_ones(
         return [np.asarray(a).tobytes() for a in found]
 
     plain = step()
-    monkeypatch.setattr(core, "doors", lambda *_: None)
+    take_the_checked_way(monkeypatch)
     assert step() == plain
 
 
@@ -83,25 +88,25 @@ def test_a_pin_chooses_whose_door_a_plain_array_takes(kernel: Kernel, monkeypatc
     """A pinned kernel is not ten times slower than one that was chosen."""
     x, v = np.ones((4, 3), np.float32), np.ones(3, np.float32)
     calls, frozen = core.whole_calls(kernel), fastbn.FrozenBatchNorm(v, v)
-    assert core.doors(x) is (calls if hasattr(calls, "plain_forward") else None)
+    has_door = core.library is not None and (kernel in MODULES or hasattr(calls, "direct_calls"))
+    assert is_direct(fastbn.batch_norm_forward, x) == has_door
     with fastbn.use_kernel("reference"):
-        assert core.doors(x) is None
+        assert not is_direct(fastbn.batch_norm_forward, x)
         frozen(x)
     assert np.array_equal(frozen(x), fastbn.batch_norm(x, v, v))
-    if hasattr(calls, "plain_forward"):
+    if has_door:
         monkeypatch.setattr(core, "calls_of", lambda *_: pytest.fail("the longer way was taken"))
         frozen(x)
         fastbn.batch_norm_forward(x)
 
 
-def test_a_pinned_kernel_that_cannot_run_is_named_after_the_arguments_were_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastbn.dispatch, "_from_environment", "simd_v9")
+def test_a_pinned_kernel_that_cannot_run_is_named_after_the_arguments_were_checked() -> None:
     x = np.ones((4, 3), np.float32)
-    assert core.doors(x) is None
-    with pytest.raises(ValueError, match="eps"):
-        fastbn.batch_norm_forward(x, eps=-1.0)
-    with pytest.raises(ValueError, match="FASTBN_KERNEL must be one of"):
-        fastbn.batch_norm_forward(x)
+    with pinned_by_environment("simd_v9"):
+        with pytest.raises(ValueError, match="eps"):
+            fastbn.batch_norm_forward(x, eps=-1.0)
+        with pytest.raises(ValueError, match="FASTBN_KERNEL must be one of"):
+            fastbn.batch_norm_forward(x)
 
 
 PLAIN_ACTIVATIONS = [None, "relu", ("leaky_relu", 0.3), "hardswish", "silu", "gelu"]
@@ -119,9 +124,7 @@ def test_plain_calls_equal_checked_ones_in_any_memory_order(
     dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if name == "bfloat16" else name)
     rng = np.random.default_rng(0)
     shape = (3, 5, 4, 6)
-    x, dy, r = (
-        np.ascontiguousarray(rng.normal(1, 3, shape).transpose(order)).astype(dtype).transpose(np.argsort(order)) for _ in range(3)
-    )
+    x, dy, r = (np.ascontiguousarray(rng.normal(1, 3, shape).transpose(order)).astype(dtype).transpose(np.argsort(order)) for _ in range(3))
     compute = np.float64 if dtype == np.float64 else np.float32
     w, b, m, v = (rng.uniform(0.5, 2, 5).astype(compute) for _ in range(4))
     after = {"activation": activation, "residual": r if residual else None}
@@ -145,59 +148,94 @@ def test_plain_calls_equal_checked_ones_in_any_memory_order(
         return [np.asarray(a).tobytes() for a in (*found, frozen(x, after["residual"]), frozen(x, after["residual"]))]
 
     with monkeypatch.context() as patch:
-        patch.setattr(core, "doors", lambda *_: None)
-        patch.setattr(core.Folded, "plain", lambda *_: None)
+        take_the_checked_way(patch)
         checked = step()
     monkeypatch.setattr(fastbn.functional, "_request", None)
     assert step() == checked
 
 
-def plain_inference(x: Any, mean: Any, spread: Any, out: Any = None, axis: Any = None, eps: Any = 1e-5) -> Any:
-    return core.whole_calls(MODULES[0]).plain_inference(x, None, axis, out, mean, spread, None, None, eps, None, None, False)
+def infers_directly(x: Any, mean: Any, var: Any, out: Any = None, axis: Any = None, eps: Any = 1e-5) -> bool:
+    return is_direct(fastbn.batch_norm, x, mean, var, eps=eps, axis=axis, out=out)
 
 
-def plain_forward(
-    kernel: Kernel, x: Any, weight: Any, running: tuple[Any, Any], momentum: Any, correction: Any = 1, eps: Any = 1e-5
-) -> Any:
-    given = (weight, None, *running), (momentum, correction, eps)
-    return core.whole_calls(kernel).plain_forward(x, None, None, None, *given, True, None, None, None)
+def trains_directly(x: Any, weight: Any, running: tuple[Any, Any], momentum: Any, correction: Any = 1, eps: Any = 1e-5) -> bool:
+    numbers = {"momentum": momentum, "correction": correction, "eps": eps}
+    return is_direct(fastbn.batch_norm_forward, x, weight, None, *running, **numbers)
 
 
-def plain_backward(x: Any, dy: Any, vectors: Any, count: int = 8) -> Any:
-    made = vectors, count, True, x.shape, x.dtype, 1, None, None, False
-    return core.whole_calls(MODULES[0]).plain_backward(x, dy, made, ("x", "weight", "bias"), None)
+def goes_back_directly(x: Any, dy: Any, vectors: Any, count: int = 8) -> bool:
+    saved = fastbn.batch_norm_forward(x)[1]
+    saved.__dict__["made"] = vectors, count, True, x.shape, x.dtype, 1, None, None, False
+    return is_direct(fastbn.batch_norm_backward, dy, x, saved)
 
 
 @needs_simd
 def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
     x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
-    vectors, kernel, none = np.ones((5, 3), np.float32), MODULES[0], (None, None)
-    assert plain_inference(x, w, w) is not None
-    assert plain_inference(np.asfortranarray(x), w, w) is not None
+    vectors, none = np.ones((5, 3), np.float32), (None, None)
+    assert infers_directly(x, w, w)
+    assert infers_directly(np.asfortranarray(x), w, w)
     for a in (x[:, :, ::2], x[:0], x.view(np.recarray), x[:, :, ::-1], np.broadcast_to(x[:1], x.shape), [1.0]):
-        assert plain_inference(a, w, w) is None
+        assert not infers_directly(a, w, w)
     for v in (None, [1.0] * 3, w.astype(np.float64), np.ones(4, np.float32), np.ones(6, np.float32)[::2], np.ones((1, 3), np.float32)):
-        assert plain_inference(x, v, w) is None
-        assert plain_inference(x, w, v) is None
-        assert v is None or plain_forward(kernel, x, v, none, 0.1) is None
+        assert not infers_directly(x, v, w)
+        assert not infers_directly(x, w, v)
+        assert v is None or not trains_directly(x, v, none, 0.1)
     locked = x.copy()
     locked.flags.writeable = False
     both = np.ones(25, np.float32)
     shifted = both[1:].reshape(2, 3, 4)
     for out in (locked, x[:1], np.ones((2, 3, 4)), shifted, np.asfortranarray(x)):
-        assert plain_inference(both[:24].reshape(2, 3, 4), w, w, out) is None
-    assert plain_inference(x, w, w, eps=1) is None
-    assert plain_forward(kernel, x, None, none, 1) is None
-    assert plain_forward(kernel, x[:1, :, :1].copy(), None, none, 0.1) is None
+        assert not infers_directly(both[:24].reshape(2, 3, 4), w, w, out)
+    assert not infers_directly(x, w, w, eps=1)
+    assert is_direct(fastbn.batch_norm, x, w, w, threads=3)
+    assert is_direct(fastbn.batch_norm_forward, x, threads=1)
+    assert is_direct(fastbn.batch_norm_backward, x, x, fastbn.batch_norm_forward(x)[1], threads=2)
+    assert is_direct(fastbn.batch_norm_stats, x, threads=2)
+    assert trains_directly(x, None, none, 0.1)
+    assert not trains_directly(x, None, none, 1)
+    assert not trains_directly(x[:1, :, :1].copy(), None, none, 0.1)
     fixed = w.copy()
     fixed.flags.writeable = False
-    assert plain_forward(kernel, x, None, (fixed, None), 0.1) is None
+    assert not trains_directly(x, None, (fixed, None), 0.1)
     for shared in ((w, w), (x[0, 0, :3], None), (None, w)):
-        assert plain_forward(kernel, x, w, shared, 0.1) is None
-    assert plain_backward(x, x, vectors) is not None
-    assert plain_backward(x, x, vectors, 7) is None
+        assert not trains_directly(x, w, shared, 0.1)
+    assert goes_back_directly(x, x, vectors)
+    assert not goes_back_directly(x, x, vectors, 7)
     for dy in (None, x[:1], np.asfortranarray(x), x.astype(np.float64)):
-        assert plain_backward(x, dy, vectors) is None
+        assert not goes_back_directly(x, dy, vectors)
+
+
+@needs_simd
+def test_a_direct_call_is_the_function_behind_it() -> None:
+    """To whoever looks: by its name, signature, documentation, as a method, in a pickle and in a copy."""
+    for name in DIRECT:
+        function = getattr(fastbn, name)
+        behind = function.__wrapped__
+        assert (function.__name__, function.__qualname__, function.__module__) == (name, name, behind.__module__)
+        assert function.__doc__ == behind.__doc__
+        assert inspect.signature(function) == inspect.signature(behind)
+        assert inspect.isroutine(function)
+        assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function  # noqa: S301
+        assert name in repr(function)
+    bound = type("Layer", (), {"call": fastbn.batch_norm_stats})()
+    with pytest.raises(TypeError, match="Layer"):
+        bound.call()
+
+
+@needs_simd
+def test_a_direct_call_takes_arguments_as_python_does() -> None:
+    x, v = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(3, np.float32)
+    want = fastbn.batch_norm(x, v, v, v, v, False, 0.1, 1e-5)
+    names = {"running_mean": v, "running_var": v, "".join(["wei", "ght"]): v, "bias": v, "x": x}
+    assert np.array_equal(fastbn.batch_norm(**names), want)
+    assert np.array_equal(functools.partial(fastbn.batch_norm, running_var=v, running_mean=v)(x, weight=v, bias=v), want)
+    for args, kwargs, said in (
+        ((), {}, "missing 3 required"), ((x,), {}, "missing 2 required"), ((x, v), {"x": x}, "multiple values"),
+        ((x, v, v), {"training": False, "gamma": v}, "unexpected keyword"), ((x, *[v] * 8), {}, "takes from 3 to 8"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=said):
+            fastbn.batch_norm(*args, **kwargs)
 
 
 @needs_simd
@@ -374,9 +412,9 @@ def test_plain_calls_leave_wrong_vectors_to_others() -> None:
     x, w = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32), np.ones(3, np.float32)
     vectors = np.ones((5, 3), np.float32)
     for wrong in (vectors[:4], vectors[:, :2], vectors.astype(">f4"), vectors.astype(float), np.ones((10, 3), np.float32)[::2], w):
-        assert plain_backward(x, x, wrong) is None
-    assert plain_inference(_unaligned(x), w, w) is None
-    assert plain_forward(MODULES[0], x, _unaligned(w), (None, None), 0.1) is None
+        assert not goes_back_directly(x, x, wrong)
+    assert not infers_directly(_unaligned(x), w, w)
+    assert not trains_directly(x, _unaligned(w), (None, None), 0.1)
     y, saved = fastbn.batch_norm_forward(x)
     for name in ("mean", "invstd", "scale"):
         with pytest.raises((TypeError, ValueError)):
@@ -409,7 +447,8 @@ def test_running_statistics_in_double_keep_their_digits(kernel: Kernel, plain: b
         batch = mean, var * 42 / (42 - correction)
         want = [0.75 * r.astype(np.float64) + 0.25 * b for r, b in zip(running, batch, strict=True)]
         if plain:
-            assert plain_forward(kernel, x, None, running, 0.25, correction) is not None
+            with fastbn.use_kernel(kernel.name):
+                assert trains_directly(x, None, running, 0.25, correction)
         else:
             module.forward(x, np.empty_like(x), Affine(), 1e-5, Running(*running, 0.25, correction), compute, 1)
         for r, truth in zip(running, want, strict=True):
@@ -420,8 +459,9 @@ def test_running_statistics_in_double_keep_their_digits(kernel: Kernel, plain: b
 @needs_simd
 def test_one_value_per_channel_is_enough_without_a_correction() -> None:
     x, var = np.array([[1.0, 2.0]]), np.ones(2)
-    assert plain_forward(MODULES[0], x, None, (None, var), 0.5, 1) is None
-    y, *_ = plain_forward(MODULES[0], x, None, (None, var), 0.5, 0)
+    assert not trains_directly(x, None, (None, var), 0.5, 1)
+    assert trains_directly(x, None, (None, var.copy()), 0.5, 0)
+    y, _ = fastbn.batch_norm_forward(x, running_var=var, momentum=0.5, correction=0)
     np.testing.assert_array_equal(y, [[0, 0]])
     np.testing.assert_array_equal(var, [0.5, 0.5])
 
@@ -430,7 +470,7 @@ def test_one_value_per_channel_is_enough_without_a_correction() -> None:
 def test_a_prepared_call_checks_its_sample() -> None:
     doors = core.whole_calls(MODULES[0])
     w, x = np.ones(3, np.float32), np.ones((2, 3, 4), np.float32)
-    assert doors.prepared(w, w, w, None, x, 1)(x, None, None) is not None
+    assert doors.prepared(w, w, w, None, x, 1) is not None
     for wrong in ((None, w, w, None, x, 1), (w, None, w, None, x, 1), (w, w, w[:2], None, x, 1), (w, w, w, None, None, 1),
                   (w, w, w, None, x, -1), (w, w, w, None, x, 7), (w, w, w, None, w, 0), (w, w, w, "relu", x, 1)):  # fmt: skip
         with pytest.raises((TypeError, ValueError)):
@@ -456,22 +496,23 @@ def test_whole_calls_run_in_the_default_floating_point_mode(kernel: Kernel, mode
         sums = module.backward(x, x, dx, kept, saved[3], threads)
         found = [y, *saved, *running, *sums, dx, *module.stats(x, threads), *module.backward(x, x, None, kept, None, threads)]
         running = [small.copy(), third.copy()]
-        y, made = plain_forward(kernel, x, one, tuple(running), 0.1, eps=eps)
-        gradients = module.plain_backward(x, x, made, ("x", "weight", "bias"), None)
-        found += [y, made[0], *running, *(gradients or ())[:3]]  # None where invstd is far from 1
-        found += [module.plain_inference(x, None, None, None, *saved[:2], one, one, eps, None, None, False)]
+        y, own = fastbn.batch_norm_forward(x, one, None, *running, momentum=0.1, eps=eps)
+        found += [y, own.mean, own.mean_lo, own.invstd, own.scale, own.shift, *running, *fastbn.batch_norm_backward(x, x, own)[:3]]
+        found += [fastbn.batch_norm(x, *saved[:2], one, one, eps=eps)]
         # A NaN's sign is that of the operand which the compiler puts first, and has no meaning.
         return [np.where(np.isnan(a), np.nan, a).tobytes() for a in found]
 
     for size, eps in ((1.0, 1e-5), (1e-39, 0.0), (1e-39, 1e-5)):
         for shape in ((6, 32, 25), (150, 32, 1)):
             x = (r.normal(3, 2, shape) * size).astype(np.float32)
-            want, environment = step(x, eps), FloatEnvironment()
+            with fastbn.use_kernel(kernel.name):
+                want, environment = step(x, eps), FloatEnvironment()
             try:
                 MODES[mode](environment)
                 before = pool.set_float_mode()
                 pool.set_float_mode(before)
-                found = step(x, eps)
+                with fastbn.use_kernel(kernel.name):
+                    found = step(x, eps)
                 after = pool.set_float_mode(before)
             finally:
                 environment.restore()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 import weakref
@@ -12,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ways import is_direct, take_the_checked_way
 
 import fastbn
-from fastbn import core, functional, reference
+from fastbn import functional, reference
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -248,8 +250,10 @@ def test_a_part_at_the_end_of_the_range_changes_no_bit_of_others(norm: str, last
 
 @pytest.mark.parametrize(("norm", "shape", "last"), CASES)
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_plain_calls_equal_checked_ones(norm: str, shape: tuple[int, ...], last: bool, activation: str | None) -> None:
-    """With a number of threads all is checked; without, plain arrays take a shorter way."""
+def test_plain_calls_equal_checked_ones(
+    norm: str, shape: tuple[int, ...], last: bool, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With any number of threads."""
     x, dy, residual = (_random(shape, "float32", seed=s) for s in range(3))
     if last:
         x, dy, residual = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy, residual))
@@ -268,40 +272,59 @@ def test_plain_calls_equal_checked_ones(norm: str, shape: tuple[int, ...], last:
 
     for arrays in (_affine(norm, weight, bias), ()):
         for place in (None, "x", "residual", "dy"):
-            for a, b in zip(call(None, arrays, place), call(1, arrays, place), strict=True):
-                np.testing.assert_array_equal(a, b)
-                assert (a.shape, a.dtype, a.strides) == (b.shape, b.dtype, b.strides)
-
-
-def _plain(norm: str, x: Any, divided: Any, out: Any = None, vectors: tuple[Any, Any] = (None, None), eps: Any = 1e-5) -> Any:
-    """What the door for plain arrays makes of a call: None where it leaves it to the checked way."""
-    return core.doors(np.zeros(1, "f")).plain_parts_forward(norm, x, divided, out, (*vectors, eps), None, None)
+            with monkeypatch.context() as patch:
+                take_the_checked_way(patch)
+                checked = call(None, arrays, place)
+            for threads in (None, 1, 3):
+                for a, b in zip(call(threads, arrays, place), checked, strict=True):
+                    np.testing.assert_array_equal(a, b)
+                    assert (a.shape, a.dtype, a.strides) == (b.shape, b.dtype, b.strides)
 
 
 @pytest.mark.skipif(not fastbn.dispatch.select("float32").name.startswith("simd"), reason="only SIMD kernels have a door for parts")
 def test_the_door_for_plain_arrays_leaves_others_to_the_checked_way() -> None:
     x, images = np.ones((4, 6), "f"), np.ones((2, 6, 4), "f")
     w = np.ones(6, "f")
-    assert _plain("layer_norm", x, 6) is not None
-    assert _plain("layer_norm", images, (6, 4), None, (np.ones((6, 4), "f"), None)) is not None
-    assert _plain("group_norm", images, (3, None, None), None, (w, w)) is not None
+    norm, group = functools.partial(is_direct, fastbn.layer_norm), functools.partial(is_direct, fastbn.group_norm)
+    assert norm(x, 6)
+    assert norm(images, (6, 4), np.ones((6, 4), "f"))
+    assert group(images, 3, w, w)
     for divided in (5, True, (4, 7), (), [[6]], "6", None, (2, 4, 6), np.int64(6)):
-        assert _plain("layer_norm", x, divided) is None
-    for divided in ((4, None, None), (0, None, None), (-1, None, None), (True, None, None), (2.0, None, None), (2, None, 0)):
-        assert _plain("group_norm", images, divided) is None
+        assert not norm(x, divided)
+    for groups in (4, 0, -1, True, 2.0, None):
+        assert not group(images, groups)
+    assert not group(images, 2, axis=0)
     for a in (np.ones((4, 12), "f")[:, ::2], np.asfortranarray(x), x[:0], x.view(np.matrix), x.astype(">f4"), [[1.0, 2.0]], x[0]):
-        assert _plain("layer_norm", a, 6) is None
+        assert not norm(a, 6)
     fixed = np.empty_like(x)
     fixed.flags.writeable = False
     both = np.ones((5, 6), "f")
     for out in (fixed, both[1:, :4], np.empty((6, 4), "f"), np.empty((4, 6))):
-        assert _plain("layer_norm", x, 6, out) is None
-    assert _plain("layer_norm", both[:4], 6, both[1:]) is None
-    assert _plain("layer_norm", x, 6, x, (x[0], None)) is None
+        assert not norm(x, 6, out=out)
+    assert not norm(both[:4], 6, out=both[1:])
+    assert not norm(x, 6, x[0], out=x)
     for v in (w[:5], w.astype(float), np.ones((1, 6), "f"), [1.0] * 6, np.ones(12, "f")[::2]):
-        assert _plain("layer_norm", x, 6, None, (v, None)) is None
+        assert not norm(x, 6, v)
     for eps in (-1.0, 1, None, float("nan"), float("inf")):
-        assert _plain("layer_norm", x, 6, eps=eps) is None
+        assert not norm(x, 6, eps=eps)
+    assert is_direct(fastbn.rms_norm, x, 6, eps=None)
+
+
+@pytest.mark.skipif(not fastbn.dispatch.select("float32").name.startswith("simd"), reason="only SIMD kernels have a door for parts")
+@pytest.mark.parametrize("norm", ["instance_norm", "group_norm", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize("after", [{}, {"activation": "silu"}, {"activation": "relu", "residual": True}, {"residual": True}], ids=str)
+def test_forwards_and_backwards_of_plain_arrays_are_direct(norm: str, after: dict[str, Any]) -> None:
+    x = _random((2, 6, 4), "float32")
+    options = {**after, "residual": x} if "residual" in after else after
+    first = {"instance_norm": (), "group_norm": (3,)}.get(norm, (4,))
+    assert is_direct(getattr(fastbn, norm), x, *first, **options)
+    assert is_direct(getattr(fastbn, f"{norm}_forward"), x, *first, **options)
+    assert is_direct(getattr(fastbn, norm), x, *first, **options, threads=2)
+    for threads in (0, -1, True, 1.0, 2**70, "2"):
+        assert not is_direct(getattr(fastbn, norm), x, *first, **options, threads=threads)
+    y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, **options)
+    taken_back = "activation" in after and norm in ("layer_norm", "rms_norm")  # which no kernel of rows does
+    assert is_direct(getattr(fastbn, f"{norm}_backward"), y, x, saved) != taken_back
 
 
 CHANGES: tuple[dict[str, Any], ...] = (

@@ -1,13 +1,17 @@
 # cython: boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=True
 """NumPy's doors to the kernels: from arrays to a Call, which the table of an ISA's functions runs.
 
-`Calls` takes what was checked: (outer, channels, inner) arrays, and vectors in the type of the arithmetic. `Doors`, which
-adds to it, takes what users give and does all of a call, as long as nothing about that is unusual.
+`Calls` takes what was checked: (outer, channels, inner) arrays, and vectors in the type of the arithmetic. The doors of
+plain.pxi take what users give and do all of a call, as long as nothing about that is unusual; direct.pxi goes to them from
+the arguments of a public function.
 """
 
+cimport cython
 cimport numpy as cnp
 from cpython.exc cimport PyErr_Occurred
+from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF
 from libc.math cimport isfinite
 from libc.stdint cimport uint32_t
 from libc.string cimport memcpy, memset
@@ -16,6 +20,7 @@ from fastbn.kernels._call cimport DONE, LEFT, Call, Dtype, Kernels, Running, Sta
 from fastbn.kernels._plan cimport thread_count
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode
 
+from types import MethodType
 
 import numpy as np
 
@@ -24,6 +29,9 @@ cnp.import_array()
 cdef extern from "numpy/arrayobject.h":
     const int NPY_HALF
     object PyArray_NewLikeArray(cnp.ndarray, cnp.NPY_ORDER, void*, int)
+
+STORAGES = ("float32", "float64", "bfloat16", "float16")  # as call.hpp numbers them
+assert len(STORAGES) == <int> Dtype.DTYPES
 
 include "binding.pxi"
 
@@ -40,14 +48,14 @@ cdef class Calls:
     """
 
     cdef const Kernels* table
-    cdef readonly object kernels, customs, composed, part, epilogue, axis_of, threads_of, memory_for
+    cdef readonly object kernels, customs, composed, part, epilogue, finish_parts, axis_of, threads_of, memory_for
     cdef Py_ssize_t small
 
     def __cinit__(self, kernels not None, dict customs=None):
         self.kernels, self.customs = kernels, customs
         self.table = <const Kernels*> PyCapsule_GetPointer(kernels, "fastbn.kernels.Kernels")
 
-    def connect(self, *, composed, part, epilogue, axis_of, threads_of, memory_for, small):
+    def connect(self, *, composed, part, epilogue, finish_parts, axis_of, threads_of, memory_for, small):
         """Bring what the doors need of the library: kernels know nothing of it.
 
         Parameters
@@ -55,12 +63,14 @@ cdef class Calls:
         composed, part, epilogue
             What computes channels at the ends of the range: whole calls made of this object's operations, and the classes
             that stand for parts of channels and for what follows a normalization.
+        finish_parts : callable
+            What computes the parts that a kernel has left.
         axis_of, threads_of, memory_for : callable
             Axis of the channels, number of threads, and memory for an output, of plain calls.
         small : int
             Bytes below which one thread does, of x in the type of the arithmetic, and fresh memory.
         """
-        self.composed, self.part, self.epilogue = composed, part, epilogue
+        self.composed, self.part, self.epilogue, self.finish_parts = composed, part, epilogue, finish_parts
         self.axis_of, self.threads_of, self.memory_for, self.small = axis_of, threads_of, memory_for, small
 
     def stats(self, cnp.ndarray x not None, threads=1):
@@ -134,6 +144,10 @@ cdef class Calls:
         call.running_var = moved(&call, "running_var", number, var)
         call.eps = eps
         return tuple(train(self, &call, number, x, y, (*affine, mean, var), epilogue, None))
+
+    def prepared(self, mean, scale, shift, activation, sample, axis):
+        """Calls of `normalize` with fixed parameters, for arrays like a sample."""
+        return Prepared(self, mean, scale, shift, activation, sample, axis)
 
     def backward(self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, kept, scale, threads, epilogue=None):
         """Sums of dy and of dy (x - mean), and dx unless it is None; as `composed.ComposedKernel.backward`."""
@@ -250,3 +264,5 @@ cdef object in_memory(cnp.ndarray a, tuple dims):
 include "parts_door.pxi"
 include "plain.pxi"
 include "plain_parts.pxi"
+include "prepared.pxi"
+include "direct.pxi"

@@ -1,7 +1,10 @@
 """From arrays to the fields of a Call."""
 
-cdef int dtype_of(cnp.ndarray a) except -1:
-    """The Dtype of an array."""
+cdef int bfloat16 = -1  # NumPy's number of it, once it was seen
+
+cdef int dtype_or_none(cnp.ndarray a) except -2:
+    """The Dtype of an array; -1 where the kernels have none."""
+    global bfloat16
     cdef int number = cnp.PyArray_TYPE(a)
     if number == cnp.NPY_FLOAT:
         return Dtype.FLOAT32
@@ -9,9 +12,18 @@ cdef int dtype_of(cnp.ndarray a) except -1:
         return Dtype.FLOAT64
     if number == NPY_HALF:
         return Dtype.FLOAT16
-    if a.dtype.name == "bfloat16":
-        return Dtype.BFLOAT16
-    raise TypeError(f"no SIMD kernel for dtype {a.dtype}")
+    if number != bfloat16 and a.dtype.name != "bfloat16":
+        return -1
+    bfloat16 = number
+    return Dtype.BFLOAT16
+
+
+cdef int dtype_of(cnp.ndarray a) except -1:
+    """The Dtype of an array."""
+    cdef int found = dtype_or_none(a)
+    if found < 0:
+        raise TypeError(f"no SIMD kernel for dtype {a.dtype}")
+    return found
 
 
 cdef inline int arithmetic(Dtype dtype) noexcept:

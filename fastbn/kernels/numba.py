@@ -1193,12 +1193,10 @@ def connect(**known: Any) -> None:
     global _composed
     _composed = known["composed"]
     if _jobs is not None:
-        _doors.connect(**known)
+        direct_calls.connect(**known)
 
 
-# The doors for plain arrays are those of the SIMD kernels, which run jobs as they run calls.
-
-_STORAGES = ("float32", "float64", "bfloat16", "float16")  # as call.hpp numbers them
+# The direct path is that of the SIMD kernels, whose calls run jobs here.
 
 
 def _job_for(
@@ -1207,7 +1205,7 @@ def _job_for(
 ) -> tuple[bytes, int, int]:  # fmt: skip
     after = _of_code(activation)
     shape, flags = (outer, channels, inner), map(bool, (residual, dresidual, undone))
-    found = _template(kind, shape, _STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
+    found = _template(kind, shape, _calls.STORAGES[dtype], threads, bool(fresh), bool(kept), after, *flags)
     return bytes(found.job), found.run, found.scratch
 
 
@@ -1218,7 +1216,7 @@ def _of_code(code: int) -> Any:
 
 
 def _blame(code: int, kind: int, dtype: int, block: bytes) -> None:
-    _raise(_of_code(code), kind, np.frombuffer(block, np.float64 if _STORAGES[dtype] == "float64" else np.float32))
+    _raise(_of_code(code), kind, np.frombuffer(block, np.float64 if _calls.STORAGES[dtype] == "float64" else np.float32))
 
 
 try:
@@ -1226,14 +1224,11 @@ try:
 except ImportError:  # built without a compiler
     _jobs = None
 else:
-    _doors = _calls.Doors(_jobs.kernels(_job_for, _blame), _customs)
-    plain_stats, plain_inference, plain_forward, plain_backward = (
-        _doors.plain_stats, _doors.plain_inference, _doors.plain_forward, _doors.plain_backward,
-    )  # fmt: skip
+    direct_calls = _calls.Calls(_jobs.kernels(_job_for, _blame), _customs)
 
     def prepared(mean: Array, scale: Array, shift: Array, activation: Any, sample: Array, axis: int) -> Any:
         """A call of `normalize` with fixed parameters; None for a function of the user's."""
-        return None if activation is not None and activation.custom else _doors.prepared(mean, scale, shift, activation, sample, axis)
+        return None if activation is not None and activation.custom else direct_calls.prepared(mean, scale, shift, activation, sample, axis)
 
 
 def inference(x: Array, y: Array, given: Statistics, affine: Affine, threads: int, epilogue: Any = None) -> None:

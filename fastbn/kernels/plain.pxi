@@ -1,7 +1,49 @@
 """The doors for plain arrays, each a whole call: checks in Python take as long as the work on a small array.
 
-They return None where anything is unusual; the checked way takes it then, or says what is wrong.
+They return None where anything is unusual; the checked way takes it then, or says what is wrong. What is plain is said by
+each door's first lines.
 """
+
+cdef struct Given:
+    # What a public function was given, by the names of its parameters; None for those that it lacks. The order is that of PARAMETERS.
+    PyObject* self
+    PyObject* x
+    PyObject* dy
+    PyObject* saved
+    PyObject* mean
+    PyObject* invstd
+    PyObject* running_mean
+    PyObject* running_var
+    PyObject* weight
+    PyObject* bias
+    PyObject* num_groups
+    PyObject* normalized_shape
+    PyObject* training
+    PyObject* use_input_stats
+    PyObject* momentum
+    PyObject* eps
+    PyObject* layout
+    PyObject* axis
+    PyObject* activation
+    PyObject* residual
+    PyObject* mask
+    PyObject* correction
+    PyObject* stats
+    PyObject* wrt
+    PyObject* from_output
+    PyObject* threads
+    PyObject* out
+
+cdef enum:
+    GIVEN = 27
+
+cdef tuple PARAMETERS = (
+    "self", "x", "dy", "saved", "mean", "invstd", "running_mean", "running_var", "weight", "bias", "num_groups", "normalized_shape",
+    "training", "use_input_stats", "momentum", "eps", "layout", "axis", "activation", "residual", "mask", "correction", "stats", "wrt",
+    "from_output", "threads", "out",
+)
+assert len(PARAMETERS) == GIVEN and sizeof(Given) == GIVEN * sizeof(PyObject*)
+
 
 cdef bint is_plain(a, int number) noexcept:
     """Whether something is an aligned C-contiguous array of a type, in native order, and of no subclass."""
@@ -116,12 +158,13 @@ cdef cnp.ndarray new_like(Calls calls, cnp.ndarray x):
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
 
 
-cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int* at, activation, residual) except -1:
+cdef bint bind_plain(Calls calls, Call* call, str op, const Given* g, int* at, activation, residual) except -1:
     """Enter the array of a plain call and what follows the normalization; whether they are plain.
 
     The axis of the channels is `at` or, where that is negative, what layout and axis say; it is entered there.
     """
     cdef int ndim
+    x, layout, axis = <object> g.x, <object> g.layout, <object> g.axis
     memset(call, 0, sizeof(Call))
     if not isinstance(x, cnp.ndarray):
         return False
@@ -146,7 +189,12 @@ cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int* at, 
         call.residual = cnp.PyArray_DATA(residual)
     call.x = cnp.PyArray_DATA(x)
     call.threads = 1
-    if cnp.PyArray_SIZE(x) * max(cnp.PyArray_ITEMSIZE(x), 4) >= calls.small:
+    threads = <object> g.threads
+    if threads is not None:
+        if type(threads) is not int or thread_count(threads) != threads:
+            return False
+        call.threads = threads
+    elif cnp.PyArray_SIZE(x) * max(cnp.PyArray_ITEMSIZE(x), 4) >= calls.small:
         call.threads = thread_count(calls.threads_of(op, x))
     return True
 
@@ -190,158 +238,151 @@ cdef int named(wrt, bint has_residual) except -1:
     return found
 
 
+cdef enum:
+    MADE = 9  # what `made_of` has
+    MADE_ACTIVATION = 6  # and where
+
+
 cdef inline tuple made_of(const Call* call, cnp.ndarray vectors, bint training, x, int axis, activation, kept, residual):
     """What a backward needs: vectors, count, training, shape, dtype, axis, activation, residual, and whether there was one."""
     return vectors, call.outer * call.inner, training, x.shape, x.dtype, axis, activation, kept, residual is not None
 
 
-cdef class Doors(Calls):
-    """The kernels of one ISA, for arrays as users give them. What is plain is said by each method's first lines."""
+cdef object plain_stats(Calls calls, const Given* g):
+    """The number of values per channel, with mean, variance and what these round away, one below the other."""
+    cdef Call call
+    cdef cnp.ndarray wide, found
+    cdef Py_ssize_t count
+    cdef int at = -1
+    cdef uint32_t mode
+    cdef bint known
+    if not bind_plain(calls, &call, "stats", g, &at, None, None):
+        return None
+    wide, found = new_vectors(&call, 3, cnp.NPY_DOUBLE), new_vectors(&call, 4, arithmetic(call.dtype))
+    call.batch_mean, call.batch_m2, call.batch_mean_lo = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
+    run(calls.table.stats, &call)
+    count = call.outer * call.inner
+    mode = enter_default_mode()
+    if call.dtype == Dtype.FLOAT64:
+        known = finish_stats(<double*> cnp.PyArray_DATA(found), &call)
+    else:
+        known = finish_stats(<float*> cnp.PyArray_DATA(found), &call)
+    leave_default_mode(mode)
+    return (count, found) if known else None
 
-    def prepared(self, mean, scale, shift, activation, sample, axis):
-        """A call of `normalize` with fixed parameters, for arrays like a sample."""
-        return Prepared(self, mean, scale, shift, activation, sample, axis)
 
-    def plain_stats(self, x, layout, axis):
-        """Mean, variance, what they round away, and the number of values per channel."""
-        cdef Call call
-        cdef cnp.ndarray wide, found
-        cdef Py_ssize_t count
-        cdef int at = -1
-        cdef uint32_t mode
-        cdef bint known
-        if not bind_plain(self, &call, "stats", x, layout, axis, &at, None, None):
-            return None
-        wide, found = new_vectors(&call, 3, cnp.NPY_DOUBLE), new_vectors(&call, 4, arithmetic(call.dtype))
-        call.batch_mean, call.batch_m2, call.batch_mean_lo = <double*> row(wide, 0), <double*> row(wide, 1), <double*> row(wide, 2)
-        run(self.table.stats, &call)
-        count = call.outer * call.inner
-        mode = enter_default_mode()
-        if call.dtype == Dtype.FLOAT64:
-            known = finish_stats(<double*> cnp.PyArray_DATA(found), &call)
-        else:
-            known = finish_stats(<float*> cnp.PyArray_DATA(found), &call)
-        leave_default_mode(mode)
-        return (found, count) if known else None
-
-    cpdef plain_inference(self, x, layout, axis, out, mean, spread, weight, bias, eps, activation, residual, kept):
-        """Normalize as `inference` does; the output or, with `kept`, a residual or None, also what `plain_backward` needs."""
-        cdef Call call
-        cdef cnp.ndarray vectors
-        cdef int at = -1
-        if not (eps is None or is_eps(eps)) or not bind_plain(self, &call, "normalize", x, layout, axis, &at, activation, residual):
-            return None
-        if (
-            not bind_vector(&call, mean, &call.mean) or not bind_vector(&call, spread, &call.invstd if eps is None else <void**> &call.var)
-            or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
-            or not bind_output(x, None, residual, out) or not are_apart(out, mean, spread, weight, bias)
-        ):
-            return None
-        call.eps = 0 if eps is None else eps
-        y = new_like(self, x) if out is None else out
-        call.out = cnp.PyArray_DATA(y)
-        if kept is not False:
-            vectors = new_vectors(&call, 5, arithmetic(call.dtype))
-            memcpy(row(vectors, 0), call.mean, cnp.PyArray_STRIDE(vectors, 0))
-            memset(row(vectors, 1), 0, cnp.PyArray_STRIDE(vectors, 0))
-            call.invstd, call.scale, call.shift = row(vectors, 2), row(vectors, 3), row(vectors, 4)
-        run(self.table.inference, &call)
-        return y if kept is False else (y, made_of(&call, vectors, False, x, at, activation, kept, residual))
-
-    def plain_forward(
-        self, x, layout, axis, out, tuple vectors not None, tuple numbers not None, training, activation, residual, kept
+cdef object plain_inference(Calls calls, const Given* g, mean, spread, activation, kept):
+    """Normalize as `inference` does; the output or, with `kept`, a residual or None, also what `plain_backward` needs."""
+    cdef Call call
+    cdef cnp.ndarray vectors
+    cdef int at = -1
+    x, weight, bias, eps, residual, out = (
+        <object> g.x, <object> g.weight, <object> g.bias, <object> g.eps, <object> g.residual, <object> g.out
+    )
+    if not (eps is None or is_eps(eps)) or not bind_plain(calls, &call, "normalize", g, &at, activation, residual):
+        return None
+    if (
+        not bind_vector(&call, mean, &call.mean) or not bind_vector(&call, spread, &call.invstd if eps is None else <void**> &call.var)
+        or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
+        or not bind_output(x, None, residual, out) or not are_apart(out, mean, spread, weight, bias)
     ):
-        """A forward, in training or not; the output or, with `kept`, a residual or None, also what `plain_backward` needs.
+        return None
+    call.eps = 0 if eps is None else eps
+    y = new_like(calls, x) if out is None else out
+    call.out = cnp.PyArray_DATA(y)
+    if kept is not False:
+        vectors = new_vectors(&call, 5, arithmetic(call.dtype))
+        memcpy(row(vectors, 0), call.mean, cnp.PyArray_STRIDE(vectors, 0))
+        memset(row(vectors, 1), 0, cnp.PyArray_STRIDE(vectors, 0))
+        call.invstd, call.scale, call.shift = row(vectors, 2), row(vectors, 3), row(vectors, 4)
+    run(calls.table.inference, &call)
+    return y if kept is False else (y, made_of(&call, vectors, False, x, at, activation, kept, residual))
 
-        The vectors are weight, bias and running statistics, the numbers momentum, correction and eps.
-        """
-        weight, bias, running_mean, running_var = vectors
-        momentum, correction, eps = numbers
-        if not is_eps(eps) or type(momentum) is not float or not is_bit(correction):
-            return None
-        if training is False:
-            return self.plain_inference(x, layout, axis, out, running_mean, running_var, weight, bias, eps, activation, residual, kept)
-        return self.plain_training(x, layout, axis, out, vectors, numbers, activation, residual, kept) if training is True else None
 
-    cdef plain_training(self, x, layout, axis, out, tuple vectors, tuple numbers, activation, residual, kept):
-        cdef Call call
-        cdef cnp.ndarray made
-        cdef int at = -1
-        weight, bias, running_mean, running_var = vectors
-        if not bind_plain(self, &call, "forward", x, layout, axis, &at, activation, residual):
-            return None
-        call.momentum, call.correction, call.eps = numbers
-        if (
-            call.outer * call.inner <= call.correction
-            or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
-            or not bind_running(&call, running_mean, &call.running_mean) or not bind_running(&call, running_var, &call.running_var)
-            or not bind_output(x, None, residual, out) or not are_apart(out, weight, bias, running_mean, running_var)
-            or not are_apart(running_mean, running_var, weight, bias, None) or not are_apart(running_var, weight, bias, None, None)
-            or not are_apart(residual, running_mean, running_var, None, None) or not are_apart(x, running_mean, running_var, None, None)
-        ):
-            return None
-        y = new_like(self, x) if out is None else out
-        call.out = cnp.PyArray_DATA(y)
-        made = train(self, &call, arithmetic(call.dtype), x, y, vectors, None, (activation, residual))
-        return y if kept is False else (y, made_of(&call, made, True, x, at, activation, kept, residual))
+cdef object plain_forward(Calls calls, const Given* g, activation, kept):
+    """A forward, in training or not; the output or, with `kept`, a residual or None, also what `plain_backward` needs."""
+    training = <object> g.training
+    if not is_eps(<object> g.eps) or type(<object> g.momentum) is not float or not is_bit(<object> g.correction):
+        return None
+    if training is False:
+        return plain_inference(calls, g, <object> g.running_mean, <object> g.running_var, activation, kept)
+    return plain_training(calls, g, activation, kept) if training is True else None
 
-    def plain_backward(self, x, dy, tuple made not None, wrt, out):
-        """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
-        cdef Call call
-        cdef cnp.ndarray vectors
-        cdef int axis, wanted = named(wrt, made[8])
-        cdef bint of_x = wanted & 1, of_weight = wanted & 2, of_bias = wanted & 4, of_residual = wanted & 8
-        if wanted == 0:
-            return None
-        dx = dweight = dbias = dresidual = None
-        found, count, training, shape, dtype, axis, activation, residual, _ = made
-        if (
-            not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or not has_shape(x, shape)
-            or (x.dtype is not dtype and x.dtype != dtype) or not is_twin(dy, x)
-            or not bind_plain(self, &call, "backward", x, None, None, &axis, activation, residual)
-        ):
-            return None
-        vectors = found
-        if (
-            not is_plain(vectors, arithmetic(call.dtype)) or cnp.PyArray_NDIM(vectors) != 2 or cnp.PyArray_DIM(vectors, 0) != 5
-            or cnp.PyArray_DIM(vectors, 1) != call.channels or count != call.outer * call.inner
-            or not bind_output(x, dy, residual, out) or not is_apart(out, vectors)
-        ):
-            return None
-        if of_residual and call.activation.kind == 0:
-            dresidual = dy  # the gradient of a sum
-        if (of_residual and not of_x and call.activation.kind != 0) or (dresidual is not None and out is not None):
-            return None
-        call.dy, call.frozen = cnp.PyArray_DATA(dy), not training
-        call.mean, call.mean_lo, call.invstd = row(vectors, 0), row(vectors, 1), row(vectors, 2)
-        call.scale, call.shift = row(vectors, 3), row(vectors, 4)
-        if of_x:
-            dx = new_like(self, x) if out is None else out
-            call.out = cnp.PyArray_DATA(dx)
-        elif out is not None:
-            return None
-        if of_residual and call.activation.kind != 0:
-            dresidual = new_like(self, x)
-            call.dresidual = cnp.PyArray_DATA(dresidual)
-        if of_weight:
-            dweight = new_vector(&call)
-            call.dweight = cnp.PyArray_DATA(dweight)
-        if of_bias:
-            dbias = new_vector(&call)
-            call.dbias = cnp.PyArray_DATA(dbias)
-        if call.activation.kind == 0:
-            call.residual = NULL  # whose sum has the gradient of either
-        if (of_x or of_weight or of_bias) and run(self.table.backward, &call) == LEFT:
-            return None
-        return dx, dweight, dbias, dresidual
 
-    def plain_parts_forward(self, str kind not None, x, divided, out, tuple given not None, activation, residual):
-        """Normalize parts of images, or rows; `given` is weight, bias and eps. See plain_parts.pxi."""
-        return plain_parts_forward(self, kind, x, divided, out, given, activation, residual)
+cdef object plain_training(Calls calls, const Given* g, activation, kept):
+    cdef Call call
+    cdef cnp.ndarray made
+    cdef int at = -1
+    x, weight, bias, residual, out = <object> g.x, <object> g.weight, <object> g.bias, <object> g.residual, <object> g.out
+    running_mean, running_var = <object> g.running_mean, <object> g.running_var
+    if not bind_plain(calls, &call, "forward", g, &at, activation, residual):
+        return None
+    call.momentum, call.correction, call.eps = <object> g.momentum, <object> g.correction, <object> g.eps
+    if (
+        call.outer * call.inner <= call.correction
+        or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
+        or not bind_running(&call, running_mean, &call.running_mean) or not bind_running(&call, running_var, &call.running_var)
+        or not bind_output(x, None, residual, out) or not are_apart(out, weight, bias, running_mean, running_var)
+        or not are_apart(running_mean, running_var, weight, bias, None) or not are_apart(running_var, weight, bias, None, None)
+        or not are_apart(residual, running_mean, running_var, None, None) or not are_apart(x, running_mean, running_var, None, None)
+    ):
+        return None
+    y = new_like(calls, x) if out is None else out
+    call.out = cnp.PyArray_DATA(y)
+    made = train(calls, &call, arithmetic(call.dtype), x, y, (weight, bias, running_mean, running_var), None, (activation, residual))
+    return y if kept is False else (y, made_of(&call, made, True, x, at, activation, kept, residual))
 
-    def plain_parts_backward(self, str kind not None, x, dy, tuple vectors not None, tuple how not None, wrt, out):
-        """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
-        return plain_parts_backward(self, kind, x, dy, vectors, how, wrt, out)
+
+cdef object plain_backward(Calls calls, const Given* g, tuple made):
+    """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
+    cdef Call call
+    cdef cnp.ndarray vectors
+    x, dy, wrt, out = <object> g.x, <object> g.dy, <object> g.wrt, <object> g.out
+    cdef int axis, wanted = named(wrt, made[8])
+    cdef bint of_x = wanted & 1, of_weight = wanted & 2, of_bias = wanted & 4, of_residual = wanted & 8
+    if wanted == 0:
+        return None
+    dx = dweight = dbias = dresidual = None
+    found, count, training, shape, dtype, axis, activation, residual, _ = made
+    if (
+        not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or not has_shape(x, shape)
+        or (x.dtype is not dtype and x.dtype != dtype) or not is_twin(dy, x)
+        or not bind_plain(calls, &call, "backward", g, &axis, activation, residual)
+    ):
+        return None
+    vectors = found
+    if (
+        not is_plain(vectors, arithmetic(call.dtype)) or cnp.PyArray_NDIM(vectors) != 2 or cnp.PyArray_DIM(vectors, 0) != 5
+        or cnp.PyArray_DIM(vectors, 1) != call.channels or count != call.outer * call.inner
+        or not bind_output(x, dy, residual, out) or not is_apart(out, vectors)
+    ):
+        return None
+    if of_residual and call.activation.kind == 0:
+        dresidual = dy  # the gradient of a sum
+    if (of_residual and not of_x and call.activation.kind != 0) or (dresidual is not None and out is not None):
+        return None
+    call.dy, call.frozen = cnp.PyArray_DATA(dy), not training
+    call.mean, call.mean_lo, call.invstd = row(vectors, 0), row(vectors, 1), row(vectors, 2)
+    call.scale, call.shift = row(vectors, 3), row(vectors, 4)
+    if of_x:
+        dx = new_like(calls, x) if out is None else out
+        call.out = cnp.PyArray_DATA(dx)
+    elif out is not None:
+        return None
+    if of_residual and call.activation.kind != 0:
+        dresidual = new_like(calls, x)
+        call.dresidual = cnp.PyArray_DATA(dresidual)
+    if of_weight:
+        dweight = new_vector(&call)
+        call.dweight = cnp.PyArray_DATA(dweight)
+    if of_bias:
+        dbias = new_vector(&call)
+        call.dbias = cnp.PyArray_DATA(dbias)
+    if call.activation.kind == 0:
+        call.residual = NULL  # whose sum has the gradient of either
+    if (of_x or of_weight or of_bias) and run(calls.table.backward, &call) == LEFT:
+        return None
+    return dx, dweight, dbias, dresidual
 
 
 cdef double LARGE_M2 = 2.0 ** 1000  # as in extremes.py
@@ -374,56 +415,3 @@ cdef bint finish_stats(C* found, const Call* call) noexcept nogil:
 cdef inline cnp.ndarray new_vector(const Call* call):
     cdef cnp.npy_intp size = call.channels
     return cnp.PyArray_EMPTY(1, &size, arithmetic(call.dtype), 0)
-
-
-cdef class Prepared:
-    """Normalize plain arrays with fixed parameters, each as one call.
-
-    Parameters
-    ----------
-    doors : Doors
-    mean, scale, shift : ndarray of shape (C,)
-        Contiguous, in the type of the arithmetic.
-    activation : Builtin or None
-    sample : ndarray
-        Of the dtype and number of axes of the arrays to come.
-    axis : int
-        Axis of the channels.
-    """
-
-    cdef Doors doors
-    cdef object vectors, activation
-    cdef Call call
-    cdef int number, ndim, axis
-
-    def __cinit__(self, Doors doors not None, mean, scale, shift, activation, cnp.ndarray sample not None, int axis):
-        cdef Call* call = &self.call
-        cdef int number
-        memset(call, 0, sizeof(Call))
-        call.dtype = <Dtype> dtype_of(sample)
-        self.number, self.ndim, self.axis = cnp.PyArray_TYPE(sample), cnp.PyArray_NDIM(sample), axis
-        if self.ndim < 2 or not 0 <= axis < self.ndim:
-            raise ValueError(f"axis must be one of at least two, got {axis} of {self.ndim}")
-        self.doors, self.vectors, self.activation = doors, (mean, scale, shift), activation
-        call.channels = len(mean)
-        number = arithmetic(call.dtype)
-        call.mean, call.scale = vector(call, "mean", number, mean), vector(call, "scale", number, scale)
-        call.shift = vector(call, "shift", number, shift)
-        bind_activation(call, activation)
-
-    def __call__(self, x, residual, out):
-        """Return the output, or None where the arrays are not plain."""
-        cdef Call call
-        cdef int at = self.axis
-        if (
-            not isinstance(x, cnp.ndarray) or cnp.PyArray_TYPE(x) != self.number or cnp.PyArray_NDIM(x) != self.ndim
-            or cnp.PyArray_DIM(x, self.axis) != self.call.channels
-            or not bind_plain(self.doors, &call, "normalize", x, None, None, &at, self.activation, residual)
-            or not bind_output(x, None, residual, out)
-        ):
-            return None
-        call.mean, call.scale, call.shift = self.call.mean, self.call.scale, self.call.shift
-        y = new_like(self.doors, x) if out is None else out
-        call.out = cnp.PyArray_DATA(y)
-        run(self.doors.table.normalize, &call)
-        return y

@@ -61,28 +61,25 @@ cdef bint bind_statistic(const Call* call, v, void** p) noexcept:
     return True
 
 
-cdef tuple plain_parts_forward(Doors doors, str kind, x, divided, out, tuple given, activation, residual):
-    """Normalize parts, of rows that have a shape, or of images, divided by the number of groups or None, layout and axis.
-
-    The output, the statistics, axis and group, and whether parts are left to the caller.
-    """
+cdef object plain_parts_forward(Calls calls, const Given* g, str kind, activation, eps):
+    """Normalize parts, of rows or of images; the output, the statistics, axis and group."""
     cdef Call call
     cdef cnp.npy_intp[3] shape
     cdef cnp.ndarray made
     cdef Py_ssize_t group = 1
     cdef int at = -1
-    cdef bint rows = kind == "layer_norm" or kind == "rms_norm", left
-    weight, bias, eps = given
-    groups, layout, axis = (None, None, None) if rows else divided
-    if not is_eps(eps) or not isinstance(x, cnp.ndarray) or cnp.PyArray_NDIM(x) < 2:
+    cdef bint rows = kind == "layer_norm" or kind == "rms_norm"
+    x, weight, bias, residual, out = <object> g.x, <object> g.weight, <object> g.bias, <object> g.residual, <object> g.out
+    groups = <object> g.num_groups
+    if calls.table.parts_forward == NULL or not is_eps(eps) or not isinstance(x, cnp.ndarray) or cnp.PyArray_NDIM(x) < 2:
         return None
     if rows:
-        at = first_of_rows(x, divided)
+        at = first_of_rows(x, <object> g.normalized_shape)
         if at < 0:
             return None
-    if not bind_plain(doors, &call, "forward", x, layout, axis, &at, activation, residual):
+    if not bind_plain(calls, &call, "forward", g, &at, activation, residual):
         return None
-    if groups is not None:
+    if kind == "group_norm":
         if type(groups) is not int or groups < 1 or call.channels % groups != 0 or cnp.PyArray_SIZE(x) == groups:
             return None
         group = call.channels // <Py_ssize_t> groups
@@ -93,35 +90,36 @@ cdef tuple plain_parts_forward(Doors doors, str kind, x, divided, out, tuple giv
     ):
         return None
     call.eps, call.uncentered = eps, kind == "rms_norm"
-    y = new_like(doors, x) if out is None else out
+    y = new_like(calls, x) if out is None else out
     call.out = cnp.PyArray_DATA(y)
     shape[0], shape[1], shape[2] = 3, call.batch, call.channels // call.group
     made = cnp.PyArray_EMPTY(3, shape, arithmetic(call.dtype), 0)
     call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
-    left = run(doors.table.parts_forward, &call) == LEFT
-    if left:
+    if run(calls.table.parts_forward, &call) == LEFT:
         end_scratch()
-    return y, made, at, call.group, left
+        dims = call.batch, call.outer, call.channels, call.inner
+        arrays = in_memory(x, dims), in_memory(y, dims), None if residual is None else in_memory(residual, dims)
+        calls.finish_parts(calls, arrays, call.group, (weight, bias), eps, not call.uncentered, activation, made)
+    return y, made, at, call.group
 
 
-cdef tuple plain_parts_backward(Doors doors, str kind, x, dy, tuple vectors, tuple how, wrt, out):
-    """The gradients of x, weight, bias and residual, those that `wrt` names; None for others.
-
-    The vectors are mean, mean_lo, invstd, weight and bias; how: shape, dtype, axis, group, activation, residual, and whether
-    there was one.
-    """
+cdef object plain_parts_backward(Calls calls, const Given* g, str kind, saved):
+    """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
     cdef Call call
     cdef cnp.npy_intp[2] planes
     cdef cnp.ndarray sums
     cdef bint rows = kind == "layer_norm" or kind == "rms_norm"
-    cdef int at, wanted = named(wrt, how[6])
+    cdef int at = saved.axis, wanted = named(<object> g.wrt, saved.has_residual)
     cdef bint of_x = wanted & 1, of_residual = wanted & 8, active
-    mean, mean_lo, invstd, weight, bias = vectors
-    shape, dtype, at, group, activation, residual, _ = how
+    x, dy, out = <object> g.x, <object> g.dy, <object> g.out
+    weight, bias, residual, dtype = saved.weight, saved.bias, saved.residual, saved.dtype
+    mean, mean_lo, invstd = saved.mean, saved.mean_lo, saved.invstd
     if (
-        wanted == 0 or not isinstance(x, cnp.ndarray) or not has_shape(x, shape) or (x.dtype is not dtype and x.dtype != dtype)
-        or not is_twin(dy, x) or not bind_plain(doors, &call, "backward", x, None, None, &at, activation, residual)
-        or not (bind_rows(&call, x, at) if rows else bind_images(&call, x, at, group))
+        wanted == 0 or (wanted & 4 and kind == "rms_norm") or calls.table.parts_backward == NULL
+        or (residual is None and saved.has_residual and saved.activation is not None)
+        or not isinstance(x, cnp.ndarray) or not has_shape(x, saved.shape) or (x.dtype is not dtype and x.dtype != dtype)
+        or not is_twin(dy, x) or not bind_plain(calls, &call, "backward", g, &at, saved.activation, residual)
+        or not (bind_rows(&call, x, at) if rows else bind_images(&call, x, at, saved.group))
         or not bind_statistic(&call, mean, &call.mean) or not bind_statistic(&call, mean_lo, &call.mean_lo)
         or not bind_statistic(&call, invstd, &call.invstd)
         or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
@@ -134,10 +132,10 @@ cdef tuple plain_parts_backward(Doors doors, str kind, x, dy, tuple vectors, tup
     dx = dresidual = None
     call.dy, call.uncentered = cnp.PyArray_DATA(dy), kind == "rms_norm"
     if of_x:
-        dx = new_like(doors, x) if out is None else out
+        dx = new_like(calls, x) if out is None else out
         call.out = cnp.PyArray_DATA(dx)
     if of_residual:
-        dresidual = new_like(doors, x) if active else dy  # the gradient of a sum
+        dresidual = new_like(calls, x) if active else dy  # the gradient of a sum
     if of_residual and active:
         call.dresidual = cnp.PyArray_DATA(dresidual)
     if not active:
@@ -147,7 +145,7 @@ cdef tuple plain_parts_backward(Doors doors, str kind, x, dy, tuple vectors, tup
     planes[0], planes[1] = 2, 0 if rows else call.batch * call.channels
     sums = cnp.PyArray_EMPTY(2, planes, cnp.NPY_DOUBLE, 0)
     call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
-    if run(doors.table.parts_backward, &call) == LEFT:
+    if run(calls.table.parts_backward, &call) == LEFT:
         end_scratch()
         return None
     return dx, dweight if wanted & 2 else None, dbias if wanted & 4 else None, dresidual

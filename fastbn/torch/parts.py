@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from fastbn.activations import Builtin
-from fastbn.norms import SavedParts, group_norm, group_norm_backward, group_norm_forward
+from fastbn.norms import group_norm, group_norm_backward, group_norm_forward
+from fastbn.results import SavedParts
 from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours
 from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, in_words, keep_bias, kept_bias
