@@ -116,10 +116,7 @@ def copied(a: Array) -> Array:
 def _direct_calls(x: Array, custom: bool) -> Any:
     """What takes the direct path for arrays like x; None where nothing does."""
     row = lookup(x.dtype)
-    try:
-        module: Any = None if row is None else whole_calls(dispatch.select(row.storage, custom))
-    except (ValueError, TypeError, RuntimeError):  # of the kernel: the checked way says why, when it has looked at the arguments
-        return None
+    module: Any = None if row is None else whole_calls(dispatch.select(row.storage, custom))
     return module if isinstance(module, _calls.Calls) else getattr(module, "direct_calls", None)
 
 

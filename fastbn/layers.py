@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -171,38 +171,38 @@ class BatchNorm(Tracking, FromOthers):
             axis = channel_axis(self.layout, x.ndim, self.axis)
             if x.shape[axis] != self.num_features:
                 raise checks.misfit(checks.channels_of(x, axis), f"the layer has num_features={self.num_features}", self.num_features)
-        options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation, "threads": threads}
         batch = (self.training and not self.frozen) or self.running_mean is None or self.running_var is None
         if not batch and not self.training and stats is None and without_copy(residual, self.activation, out):
             given = (self.running_mean, self.running_var, self.weight, self.bias)
+            options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation, "threads": threads}
             y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
-            mean, var, weight, bias = (None if v is None else v.copy() for v in given)
-            again = partial(functional.batch_norm_forward, weight=weight, bias=bias, running_mean=mean, running_var=var)
-            again = partial(again, training=False, eps=self.eps, **options)
-            self._context = Context(weakref.ref(x), None if residual is None else weakref.ref(residual), again, is_written_over(out, x))
+            names = ("running_mean", "running_var", "weight", "bias")
+            fixed: dict[str, Any] = {name: None if v is None else v.copy() for name, v in zip(names, given, strict=True)}
+            again = partial(functional.batch_norm_forward, **fixed, training=False, eps=self.eps, **options)
+            self._context = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True, is_written_over(out, x))
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
             stats = sync.batch_norm_stats(x, asked, layout=self.layout, axis=self.axis, mask=mask, threads=threads)
-        statistics: tuple[Array | None, Array | None] = (None, None)
         moves = self.track_running_stats and self.training and not self.frozen
+        mean = var = None
         if not batch or moves:
-            statistics = self.running_mean, self.running_var
+            mean, var = self.running_mean, self.running_var
             if batch:
                 self._check_count()
-        before = [v if v is None else v.copy() for v in statistics] if batch and self.skip_nonfinite else []
+        before = [v if v is None else v.copy() for v in (mean, var)] if batch and self.skip_nonfinite else None
         y, saved = functional.batch_norm_forward(
-            x, self.weight, self.bias, *statistics, training=batch, momentum=self._weight_of_new(), eps=self.eps,
-            residual=residual, mask=mask, correction=self.correction, stats=stats, out=out, **options,
+            x, self.weight, self.bias, mean, var, batch, self._weight_of_new(), self.eps, layout=self.layout, axis=self.axis,
+            activation=self.activation, residual=residual, mask=mask, correction=self.correction, stats=stats, threads=threads, out=out,
         )  # fmt: skip
-        if batch and saved.count:
-            self._count(statistics, before, moves)
+        if batch and (y.size or saved.count):
+            self._count((mean, var), before, moves)
         overwritten = is_written_over(out, x)
-        kept = Context(x if self.training else weakref.ref(x), None, saved, overwritten, asked)
+        kept = Context(x if self.training else weakref.ref(x), None, saved, residual is not None, overwritten, asked)
         self._context = OVERWRITTEN if overwritten and not saved.invertible else kept
         return y
 
-    def _count(self, statistics: tuple[Array | None, ...], before: list[Array | None], moves: bool) -> None:
+    def _count(self, statistics: tuple[Array | None, ...], before: list[Array | None] | None, moves: bool) -> None:
         """Count the batch, where batches move statistics; or where it may not count, set the statistics back to what they were before."""
         if before and not all(v is None or np.isfinite(v).all() for v in statistics):
             self.num_batches_skipped += 1
@@ -240,17 +240,16 @@ class BatchNorm(Tracking, FromOthers):
             As `batch_norm_backward`.
         """
         context = self._remembered()
-        *_, from_output, communicator = context
         x, saved = context.found()
+        from_output, communicator = context.from_output, context.communicator
         if from_output and not saved.invertible:
             raise RuntimeError(OVERWRITTEN)
         if wrt is None:
-            own = () if self.frozen else tuple(name for name in ("weight", "bias") if getattr(self, name) is not None)
-            wrt = ("x", *own, "residual") if saved.has_residual else ("x", *own)
-        options: dict[str, Any] = {"from_output": from_output, "threads": threads, "out": out}
+            wrt = context.gradients(() if self.frozen else ("weight", "bias"), self)
         if communicator is not None:
+            options: dict[str, Any] = {"from_output": from_output, "threads": threads, "out": out}
             return sync.batch_norm_backward(dy, x, saved, communicator=communicator, wrt=wrt, **options)
-        return functional.batch_norm_backward(dy, x, saved, wrt=wrt, **options)
+        return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, threads=threads, out=out)
 
     def freeze(self, mode: bool = True) -> Self:
         """Use the running statistics in training too, and leave them and the parameters alone.

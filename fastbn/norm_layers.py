@@ -105,7 +105,7 @@ class _Layer(Layer):
         if is_written_over(out, x):
             self._context = OVERWRITTEN
         else:
-            self._context = Context(x if self.training else weakref.ref(x), other, saved)
+            self._context = Context(x if self.training else weakref.ref(x), other, saved, residual is not None)
         return y
 
     def backward(self, dy: Array, *, wrt: Sequence[str] | None = None, threads: int | None = None, out: Array | None = None) -> Gradients:
@@ -132,15 +132,11 @@ class _Layer(Layer):
         TypeError, ValueError
             As the function.
         """
-        x, saved = self._remembered().found()
+        context = self._remembered()
+        x, saved = context.found()
         if wrt is None:
-            own = [key for key in ("weight", "bias", "mix") if getattr(self, key, None) is not None]
-            wrt = ("x", *own, *(("residual",) if self._has_residual(saved) else ()))
+            wrt = context.gradients(("weight", "bias", "mix"), self)
         return self._functions.backward(dy, x, saved, wrt=wrt, threads=threads, out=out)
-
-    @staticmethod
-    def _has_residual(saved: Any) -> bool:
-        return bool(getattr(saved, "has_residual", False) or getattr(getattr(saved, "saved", None), "has_residual", False))
 
 
 def _affine(compute: np.dtype[Any], shape: int | tuple[int, ...], weight: bool, bias: bool) -> tuple[Array | None, Array | None]:

@@ -43,6 +43,7 @@ class Context(NamedTuple):
     x: Array | weakref.ref[Array]  # a layer in eval keeps no array alive
     residual: weakref.ref[Array] | None
     saved: Any  # or how to have it, from x
+    has_residual: bool
     from_output: bool = False
     communicator: Communicator | None = None  # of the processes that share the batch
 
@@ -57,6 +58,11 @@ class Context(NamedTuple):
         if isinstance(self.saved, partial):
             return x, self.saved(x, residual=residual)[1]
         return x, self.saved
+
+    def gradients(self, own: tuple[str, ...], layer: Layer) -> tuple[str, ...]:
+        """The names of those that there are: of x, of the layer's own parameters, and of a residual."""
+        own = tuple([name for name in own if getattr(layer, name, None) is not None])
+        return ("x", *own, "residual") if self.has_residual else ("x", *own)
 
 
 def is_written_over(out: Array | None, x: Array) -> bool:

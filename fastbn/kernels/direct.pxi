@@ -89,7 +89,10 @@ cdef class Library:
             row = self.known[pin] = [...] * (2 * Dtype.DTYPES)
         chosen = row[index]
         if chosen is ...:
-            chosen = row[index] = self.calls_of(x, index >= Dtype.DTYPES)
+            try:
+                chosen = row[index] = self.calls_of(x, index >= Dtype.DTYPES)
+            except (ValueError, TypeError, RuntimeError):  # of the kernel: the checked way says why, when it has seen the arguments
+                return None
         return chosen
 
     cdef activation(self, x, given):
