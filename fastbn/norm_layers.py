@@ -444,7 +444,7 @@ class RMSNorm(LayerNorm):
     normalized_shape : int or sequence of int
         The last axes of the input.
     eps : float, optional
-        Added to the mean square; None means the distance from 1 to the next number of the dtype.
+        Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32.
     elementwise_affine : bool
         Whether there is a weight of this shape.
     activation, dtype

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from fastbn import checks, core, functional, parts
 from fastbn.activations import Epilogue
 from fastbn.composed import update_running
-from fastbn.dtypes import lookup
+from fastbn.dtypes import DTYPES, lookup
 from fastbn.floating import default_mode
 from fastbn.functional import GRADIENTS, USUAL, ActivationLike, Number
 from fastbn.layout import Array, LayoutName
@@ -691,10 +691,13 @@ def layer_norm_backward(
     return _backward("layer_norm", dy, x, saved, wrt, out, threads)
 
 
+_STEPS = {DTYPES[name].compute: DTYPES[name].step for name in ("float32", "float64")}
+
+
 def _eps(eps: Any, x: object) -> Any:
-    """What is added to a mean square: where it is None, the difference of 1 and the next number of x's dtype, as in PyTorch."""
+    """What is added to a mean square: where it is None, the difference of 1 and the next number of the arithmetic, as in PyTorch."""
     row = lookup(x.dtype) if eps is None and isinstance(x, np.ndarray) else None
-    return eps if row is None else row.step
+    return eps if row is None else _STEPS[row.compute]
 
 
 def rms_norm_forward(
@@ -762,7 +765,7 @@ def rms_norm(
     weight : array_like of shape normalized_shape, optional
         Scale of each element of a row; None means 1.
     eps : float, optional
-        Added to the mean square; None means the distance from 1 to the next number of the dtype, as in PyTorch.
+        Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32, as in PyTorch.
     activation, residual, out
         As in `batch_norm_forward`.
     threads : int, optional
