@@ -823,8 +823,9 @@ def rms_norm_backward(
     >>> fastbn.rms_norm_backward(np.ones_like(x), x, saved).dweight
     array([ 1., -1.])
     """
-    if "bias" in checks.names("wrt", wrt, GRADIENTS):
+    wanted = checks.names("wrt", wrt, GRADIENTS)
+    if "bias" in wanted:
         raise ValueError("wrt names 'bias', but rms_norm has none")
-    return _backward("rms_norm", dy, x, saved, wrt, out, threads)
+    return _backward("rms_norm", dy, x, saved, wanted, out, threads)
 
 

@@ -999,3 +999,30 @@ def test_what_rms_norm_adds_by_itself_is_of_the_arithmetic_as_in_pytorch(dtype: 
     np.testing.assert_array_equal(fastbn.rms_norm(x, 8), want)
     np.testing.assert_array_equal(fastbn.rms_norm_forward(x, 8)[0], want)
     np.testing.assert_array_equal(fastbn.RMSNorm(8, dtype=dtype)(x), want)
+
+
+BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[[Array], Any]]] = {
+    "batch_norm": (fastbn.batch_norm_backward, fastbn.batch_norm_forward),
+    "instance_norm": (fastbn.instance_norm_backward, fastbn.instance_norm_forward),
+    "group_norm": (fastbn.group_norm_backward, lambda x: fastbn.group_norm_forward(x, 2)),
+    "layer_norm": (fastbn.layer_norm_backward, lambda x: fastbn.layer_norm_forward(x, 4)),
+    "rms_norm": (fastbn.rms_norm_backward, lambda x: fastbn.rms_norm_forward(x, 4)),
+    "batch_channel_norm": (
+        fastbn.batch_channel_norm_backward,
+        lambda x: fastbn.batch_channel_norm_forward(x, None, None, np.ones(4), training=True),
+    ),
+    "batch_renorm": (fastbn.batch_renorm_backward, lambda x: fastbn.batch_renorm_forward(x, np.zeros(4), np.ones(4), training=True)),
+    "ghost_batch_norm": (
+        fastbn.ghost_batch_norm_backward,
+        lambda x: fastbn.ghost_batch_norm_forward(x, None, None, training=True, virtual_batch_size=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", BACKWARDS)
+def test_names_of_gradients_may_be_such_as_can_be_read_once(norm: str) -> None:
+    backward, forward = BACKWARDS[norm]
+    x = _random((4, 4, 3, 4), "float32")
+    saved = forward(x)[1]
+    found = backward(x, x, saved, wrt=iter(["x", "weight"]))
+    assert [v is not None for v in found] == [True, True, False, False]
