@@ -108,6 +108,32 @@ def test_digits_are_kept_far_from_zero(kernel: Kernel, norm: str, offset: float,
     assert _worst(y, _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)) < 5e-6
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("norm", ["batch_channel_norm", "batch_renorm"])
+@pytest.mark.parametrize("offset", [1e3, 1e6])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_mean_has_more_digits_than_a_float64_has(norm: str, offset: float, last: bool) -> None:
+    x, running = _random((3, 8, 24, 23), "float64", offset), _random((8,), "float64", offset, seed=1)
+    wide, of_channel = x.astype(np.longdouble), running.astype(np.longdouble)[:, None, None]
+
+    def normalized(axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+        mean = wide.mean(axes, keepdims=True)
+        mean += (wide - mean).mean(axes, keepdims=True)
+        deviation = np.sqrt(np.square(wide - mean).mean(axes, keepdims=True) + np.longdouble(1e-5))
+        return (wide - mean) / deviation, mean, deviation
+
+    given = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
+    of_batch, mean, deviation = normalized((0, 2, 3))
+    if norm == "batch_channel_norm":
+        wanted = 0.25 * of_batch + 0.75 * normalized((1, 2, 3))[0]
+        y = fastbn.batch_channel_norm(given, None, None, np.full(8, 0.25), training=True, axis=-1 if last else 1)
+    else:
+        old = np.sqrt(1 + np.longdouble(1e-5))
+        wanted = of_batch * deviation / old + (mean - of_channel) / old
+        y = fastbn.batch_renorm(given, running.copy(), np.ones(8), training=True, axis=-1 if last else 1)
+    assert _worst(np.moveaxis(y, -1, 1) if last else y, wanted.astype(np.float64)) < 1e-13
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("last", [False, True])
@@ -321,7 +347,9 @@ def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any], thread
         fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change), threads=threads)
 
 
-@pytest.mark.parametrize("name", ["mean", "mean_lo", "invstd", "layer_mean", "layer_invstd", "weight", "bias", "mix", "residual", "axis"])
+@pytest.mark.parametrize(
+    "name", ["mean", "mean_lo", "invstd", "layer_mean", "layer_mean_lo", "layer_invstd", "weight", "bias", "mix", "residual", "axis"]
+)
 def test_so_does_one_of_batch_channel_norm(name: str) -> None:
     x = _random((2, 6, 4), "float32")
     _, saved = fastbn.batch_channel_norm_forward(x, None, None, np.full(6, 0.5), training=True, activation="silu", residual=x)
