@@ -69,8 +69,16 @@ class Kernel:
             return f"{self.package} is not installed (pip install {self.package})"
         try:
             self.module()
-        except Exception as error:  # a broken package of another's may raise anything
-            return f"it cannot be imported: {error}"
+        except (MemoryError, RecursionError):  # which say nothing of the module
+            raise
+        except Exception as error:
+            # A broken package of another's may raise anything, and does so again. What a signal handler raises is the caller's.
+            try:
+                self.module()
+            except type(error) as again:
+                if str(again) == str(error):
+                    return f"it cannot be imported: {error}"
+            raise
         return None
 
     def declines(self, dtype: str, custom: bool = False) -> str | None:
