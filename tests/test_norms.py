@@ -1054,3 +1054,46 @@ def test_names_of_gradients_may_be_such_as_can_be_read_once(norm: str) -> None:
     saved = forward(x)[1]
     found = backward(x, x, saved, wrt=iter(["x", "weight"]))
     assert [v is not None for v in found] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "text"),
+    [
+        ({"layout": "HWCN"}, ValueError, "layout must be one of"),
+        ({"layout": "NCHW", "axis": 1}, ValueError, "give axis or layout, not both"),
+        ({"axis": 1.5}, TypeError, "axis must be an int"),
+        ({"axis": 0}, ValueError, "axis must not be 0, which is the images'"),
+        ({"axis": -4}, ValueError, "axis must not be 0, which is the images'"),
+    ],
+)
+@pytest.mark.parametrize("norm", ["instance_norm", "group_norm", "batch_channel_norm", "batch_renorm"])
+@pytest.mark.only(lambda norm, where: "axis" not in where or (norm, where["axis"]) != ("group_norm", -4))
+def test_a_layer_refuses_where_no_channels_can_be(norm: str, where: dict[str, Any], error: type[Exception], text: str) -> None:
+    if norm == "batch_renorm" and where.get("axis") in (0, -4):  # as batch norm
+        x = _random((4, 2, 3, 3), "float32")
+        np.testing.assert_array_equal(LAYERS_ON_CHANNELS[norm](**where)(x), fastbn.BatchNorm2d(4, **where)(x))
+        return
+    with pytest.raises(error, match=text):
+        LAYERS_ON_CHANNELS[norm](**where)
+
+
+LAYERS_ON_CHANNELS: dict[str, Callable[..., Any]] = {
+    "batch_norm": lambda **options: fastbn.BatchNorm2d(4, **options),
+    "instance_norm": lambda **options: fastbn.InstanceNorm2d(4, affine=True, track_running_stats=True, **options),
+    "group_norm": lambda **options: fastbn.GroupNorm(2, 4, **options),
+    "batch_channel_norm": lambda **options: fastbn.BatchChannelNorm2d(4, **options),
+    "batch_renorm": lambda **options: fastbn.BatchRenorm2d(4, rmax=1.0, dmax=0.0, **options),
+}
+
+
+@pytest.mark.parametrize("norm", LAYERS_ON_CHANNELS)
+def test_a_pruned_layer_has_the_channels_that_it_says(norm: str) -> None:
+    layer, x = LAYERS_ON_CHANNELS[norm](), _random((2, 4, 3, 3), "float32")
+    name = "num_channels" if norm == "group_norm" else "num_features"
+    for key in layer.state_dict():
+        if (own := getattr(layer, key)).ndim:
+            setattr(layer, key, own[:2].copy())
+    setattr(layer, name, 2)
+    assert layer(x[:, :2]).shape == (2, 2, 3, 3)
+    with pytest.raises(ValueError, match="x has 4 channels on axis 1 but the layer has"):
+        layer(x)
