@@ -63,11 +63,14 @@ class SavedMix:
     def vectors(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Center, scale and shift of each channel of each image, one after the other.
 
-        Each center is between the batch's mean and the image's: where the two are far apart, it is near to that which counts.
+        Each center is between the batch's mean and the image's: where the two are far apart, it is near to that which counts;
+        where one is not finite, it is the other, so that sums over the batch are of the channel alone, and those over an image of it.
         """
         of_batch, of_layer = self.mix * self.invstd, (1 - self.mix) * self.layer_invstd
         share = np.nan_to_num(np.abs(of_batch) / (np.abs(of_batch) + np.abs(of_layer)), nan=0.5)
-        centers = (share * self.mean + (1 - share) * self.layer_mean).astype(compute)
+        centers = share * self.mean + (1 - share) * self.layer_mean
+        centers = np.where(np.isfinite(self.mean), centers, self.layer_mean)
+        centers = np.where(np.isfinite(self.layer_mean), centers, self.mean).astype(compute)
         from_batch, from_layer = self.offsets(centers)
         scale = self.weight * (of_batch + of_layer)
         shift = self.weight * (of_batch * from_batch + of_layer * from_layer) + self.bias
@@ -172,9 +175,10 @@ def _mixed(
         stats = functional.wide_stats(call.x, None, axis, None, call.threads)
         mean, low, var = stats.mean, stats.mean_lo, variance(stats)
         invstd = 1 / np.sqrt(var + eps)
-        if call.x.size and not extremes.are_usual(var * stats.count, var + eps, invstd, wide).all():
+        usual = extremes.are_usual(var * stats.count, var + eps, invstd, wide)
+        if call.x.size and not usual.all():
             found = functional.batch_norm_forward(call.x, eps=eps, axis=axis, correction=0)[1]  # which finds it in units
-            invstd = found.invstd.astype(wide)
+            invstd = np.where(usual, invstd, found.invstd)
     else:
         channels, names = checks.channels_of(call.x, axis), ("running_mean", "running_var")
         mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(names, running, strict=True))

@@ -1097,3 +1097,21 @@ def test_a_pruned_layer_has_the_channels_that_it_says(norm: str) -> None:
     assert layer(x[:, :2]).shape == (2, 2, 3, 3)
     with pytest.raises(ValueError, match="x has 4 channels on axis 1 but the layer has"):
         layer(x)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_not_finite_stays_in_its_image_and_channel_of_a_mix(value: float, last: bool) -> None:
+    x, dy = _random((3, 8, 6, 5), "float32"), _random((3, 8, 6, 5), "float32", seed=1)
+    apart = np.ones(x.shape, np.bool_)
+    apart[1], apart[:, 3] = False, False
+    found = []
+    for number in (1.0, value):
+        x[1, 3, 2, 2] = number
+        given = [np.ascontiguousarray(np.moveaxis(a, 1, -1)) if last else a for a in (x, dy)]
+        y, saved = fastbn.batch_channel_norm_forward(given[0], None, None, np.full(8, 0.5), training=True, axis=-1 if last else 1)
+        g = fastbn.batch_channel_norm_backward(given[1], given[0], saved)
+        found.append([(np.moveaxis(a, -1, 1) if last else a)[apart] for a in (y, g.dx)])
+    np.testing.assert_array_equal(found[1][0], found[0][0])
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5, atol=1e-5)
