@@ -17,6 +17,7 @@ from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, pattern
+from fastbn.shown import short
 
 if TYPE_CHECKING:
     from fastbn.kernels.protocol import Operations
@@ -140,7 +141,7 @@ def pinned() -> str | None:
 
 def _check(name: str, pin: str = "kernel") -> None:
     if not isinstance(name, str) or name not in KERNELS:
-        raise ValueError(f"{pin} must be one of {', '.join(KERNELS)}, got {name!r}")
+        raise ValueError(f"{pin} must be one of {', '.join(KERNELS)}, got {short(name)}")
     if reason := KERNELS[name].unusable():
         raise RuntimeError(f"{pin} {name!r} cannot run here: {reason}")
 
@@ -305,8 +306,8 @@ def _names(name: str, given: object, known: tuple[str, ...]) -> tuple[str, ...]:
     try:
         names = (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be names among {', '.join(known)}, got {given!r}") from None
+        raise TypeError(f"{name} must be names among {', '.join(known)}, got {short(given)}") from None
     for one in names:
         if not isinstance(one, str) or one not in known:
-            raise ValueError(f"{name} must be among {', '.join(known)}, got {one!r}")
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {short(one)}")
     return names

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.shown import short
+
 
 class DType(NamedTuple):
     """One row of the table of element types.
@@ -72,7 +74,7 @@ def resolve(dtype: Any) -> np.dtype[Any]:
     except ImportError:
         raise TypeError("dtype bfloat16 needs ml_dtypes, which is not installed (pip install ml_dtypes)") from None
     except (TypeError, ValueError, SyntaxError):
-        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}") from None
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {short(dtype)}") from None
     if dtype is None or lookup(found) is None:  # NumPy takes None for float64
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)} in native byte order, got {None if dtype is None else str(found)}")
     return found
