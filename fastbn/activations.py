@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.shown import short
+
 Array = np.ndarray[Any, Any]
 
 
@@ -89,7 +91,7 @@ class Activation:
         for name, function in {"forward": forward, "derivative": derivative}.items():
             if _is_compiled(function) or (name == "derivative" and function is None):
                 continue
-            raise TypeError(f"{name} must be a function compiled by numba.njit, got {function!r}{_without_numba()}")
+            raise TypeError(f"{name} must be a function compiled by numba.njit, got {short(function)}{_without_numba()}")
         self.forward = forward
         self.derivative = derivative
 
@@ -162,23 +164,23 @@ def lookup(activation: object) -> Builtin | Activation:
     if callable(activation):
         if _is_compiled(activation):
             return Activation(activation)
-        raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(activation) or _without_numba()}")
+        raise TypeError(f"{_EXPECTED}, got {short(activation)}{_hint(activation) or _without_numba()}")
     name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str):
-        raise TypeError(f"{_EXPECTED}, got {activation!r}{_hint(name)}")
+        raise TypeError(f"{_EXPECTED}, got {short(activation)}{_hint(name)}")
     if name not in BUILTINS:
-        raise ValueError(f"activation must be one of {', '.join(NAMES)} or None, got {name!r}{_hint(name)}")
+        raise ValueError(f"activation must be one of {', '.join(NAMES)} or None, got {short(name)}{_hint(name)}")
     if not parameters:
         return BUILTINS[name]
     if name not in ("leaky_relu", "gelu") or len(parameters) > 1:
-        raise ValueError(f"{_PARAMETERS}, got {activation!r}")
+        raise ValueError(f"{_PARAMETERS}, got {short(activation)}")
     (parameter,) = parameters
     if name == "leaky_relu":
         return BUILTINS[name]._replace(parameter=_slope(parameter))
     if not isinstance(parameter, str):
-        raise TypeError(f"{_PARAMETERS}, got {activation!r}")
+        raise TypeError(f"{_PARAMETERS}, got {short(activation)}")
     if parameter not in ("none", "tanh"):
-        raise ValueError(f"{_PARAMETERS}, got {activation!r}")
+        raise ValueError(f"{_PARAMETERS}, got {short(activation)}")
     return BUILTINS["gelu" if parameter == "none" else "gelu_tanh"]
 
 
@@ -194,7 +196,7 @@ def is_found(activation: object) -> bool:
 def _slope(value: Any) -> float:
     """Check the slope of leaky_relu: any finite number."""
     if isinstance(value, (bool, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"activation: the slope of leaky_relu must be a number, got {value!r}")
+        raise TypeError(f"activation: the slope of leaky_relu must be a number, got {short(value)}")
     try:
         slope = float(value)
     except OverflowError:

@@ -16,6 +16,7 @@ from fastbn.dtypes import DTYPES, DType, lookup
 from fastbn.environment import MOST_THREADS
 from fastbn.floating import default_mode
 from fastbn.layout import Array, channel_axis, plain
+from fastbn.shown import short as short
 
 if TYPE_CHECKING:
     from fastbn.results import Function
@@ -222,14 +223,6 @@ def number(name: str, value: object, least: float | None = None) -> float:
     if least is not None and not least <= v < math.inf:
         raise ValueError(f"{name} must be a finite number of at least {least:g}, got {short(value)}")
     return v
-
-
-def short(value: object, text: str | None = None) -> str:
-    """How a value is shown in an error: not longer than a line."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"an int of {value.bit_length()} bits"
-    text = " ".join((repr(value) if text is None else text).split())
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:

@@ -127,7 +127,7 @@ except ImportError:  # built without a compiler
 else:
     library = _calls.Library(
         pin=dispatch.PIN, calls_of=_direct_calls, activations=(BUILTINS, activations.lookup, Activation), copied=copied,
-        results=(Saved, SavedParts, Gradients, of_rows), steps=tuple(DTYPES[name].step for name in _calls.STORAGES),
+        results=(Saved, SavedParts, Gradients, of_rows), steps=tuple(DTYPES[name].compute_step for name in _calls.STORAGES),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, pattern
+from fastbn.shown import short
 
 if TYPE_CHECKING:
     from fastbn.kernels.protocol import Operations
@@ -69,8 +70,16 @@ class Kernel:
             return f"{self.package} is not installed (pip install {self.package})"
         try:
             self.module()
-        except Exception as error:  # a broken package of another's may raise anything
-            return f"it cannot be imported: {error}"
+        except (MemoryError, RecursionError):  # which say nothing of the module
+            raise
+        except Exception as error:
+            # A broken package of another's may raise anything, and does so again. What a signal handler raises is the caller's.
+            try:
+                self.module()
+            except type(error) as again:
+                if str(again) == str(error):
+                    return f"it cannot be imported: {error}"
+            raise
         return None
 
     def declines(self, dtype: str, custom: bool = False) -> str | None:
@@ -132,7 +141,7 @@ def pinned() -> str | None:
 
 def _check(name: str, pin: str = "kernel") -> None:
     if not isinstance(name, str) or name not in KERNELS:
-        raise ValueError(f"{pin} must be one of {', '.join(KERNELS)}, got {name!r}")
+        raise ValueError(f"{pin} must be one of {', '.join(KERNELS)}, got {short(name)}")
     if reason := KERNELS[name].unusable():
         raise RuntimeError(f"{pin} {name!r} cannot run here: {reason}")
 
@@ -297,8 +306,8 @@ def _names(name: str, given: object, known: tuple[str, ...]) -> tuple[str, ...]:
     try:
         names = (given,) if isinstance(given, str) else tuple(given)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be names among {', '.join(known)}, got {given!r}") from None
+        raise TypeError(f"{name} must be names among {', '.join(known)}, got {short(given)}") from None
     for one in names:
         if not isinstance(one, str) or one not in known:
-            raise ValueError(f"{name} must be among {', '.join(known)}, got {one!r}")
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {short(one)}")
     return names

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.shown import short
+
 
 class DType(NamedTuple):
     """One row of the table of element types.
@@ -27,6 +29,11 @@ class DType(NamedTuple):
     name: str
     compute: np.dtype[Any]
     step: float
+
+    @property
+    def compute_step(self) -> float:
+        """From 1 to the next number of the arithmetic."""
+        return DTYPES[self.compute.name].step
 
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -72,7 +79,7 @@ def resolve(dtype: Any) -> np.dtype[Any]:
     except ImportError:
         raise TypeError("dtype bfloat16 needs ml_dtypes, which is not installed (pip install ml_dtypes)") from None
     except (TypeError, ValueError, SyntaxError):
-        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}") from None
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {short(dtype)}") from None
     if dtype is None or lookup(found) is None:  # NumPy takes None for float64
         raise TypeError(f"dtype must be one of {', '.join(DTYPES)} in native byte order, got {None if dtype is None else str(found)}")
     return found

@@ -60,7 +60,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
       reference is pinned
     """
     if not isinstance(op, str) or op not in OPS:
-        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {checks.short(op)}")
     x, dtype = checks.array(x)
     v = view(x, channel_axis(layout, x.ndim, axis))
     kernel = select(dtype.storage)

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from fastbn.shown import short
+
 Array = np.ndarray[Any, Any]
 
 LayoutName = Literal["NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC", "channels_first", "channels_last"]
@@ -59,7 +61,7 @@ def channel_axis(layout: str | None, ndim: int, axis: int | None = None) -> int:
         raise ValueError(f"x must have at least 2 axes (batch and channels), got {ndim}")
     if axis is not None:
         if not -ndim <= axis < ndim:
-            raise ValueError(f"axis must be one of the {ndim} axes of x, got {axis}")
+            raise ValueError(f"axis must be one of the {ndim} axes of x, got {short(axis)}")
         return int(axis) % ndim
     return ndim - 1 if layout in _CHANNELS_LAST or layout == "channels_last" else 1
 
@@ -79,15 +81,14 @@ def check(layout: object, axis: object = None) -> None:
     if axis is None:
         return
     if layout is not None:
-        raise ValueError(f"give axis or layout, not both: got axis={axis!r} and layout={layout!r}")
+        raise ValueError(f"give axis or layout, not both: got axis={short(axis)} and layout={short(layout)}")
     if isinstance(axis, (bool, np.bool_, np.timedelta64)) or not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"axis must be an int, got {axis!r}")
+        raise TypeError(f"axis must be an int, got {short(axis)}")
 
 
 def _shown(layout: object) -> str:
     """What came in place of a layout, with the one that was meant where that is clear: of other case, or nearly the same."""
-    text = " ".join(repr(layout).split())
-    text = text if len(text) <= 80 else text[:77] + "..."
+    text = short(layout)
     if not isinstance(layout, str) or len(layout) > 40:
         return text
     from difflib import get_close_matches  # not needed where all is well

@@ -76,9 +76,14 @@ def thread_count(threads: object, op: str, x: object) -> int:
 def channel_of_images(x: Array, layout: object, axis: object) -> int:
     """Axis of the channels of x, which has images on its axis 0."""
     at = checks.channel(x, layout, axis)
-    if at == 0:
-        raise ValueError("axis must not be 0, which is the images'")
+    check_images(at)
     return at
+
+
+def check_images(axis: int | None) -> None:
+    """Check that an axis of channels is not that of the images."""
+    if axis == 0:
+        raise ValueError("axis must not be 0, which is the images'")
 
 
 def on_channels(

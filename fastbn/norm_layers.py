@@ -149,12 +149,17 @@ class _OnChannels(_Layer):
 
     _ranks: tuple[int, ...] = ()
 
+    _size = "num_features"  # what the number of channels is called
+    _of_images = True  # which are on axis 0
+
     def __init__(self, channels: int, layout: LayoutName | None, axis: int | None, activation: ActivationLike, dtype: DTypeLike):
         super().__init__(activation, dtype)
-        self._channels = checks.integer("num_channels" if not self._ranks else "num_features", channels, 1, 2**40)
+        setattr(self, self._size, checks.integer(self._size, channels, 1, 2**40))
         self.layout, self.axis = layout, axis
-        if self._ranks:
-            channel_axis(layout, self._ranks[0], axis)
+        layouts.check(layout, axis)
+        at = channel_axis(layout, self._ranks[0], axis) if self._ranks else axis
+        if self._of_images:
+            norm_calls.check_images(at)
 
     @property
     def affine(self) -> bool:
@@ -167,8 +172,8 @@ class _OnChannels(_Layer):
         if self._ranks and x.ndim not in self._ranks:
             raise ValueError(f"{type(self).__name__} takes arrays with {self._ranks[0]} axes, but x has shape {x.shape}")
         axis = channel_axis(self.layout, x.ndim, self.axis)
-        if x.shape[axis] != self._channels:
-            raise checks.misfit(checks.channels_of(x, axis), f"the layer has {self._channels}", self._channels)
+        if x.shape[axis] != (own := getattr(self, self._size)):
+            raise checks.misfit(checks.channels_of(x, axis), f"the layer has {own}", own)
 
     def _options(self) -> dict[str, Any]:
         return super()._options() | {"layout": self.layout, "axis": self.axis}
@@ -177,6 +182,7 @@ class _OnChannels(_Layer):
 class _Tracked(Tracking, _OnChannels):
     """A layer of images with channels that may have running statistics."""
 
+    num_features: int
     _counts = True  # the batches
     _usual: ClassVar[dict[str, Any]] = {"track_running_stats": True, "axis": None, "activation": None}
 
@@ -184,7 +190,6 @@ class _Tracked(Tracking, _OnChannels):
         self, num_features: int, eps: Number, momentum: Number | None, affine: bool, track_running_stats: bool, **options: Any
     ):
         super().__init__(num_features, options["layout"], options["axis"], options["activation"], options["dtype"])
-        self.num_features = self._channels
         self.eps = checks.number("eps", eps, 0.0)
         self.momentum = None if momentum is None else checks.number("momentum", momentum)
         n, compute = self.num_features, self._compute
@@ -348,6 +353,8 @@ class GroupNorm(_OnChannels):
     """
 
     _functions = _Functions(norms.group_norm, norms.group_norm_forward, norms.group_norm_backward)
+    _size = "num_channels"
+    num_channels: int
 
     def __init__(
         self,
@@ -363,7 +370,7 @@ class GroupNorm(_OnChannels):
         dtype: DTypeLike = np.float32,
     ):
         super().__init__(num_channels, layout, axis, activation, dtype)
-        self.num_groups, self.num_channels = checks.integer("num_groups", num_groups, 1), self._channels
+        self.num_groups = checks.integer("num_groups", num_groups, 1)
         if self.num_channels % self.num_groups:
             raise ValueError(f"num_groups must divide num_channels, got {num_groups} and {num_channels}")
         self.eps = checks.number("eps", eps, 0.0)
@@ -440,7 +447,7 @@ class RMSNorm(LayerNorm):
     normalized_shape : int or sequence of int
         The last axes of the input.
     eps : float, optional
-        Added to the mean square; None means the distance from 1 to the next number of the dtype.
+        Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32.
     elementwise_affine : bool
         Whether there is a weight of this shape.
     activation, dtype
@@ -538,6 +545,7 @@ class BatchRenorm2d(_Tracked):
     """
 
     _ranks = (4,)
+    _of_images = False
     _usual: ClassVar = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
 
     _functions = _Functions(variants.batch_renorm, variants.batch_renorm_forward, variants.batch_renorm_backward)

@@ -589,9 +589,9 @@ def layer_norm_backward(
 
 
 def _eps(eps: Any, x: object) -> Any:
-    """What is added to a mean square: where it is None, the difference of 1 and the next number of x's dtype, as in PyTorch."""
+    """What is added to a mean square: where it is None, the difference of 1 and the next number of the arithmetic, as in PyTorch."""
     row = lookup(x.dtype) if eps is None and isinstance(x, np.ndarray) else None
-    return eps if row is None else row.step
+    return eps if row is None else row.compute_step
 
 
 @core.direct
@@ -661,7 +661,7 @@ def rms_norm(
     weight : array_like of shape normalized_shape, optional
         Scale of each element of a row; None means 1.
     eps : float, optional
-        Added to the mean square; None means the distance from 1 to the next number of the dtype, as in PyTorch.
+        Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32, as in PyTorch.
     activation, residual, out
         As in `batch_norm_forward`.
     threads : int, optional
@@ -720,6 +720,7 @@ def rms_norm_backward(
     >>> fastbn.rms_norm_backward(np.ones_like(x), x, saved).dweight
     array([ 1., -1.])
     """
-    if "bias" in checks.names("wrt", wrt, GRADIENTS):
+    wanted = checks.names("wrt", wrt, GRADIENTS)
+    if "bias" in wanted:
         raise ValueError("wrt names 'bias', but rms_norm has none")
-    return _backward("rms_norm", dy, x, saved, wrt, out, threads)
+    return _backward("rms_norm", dy, x, saved, wanted, out, threads)

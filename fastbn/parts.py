@@ -486,13 +486,13 @@ def _backward_of_rows(
 
 
 @default_mode
-def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int) -> tuple[Array, Array, Array]:
-    """Mean and variance of each part, in units of its own, and the binary logarithms of these: 0 but at the ends of the range.
+def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int) -> tuple[Array, Array, Array, Array]:
+    """Mean, what it rounds away, and variance of each part, in units of its own; and these' binary logarithms.
 
-    A variance that is too small a number matters only where eps is, too.
+    A unit is 1, and its logarithm 0, but at the ends of the range. A variance that is too small a number matters only where eps is, too.
     """
     mean, low, m2 = statistics(module, x, shape, threads)
-    mean, var, units = mean + low, m2 / shape.values, np.zeros(mean.shape, np.int64)
+    var, units = m2 / shape.values, np.zeros(mean.shape, np.int64)
     at = np.nonzero(~((m2 < 2.0**1000) & (np.abs(mean) < 2.0**1000) & (var + eps > 2.0**-900)))
     if len(at[0]):
         values = _gather(x, shape, at)
@@ -501,14 +501,15 @@ def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int
         values = np.ldexp(values, -e)
         center = _means(values)
         mean[at], var[at], units[at] = center[:, 0, 0, 0], np.square(values - center).mean((1, 2, 3)), e[:, 0, 0, 0]
-    return mean, var, units
+        low[at] = 0.0
+    return mean, low, var, units
 
 
 @default_mode
 def running(module: Operations, x: Array, shape: Shape, momentum: float, threads: int) -> tuple[Array, Array]:
     """Mean and unbiased variance of each channel, averaged over the images and times momentum; of parts that are single channels."""
-    mean, var, units = moments(module, x, shape, 1.0, threads)
+    mean, low, var, units = moments(module, x, shape, 1.0, threads)
     most = units.max(0)
-    mean = np.ldexp(mean, units - most).mean(0)
+    mean = np.ldexp(mean + low, units - most).mean(0)
     var = np.ldexp(var, 2 * (units - most)).mean(0) * (shape.values / (shape.values - 1))
     return np.ldexp(momentum * mean, most), np.ldexp(momentum * var, 2 * most)

@@ -34,7 +34,7 @@ class SavedMix:
         Whether the batch's statistics are its own.
     mean, mean_lo, invstd : ndarray of shape (C,)
         Of the batch, or the running ones, in float64.
-    layer_mean, layer_invstd : ndarray of shape (N, 1)
+    layer_mean, layer_mean_lo, layer_invstd : ndarray of shape (N, 1)
         Of each image, in float64.
     weight, bias, mix : ndarray of shape (C,)
         Copies, in float64.
@@ -50,6 +50,7 @@ class SavedMix:
     mean_lo: Array
     invstd: Array
     layer_mean: Array
+    layer_mean_lo: Array
     layer_invstd: Array
     weight: Array
     bias: Array
@@ -62,11 +63,14 @@ class SavedMix:
     def vectors(self, compute: np.dtype[Any]) -> tuple[Array, Array, Array]:
         """Center, scale and shift of each channel of each image, one after the other.
 
-        Each center is between the batch's mean and the image's: where the two are far apart, it is near to that which counts.
+        Each center is between the batch's mean and the image's: where the two are far apart, it is near to that which counts;
+        where one is not finite, it is the other, so that sums over the batch are of the channel alone, and those over an image of it.
         """
         of_batch, of_layer = self.mix * self.invstd, (1 - self.mix) * self.layer_invstd
         share = np.nan_to_num(np.abs(of_batch) / (np.abs(of_batch) + np.abs(of_layer)), nan=0.5)
-        centers = (share * self.mean + (1 - share) * self.layer_mean).astype(compute)
+        centers = share * self.mean + (1 - share) * self.layer_mean
+        centers = np.where(np.isfinite(self.mean), centers, self.layer_mean)
+        centers = np.where(np.isfinite(self.layer_mean), centers, self.mean).astype(compute)
         from_batch, from_layer = self.offsets(centers)
         scale = self.weight * (of_batch + of_layer)
         shift = self.weight * (of_batch * from_batch + of_layer * from_layer) + self.bias
@@ -74,7 +78,7 @@ class SavedMix:
 
     def offsets(self, centers: Array) -> tuple[Array, Array]:
         """How far the centers are from the batch's mean and from the image's."""
-        return (centers - self.mean) - self.mean_lo, centers - self.layer_mean
+        return (centers - self.mean) - self.mean_lo, (centers - self.layer_mean) - self.layer_mean_lo
 
 
 @default_mode
@@ -171,21 +175,24 @@ def _mixed(
         stats = functional.wide_stats(call.x, None, axis, None, call.threads)
         mean, low, var = stats.mean, stats.mean_lo, variance(stats)
         invstd = 1 / np.sqrt(var + eps)
-        if call.x.size and not extremes.are_usual(var * stats.count, var + eps, invstd, wide).all():
+        usual = extremes.are_usual(var * stats.count, var + eps, invstd, wide)
+        if call.x.size and not usual.all():
             found = functional.batch_norm_forward(call.x, eps=eps, axis=axis, correction=0)[1]  # which finds it in units
-            invstd = found.invstd.astype(wide)
+            invstd = np.where(usual, invstd, found.invstd)
     else:
         channels, names = checks.channels_of(call.x, axis), ("running_mean", "running_var")
         mean, var = (checks.vector(name, v, channels, wide) for name, v in zip(names, running, strict=True))
         low, invstd = np.zeros_like(mean), 1 / np.sqrt(var + eps)
-    layer_mean, layer_invstd = np.zeros((call.shape.batch, 1)), np.full((call.shape.batch, 1), 1 / np.sqrt(eps))
+    nothing = np.zeros((call.shape.batch, 1))
+    of_layer = nothing, nothing.copy(), np.full_like(nothing, 1 / np.sqrt(eps))
     if call.x.size:
-        own, spread, units = parts.moments(core.calls_of(call.dtype), call.dense(call.x), call.shape, eps, call.threads)
-        layer_mean, layer_invstd = np.ldexp(own, units), np.ldexp(1 / np.sqrt(spread + np.ldexp(eps, -2 * units)), -units)
+        own, lost, spread, units = parts.moments(core.calls_of(call.dtype), call.dense(call.x), call.shape, eps, call.threads)
+        inverse = np.ldexp(1 / np.sqrt(spread + np.ldexp(eps, -2 * units)), -units)
+        of_layer = np.ldexp(own, units), np.ldexp(lost, units), inverse
     high, rest = split(mean, low, call.dtype.compute)
     kept = core.kept_residual(call.residual, call.activation)
     return SavedMix(
-        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, invstd, layer_mean, layer_invstd, *affine, call.activation,
+        call.x.shape, call.x.dtype, axis, training, high.astype(wide), rest, invstd, *of_layer, *affine, call.activation,
         kept, call.residual is not None,
     ), stats  # fmt: skip
 
@@ -300,9 +307,9 @@ def batch_channel_norm_backward(
     images, channels, wide = len(call.x), checks.channels_of(call.x, call.axis), np.dtype(np.float64)
     for name in ("mean", "mean_lo", "invstd", "weight", "bias", "mix"):
         checks.saved_vector(name, getattr(saved, name), (channels.number,), channels.words, wide)
-    for name in ("layer_mean", "layer_invstd"):
+    for name in ("layer_mean", "layer_mean_lo", "layer_invstd"):
         checks.saved_vector(name, getattr(saved, name), (images, 1), f"x has {images} images", wide)
-    vectors = ("mean", "mean_lo", "invstd", "weight", "bias", "mix", "layer_mean", "layer_invstd")
+    vectors = ("mean", "mean_lo", "invstd", "weight", "bias", "mix", "layer_mean", "layer_mean_lo", "layer_invstd")
     checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in vectors})
     call = call._replace(shape=call.shape._replace(group=1))
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
@@ -433,9 +440,9 @@ def batch_renorm_forward(
     mean, var = checks.vector("running_mean", running_mean, channels, wide), checks.vector("running_var", running_var, channels, wide)
     w = np.ones_like(mean) if weight is None else checks.vector("weight", weight, channels, wide)
     b = np.zeros_like(mean) if bias is None else checks.vector("bias", bias, channels, wide)
-    r, d = correct((stats.mean.astype(wide) + stats.mean_lo, variance(stats)), (mean, var), e, (most_r, most_d))
-    scale, shift = w * r, b + w * d
     of_batch = variance(stats)
+    r, d = correct((stats.mean, stats.mean_lo, of_batch), (mean, var), e, (most_r, most_d))
+    scale, shift = w * r, b + w * d
     if not extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute).all():
         options["stats"] = None  # it finds them itself, in units
     y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
@@ -443,11 +450,14 @@ def batch_renorm_forward(
 
 
 @default_mode
-def correct(batch: tuple[Array, Array], running: tuple[Array, Array], eps: float, most: tuple[float, float]) -> tuple[Array, Array]:
-    """The factor r and the offset d from the batch's mean and variance to the running ones, within bounds."""
+def correct(
+    batch: tuple[Array, Array, Array], running: tuple[Array, Array], eps: float, most: tuple[float, float]
+) -> tuple[Array, Array]:
+    """The factor r and the offset d from the batch's mean, what that rounds away, and variance to the running ones, within bounds."""
+    mean, low, var = batch
     deviation = np.sqrt(running[1] + eps)
-    r = np.clip(np.sqrt(batch[1] + eps) / deviation, 1 / most[0], most[0])
-    return r, np.clip((batch[0] - running[0]) / deviation, -most[1], most[1])
+    r = np.clip(np.sqrt(var + eps) / deviation, 1 / most[0], most[0])
+    return r, np.clip(((mean - running[0]) + low) / deviation, -most[1], most[1])
 
 
 def batch_renorm(

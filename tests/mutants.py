@@ -128,7 +128,7 @@ MUTANTS = [
     Mutant(
         "layers.py", 'if checks.switch("mode", mode) and (self.running_mean is None or self.running_var is None):', "if False:", SURVIVORS
     ),
-    Mutant("layers.py", 'context.gradients(() if self.frozen else ("weight", "bias"), self)', 'context.gradients(("weight", "bias"), self)', SURVIVORS),
+    Mutant("layers.py", 'gradients(() if self.frozen else ("weight", "bias"), self)', 'gradients(("weight", "bias"), self)', SURVIVORS),
     Mutant("states.py", "return 1.0 / (seen + 1)", "return 1.0 / max(seen, 1)", "test_layers.py"),
     Mutant("states.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:

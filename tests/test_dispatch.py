@@ -206,6 +206,22 @@ def test_a_broken_package_makes_a_kernel_unusable(monkeypatch: pytest.MonkeyPatc
     assert Kernel("numba", "fastbn.kernels.numba").unusable() == f"it cannot be imported: {error}"
 
 
+@pytest.mark.parametrize("error", [TimeoutError("time is over"), Exception("time is over"), MemoryError("none"), RecursionError("deep")])
+def test_an_interrupted_import_is_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    import_module, left = dispatch.import_module, [error]
+
+    def interrupted(path: str) -> Any:
+        if left:
+            raise left.pop()
+        return import_module(path)
+
+    monkeypatch.setattr(dispatch, "import_module", interrupted)
+    kernel = Kernel("reference", "fastbn.reference")
+    with pytest.raises(type(error), match=str(error)):
+        kernel.unusable()
+    assert kernel.unusable() is None
+
+
 def test_a_pinned_reference_is_not_announced() -> None:
     with fastbn.use_kernel("reference"):
         fastbn.batch_norm_stats(X)

@@ -460,3 +460,32 @@ def test_a_tensor_is_told_where_tensors_are_taken() -> None:
     tensor = type("Tensor", (), {"__module__": "torch"})()
     with pytest.raises(TypeError, match=r"x must be a numpy.ndarray, got Tensor; fastbn.torch is for tensors$"):
         fastbn.batch_norm(tensor, ZEROS, ONES)
+
+
+MANY, LONG = 10**5000, np.zeros((30, 30))  # more digits than Python shows, and an array whose repr has many lines
+SHOWN: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "axis": ("axis must be", lambda v: fastbn.batch_norm_stats(X, axis=v)),
+    "axis and layout": ("give axis or layout", lambda v: fastbn.batch_norm_stats(X, axis=v, layout="NC")),
+    "layout": ("layout must be", lambda v: fastbn.batch_norm_stats(X, layout=v)),
+    "activation": ("activation must be", lambda v: fastbn.FrozenBatchNorm([0.0], [1.0], activation=v)),
+    "slope": ("activation: the slope", lambda v: fastbn.FrozenBatchNorm([0.0], [1.0], activation=("leaky_relu", v))),
+    "gelu": ("activation takes a parameter", lambda v: fastbn.FrozenBatchNorm([0.0], [1.0], activation=("gelu", v))),
+    "forward": ("forward must be", lambda v: fastbn.Activation(v)),
+    "dtype": ("dtype must be", lambda v: fastbn.LayerNorm(3, dtype=v)),
+    "kernel": ("kernel must be", lambda v: fastbn.use_kernel(v).__enter__()),
+    "dtypes": ("dtypes must be", lambda v: fastbn.warmup(v)),
+    "layouts": ("layouts must be", lambda v: fastbn.warmup(["float32"], [v])),
+    "op": ("op must be", lambda v: fastbn.explain(v, X)),
+    "wrt": ("wrt may name", lambda v: fastbn.layer_norm_backward(X, X, fastbn.layer_norm_forward(X, X.shape[-1])[1], wrt=[[v]])),
+}
+
+
+@pytest.mark.parametrize("value", [MANY, LONG, [MANY]], ids=["digits", "array", "both"])
+@pytest.mark.parametrize("argument", SHOWN)
+def test_an_error_shows_what_came_in_one_line(argument: str, value: Any) -> None:
+    begins, call = SHOWN[argument]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(value)
+    assert str(caught.value).startswith(begins)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 320

@@ -110,6 +110,32 @@ def test_digits_are_kept_far_from_zero(kernel: Kernel, norm: str, offset: float,
     assert _worst(y, _truth(norm, x, 2, axis, weight, None if norm == "rms_norm" else bias, 1e-5)) < 5e-6
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("norm", ["batch_channel_norm", "batch_renorm"])
+@pytest.mark.parametrize("offset", [1e3, 1e6])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_mean_has_more_digits_than_a_float64_has(norm: str, offset: float, last: bool) -> None:
+    x, running = _random((3, 8, 24, 23), "float64", offset), _random((8,), "float64", offset, seed=1)
+    wide, of_channel = x.astype(np.longdouble), running.astype(np.longdouble)[:, None, None]
+
+    def normalized(axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+        mean = wide.mean(axes, keepdims=True)
+        mean += (wide - mean).mean(axes, keepdims=True)
+        deviation = np.sqrt(np.square(wide - mean).mean(axes, keepdims=True) + np.longdouble(1e-5))
+        return (wide - mean) / deviation, mean, deviation
+
+    given = np.ascontiguousarray(np.moveaxis(x, 1, -1)) if last else x
+    of_batch, mean, deviation = normalized((0, 2, 3))
+    if norm == "batch_channel_norm":
+        wanted = 0.25 * of_batch + 0.75 * normalized((1, 2, 3))[0]
+        y = fastbn.batch_channel_norm(given, None, None, np.full(8, 0.25), training=True, axis=-1 if last else 1)
+    else:
+        old = np.sqrt(1 + np.longdouble(1e-5))
+        wanted = of_batch * deviation / old + (mean - of_channel) / old
+        y = fastbn.batch_renorm(given, running.copy(), np.ones(8), training=True, axis=-1 if last else 1)
+    assert _worst(np.moveaxis(y, -1, 1) if last else y, wanted.astype(np.float64)) < 1e-13
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("last", [False, True])
@@ -344,7 +370,9 @@ def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any], thread
         fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change), threads=threads)
 
 
-@pytest.mark.parametrize("name", ["mean", "mean_lo", "invstd", "layer_mean", "layer_invstd", "weight", "bias", "mix", "residual", "axis"])
+@pytest.mark.parametrize(
+    "name", ["mean", "mean_lo", "invstd", "layer_mean", "layer_mean_lo", "layer_invstd", "weight", "bias", "mix", "residual", "axis"]
+)
 def test_so_does_one_of_batch_channel_norm(name: str) -> None:
     x = _random((2, 6, 4), "float32")
     _, saved = fastbn.batch_channel_norm_forward(x, None, None, np.full(6, 0.5), training=True, activation="silu", residual=x)
@@ -1013,3 +1041,100 @@ def test_a_gradient_is_not_written_over_what_was_saved() -> None:
             given = x.reshape(saved.shape)
             with pytest.raises(ValueError, match=rf"out and saved\.{name} share memory"):
                 backward(given, given, saved, out=getattr(saved, name).reshape(saved.shape))
+
+
+@pytest.mark.parametrize(("dtype", "eps"), [("float16", 2.0**-23), ("bfloat16", 2.0**-23), ("float32", 2.0**-23), ("float64", 2.0**-52)])
+def test_what_rms_norm_adds_by_itself_is_of_the_arithmetic_as_in_pytorch(dtype: str, eps: float) -> None:
+    x = (_random((3, 8), "float64") * 1e-4).astype(resolve(dtype))
+    want = fastbn.rms_norm(x, 8, eps=eps)
+    np.testing.assert_array_equal(fastbn.rms_norm(x, 8), want)
+    np.testing.assert_array_equal(fastbn.rms_norm_forward(x, 8)[0], want)
+    np.testing.assert_array_equal(fastbn.RMSNorm(8, dtype=dtype)(x), want)
+
+
+BACKWARDS: dict[str, tuple[Callable[..., Any], Callable[[Array], Any]]] = {
+    "batch_norm": (fastbn.batch_norm_backward, fastbn.batch_norm_forward),
+    "instance_norm": (fastbn.instance_norm_backward, fastbn.instance_norm_forward),
+    "group_norm": (fastbn.group_norm_backward, lambda x: fastbn.group_norm_forward(x, 2)),
+    "layer_norm": (fastbn.layer_norm_backward, lambda x: fastbn.layer_norm_forward(x, 4)),
+    "rms_norm": (fastbn.rms_norm_backward, lambda x: fastbn.rms_norm_forward(x, 4)),
+    "batch_channel_norm": (
+        fastbn.batch_channel_norm_backward,
+        lambda x: fastbn.batch_channel_norm_forward(x, None, None, np.ones(4), training=True),
+    ),
+    "batch_renorm": (fastbn.batch_renorm_backward, lambda x: fastbn.batch_renorm_forward(x, np.zeros(4), np.ones(4), training=True)),
+    "ghost_batch_norm": (
+        fastbn.ghost_batch_norm_backward,
+        lambda x: fastbn.ghost_batch_norm_forward(x, None, None, training=True, virtual_batch_size=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("norm", BACKWARDS)
+def test_names_of_gradients_may_be_such_as_can_be_read_once(norm: str) -> None:
+    backward, forward = BACKWARDS[norm]
+    x = _random((4, 4, 3, 4), "float32")
+    saved = forward(x)[1]
+    found = backward(x, x, saved, wrt=iter(["x", "weight"]))
+    assert [v is not None for v in found] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "text"),
+    [
+        ({"layout": "HWCN"}, ValueError, "layout must be one of"),
+        ({"layout": "NCHW", "axis": 1}, ValueError, "give axis or layout, not both"),
+        ({"axis": 1.5}, TypeError, "axis must be an int"),
+        ({"axis": 0}, ValueError, "axis must not be 0, which is the images'"),
+        ({"axis": -4}, ValueError, "axis must not be 0, which is the images'"),
+    ],
+)
+@pytest.mark.parametrize("norm", ["instance_norm", "group_norm", "batch_channel_norm", "batch_renorm"])
+@pytest.mark.only(lambda norm, where: "axis" not in where or (norm, where["axis"]) != ("group_norm", -4))
+def test_a_layer_refuses_where_no_channels_can_be(norm: str, where: dict[str, Any], error: type[Exception], text: str) -> None:
+    if norm == "batch_renorm" and where.get("axis") in (0, -4):  # as batch norm
+        x = _random((4, 2, 3, 3), "float32")
+        np.testing.assert_array_equal(LAYERS_ON_CHANNELS[norm](**where)(x), fastbn.BatchNorm2d(4, **where)(x))
+        return
+    with pytest.raises(error, match=text):
+        LAYERS_ON_CHANNELS[norm](**where)
+
+
+LAYERS_ON_CHANNELS: dict[str, Callable[..., Any]] = {
+    "batch_norm": lambda **options: fastbn.BatchNorm2d(4, **options),
+    "instance_norm": lambda **options: fastbn.InstanceNorm2d(4, affine=True, track_running_stats=True, **options),
+    "group_norm": lambda **options: fastbn.GroupNorm(2, 4, **options),
+    "batch_channel_norm": lambda **options: fastbn.BatchChannelNorm2d(4, **options),
+    "batch_renorm": lambda **options: fastbn.BatchRenorm2d(4, rmax=1.0, dmax=0.0, **options),
+}
+
+
+@pytest.mark.parametrize("norm", LAYERS_ON_CHANNELS)
+def test_a_pruned_layer_has_the_channels_that_it_says(norm: str) -> None:
+    layer, x = LAYERS_ON_CHANNELS[norm](), _random((2, 4, 3, 3), "float32")
+    name = "num_channels" if norm == "group_norm" else "num_features"
+    for key in layer.state_dict():
+        if (own := getattr(layer, key)).ndim:
+            setattr(layer, key, own[:2].copy())
+    setattr(layer, name, 2)
+    assert layer(x[:, :2]).shape == (2, 2, 3, 3)
+    with pytest.raises(ValueError, match="x has 4 channels on axis 1 but the layer has"):
+        layer(x)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_not_finite_stays_in_its_image_and_channel_of_a_mix(value: float, last: bool) -> None:
+    x, dy = _random((3, 8, 6, 5), "float32"), _random((3, 8, 6, 5), "float32", seed=1)
+    apart = np.ones(x.shape, np.bool_)
+    apart[1], apart[:, 3] = False, False
+    found = []
+    for number in (1.0, value):
+        x[1, 3, 2, 2] = number
+        given = [np.ascontiguousarray(np.moveaxis(a, 1, -1)) if last else a for a in (x, dy)]
+        y, saved = fastbn.batch_channel_norm_forward(given[0], None, None, np.full(8, 0.5), training=True, axis=-1 if last else 1)
+        g = fastbn.batch_channel_norm_backward(given[1], given[0], saved)
+        found.append([(np.moveaxis(a, -1, 1) if last else a)[apart] for a in (y, g.dx)])
+    np.testing.assert_array_equal(found[1][0], found[0][0])
+    np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5, atol=1e-5)

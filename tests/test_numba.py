@@ -615,6 +615,36 @@ def test_no_directory_to_write(tmp_path: Path) -> None:
     assert python(code, cwd=tmp_path, **environment) == f"{package / 'kernels' / 'numba.py'}\n2.0\n"
 
 
+INTERRUPTED = """
+import numpy as np
+import fastbn
+from fastbn.kernels import numba_cache
+
+compile, times = numba_cache.CFunc._compile_uncached, [0]
+
+
+def interrupted(self):
+    times[0] += 1
+    if times[0] == 1:  # as a signal's handler does
+        raise TimeoutError("time is over")
+    return compile(self)
+
+
+numba_cache.CFunc._compile_uncached = interrupted
+x = np.array([[1.0], [3.0]])
+with fastbn.use_kernel("numba"):
+    try:
+        fastbn.batch_norm(x, None, None, training=True)
+    except TimeoutError as error:
+        print(error, times[0])
+    print(fastbn.batch_norm(x, None, None, training=True, eps=0.0).ravel())
+"""
+
+
+def test_what_interrupts_the_compiler_is_the_callers(tmp_path: Path) -> None:
+    assert python(INTERRUPTED, NUMBA_CACHE_DIR=str(tmp_path)) == "time is over 1\n[-1.  1.]\n"
+
+
 def test_a_damaged_cache_is_left_alone(tmp_path: Path) -> None:
     environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
     assert python(USE, **environment) == "2.0\n"

@@ -11,7 +11,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,6 @@ from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
 
 from fastbn.kernels.numba_passes import Passes
@@ -62,6 +61,16 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple()
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a file is damaged
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with suppress(Exception):  # the disk is full; a file is damaged
+            super().save_overload(sig, data)
 
 
 @cache
@@ -127,14 +136,12 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
 
 
 def _with_cache(function: Callable[..., None], signature: Any, name: str, options: dict[str, Any]) -> Any:
-    """None where there is no place on disk, or what lies there is damaged."""
+    """None where there is no place on disk."""
+    found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options, pipeline_class=Passes)
     try:
-        found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options, pipeline_class=Passes)
         found._cache = _Cache(function, name)
-        found.compile()
-    except NumbaError:
-        raise
-    except Exception:  # no directory can be written; the disk is full; a file is damaged
+    except Exception:  # no directory can be written
         return None
+    found.compile()  # which takes long: what a signal handler raises meanwhile is the caller's
     (read_here if found.cache_hits else compiled_here).append(name)
     return found
