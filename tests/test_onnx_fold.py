@@ -293,6 +293,16 @@ def test_folded_initializers_keep_their_names() -> None:
     assert [i.name for i in result.graph.initializer] == ["w", "k"]
 
 
+@pytest.mark.parametrize("nodes", [f"c = MatMul (x, w) h = {BN} (c, s, b, m, v)", f"c = Relu (x) h = {BN} (c, s, b, m, v)"])
+def test_new_nodes_have_names_that_no_other_node_has(nodes: str) -> None:
+    model = net(f"{nodes} z = Relu (h) y = Neg (z)", ROWS.shape, {"w": array(3, 3), **norm(3)})
+    for node, name in zip(model.graph.node, ("c", "bn", "bn_shift", "bn_scale"), strict=True):
+        node.name = name
+    named = [node.name for node in folded(model, ROWS, rewrite=True).graph.node]  # ONNX Runtime refuses two of one name
+    assert {"bn_shift", "bn_shift_2"} <= set(named)
+    assert len(set(named)) == len(named)
+
+
 FORMS = [
     ("s = Constant <value = float[4] {1, 2, 3, 4}> ()", {}),
     ("s = Constant <value_floats = [1.0, 2.0, 3.0, 4.0]> ()", {}),
