@@ -427,6 +427,14 @@ def test_what_changes_nothing_is_left_out() -> None:
             assert operators(folded(model, IMAGES)) == left
 
 
+def test_a_scale_that_16_bits_tell_from_1_changes_an_input_of_32() -> None:
+    constants = {"s": np.float16([1.001, 1]), "b": np.zeros(2, np.float16), "m": np.zeros(2, np.float32), "v": np.ones(2, np.float32)}
+    model = net(f"y = {BN} <epsilon = 0.0> (x, s, b, m, v)", (3, 2), constants)
+    (row,) = fastbn.onnx.check(model)
+    assert row.state == "stays"
+    assert operators(folded(model, array(3, 2))) == [BN]
+
+
 @pytest.mark.parametrize("opset", [1, 6])
 def test_old_opsets_stay_with_a_reason(opset: int) -> None:
     consumed = "consumed_inputs = [0, 0, 0, 1, 1], " if opset == 1 else ""

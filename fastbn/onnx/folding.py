@@ -191,7 +191,8 @@ def _fold_one(node: Node) -> Outcome:
     try:
         known = frozen(node)
         scale, shift = known.affine()
-        if known.changes_nothing():
+        given = node.scope.type_of(node.input(0))
+        if known.changes_nothing(given.dtype if given is not None else np.dtype(np.float64)):
             _leave_out(node)
             return Outcome(done=True)
     except Stays as reason:
@@ -295,7 +296,7 @@ def _rewrite(node: Node) -> None:
     known = scope.type_of(node.input(0))
     if known is None or known.shape is None:
         return
-    rank, dtype = len(known.shape), np.dtype(helper.tensor_dtype_to_np_dtype(known.kind))
+    rank, dtype = len(known.shape), known.dtype
     if dtype.name not in ("float32", "float64"):  # of 16 bits, the product would be rounded before the sum
         return
     try:
