@@ -317,6 +317,18 @@ def test_what_fastbn_raises_in_a_session_is_raised_by_run() -> None:
         fastbn.onnx.session(model, options)
 
 
+def test_options_of_a_session_may_have_the_extensions_already() -> None:
+    ort = pytest.importorskip("onnxruntime")
+    extensions = pytest.importorskip("onnxruntime_extensions")
+    model = net(f"y = {BN} (x, s, b, m, v)", IMAGES.shape, norm(3))
+    with_extensions = ort.SessionOptions()
+    with_extensions.register_custom_ops_library(extensions.get_library_path())
+    for options in (with_extensions, ort.SessionOptions()):
+        for _ in range(2):
+            result = fastbn.onnx.session(model, options).run(None, {"x": IMAGES})[0]
+            np.testing.assert_allclose(result, run(model, IMAGES)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_every_way_to_run_a_session_raises_what_fastbn_raised() -> None:
     ort = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxruntime_extensions")

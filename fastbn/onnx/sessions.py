@@ -8,7 +8,7 @@ in such a function would end the process; so it is kept, and raised when the run
 from __future__ import annotations
 
 import os
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -111,7 +111,7 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
     model : ModelProto or path
         Its batch norms of float32 and float64 in inference become a custom operator, those in local functions do not.
     options : onnxruntime.SessionOptions, optional
-        The operator is registered there. Nodes must run one after another, as they do by default.
+        The operator is registered there, where onnxruntime-extensions is not yet. Nodes must run one after another, as they do by default.
 
     Returns
     -------
@@ -155,9 +155,19 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
     proto = load_external(opened.close(), folder)
     if DOMAIN not in {one.domain for one in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    chosen = onnxruntime.SessionOptions() if options is None else options
-    chosen.register_custom_ops_library(library)
-    found: InferenceSession = _session_class()(proto.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+    return _opened(proto.SerializeToString(), onnxruntime.SessionOptions() if options is None else options, library)
+
+
+def _opened(model: bytes, options: SessionOptions, library: str) -> InferenceSession:
+    """A session of a model; the library is registered where the options lack it, as ONNX Runtime refuses one that is there twice."""
+    make = partial(_session_class(), model, options, providers=["CPUExecutionProvider"])
+    try:
+        found: InferenceSession = make()
+    except Exception as error:  # of no class of its own
+        if f"{DOMAIN}:" not in str(error):  # an operator that is not registered
+            raise
+        options.register_custom_ops_library(library)
+        found = make()
     return found
 
 
