@@ -408,6 +408,14 @@ def test_processes_read_the_traced_files_that_the_command_names(tmp_path, capsys
     assert "ours" in {row.network for row in report.read_json(Path("bench.json").read_text())[1]}
 
 
+def test_what_is_no_number_is_read_as_it_was_written():
+    about, (row, *_) = report.read_json(readme.RUN.read_text())
+    written = report.as_json(about, [row._replace(error=float("nan"))], {})
+    (found,) = report.read_json(written)[1]
+    assert np.isnan(found.error)
+    assert report.as_json(about, [found], {}) == written
+
+
 def test_runs_of_several_processes_are_one(tmp_path, capsys):
     pytest.importorskip("rich")
     main = import_module("bench.__main__").main
