@@ -435,6 +435,17 @@ def test_a_scale_that_16_bits_tell_from_1_changes_an_input_of_32() -> None:
     assert operators(folded(model, array(3, 2))) == [BN]
 
 
+@pytest.mark.parametrize("ir", [3, 8])
+@pytest.mark.parametrize(("x", "parameters"), [("float64", "float32"), ("float32", "float16"), ("float32", "float64")])
+def test_parameters_that_are_narrower_than_x_take_a_batch_norm_in_full(x: str, parameters: str, ir: int) -> None:
+    constants = {name: value.astype(x if name in "mv" else parameters) for name, value in (norm(3) | SECOND).items()}
+    model = net(f"c = {BN} (x, s, b, m, v) y = {BN} (c, s2, b2, m, v)", (5, 3), constants, dtype=x, ir=ir)
+    given, result = array(5, 3, dtype=x), fastbn.onnx.fold(model)
+    onnx.checker.check_model(result, full_check=True)
+    assert operators(result).count(BN) == 1
+    near(evaluate(result, given)[0], evaluate(model, given)[0], {"float32": 1e-6, "float64": 1e-14}[x])
+
+
 @pytest.mark.parametrize("opset", [1, 6])
 def test_old_opsets_stay_with_a_reason(opset: int) -> None:
     consumed = "consumed_inputs = [0, 0, 0, 1, 1], " if opset == 1 else ""

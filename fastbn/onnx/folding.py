@@ -243,7 +243,8 @@ def fold(model: ModelProto | str | os.PathLike[str], rewrite: bool = False) -> M
 
     Conv, ConvTranspose, Gemm, MatMul and norms with a scale and a bias take a batch norm that follows them, with an Add of a
     constant between, too; Conv, Gemm and MatMul take one before them, and so does ConvTranspose where the shift is 0. It is
-    computed in float64 and stored in the dtype of what it is folded into. What `check` says of the model is what is done.
+    computed in float64 and stored in the dtype of what it is folded into, or of that one's input where that is wider. What `check`
+    says of the model is what is done.
 
     Parameters
     ----------

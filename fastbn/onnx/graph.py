@@ -260,9 +260,10 @@ class Scope:
         The initializer that it had keeps its name where nobody else reads it, and stays as it is where somebody does.
         """
         old = node.input(index)
-        own = self.initializers.get(old)
-        if own is not None and old not in self.elsewhere and len(self.readers[old]) == 1 and tuple(own.dims) == value.shape:
-            own.CopyFrom(numpy_helper.from_array(value, old))
+        own, new = self.initializers.get(old), numpy_helper.from_array(value, old)
+        alike = own is not None and (own.dims, own.data_type) == (new.dims, new.data_type)
+        if own is not None and alike and old not in self.elsewhere and len(self.readers[old]) == 1:
+            own.CopyFrom(new)
         else:
             name = f"{old}_folded" if old else f"{node.proto.output[0]}_bias"
             self.rewire(node, index, self.new_constant(name, value, node))

@@ -168,7 +168,10 @@ def _norm(node: Node, scale: Array, shift: Array) -> Change:
     weight, wide = weights(node, 1, 1)
     _matches(wide.size, scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)
-    return _with_bias(node, (1, stored(wide * scale, weight.dtype, 0)), bias * scale + shift, dtype)
+    known = node.scope.type_of(node.input(0))
+    if known is not None and known.dtype.name in DTYPES:  # from opset 15 on, it may be wider than both
+        dtype = min(dtype, known.dtype, key=lambda one: DTYPES[one.name].step)
+    return _with_bias(node, (1, stored(wide * scale, dtype, 0)), bias * scale + shift, dtype)
 
 
 Taker = Callable[[Node, Array, Array], Change]
