@@ -435,6 +435,20 @@ def test_a_scale_that_16_bits_tell_from_1_changes_an_input_of_32() -> None:
     assert operators(folded(model, array(3, 2))) == [BN]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_constant_that_is_not_finite_stays_without_a_warning() -> None:
+    infinite = np.float32([[np.inf, 1, 1]] * 3)
+    for nodes, k, left in (
+        (f"c = Gemm (x, w, k) y = {BN} (c, s, b, m, v)", array(3), ["Gemm", BN]),
+        (f"c = Gemm <beta = 0.0> (x, u, k) y = {BN} (c, s, b, m, v)", infinite[0], ["Gemm"]),  # k is not read
+        (f"c = {BN} (x, s, b, m, v) y = Gemm <beta = 0.0> (c, u, k)", infinite[0], ["Gemm"]),
+    ):
+        model = net(nodes, ROWS.shape, {"w": infinite, "u": array(3, 3), "k": k, **norm(3), "s": np.float32([0, 1, 2])})
+        assert operators(fastbn.onnx.fold(model)) == left
+        if left == ["Gemm"]:
+            folded(model, ROWS)
+
+
 @pytest.mark.parametrize("ir", [3, 8])
 @pytest.mark.parametrize(("x", "parameters"), [("float64", "float32"), ("float32", "float16"), ("float32", "float64")])
 def test_parameters_that_are_narrower_than_x_take_a_batch_norm_in_full(x: str, parameters: str, ir: int) -> None:

@@ -184,6 +184,7 @@ def _leave_out(node: Node) -> None:
     scope.remove(node)
 
 
+@np.errstate(all="ignore")  # numbers that are not finite fit nothing, which `stored` says
 def _fold_one(node: Node) -> Outcome:
     if node.op != "BatchNormalization":
         return Outcome(why=INNER)

@@ -128,8 +128,8 @@ def _gemm_terms(node: Node) -> tuple[float, float, int]:
 
 
 def _gemm_addend(node: Node, beta: float, like: Array) -> tuple[Array, np.dtype[Any]]:
-    """``beta * C``, 0 where there is no C."""
-    if not node.input(2):
+    """``beta * C``, 0 where there is no C, or it is not read."""
+    if not node.input(2) or not beta:
         return np.zeros(1), like.dtype
     value, wide = weights(node, 2)
     return beta * wide, value.dtype
