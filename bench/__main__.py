@@ -24,6 +24,7 @@ from bench.published import SETS, read_traced
 from bench.timing import Budget
 
 RESULTS = Path(__file__).parent / "results"
+BUILT_IN = frozenset(NETWORKS)
 UNUSUAL = ("floor", "tiny", *SETS)  # networks that run when they are named
 LARGEST_ITEM = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 COMMANDS = {"compare": "bench.compare", "report": "bench.again", "merge": "bench.again", "readme": "bench.readme"}
@@ -92,11 +93,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
             parser.error(f"--peers {name} needs {BY_NAME[name].package}, which is not installed")
     # The photographs are among what runs where no network is named.
     options.need(parser, "it", "rich", *("sklearn", "PIL") * ("photographs" in arguments.networks))
+    taken = set(BUILT_IN)
     for path in arguments.traced:
         try:
             found = read_traced(path)
         except (OSError, ValueError) as error:
             parser.error(f"--traced: {error}")
+        if path.stem in taken:
+            parser.error(f"--traced: another network is called {path.stem}, so {path} needs another name")
+        taken.add(path.stem)
         add(path.stem, found)
         arguments.networks.append(path.stem)
     return arguments
@@ -143,6 +148,8 @@ def _in_processes(arguments: argparse.Namespace) -> tuple[list[list[Row]], bool]
         value = getattr(arguments, name)
         if name == "networks":
             value = [network for network in value if network not in {path.stem for path in arguments.traced}]
+        if name == "traced":  # they are read in another folder
+            value = [path.resolve() for path in value]
         if value:
             command += [f"--{name}", *map(str, value if name in several else [value])]
     found, interrupted = [], False
@@ -169,6 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _parser().error(f"{argv[0]} is a program of its own: python -m bench.{argv[0]}")
     arguments = _arguments(argv)
     chosen = _choose(arguments.networks, arguments.layouts, arguments.quick, arguments.largest * 1e6 / LARGEST_ITEM[arguments.dtype])
+    if not chosen:
+        _parser().error("no shape of these networks is left: all are too large for --quick, or for --largest")
     contenders = choose(arguments.peers)
     for contender in contenders:
         contender.load()  # PyTorch takes seconds that are nobody's measurement

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -171,14 +173,22 @@ def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def run(main: Callable[[], int]) -> int:
-    """Run a command; Ctrl-C and a reader that has gone end it without a traceback."""
+    """Run a command; Ctrl-C, a reader that has gone and an output that takes no more end it without a traceback."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started it, as by `>&-`
+            setattr(sys, name, io.StringIO())
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # it may lack the Greek letter of microseconds
     try:
         status = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush once more
+    except OSError as error:
+        with suppress(io.UnsupportedOperation):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would flush once more
+        if not isinstance(error, BrokenPipeError):
+            print(error, file=sys.stderr)
         return 1
     return status

@@ -315,10 +315,15 @@ def read_json(text: str) -> tuple[dict[str, Any], list[Row]]:
     """Read the machine and the rows back from what `as_json` wrote."""
     found = json.loads(text)
     rows = [
-        Row(**row | {"shape": tuple(row["shape"]), "times": {name: Times(**times) for name, times in row["times"].items()}})
+        Row(**_known(row) | {"shape": tuple(row["shape"]), "times": {name: Times(**_known(times)) for name, times in row["times"].items()}})
         for row in found["rows"]
     ]
     return found["machine"], rows
+
+
+def _known(entries: dict[str, Any]) -> dict[str, Any]:
+    """With NaN for the null that was written for it."""
+    return {name: float("nan") if value is None else value for name, value in entries.items()}
 
 
 def read(path: Path, parser: argparse.ArgumentParser) -> tuple[dict[str, Any], list[Row]]:

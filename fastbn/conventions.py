@@ -155,7 +155,7 @@ def keras(
 ) -> Found:
     """A layer of Keras, or its weights in Keras' order."""
     names = ("moving_mean", "moving_variance", "gamma", "beta")
-    gamma, dtype, trained = layer, None, ""
+    gamma, dtype, trained, frozen = layer, None, "", False
     if hasattr(layer, "moving_mean") and hasattr(layer, "epsilon"):
         if any(v is not None for v in (beta, moving_mean, moving_variance)):
             raise TypeError("beta, moving_mean and moving_variance are the layer's own; give a layer, or the vectors")
@@ -174,6 +174,7 @@ def keras(
         activation = _keras_activation(layer) if activation is None else activation
         dtype = str(getattr(layer, "compute_dtype", "float32"))
         trained = "batch renormalization" if getattr(layer, "renorm", False) else ""
+        frozen = not getattr(layer, "trainable", True)
     elif moving_mean is None or moving_variance is None:
         raise TypeError(
             "moving_mean and moving_variance must be given after gamma and beta, or a Keras layer alone, "
@@ -184,7 +185,7 @@ def keras(
     axis = -1 if axis is None else axis
     return Found(
         names, vectors, 1e-3 if epsilon is None else epsilon, new, 0, axis=axis, activation=activation, dtype=dtype or _dtype(*vectors),
-        trained=trained,
+        trained=trained, frozen=frozen,
     )  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def onnx(node: Any, given: Any, input_mean: Any, input_var: Any, epsilon: Any, m
         scale, bias, input_mean, input_var = (tensors[name] for name in node.input[1:5])
         epsilon = attributes.get("epsilon", 1e-5) if epsilon is None else epsilon
         momentum = attributes.get("momentum", 0.9) if momentum is None else momentum
-        training = bool(attributes.get("training_mode", 0))
+        training = bool(attributes.get("training_mode", 0)) or any(list(node.output)[1:])  # below opset 14, these alone say so
     else:
         scale, bias = node, given
         if input_mean is None or input_var is None:
@@ -270,7 +271,18 @@ def _tensor(value: Any) -> Any:
         return value
     from onnx import numpy_helper  # who has a TensorProto has it
 
-    return numpy_helper.to_array(value)
+    try:
+        return numpy_helper.to_array(value)
+    except Exception as error:  # they lie in another file, or are more or fewer than the shape says
+        raise ValueError(f"the numbers of {value.name} cannot be read: {error}") from error
+
+
+def _of_constant(node: Any) -> dict[str, Any]:
+    """What a Constant node holds, by its name; nothing where that is no array of numbers."""
+    held = {attribute.name: attribute for attribute in node.attribute}
+    if "value" in held:
+        return {node.output[0]: _tensor(held["value"].t)}
+    return {node.output[0]: np.array(held["value_floats"].floats, np.float32)} if "value_floats" in held else {}
 
 
 def _of_model(model: Any, name: Any) -> tuple[Any, dict[str, Any]]:
@@ -283,11 +295,11 @@ def _of_model(model: Any, name: Any) -> tuple[Any, dict[str, Any]]:
         listed = checks.short(None, ", ".join(node.name or node.output[0] for node in nodes) or "none")
         raise ValueError(f"the model must have one BatchNormalization called {name!r}, got {len(found)}; those it has: {listed}")
     wanted = set(found[0].input[1:5])
-    tensors = {t.name: t for t in model.graph.initializer if t.name in wanted}
+    tensors = {t.name: _tensor(t) for t in model.graph.initializer if t.name in wanted}
     for node in model.graph.node:
         if node.op_type == "Constant" and node.output[0] in wanted:
-            tensors |= dict.fromkeys(node.output, next(a.t for a in node.attribute if a.name == "value"))
-    return found[0], {key: _tensor(tensor) for key, tensor in tensors.items()}
+            tensors |= _of_constant(node)
+    return found[0], tensors
 
 
 class FromOthers:
@@ -355,7 +367,8 @@ class FromOthers:
 
         Returns
         -------
-        The layer, with copies of the vectors. Its running variance is the population's (``correction=0``).
+        The layer, with copies of the vectors. Its running variance is the population's (``correction=0``); it is frozen where a
+        layer is not trainable.
 
         Raises
         ------

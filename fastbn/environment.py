@@ -28,6 +28,8 @@ EXPECTED = {
 }
 # What the build of the extensions reads.
 OF_THE_BUILD = ("FASTBN_NO_EXTENSIONS", "FASTBN_REQUIRE_EXTENSIONS", "FASTBN_CXXFLAGS", "FASTBN_LDFLAGS")
+# What `python -m bench` reads, in whose process fastbn is.
+OF_THE_BENCHMARKS = ("FASTBN_BENCH_DNNL",)
 
 
 class Settings(NamedTuple):
@@ -99,7 +101,7 @@ def _shown(text: str) -> str:
 
 def unknown(environ: Mapping[str, str]) -> list[str]:
     """A sentence for each variable that is named as ours are and is none of them, with the name it is nearest to."""
-    known = (*EXPECTED, *OF_THE_BUILD)
+    known = (*EXPECTED, *OF_THE_BUILD, *OF_THE_BENCHMARKS)
     strange = sorted(name for name in environ if name.upper().startswith("FASTBN_") and name not in known)
     return [f"fastbn knows no environment variable {_shown(name)}; did you mean {_closest(name, known)}?" for name in strange]
 

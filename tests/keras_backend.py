@@ -339,6 +339,15 @@ def test_one_value_and_none_per_channel() -> None:
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_call_without_state_takes_arrays_of_numpy(training: bool) -> None:
+    layer, x = made((4, 3)), data((4, 3))
+    state = layer.trainable_variables, layer.non_trainable_variables
+    y, moved = layer.stateless_call(*state, x, training=training)
+    near(y, truth(x, layer, training))
+    assert len(moved) == 2
+
+
 def test_an_epsilon_of_zero_trains_as_in_keras() -> None:
     x, ours, theirs = data((4, 5, 3), 2.0), Layer(epsilon=0.0), keras.layers.BatchNormalization(epsilon=0.0)
     for training in (True, False):

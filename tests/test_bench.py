@@ -384,6 +384,38 @@ def test_traced_files_become_networks(tmp_path):
         published.read_traced(path)
 
 
+TRACED = "Operator: aten.native_batch_norm.default\ncnt: 2, ((T([1, 8, 4, 4], f16), T([8], f16)), {})\n"
+
+
+def test_traced_files_have_names_of_their_own(tmp_path, capsys):
+    pytest.importorskip("rich")
+    paths = [tmp_path / name for name in ("a/traced.txt", "b/traced.txt", "tiny.txt")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(TRACED)
+    for given in (paths[:2], paths[2:]):
+        with pytest.raises(SystemExit):
+            import_module("bench.__main__").main(["--networks", "tiny", "--budget", "1", "--traced", *map(str, given)])
+        assert f"another network is called {given[0].stem}, so {given[-1]} needs another name" in capsys.readouterr().err
+
+
+def test_processes_read_the_traced_files_that_the_command_names(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("rich")
+    (tmp_path / "ours.txt").write_text(TRACED)
+    monkeypatch.chdir(tmp_path)
+    few = ["--networks", "tiny", "--layouts", "NCHW", "--peers", "numpy", "--budget", "1", "--processes", "2"]
+    assert import_module("bench.__main__").main([*few, "--traced", "ours.txt", "--json", "bench.json", "--markdown", "bench.md"]) == 0
+    assert "ours" in {row.network for row in report.read_json(Path("bench.json").read_text())[1]}
+
+
+def test_what_is_no_number_is_read_as_it_was_written():
+    about, (row, *_) = report.read_json(readme.RUN.read_text())
+    written = report.as_json(about, [row._replace(error=float("nan"))], {})
+    (found,) = report.read_json(written)[1]
+    assert np.isnan(found.error)
+    assert report.as_json(about, [found], {}) == written
+
+
 def test_runs_of_several_processes_are_one(tmp_path, capsys):
     pytest.importorskip("rich")
     main = import_module("bench.__main__").main
@@ -409,7 +441,7 @@ WRONG = {
     "bench.__main__": (
         ["--budget", "0"], ["--budget", "-1"], ["--budget", "nan"], ["--budget", "soon"], ["--threads", "0"], ["--threads", "-3"],
         ["--threads", "1.5"], ["--peers", "cublas"], ["--processes", "0"], ["--traced", "/nothing"], ["--traced", "pyproject.toml"],
-        ["--largest", "0"], ["--threads", "99999999999"],
+        ["--largest", "0"], ["--threads", "99999999999"], ["--networks", "benchdnn-large", "--quick"],
         ["report", str(readme.RUN), "--json", "a", "--csv", "./a"],
         ["compare", "/nothing", "/nothing"], ["merge", "/nothing"], ["report", "/nothing"],
         ["--json", "/proc/nothing/bench.json"], ["--markdown", "/dev/null/bench.md"], ["--json", "/"],
@@ -554,6 +586,20 @@ def test_commands_end_quietly_when_their_reader_has_gone():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is full")
+@pytest.mark.parametrize(
+    ("output", "status", "said"), [("1>/dev/full", 1, "[Errno 28] No space left on device\n"), ("1>&-", 0, ""), ("2>&-", 0, "")]
+)
+def test_commands_end_quietly_when_their_output_takes_nothing(output, status, said):
+    command = "import sys; from bench import options; sys.exit(options.run(lambda: print('\u00b5s', file=sys.stdout) or 0))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"$0" -c "$1" {output}', sys.executable, command], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert (done.returncode, done.stderr) == (status, said)
+    assert done.stdout == ("\\xb5s\n" if output == "2>&-" else "")
 
 
 def test_results_of_an_earlier_run_are_kept(tmp_path, capsys):

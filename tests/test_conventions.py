@@ -169,6 +169,12 @@ def test_batch_renormalization_is_for_inference_alone() -> None:
         fastbn.BatchNorm2d.from_keras(keras_layer(renorm=True))
 
 
+def test_a_keras_layer_that_is_not_trainable_stays_frozen() -> None:
+    for trainable in (True, False):
+        layer = fastbn.BatchNorm2d.from_keras(keras_layer(trainable=trainable))
+        assert (layer.training, layer.frozen) == (True, not trainable)
+
+
 def test_pytorchs_layers() -> None:
     torch = pytest.importorskip("torch")
     x = np.moveaxis(X, -1, 1)
@@ -205,6 +211,16 @@ def test_onnx_models_and_nodes() -> None:
         layer = fastbn.BatchNorm2d.from_onnx(*given)
         assert (layer.training, layer.correction, layer.momentum) == (False, 0, pytest.approx(0.2))
         np.testing.assert_allclose(layer(x), want, rtol=1e-5, atol=1e-5)
+    trained = helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y", "n", "o", "p", "q"])  # of opset 13
+    assert fastbn.BatchNorm2d.from_onnx(trained, tensors).training
+    model.graph.node[0].CopyFrom(helper.make_node("Constant", [], ["v"], value_floats=list(VAR)))
+    np.testing.assert_allclose(fastbn.FrozenBatchNorm.from_onnx(model, "bn")(x), want, rtol=1e-5, atol=1e-5)
+    model.graph.node[0].CopyFrom(helper.make_node("Constant", [], ["v"], value_strings=[b"1"]))
+    with pytest.raises(ValueError, match="but v is not among those given"):
+        fastbn.FrozenBatchNorm.from_onnx(model, "bn")
+    tensors[0].ClearField("raw_data")
+    with pytest.raises(ValueError, match="the numbers of s cannot be read"):
+        fastbn.FrozenBatchNorm.from_onnx(node, tensors)
     with pytest.raises(ValueError, match="one BatchNormalization called 'other', got 0; those it has: bn"):
         fastbn.FrozenBatchNorm.from_onnx(model, "other")
     with pytest.raises(TypeError, match="after a model comes the name of a node"):

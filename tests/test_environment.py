@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,14 @@ def test_unknown_names_are_told_with_the_nearest() -> None:
         "fastbn knows no environment variable 'FASTBN_THREADS'; did you mean FASTBN_NUM_THREADS?",
         "fastbn knows no environment variable 'fastbn_kernel'; did you mean FASTBN_KERNEL?",
     ]
+
+
+def test_every_name_that_the_code_reads_is_known() -> None:
+    root = Path(environment.__file__).parents[1]
+    files = [root / "setup.py", *root.glob("fastbn/**/*.py"), *root.glob("bench/**/*.py")]
+    read = {name for file in files if file.exists() for name in re.findall(r"""["'](FASTBN_[A-Z_]+)["']""", file.read_text("utf-8"))}
+    assert {*environment.EXPECTED} < read
+    assert environment.unknown(dict.fromkeys(read, "")) == []
 
 
 @pytest.mark.parametrize("name", environment.EXPECTED)

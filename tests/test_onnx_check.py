@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import queue
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -314,6 +315,45 @@ def test_what_fastbn_raises_in_a_session_is_raised_by_run() -> None:
     options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
     with pytest.raises(ValueError, match="options must have the execution_mode ORT_SEQUENTIAL, got ORT_PARALLEL"):
         fastbn.onnx.session(model, options)
+
+
+def test_options_of_a_session_may_have_the_extensions_already() -> None:
+    ort = pytest.importorskip("onnxruntime")
+    extensions = pytest.importorskip("onnxruntime_extensions")
+    model = net(f"y = {BN} (x, s, b, m, v)", IMAGES.shape, norm(3))
+    with_extensions = ort.SessionOptions()
+    with_extensions.register_custom_ops_library(extensions.get_library_path())
+    for options in (with_extensions, ort.SessionOptions()):
+        for _ in range(2):
+            result = fastbn.onnx.session(model, options).run(None, {"x": IMAGES})[0]
+            np.testing.assert_allclose(result, run(model, IMAGES)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_every_way_to_run_a_session_raises_what_fastbn_raised() -> None:
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime_extensions")
+    session = fastbn.onnx.session(net(f"y = {BN} (x, s, b, m, v)", ("N", "C", 2, 2), norm(4), overridable=("s",)))
+    said: queue.Queue[tuple[Any, str]] = queue.Queue()
+
+    def bound(x: Any) -> Any:
+        binding = session.io_binding()
+        binding.bind_cpu_input("x", x)
+        binding.bind_output("y")
+        return binding
+
+    ways = [
+        lambda x: session.run_with_ort_values(None, {"x": ort.OrtValue.ortvalue_from_numpy(x)}),
+        lambda x: session.run_with_iobinding(bound(x)),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match="x has 3 channels on axis 1 but running_mean has shape"):
+            way(array(2, 3, 2, 2))
+        way(array(2, 4, 2, 2))
+    for channels in (3, 4):
+        session.run_async(None, {"x": array(2, channels, 2, 2)}, lambda results, _, text: said.put((results, text)), None)
+        results, text = said.get(timeout=60)
+        assert (text.startswith("ValueError: x has 3 channels"), len(results)) == ((True, 0) if channels == 3 else (False, 1))
+    session.run(None, {"x": array(2, 4, 2, 2)})
 
 
 def test_a_session_needs_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:

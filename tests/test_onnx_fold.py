@@ -293,6 +293,16 @@ def test_folded_initializers_keep_their_names() -> None:
     assert [i.name for i in result.graph.initializer] == ["w", "k"]
 
 
+@pytest.mark.parametrize("nodes", [f"c = MatMul (x, w) h = {BN} (c, s, b, m, v)", f"c = Relu (x) h = {BN} (c, s, b, m, v)"])
+def test_new_nodes_have_names_that_no_other_node_has(nodes: str) -> None:
+    model = net(f"{nodes} z = Relu (h) y = Neg (z)", ROWS.shape, {"w": array(3, 3), **norm(3)})
+    for node, name in zip(model.graph.node, ("c", "bn", "bn_shift", "bn_scale"), strict=True):
+        node.name = name
+    named = [node.name for node in folded(model, ROWS, rewrite=True).graph.node]  # ONNX Runtime refuses two of one name
+    assert {"bn_shift", "bn_shift_2"} <= set(named)
+    assert len(set(named)) == len(named)
+
+
 FORMS = [
     ("s = Constant <value = float[4] {1, 2, 3, 4}> ()", {}),
     ("s = Constant <value_floats = [1.0, 2.0, 3.0, 4.0]> ()", {}),
@@ -415,6 +425,39 @@ def test_what_changes_nothing_is_left_out() -> None:
             (row,) = fastbn.onnx.check(model)
             assert (row.state, row.why) == ("folded", "it changes nothing")
             assert operators(folded(model, IMAGES)) == left
+
+
+def test_a_scale_that_16_bits_tell_from_1_changes_an_input_of_32() -> None:
+    constants = {"s": np.float16([1.001, 1]), "b": np.zeros(2, np.float16), "m": np.zeros(2, np.float32), "v": np.ones(2, np.float32)}
+    model = net(f"y = {BN} <epsilon = 0.0> (x, s, b, m, v)", (3, 2), constants)
+    (row,) = fastbn.onnx.check(model)
+    assert row.state == "stays"
+    assert operators(folded(model, array(3, 2))) == [BN]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_constant_that_is_not_finite_stays_without_a_warning() -> None:
+    infinite = np.float32([[np.inf, 1, 1]] * 3)
+    for nodes, k, left in (
+        (f"c = Gemm (x, w, k) y = {BN} (c, s, b, m, v)", array(3), ["Gemm", BN]),
+        (f"c = Gemm <beta = 0.0> (x, u, k) y = {BN} (c, s, b, m, v)", infinite[0], ["Gemm"]),  # k is not read
+        (f"c = {BN} (x, s, b, m, v) y = Gemm <beta = 0.0> (c, u, k)", infinite[0], ["Gemm"]),
+    ):
+        model = net(nodes, ROWS.shape, {"w": infinite, "u": array(3, 3), "k": k, **norm(3), "s": np.float32([0, 1, 2])})
+        assert operators(fastbn.onnx.fold(model)) == left
+        if left == ["Gemm"]:
+            folded(model, ROWS)
+
+
+@pytest.mark.parametrize("ir", [3, 8])
+@pytest.mark.parametrize(("x", "parameters"), [("float64", "float32"), ("float32", "float16"), ("float32", "float64")])
+def test_parameters_that_are_narrower_than_x_take_a_batch_norm_in_full(x: str, parameters: str, ir: int) -> None:
+    constants = {name: value.astype(x if name in "mv" else parameters) for name, value in (norm(3) | SECOND).items()}
+    model = net(f"c = {BN} (x, s, b, m, v) y = {BN} (c, s2, b2, m, v)", (5, 3), constants, dtype=x, ir=ir)
+    given, result = array(5, 3, dtype=x), fastbn.onnx.fold(model)
+    onnx.checker.check_model(result, full_check=True)
+    assert operators(result).count(BN) == 1
+    near(evaluate(result, given)[0], evaluate(model, given)[0], {"float32": 1e-6, "float64": 1e-14}[x])
 
 
 @pytest.mark.parametrize("opset", [1, 6])

@@ -139,6 +139,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         tensor
             Of the shape of inputs.
         """
+        if not ops.is_tensor(inputs):  # `stateless_call` hands on arrays of NumPy as they are
+            inputs = ops.convert_to_tensor(inputs)
         if mask is not None:
             if not hasattr(mask, "shape"):
                 raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")

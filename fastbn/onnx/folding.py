@@ -184,6 +184,7 @@ def _leave_out(node: Node) -> None:
     scope.remove(node)
 
 
+@np.errstate(all="ignore")  # numbers that are not finite fit nothing, which `stored` says
 def _fold_one(node: Node) -> Outcome:
     if node.op != "BatchNormalization":
         return Outcome(why=INNER)
@@ -191,7 +192,8 @@ def _fold_one(node: Node) -> Outcome:
     try:
         known = frozen(node)
         scale, shift = known.affine()
-        if known.changes_nothing():
+        given = node.scope.type_of(node.input(0))
+        if known.changes_nothing(given.dtype if given is not None else np.dtype(np.float64)):
             _leave_out(node)
             return Outcome(done=True)
     except Stays as reason:
@@ -242,7 +244,8 @@ def fold(model: ModelProto | str | os.PathLike[str], rewrite: bool = False) -> M
 
     Conv, ConvTranspose, Gemm, MatMul and norms with a scale and a bias take a batch norm that follows them, with an Add of a
     constant between, too; Conv, Gemm and MatMul take one before them, and so does ConvTranspose where the shift is 0. It is
-    computed in float64 and stored in the dtype of what it is folded into. What `check` says of the model is what is done.
+    computed in float64 and stored in the dtype of what it is folded into, or of that one's input where that is wider. What `check`
+    says of the model is what is done.
 
     Parameters
     ----------
@@ -295,7 +298,7 @@ def _rewrite(node: Node) -> None:
     known = scope.type_of(node.input(0))
     if known is None or known.shape is None:
         return
-    rank, dtype = len(known.shape), np.dtype(helper.tensor_dtype_to_np_dtype(known.kind))
+    rank, dtype = len(known.shape), known.dtype
     if dtype.name not in ("float32", "float64"):  # of 16 bits, the product would be rounded before the sum
         return
     try:

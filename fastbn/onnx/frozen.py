@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,10 +32,10 @@ class Frozen(NamedTuple):
             raise Stays("its scale or its shift is not finite")
         return scale, shift
 
-    def changes_nothing(self) -> bool:
-        """Whether the scale is 1 and the shift is 0, but for what its dtype rounds away."""
+    def changes_nothing(self, x: np.dtype[Any]) -> bool:
+        """Whether the scale is 1 and the shift is 0, but for what their dtype rounds away, and that of x, too."""
         scale, shift = self.affine()
-        last = 2 * DTYPES[self.scale.dtype.name].step
+        last = 2 * min(DTYPES[dtype.name].step for dtype in (x, self.scale.dtype))
         return bool((np.abs(scale - 1) <= last).all() and (np.abs(shift) <= last * np.abs(self.bias.astype(np.float64))).all())
 
 

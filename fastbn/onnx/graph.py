@@ -236,6 +236,7 @@ class Scope:
     def remove(self, node: Node) -> None:
         """Take a node out."""
         node.removed = True
+        self.model.node_names.discard(node.proto.name)
         for name in filter(None, node.proto.input):
             self.readers[name].remove(node)
         for name in filter(None, node.proto.output):
@@ -244,6 +245,8 @@ class Scope:
 
     def add(self, beside: Node, proto: NodeProto, after: bool = False) -> Node:
         """Put a new node in front of another one, or behind it."""
+        if proto.name:
+            proto.name = _other(proto.name, self.model.node_names)
         node = Node(proto, self, -1)
         self.nodes.insert(self.nodes.index(beside) + after, node)
         for name in filter(None, proto.input):
@@ -257,9 +260,10 @@ class Scope:
         The initializer that it had keeps its name where nobody else reads it, and stays as it is where somebody does.
         """
         old = node.input(index)
-        own = self.initializers.get(old)
-        if own is not None and old not in self.elsewhere and len(self.readers[old]) == 1 and tuple(own.dims) == value.shape:
-            own.CopyFrom(numpy_helper.from_array(value, old))
+        own, new = self.initializers.get(old), numpy_helper.from_array(value, old)
+        alike = own is not None and (own.dims, own.data_type) == (new.dims, new.data_type)
+        if own is not None and alike and old not in self.elsewhere and len(self.readers[old]) == 1:
+            own.CopyFrom(new)
         else:
             name = f"{old}_folded" if old else f"{node.proto.output[0]}_bias"
             self.rewire(node, index, self.new_constant(name, value, node))
@@ -297,6 +301,7 @@ class Model:
         self.types = types(proto)
         self.read_before = names_read(self.proto)
         self.names = names(self.proto)
+        self.node_names = {node.name for _, body in everything(self.proto) for node in body.node}
         self.functions = {(f.domain, f.name) for f in proto.functions}
         self.scopes: list[Scope] = []
         self._open(self.proto.graph, None, (), "", opset(proto.opset_import))
@@ -333,11 +338,7 @@ class Model:
 
     def unused(self, name: str) -> str:
         """A name like this one that no value of the model has."""
-        found, again = name, 2
-        while found in self.names:
-            found, again = f"{name}_{again}", again + 1
-        self.names.add(found)
-        return found
+        return _other(name, self.names)
 
     def value(self, tensor: TensorProto) -> Array:
         """The numbers of a tensor, from its file if they lie there."""
@@ -382,6 +383,15 @@ def _drop(body: Body, dropped: set[str]) -> int:
                 del values[i]
             removed += len(unread)
     return removed
+
+
+def _other(name: str, taken: set[str]) -> str:
+    """A name like this one that is not taken yet, and is from now on."""
+    found, again = name, 2
+    while found in taken:
+        found, again = f"{name}_{again}", again + 1
+    taken.add(found)
+    return found
 
 
 def _name(value: Any) -> str:

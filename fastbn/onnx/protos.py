@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto
 
@@ -24,6 +25,11 @@ class Type(NamedTuple):
 
     kind: int
     shape: tuple[int | str | None, ...] | None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The element type as NumPy's."""
+        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.kind))
 
 
 def function_key(function: FunctionProto) -> Key:

@@ -8,8 +8,8 @@ in such a function would end the process; so it is kept, and raised when the run
 from __future__ import annotations
 
 import os
-import threading
-from functools import cache
+from functools import cache, partial, wraps
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,14 +28,16 @@ DOMAIN = "ai.onnx.contrib"  # the only one in which onnxruntime-extensions finds
 OPERATORS = {TensorProto.FLOAT: "FastbnBatchNormalization", TensorProto.DOUBLE: "FastbnBatchNormalizationDouble"}
 
 
-_raised = threading.local()  # nodes run one after another in the thread that called
+# By thread: nodes run one after another in the one that called, or, of `run_async`, in one of ONNX Runtime's, where nothing that is
+# local to a thread of Python's outlives a call.
+_raised: dict[int, BaseException] = {}
 
 
 def _batch_norm(x: Array, scale: Array, bias: Array, mean: Array, var: Array, epsilon: float) -> Array:
     try:
         return batch_norm(x, mean, var, scale, bias, eps=epsilon)
     except BaseException as error:
-        _raised.error = error
+        _raised[get_ident()] = error
         return np.full_like(x, np.nan)
 
 
@@ -50,6 +52,25 @@ def _library() -> str:
     return str(get_library_path())
 
 
+def _kept() -> BaseException | None:
+    """What fastbn raised in this thread since it was last asked for."""
+    return _raised.pop(get_ident(), None)
+
+
+def _raising(run: Any) -> Any:
+    """A method that runs a session, raising what fastbn raised."""
+
+    @wraps(run)
+    def raising(*arguments: Any, **named: Any) -> Any:
+        try:
+            return run(*arguments, **named)
+        finally:
+            if (error := _kept()) is not None:
+                raise error from None
+
+    return raising
+
+
 @cache
 def _session_class() -> Any:
     from onnxruntime import InferenceSession
@@ -61,14 +82,20 @@ def _session_class() -> Any:
             inputs, outputs = ([f"{a.name}: {a.type}{a.shape}" for a in ends] for ends in (self.get_inputs(), self.get_outputs()))
             return f"<fastbn.onnx session of {', '.join(inputs)} to {', '.join(outputs)}>"
 
-        def run(self, *arguments: Any, **named: Any) -> Any:
-            """As InferenceSession."""
-            _raised.error = None
-            try:
-                return super().run(*arguments, **named)
-            finally:
-                if _raised.error is not None:
-                    raise _raised.error from None
+        run = _raising(InferenceSession.run)
+        run_with_ort_values = _raising(InferenceSession.run_with_ort_values)
+        run_with_ortvaluevector = _raising(InferenceSession.run_with_ortvaluevector)
+        run_with_iobinding = _raising(InferenceSession.run_with_iobinding)
+
+        def run_async(self, output_names: Any, input_feed: Any, callback: Any, user_data: Any, run_options: Any = None) -> Any:
+            """As InferenceSession; what fastbn raises is the text that the callback gets."""
+
+            def told(results: Any, data: Any, text: str) -> None:  # in the thread that ran the nodes
+                if (error := _kept()) is not None:
+                    results, text = [], f"{type(error).__name__}: {error}"
+                callback(results, data, text)
+
+            return super().run_async(output_names, input_feed, told, user_data, run_options)
 
     return Session
 
@@ -84,7 +111,7 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
     model : ModelProto or path
         Its batch norms of float32 and float64 in inference become a custom operator, those in local functions do not.
     options : onnxruntime.SessionOptions, optional
-        The operator is registered there. Nodes must run one after another, as they do by default.
+        The operator is registered there, where onnxruntime-extensions is not yet. Nodes must run one after another, as they do by default.
 
     Returns
     -------
@@ -95,7 +122,7 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
     ImportError
         If onnxruntime or onnxruntime-extensions is not installed.
     TypeError, ValueError
-        As `check`; or if options are none, or run nodes at the same time. `run` raises what fastbn raises, too.
+        As `check`; or if options are none, or run nodes at the same time. What runs the session raises what fastbn raises, too.
 
     Examples
     --------
@@ -128,9 +155,19 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
     proto = load_external(opened.close(), folder)
     if DOMAIN not in {one.domain for one in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    chosen = onnxruntime.SessionOptions() if options is None else options
-    chosen.register_custom_ops_library(library)
-    found: InferenceSession = _session_class()(proto.SerializeToString(), chosen, providers=["CPUExecutionProvider"])
+    return _opened(proto.SerializeToString(), onnxruntime.SessionOptions() if options is None else options, library)
+
+
+def _opened(model: bytes, options: SessionOptions, library: str) -> InferenceSession:
+    """A session of a model; the library is registered where the options lack it, as ONNX Runtime refuses one that is there twice."""
+    make = partial(_session_class(), model, options, providers=["CPUExecutionProvider"])
+    try:
+        found: InferenceSession = make()
+    except Exception as error:  # of no class of its own
+        if f"{DOMAIN}:" not in str(error):  # an operator that is not registered
+            raise
+        options.register_custom_ops_library(library)
+        found = make()
     return found
 
 

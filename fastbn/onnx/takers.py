@@ -128,8 +128,8 @@ def _gemm_terms(node: Node) -> tuple[float, float, int]:
 
 
 def _gemm_addend(node: Node, beta: float, like: Array) -> tuple[Array, np.dtype[Any]]:
-    """``beta * C``, 0 where there is no C."""
-    if not node.input(2):
+    """``beta * C``, 0 where there is no C, or it is not read."""
+    if not node.input(2) or not beta:
         return np.zeros(1), like.dtype
     value, wide = weights(node, 2)
     return beta * wide, value.dtype
@@ -168,7 +168,10 @@ def _norm(node: Node, scale: Array, shift: Array) -> Change:
     weight, wide = weights(node, 1, 1)
     _matches(wide.size, scale, node)
     bias, dtype = _bias(node, 2, scale.size, weight)
-    return _with_bias(node, (1, stored(wide * scale, weight.dtype, 0)), bias * scale + shift, dtype)
+    known = node.scope.type_of(node.input(0))
+    if known is not None and known.dtype.name in DTYPES:  # from opset 15 on, it may be wider than both
+        dtype = min(dtype, known.dtype, key=lambda one: DTYPES[one.name].step)
+    return _with_bias(node, (1, stored(wide * scale, dtype, 0)), bias * scale + shift, dtype)
 
 
 Taker = Callable[[Node, Array, Array], Change]
