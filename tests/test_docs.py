@@ -14,6 +14,7 @@ import pytest
 import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What brings a package that a block imports; all else comes with Python or NumPy.
 EXTRAS = {
@@ -102,6 +103,19 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 def test_every_file_of_the_repository_that_is_named_exists(page: Path) -> None:
     named = set(re.findall(r"`((?:docs|examples|tests|bench|fastbn)/[\w/.-]+\.\w+)`", page.read_text()))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_architecture_names_every_file_of_the_library() -> None:
+    """In the section of its folder; a header beside its source needs no word of its own, nor do modules that differ by the ISA."""
+    found = re.findall(r"^## [^\n]*`([\w/]+)/`\n(.*?)(?=^## )", ARCHITECTURE.read_text(), re.DOTALL | re.MULTILINE)
+    sections = {Path("fastbn", "" if name == "fastbn" else name): set(re.findall(r"(\w+)\.\w+", text)) for name, text in found}
+    missing = []
+    for path in sorted((ROOT / "fastbn").rglob("*.*")):
+        is_source = path.suffix in (".py", ".pyx", ".pxi", ".pxd", ".hpp", ".cpp")
+        if is_source and path.stem != "__init__" and not path.stem.startswith("_simd_"):
+            named = sections.get(path.parent.relative_to(ROOT), set())
+            missing += [] if path.stem in named else [str(path.relative_to(ROOT))]
+    assert missing == []
 
 
 def test_the_reference_has_every_public_name() -> None:
