@@ -67,7 +67,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     kernel = select(dtype.storage)
     n = threads.for_call(op, x)
     outer, channels, inner = v.dims
-    copied = "" if v.dense else ", copied first: not dense"
+    copied, besides = ("", "") if v.dense else (", copied first: not dense", ", besides the copy")
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
@@ -75,6 +75,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     ]
     if kernel.level is not None and x.size:
         lines += [f"  {key}: {value}" for key, value in _in_words(op, v.dims, x.itemsize, n).items()]
+        lines[-1] += besides
     return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
 
 

@@ -323,6 +323,14 @@ def test_explain(op: str) -> None:
         assert "copied first: not dense" in fastbn.explain(op, X[..., ::2])
 
 
+def test_explain_does_not_count_the_copy_of_an_array_with_gaps_and_says_so() -> None:
+    if _chosen("float32").level is None:
+        pytest.skip("no compiled kernel runs here by itself")
+    traffic = fastbn.explain("forward", X[..., ::2]).split("traffic: ")[1].splitlines()[0]
+    assert traffic.endswith("bytes, besides the copy")
+    assert "besides" not in fastbn.explain("forward", X)
+
+
 def test_explain_takes_the_name_that_the_bench_has_for_an_operation() -> None:
     assert fastbn.explain("inference", X) == fastbn.explain("normalize", X)
 
