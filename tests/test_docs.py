@@ -118,6 +118,20 @@ def test_the_architecture_names_every_file_of_the_library() -> None:
     assert missing == []
 
 
+def test_the_table_of_constants_has_their_values_and_files() -> None:
+    table = ARCHITECTURE.read_text().split("## Constants")[1]
+    held = set()
+    for names, values, files in re.findall(r"^\| (`[A-Z].*?) \| (.*?) \| (.*?) \|", table, re.MULTILINE):
+        named, numbers = re.findall(r"`(\w+)`", names), re.findall(r"\d[\d,]*(?:\^-?\d+)?", values)
+        sources = [path for path in (ROOT / "fastbn").rglob("*.*") if f"`{path.name}`" in files]
+        text = "".join(path.read_text() for path in sources)
+        for name, number in zip(named, numbers, strict=False):  # that of FEW_ROWS is another's
+            said = number.replace(",", "").replace("^", ".0 ** ") + (" << 20" if "MiB" in values else "")
+            assert " to " in values or re.search(rf"\b{name} *= *{re.escape(said)}(?![\d.])", text), name
+            held.add(name)
+    assert len(held) > 25
+
+
 def test_the_reference_has_every_public_name() -> None:
     text = "".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     assert [name for name in fastbn.__all__ if not name.startswith("_") and f"::: fastbn.{name}\n" not in text] == []
