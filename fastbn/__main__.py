@@ -474,7 +474,9 @@ def to_the_end(command: Callable[[], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter is no reason to say nothing
     try:
-        status = command()
+        with warnings.catch_warnings():  # a line of this file says nothing to who typed a command
+            warnings.showwarning = lambda message, *_: print(f"python -m fastbn: {message}", file=sys.stderr)
+            status = command()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)

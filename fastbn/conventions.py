@@ -177,8 +177,8 @@ def keras(
         frozen = not getattr(layer, "trainable", True)
     elif moving_mean is None or moving_variance is None:
         raise TypeError(
-            "moving_mean and moving_variance must be given after gamma and beta, or a Keras layer alone, "
-            f"got {type(layer).__name__}"
+            "layer must be a BatchNormalization of Keras, or gamma, with beta, moving_mean and moving_variance after it "
+            f"(*layer.get_weights(); None for a gamma or beta that it lacks), got {type(layer).__name__}"
         )
     vectors = moving_mean, moving_variance, gamma, beta
     new = old_weight("momentum", 0.99 if momentum is None else momentum)

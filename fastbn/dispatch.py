@@ -245,7 +245,7 @@ def _why_not_built() -> str:
     """A sentence about where this package lies and how to have its kernels; empty if nothing is known."""
     here = Path(__file__).resolve().parents[1]
     if not (here / "setup.py").is_file():
-        return ". There was no C++ compiler when it was installed: with one, install it again"
+        return ". Its Python part is installed alone, as there was no C++ compiler or FASTBN_NO_EXTENSIONS was set: install it with one"
     others = (Path(entry).resolve() for entry in sys.path)
     installed = next((other for other in others if other != here and (other / "fastbn" / "dispatch.py").is_file()), None)
     advice = "run `pip install -e .` there"

@@ -15,6 +15,7 @@ from fastbn.layout import Array, LayoutName, channel_axis, view
 from fastbn.tables import counted
 
 OPS = ("stats", "normalize", "forward", "backward")
+ALSO = {"inference": "normalize"}  # as the bench and the documentation call it
 
 
 def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | None = None) -> str:
@@ -23,7 +24,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     Parameters
     ----------
     op : str
-        "stats", "normalize" (inference), "forward" (training) or "backward".
+        "stats", "normalize" or "inference", which are the same, "forward" (training) or "backward".
     x : ndarray
         The input.
     layout, axis
@@ -32,7 +33,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     Returns
     -------
     str
-        A few lines, of which those of a compiled kernel are all there:
+        A few lines; a kernel that is not compiled has the first three and the last:
 
         - the head: operation, memory (ncsp: channels first, nspc: channels last), dtype, and the kernel that was chosen;
         - memory: the array as runs of channels; "copied first" where it has gaps;
@@ -59,14 +60,14 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
       threads: 1
       reference is pinned
     """
-    if not isinstance(op, str) or op not in OPS:
+    if not isinstance(op, str) or (op := ALSO.get(op, op)) not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {checks.short(op)}")
     x, dtype = checks.array(x)
     v = view(x, channel_axis(layout, x.ndim, axis))
     kernel = select(dtype.storage)
     n = threads.for_call(op, x)
     outer, channels, inner = v.dims
-    copied = "" if v.dense else ", copied first: not dense"
+    copied, besides = ("", "") if v.dense else (", copied first: not dense", ", besides the copy")
     lines = [
         f"{op}_{v.pattern}_{dtype.name}: kernel {kernel.name}",
         f"  memory: {outer} x {channels} x {inner} (outer x channels x inner)" + copied,
@@ -74,6 +75,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     ]
     if kernel.level is not None and x.size:
         lines += [f"  {key}: {value}" for key, value in _in_words(op, v.dims, x.itemsize, n).items()]
+        lines[-1] += besides
     return "\n".join(lines + [f"  {line}" for line in passed_over(dtype.storage)])
 
 

@@ -139,7 +139,8 @@ def test_the_announcement_names_the_source_tree(monkeypatch: pytest.MonkeyPatch,
         (folder / "fastbn" / "dispatch.py").touch()
     monkeypatch.setattr(dispatch, "__file__", str(clone / "fastbn" / "dispatch.py"))
     monkeypatch.setattr(sys, "path", [str(clone)])
-    assert "There was no C++ compiler when it was installed" in dispatch._why_not_built()
+    said = dispatch._why_not_built()  # of a wheel it cannot know which of the two it was
+    assert "as there was no C++ compiler or FASTBN_NO_EXTENSIONS was set" in said
     (clone / "setup.py").touch()
     said = dispatch._why_not_built()
     assert str(clone) in said
@@ -336,6 +337,18 @@ def test_explain(op: str) -> None:
         assert fastbn.explain(op, X, "NLC").startswith(f"{op}_nspc_f32")
         assert fastbn.explain(op, X.astype(np.float64)).startswith(f"{op}_ncsp_f64")
         assert "copied first: not dense" in fastbn.explain(op, X[..., ::2])
+
+
+def test_explain_does_not_count_the_copy_of_an_array_with_gaps_and_says_so() -> None:
+    if _chosen("float32").level is None:
+        pytest.skip("no compiled kernel runs here by itself")
+    traffic = fastbn.explain("forward", X[..., ::2]).split("traffic: ")[1].splitlines()[0]
+    assert traffic.endswith("bytes, besides the copy")
+    assert "besides" not in fastbn.explain("forward", X)
+
+
+def test_explain_takes_the_name_that_the_bench_has_for_an_operation() -> None:
+    assert fastbn.explain("inference", X) == fastbn.explain("normalize", X)
 
 
 def test_explain_prints_short_lines_of_words_that_it_explains() -> None:

@@ -14,6 +14,7 @@ import pytest
 import fastbn
 
 ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # What brings a package that a block imports; all else comes with Python or NumPy.
 EXTRAS = {
@@ -102,6 +103,33 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 def test_every_file_of_the_repository_that_is_named_exists(page: Path) -> None:
     named = set(re.findall(r"`((?:docs|examples|tests|bench|fastbn)/[\w/.-]+\.\w+)`", page.read_text()))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_architecture_names_every_file_of_the_library() -> None:
+    """In the section of its folder; a header beside its source needs no word of its own, nor do modules that differ by the ISA."""
+    found = re.findall(r"^## [^\n]*`([\w/]+)/`\n(.*?)(?=^## )", ARCHITECTURE.read_text(), re.DOTALL | re.MULTILINE)
+    sections = {Path("fastbn", "" if name == "fastbn" else name): set(re.findall(r"(\w+)\.\w+", text)) for name, text in found}
+    missing = []
+    for path in sorted((ROOT / "fastbn").rglob("*.*")):
+        is_source = path.suffix in (".py", ".pyx", ".pxi", ".pxd", ".hpp", ".cpp")
+        if is_source and path.stem != "__init__" and not path.stem.startswith("_simd_"):
+            named = sections.get(path.parent.relative_to(ROOT), set())
+            missing += [] if path.stem in named else [str(path.relative_to(ROOT))]
+    assert missing == []
+
+
+def test_the_table_of_constants_has_their_values_and_files() -> None:
+    table = ARCHITECTURE.read_text().split("## Constants")[1]
+    held = set()
+    for names, values, files in re.findall(r"^\| (`[A-Z].*?) \| (.*?) \| (.*?) \|", table, re.MULTILINE):
+        named, numbers = re.findall(r"`(\w+)`", names), re.findall(r"\d[\d,]*(?:\^-?\d+)?", values)
+        sources = [path for path in (ROOT / "fastbn").rglob("*.*") if f"`{path.name}`" in files]
+        text = "".join(path.read_text() for path in sources)
+        for name, number in zip(named, numbers, strict=False):  # that of FEW_ROWS is another's
+            said = number.replace(",", "").replace("^", ".0 ** ") + (" << 20" if "MiB" in values else "")
+            assert " to " in values or re.search(rf"\b{name} *= *{re.escape(said)}(?![\d.])", text), name
+            held.add(name)
+    assert len(held) > 25
 
 
 def test_the_reference_has_every_public_name() -> None:

@@ -349,8 +349,8 @@ DISPATCH: dict[str, Case] = {
     "kernel": (ValueError, ["kernel must be one of", "reference", "got 'simd_v9'"], lambda: fastbn.use_kernel("simd_v9").__enter__()),
     "explain-op": (
         ValueError,
-        ["op must be one of stats, normalize, forward, backward", "'inference'"],
-        lambda: fastbn.explain("inference", X),
+        ["op must be one of stats, normalize, forward, backward", "'train'"],
+        lambda: fastbn.explain("train", X),
     ),
     "explain-layout": (ValueError, ["layout 'NC' is for arrays with 2 axes"], lambda: fastbn.explain("stats", X, "NC")),
     "explain-dtype": (TypeError, ["x must have dtype float32", "int64"], lambda: fastbn.explain("stats", X.astype(np.int64))),

@@ -140,6 +140,20 @@ def test_a_framework_is_asked_for_by_its_own_import() -> None:
         assert f"AttributeError: module 'fastbn' has no attribute '{name}'{hint}" in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "missing", "text"),
+    [
+        ("fastbn.torch", "torch", "fastbn.torch needs PyTorch (pip install torch): "),
+        ("fastbn.onnx", "onnx", "fastbn.onnx needs onnx (pip install onnx): "),
+        ("fastbn.keras", "keras", "fastbn.keras needs Keras 3 (pip install keras) and the backend that KERAS_BACKEND names, or else tens"),
+    ],
+)  # fmt: skip
+def test_an_adapter_says_what_it_needs(module: str, missing: str, text: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; import {module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith(f"ImportError: {text}")
+
+
 def test_importing_starts_no_thread_and_prints_nothing() -> None:
     code = "import threading, os, fastbn; n = len(os.listdir('/proc/self/task')) if os.path.isdir('/proc/self/task') else 1; print(n)"
     alone = _python(code.replace(", fastbn", ", numpy"))  # numpy's own threads are not ours

@@ -53,6 +53,13 @@ def test_a_bare_call_says_what_is_wrong():
     assert "problem    FASTBN_NUM_THREADS " in done.stdout
 
 
+def test_a_warning_is_one_line_without_a_place_in_the_source():
+    code = "from fastbn import dispatch; from fastbn.__main__ import main; dispatch.TABLE = dispatch.TABLE[-1:]; main([])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("python -m fastbn: fastbn runs its slower 'reference' kernel")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["verify", "--help"], ["bench", "--help"]], ids=" ".join)
 def test_help_shows_examples_that_fit_and_that_the_command_takes(capsys, arguments):
     with pytest.raises(SystemExit) as end:

@@ -7,7 +7,9 @@ docs/keras.md.
 try:
     import keras as _keras
 except ImportError as error:
-    raise ImportError(f"fastbn.keras needs Keras 3 (pip install keras) and the backend that KERAS_BACKEND names: {error}") from error
+    raise ImportError(
+        f"fastbn.keras needs Keras 3 (pip install keras) and the backend that KERAS_BACKEND names, or else tensorflow: {error}"
+    ) from error
 if int(_keras.__version__.split(".")[0]) < 3:
     raise ImportError(f"fastbn.keras needs Keras 3, this is {_keras.__version__}: pip install -U keras")
 

@@ -11,7 +11,7 @@ namespace fastbn {
 
 enum Dtype : int { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, DTYPES };
 
-enum Kind : int { IDENTITY, RELU, RELU6, LEAKY_RELU, HARDSWISH, SIGMOID, SILU, TANH, GELU, GELU_TANH };
+enum Kind : int { IDENTITY, RELU, RELU6, LEAKY_RELU, HARDSWISH, SIGMOID, SILU, TANH, GELU, GELU_TANH, KINDS };
 
 // A function of the normalized value; the parameter is the slope of leaky_relu.
 struct Activation {

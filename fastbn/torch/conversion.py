@@ -246,9 +246,9 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
     fuse : bool
         False: layers run alone.
     inplace_abn : bool
-        In training, keep the output in place of the input for the backward, which has the input from it: where nothing follows a
-        layer, or a leaky_relu with a slope above 0. Another layer keeps that output anyway, as a rule, so half of the memory of
-        both is saved. Layers with weights that are nearly 0 keep the input; there are no second derivatives.
+        In training, keep a layer's output in place of its input, which the backward then computes from the output. That is done
+        where nothing follows the layer, or a leaky_relu with a slope above 0. As a rule the next layer keeps that output anyway, so
+        half of the memory of both is saved. Layers with weights that are nearly 0 keep the input; there are no second derivatives.
 
     Returns
     -------

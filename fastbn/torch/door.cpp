@@ -170,7 +170,7 @@ void native(Slot* stack, std::uint64_t, std::uint64_t) {
 }
 
 Activation activation_in(Slot kind, Slot parameter) noexcept {
-    const auto known = static_cast<std::int64_t>(kind) >= IDENTITY && static_cast<std::int64_t>(kind) <= GELU_TANH;
+    const auto known = static_cast<std::int64_t>(kind) >= IDENTITY && static_cast<std::int64_t>(kind) < KINDS;
     return {known ? static_cast<int>(kind) : IDENTITY, double_in(parameter)};
 }
 

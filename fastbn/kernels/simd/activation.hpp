@@ -131,12 +131,14 @@ template <class R> inline R twice_u(R z) { return z * multiply_add(z * z, all<R>
 template <class R> inline R twice_u_slope(R z) { return multiply_add(z * z, all<R>(0.21406444881780075), all<R>(1.5957691216057307)); }
 
 template <int kind, class R> inline R smooth(R z) {
-    if (kind == SIGMOID) return 1 / one_and_exp(z);
-    if (kind == SILU) return z / one_and_exp(z);
-    if (kind == TANH) return hyperbolic_tangent(z);
-    if (kind == GELU) return z * normal(z).below;
-    static_assert(kind >= SIGMOID && kind <= GELU_TANH, "a smooth activation has a formula here, and its derivative below");
-    return z / one_and_exp(twice_u(z));
+    if constexpr (kind == SIGMOID) return 1 / one_and_exp(z);
+    else if constexpr (kind == SILU) return z / one_and_exp(z);
+    else if constexpr (kind == TANH) return hyperbolic_tangent(z);
+    else if constexpr (kind == GELU) return z * normal(z).below;
+    else {
+        static_assert(kind == GELU_TANH, "a smooth activation has a formula here, and its derivative below");
+        return z / one_and_exp(twice_u(z));
+    }
 }
 
 template <int kind, class R> inline R smooth_derivative(R z) {
