@@ -97,6 +97,10 @@ def array_of(value: Any) -> Any:
     if value is None or isinstance(value, (np.ndarray, np.generic)):
         return value
     if hasattr(value, "detach"):  # a tensor of PyTorch
+        if type(value).__name__.startswith("Uninitialized"):
+            raise ValueError("module must have been called once, but it is lazy and never was")
+        if value.is_meta:
+            raise ValueError("module must have numbers, but its tensors lie on meta")
         value = value.detach().cpu()
         return value.float().numpy() if str(value.dtype) == "torch.bfloat16" else value.numpy()
     if hasattr(value, "numpy"):  # a variable of Keras or TensorFlow

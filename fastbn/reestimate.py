@@ -110,7 +110,7 @@ class Recorder:
         self.channels = channels
         self.tolerance = None if tolerance is None else checks.number("tolerance", tolerance, 0.0)
         self.means: dict[str, Stats] = {}
-        self.order: list[str] | None = None  # of the calls in the first batch
+        self.order: list[str] | None = None  # of the calls in a batch that came to every layer once
         self.called: list[str] = []
         self.batch: dict[str, Stats] = {}
 
@@ -126,7 +126,8 @@ class Recorder:
         self.called, self.batch = [], {}
         with suppress(Finished):
             call()
-        self.order = self.order or self.called
+        if sorted(self.called) == sorted(self.channels):  # else another batch may come to other layers, or more often to one
+            self.order = self.called
         self.total = self.total.merge(Estimate(self.batch, 1))
         if self.tolerance is not None:
             for name, stats in self.batch.items():
@@ -230,8 +231,8 @@ def update_bn(
     batches : iterable
         Read once. It may be empty where there is a `start`, whose statistics are then taken over.
     forward : callable
-        Runs the model on one batch. From the second batch on it is left as soon as all layers were called that the first
-        one called, by an exception that is no `Exception`.
+        Runs the model on one batch. Where one batch called every layer once, others leave it as soon as they have, too, by an
+        exception that is no `Exception`.
     start : Estimate, optional
         What was seen before: to go on where a run ended, or from the merged estimates of several machines.
     tolerance : float, optional

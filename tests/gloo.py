@@ -339,6 +339,20 @@ def wrong_inputs_are_refused_by_all(rank: int, ranks: int) -> None:
     assert int(layer.num_batches_tracked) == 0
 
 
+@check
+def where_values_cannot_be_read_it_says_so(rank: int, ranks: int) -> None:
+    model, x = nn.Sequential(SyncBatchNorm(3)), torch.randn(4, 3)
+    for call, message in (
+        (lambda: torch.func.vmap(model)(x[None]), "not inside of torch.func's transforms"),
+        (lambda: torch.jit.trace(model, x), "not while torch.jit traces"),
+        (lambda: torch.export.export(model, (x,)), "not while torch.jit traces or torch.export exports|not where torch records operations"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert int(model[0].num_batches_tracked) == 0
+    assert torch.export.export(model.eval(), (x,)).module()(x).shape == x.shape
+
+
 def gone(step: Callable[[], object], seconds: float) -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError):

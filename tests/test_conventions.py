@@ -196,6 +196,17 @@ def test_pytorchs_layers() -> None:
     assert not fastbn.BatchNorm2d.from_torch(bare).affine
 
 
+def test_pytorchs_layers_without_numbers_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    for layer, message in (
+        (torch.nn.LazyBatchNorm2d(), "module must have been called once, but it is lazy and never was"),
+        (torch.nn.BatchNorm2d(3, device="meta"), "module must have numbers, but its tensors lie on meta"),
+    ):
+        for kind in (fastbn.BatchNorm2d, fastbn.FrozenBatchNorm):
+            with pytest.raises(ValueError, match=message):
+                kind.from_torch(layer)
+
+
 def test_onnx_models_and_nodes() -> None:
     onnx = pytest.importorskip("onnx")
     reference = pytest.importorskip("onnx.reference")

@@ -59,6 +59,24 @@ def check(net: Net, want: dict[str, tuple[Array, Array]]) -> None:
         np.testing.assert_allclose(layer.running_var, var, rtol=1e-6)
 
 
+def test_batches_may_come_to_other_layers_and_more_often_than_the_first() -> None:
+    """As sequences of other lengths, and networks of several exits do."""
+    layers = [fastbn.BatchNorm1d(1), fastbn.BatchNorm1d(1)]
+
+    def forward(batch: tuple[Array, int]) -> None:
+        x, steps = batch
+        for _ in range(steps):
+            layers[0](x)
+        if steps > 1:
+            layers[1](x)
+
+    x = np.array([[1.0], [5.0]], np.float32)
+    found = fastbn.update_bn(layers, [(x, 1), (x + 1, 2), (x + 2, 3)], forward)
+    assert [stats.count for stats in found.layers.values()] == [12, 4]
+    assert layers[0].running_mean == pytest.approx((3 + 2 * 4 + 3 * 5) / 6)
+    assert layers[1].running_mean == pytest.approx(4.5)
+
+
 def test_they_are_those_of_the_whole_data_set() -> None:
     net, batches = Net(), data()
     for layer in net.layers.values():

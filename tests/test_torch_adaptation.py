@@ -119,13 +119,16 @@ def test_what_was_reverted_by_another_is_left_alone() -> None:
 def test_of_wrong_inputs_torch_says_what_is_wrong() -> None:
     plain, model = layer(), layer()
     adapt(model, memory=9)
-    for x in (torch.ones(2, 3), torch.ones(2, 4, 3, 3), torch.ones(2, 3, 3, 3, dtype=torch.int32)):
+    for x in (
+        torch.ones(2, 3), torch.ones(2, 4, 3, 3), torch.ones(2, 3, 3, 3, dtype=torch.int32), torch.ones(2, 3, 3, 3, device="meta")
+    ):  # fmt: skip
         errors = []
         for m in (plain, model):
             with pytest.raises((ValueError, RuntimeError)) as error:
                 m(x)
             errors.append((type(error.value), str(error.value)))
         assert errors[0] == errors[1]
+    assert model.to("meta")(torch.ones(2, 3, 3, 3, device="meta")).is_meta
 
 
 def test_copies_and_pickles_adapt_too() -> None:

@@ -24,7 +24,7 @@ torch: Any = pytest.importorskip("torch", minversion="2.10", reason="needs PyTor
 
 import fastbn.torch  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
-from fastbn.torch import fused  # noqa: E402
+from fastbn.torch import fused, parts  # noqa: E402
 from fastbn.torch.conversion import Converted  # noqa: E402
 
 nn = torch.nn
@@ -887,6 +887,18 @@ def test_exported_models_hold_one_node_for_each() -> None:
         torch.testing.assert_close(torch.export.load(file).module()(more), model(more))
         strict = torch.export.export(model, (x,), strict=True)
         torch.testing.assert_close(strict.module()(x), model(x))
+
+
+def test_what_is_exported_for_onnx_holds_torchs_operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = Small().eval(), nn.Sequential(nn.GroupNorm(1, 3), nn.ReLU())
+    monkeypatch.setattr(parts, "SMALLEST", 0)
+    for m in (model, images):
+        fastbn.torch.convert(m)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as inside of torch.onnx.export
+    for m in (model, images):
+        exported, x = torch.export.export(m, (image(),)), image()
+        assert "fastbn" not in str(exported.graph)
+        torch.testing.assert_close(exported.module()(x), m(x))
 
 
 def test_wrappers_that_average_gradients_over_processes() -> None:

@@ -128,6 +128,26 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(training: 
         assert torch.autograd.gradgradcheck(f, (x, r, weight, bias))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_tensors_of_which_one_depends_on_another(training: bool, activation: Any) -> None:
+    """As in a loop over a layer, or with its own input as what is added: a gradient is of one argument alone."""
+    torch.manual_seed(3)
+    x, mean, var = torch.randn(4, 3, 5, dtype=torch.float64), torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+    leaves = [t.requires_grad_() for t in (x, torch.rand(3, dtype=torch.float64) + 0.5, torch.rand(3, dtype=torch.float64))]
+
+    def found(f: Callable[..., Any], odd: bool, recorded: bool) -> Any:
+        x, weight, bias = leaves
+        first = x * weight[:, None]
+        if odd:  # which the kernels do not take
+            first = torch.complex(first, -first).conj().imag
+        y = f(first, first.tanh(), weight, bias, mean.clone(), var.clone(), training, activation)
+        return torch.autograd.grad((y * x.detach()).sum(), leaves, create_graph=recorded)
+
+    for odd, recorded in itertools.product((True, False), repeat=2):
+        torch.testing.assert_close(found(ours, odd, recorded), found(composed, odd, recorded))
+
+
 def test_operators_pass_torchs_check() -> None:
     torch.manual_seed(2)
     x, w, m, v = torch.randn(4, 3, 5, 5), torch.randn(3), torch.zeros(3), torch.ones(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import pickle
 import warnings
@@ -455,7 +456,26 @@ def test_benchmark_refuses_what_it_cannot_time() -> None:
         fastbn.torch.benchmark(nn.ReLU(), seconds=-1)
     with pytest.raises(ValueError, match="returns no tensor of floating-point numbers"):
         fastbn.torch.benchmark(nn.Identity(), torch.ones(2, dtype=torch.long), seconds=0)
+    frozen = nn.BatchNorm1d(3).requires_grad_(False)
+    with pytest.raises(ValueError, match=r"that requires a gradient, .* model\.eval\(\) is timed without one"):
+        fastbn.torch.benchmark(frozen, torch.ones(2, 3), seconds=0)
+    assert fastbn.torch.benchmark(frozen.eval(), torch.ones(2, 3), seconds=0).steps
     assert not fastbn.torch.is_enabled()
+
+
+@dataclasses.dataclass
+class Answer:
+    score: Any
+    name: str = ""
+
+
+@needs_kernels
+def test_a_model_that_returns_a_dataclass_is_timed() -> None:
+    class Model(nn.BatchNorm1d):
+        def forward(self, input: Any) -> Any:  # noqa: A002  torch's name
+            return Answer(super().forward(input))
+
+    assert fastbn.torch.benchmark(Model(3), torch.randn(4, 3), seconds=0).batch_norm["torch"] > 0
 
 
 @needs_kernels

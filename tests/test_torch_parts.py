@@ -209,6 +209,14 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradgradcheck(model, (x,))
 
 
+def test_gradients_of_a_layer_that_is_called_on_its_own_output() -> None:
+    plain = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()).double()
+    model, x = copy.deepcopy(plain), torch.randn(2, 4, 3, dtype=torch.float64)
+    fastbn.torch.convert(model)
+    want, got = (torch.autograd.grad(m(m(x)).pow(2).sum(), [*m.parameters()], create_graph=True) for m in (plain, model))
+    torch.testing.assert_close(got, want)
+
+
 def test_gradients_whose_memory_does_not_hold_them() -> None:
     """Through a conjugate comes a view of the opposite numbers, and nothing from a tensor that is known to be zero."""
     plain = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU())

@@ -83,7 +83,7 @@ class _Adapted:
             return found
         self._check_input_dim(input)
         usual = self.running_mean, self.running_var
-        known = input.dtype in TYPES and input.layout is torch.strided and input.shape[1] == usual[0].numel()
+        known = input.dtype in TYPES and input.layout is torch.strided and not input.is_meta and input.shape[1] == usual[0].numel()
         mean, var = eagerly(_mixed, self, input) if known else usual  # torch says what is wrong with another
         return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -106,7 +107,8 @@ def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool 
     TypeError
         If model is no Module, or seconds are no number.
     ValueError
-        If seconds are negative, the model has lazy layers that were never called, or it returns no tensor of floating-point numbers.
+        If seconds are negative, the model has lazy layers that were never called, or in training mode it returns no tensor of
+        floating-point numbers that requires a gradient.
     RuntimeError
         As `enable`.
 
@@ -160,6 +162,9 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, dict):
         for value in output.values():
             yield from _tensors(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from _tensors(getattr(output, field.name))
     elif isinstance(output, list | tuple):
         for value in output:
             yield from _tensors(value)
@@ -168,9 +173,12 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _step(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Callable[[], None]:
     def train() -> None:
         model.zero_grad()
-        means = [tensor.mean() for tensor in _tensors(model(*inputs, **named))]
+        means = [tensor.mean() for tensor in _tensors(model(*inputs, **named)) if tensor.requires_grad]
         if not means:
-            raise ValueError("the model returns no tensor of floating-point numbers, of which a backward could start")
+            raise ValueError(
+                "the model returns no tensor of floating-point numbers that requires a gradient, of which a backward could start; "
+                "model.eval() is timed without one"
+            )
         torch.stack(means).sum().backward()  # type: ignore[no-untyped-call, unused-ignore]
 
     def evaluate() -> None:

@@ -54,7 +54,10 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
         return False
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes long to import
+        from torch.onnx import is_in_onnx_export
 
+        if is_in_onnx_export():  # ONNX knows torch's operators alone
+            return False
         return not statically_known_true(x.numel() * x.dtype.itemsize < least)
     if x.numel() * x.dtype.itemsize < least or x.numel() == 0:
         return False

@@ -226,13 +226,21 @@ def gradients(
         found = _attempt_gradients(dy, a, saved, wanted)
         if found is not None:
             return found[0], dy if direct and of_residual else found[1], *found[2:]
-    with torch.enable_grad():
-        z = (a._replace(mean=None, var=None) if a.training else a).composed()
-    inputs = a[:4]
-    asked = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]
-    grads = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
-    dx, dresidual, *rest = (next(grads) if w and t is not None else None for t, w in zip(inputs, wanted, strict=True))
+    dx, dresidual, *rest = gradients_of(a._replace(mean=None, var=None) if a.training else a, dy, wanted)
     return dx, dy if direct and of_residual else dresidual, *rest
+
+
+def gradients_of(a: Any, dy: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients of the first of some arguments, one for each that may be wanted, by torch's own operators.
+
+    They are taken of aliases: one of the tensors may have been computed from another one, whose gradient that way is not ours.
+    """
+    with torch.enable_grad():
+        inputs = [t if t is None else t.view_as(t) for t in a[: len(wanted)]]
+        z = a._make((*inputs, *a[len(wanted) :])).composed()
+    asked = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]
+    found = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
+    return tuple(next(found) if w and t is not None else None for t, w in zip(inputs, wanted, strict=True))
 
 
 def _attempt_gradients(dy: Tensor, a: Arguments, saved: tuple[Tensor | None, Tensor | None], wanted: tuple[bool, ...]) -> Any:

@@ -17,7 +17,7 @@ from fastbn.norms import group_norm, group_norm_backward, group_norm_forward
 from fastbn.results import SavedParts
 from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours
-from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, in_words, keep_bias, kept_bias
+from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, gradients_of, in_words, keep_bias, kept_bias
 
 F = torch.nn.functional
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves; torch's own group norm
@@ -95,11 +95,7 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
     """Gradients of x, weight and bias; where they are recorded, or dy is a batch of torch's `vmap`, by torch's own operators."""
     functorch: Any = torch._C._functorch
     if torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(dy) or functorch.is_functorch_wrapped_tensor(dy):
-        asked = [t for t, w in zip(a[:3], wanted, strict=True) if w and t is not None]
-        with torch.enable_grad():
-            z = a.composed()
-        found = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
-        return tuple(next(found) if w and t is not None else None for t, w in zip(a[:3], wanted, strict=True))
+        return gradients_of(a, dy, wanted)
     x = array_of(a.x)
     mean, mean_lo, invstd = (t.numpy() for t in saved)
     weight, bias, activation = vector(a.weight), vector(a.bias), a.activation if a.activation.code else None

@@ -66,8 +66,8 @@ def update_bn(
 
     Notes
     -----
-    From the second batch on the model is left behind the last batch norm that the first batch came to, by an exception that is
-    no `Exception`; the layers after it are not run.
+    Where one batch came to every batch norm once, others leave the model behind the last of them, by an exception that is no
+    `Exception`; the layers after it are not run.
 
     Examples
     --------

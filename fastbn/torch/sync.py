@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn import sync
 from fastbn.layout import Array
-from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, unreadable, vector
 from fastbn.torch.derived import own_class, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
@@ -134,6 +134,10 @@ _communicators: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Comm
 
 
 def _synchronized(*arguments: Any) -> Any:
+    if why := unreadable({}):
+        raise TypeError(
+            f"fastbn.torch.SyncBatchNorm sends what it finds in its input to other processes, and not {why}; its eval() sends nothing"
+        )
     return _Synchronized.apply(*arguments)  # type: ignore[no-untyped-call, unused-ignore]
 
 
