@@ -172,6 +172,13 @@ def test_half_precision(instruction: bool, monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_array_equal(found[:-64].view(np.uint16), wanted[:-64].view(np.uint16))
 
 
+@pytest.mark.parametrize("features", ["", "+f16c,-avx"])
+def test_code_for_a_plainer_processor_converts_half_precision_itself(features: str) -> None:
+    """What LLVM would call is nowhere, which ends the process."""
+    code = "print(fastbn.batch_norm_elemt(np.array([[1.0], [3.0]], np.float16), [2.0], [0.5]).ravel())"
+    assert python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features) == "[-0.5  0.5]\n"
+
+
 def test_every_dtype_is_taken() -> None:
     """Half precision and bfloat16, too: with a function of the user's, no other kernel would."""
     row = dispatch.KERNELS["numba"]
