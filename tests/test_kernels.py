@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -435,6 +436,45 @@ def test_a_prepared_call_checks_its_sample() -> None:
                   (w, w, w, None, x, -1), (w, w, w, None, x, 7), (w, w, w, None, w, 0), (w, w, w, "relu", x, 1)):  # fmt: skip
         with pytest.raises((TypeError, ValueError)):
             doors.prepared(*wrong)
+
+
+@needs_simd
+@pytest.mark.parametrize("wrong", [(), (1,), (1, True, 2), None, 3], ids=str)
+def test_doors_count_the_members_of_what_they_are_given(wrong: Any) -> None:
+    """C would read a tuple's members beyond its end."""
+    doors, x, v = core.whole_calls(MODULES[0]), np.ones((2, 3, 4), np.float32), np.ones(6, np.float32)
+    rows = x.reshape(2, 1, 3, 4)
+    for call in (
+        lambda: doors.plain_backward(x, x, wrong, ("x",), None),
+        lambda: doors.plain_parts_backward("layer_norm", x, x, (v,) * 5, wrong, ("x",), None),
+        lambda: doors.plain_parts_backward("layer_norm", x, x, wrong, (x.shape, x.dtype, 1, 12, None, None, False), ("x",), None),
+        lambda: doors.parts_forward(rows, rows.copy(), (None, None), 1e-5, wrong, 1),
+        lambda: doors.parts_backward(rows, rows, rows.copy(), (v, v, v, None), (None, None), wrong, 1),
+        lambda: doors.parts_backward(rows, rows, rows.copy(), wrong, (None, None), (1, True), 1),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+@needs_simd
+def test_a_backward_needs_deviations_and_no_variance() -> None:
+    x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
+    for kernel in MODULES:
+        with pytest.raises(ValueError, match="deviations"):
+            kernel.module().backward(x, x, x.copy(), Statistics(w, None, w, 1e-5), w, 1)
+
+
+@needs_simd
+def test_memory_that_is_not_like_the_input_is_written_by_no_door() -> None:
+    from fastbn.kernels import _calls
+
+    table = MODULES[0].module().kernels  # type: ignore[attr-defined]
+    doors, w, x = _calls.Doors(table), np.ones(3, np.float32), np.ones((2, 3, 4), np.float32)
+    given = {"composed": None, "part": None, "epilogue": None, "threads_of": lambda *_: 1, "small": 0}
+    for memory, axis in ((x[:1], 1), (None, 1), (np.broadcast_to(w[0], x.shape), 1), (np.empty_like(x), -1), (np.empty_like(x), 3)):
+        doors.connect(**given, axis_of=lambda *_, axis=axis: axis, memory_for=lambda _, memory=memory: memory)
+        with suppress(TypeError, ValueError):
+            assert doors.plain_inference(x, "NCW", None, None, w, w, None, None, 1e-5, None, None, False) is None
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -811,6 +811,34 @@ def test_a_job_begins_as_the_doors_enter_it() -> None:
 
 
 @pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
+def test_the_doors_refuse_calls_that_the_kernels_do_not_have() -> None:
+    """Others are made of operations; C would jump to nowhere."""
+    x, w, rows = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32), np.ones((2, 1, 3, 4), np.float32)
+    core.whole_calls(dispatch.KERNELS["numba"])
+    doors = kernel._doors
+    for call in (
+        lambda: doors.grad_sums(x, x, w, 1),
+        lambda: doors.grad_input(x, x, x.copy(), w, w, (w, w), 1),
+        lambda: doors.parts_forward(rows, rows.copy(), (None, None), 1e-5, (1, True), 1),
+        lambda: doors.plain_parts_forward("group_norm", x, (3, None, None), None, (None, None, 1e-5), None, None),
+    ):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+@pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
+def test_what_is_no_job_is_not_run() -> None:
+    code = """
+from fastbn.kernels import _calls, _jobs
+for made in (None, (), (b"", 1, 0), (b"x" * 8, 1, 0), (b"x" * 100_000, 1, 0), (bytes(1000), 0, 0)):
+    doors = _calls.Doors(_jobs.kernels(lambda *_: made, print))
+    try: doors.stats(np.ones((2, 3, 4)))
+    except (TypeError, ValueError): print("refused")
+"""
+    assert python(code) == "refused\n" * 6
+
+
+@pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
 @pytest.mark.parametrize("activation", [None, "silu", fastbn.Activation(square, twice)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_plain_calls_have_the_bits_of_checked_ones(training: bool, activation: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,12 @@ cdef inline bint is_bit(a) noexcept:
 
 cdef cnp.ndarray new_like(Calls calls, cnp.ndarray x):
     """Memory for an output, in the memory order of a dense array."""
+    cdef cnp.ndarray made
     if cnp.PyArray_NBYTES(x) >= calls.small:
-        return calls.memory_for(x)
+        made = calls.memory_for(x)
+        if not is_twin(made, x):
+            raise ValueError("memory for an output must be an array like the input")
+        return made
     if cnp.PyArray_IS_C_CONTIGUOUS(x):
         return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
@@ -130,7 +134,7 @@ cdef bint bind_plain(Calls calls, Call* call, str op, x, layout, axis, int* at, 
         return False
     if at[0] < 0:
         at[0] = 1 if layout is None and axis is None else calls.axis_of(layout, ndim, axis)
-    if at[0] >= ndim or not lay_out(call, x, at[0]):
+    if not 0 <= at[0] < ndim or not lay_out(call, x, at[0]):
         return False
     call.dtype = <Dtype> dtype_of(x)
     if activation is not None:
@@ -289,12 +293,13 @@ cdef class Doors(Calls):
         """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
         cdef Call call
         cdef cnp.ndarray vectors
-        cdef int axis, wanted = named(wrt, made[8])
+        cdef int axis
+        found, count, training, shape, dtype, axis, activation, residual, had_residual = made
+        cdef int wanted = named(wrt, had_residual)
         cdef bint of_x = wanted & 1, of_weight = wanted & 2, of_bias = wanted & 4, of_residual = wanted & 8
         if wanted == 0:
             return None
         dx = dweight = dbias = dresidual = None
-        found, count, training, shape, dtype, axis, activation, residual, _ = made
         if (
             not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or not has_shape(x, shape)
             or (x.dtype is not dtype and x.dtype != dtype) or not is_twin(dy, x)

@@ -114,10 +114,11 @@ cdef tuple plain_parts_backward(Doors doors, str kind, x, dy, tuple vectors, tup
     cdef cnp.npy_intp[2] planes
     cdef cnp.ndarray sums
     cdef bint rows = kind == "layer_norm" or kind == "rms_norm"
-    cdef int at, wanted = named(wrt, how[6])
-    cdef bint of_x = wanted & 1, of_residual = wanted & 8, active
+    cdef int at
     mean, mean_lo, invstd, weight, bias = vectors
-    shape, dtype, at, group, activation, residual, _ = how
+    shape, dtype, at, group, activation, residual, had_residual = how
+    cdef int wanted = named(wrt, had_residual)
+    cdef bint of_x = wanted & 1, of_residual = wanted & 8, active
     if (
         wanted == 0 or not isinstance(x, cnp.ndarray) or not has_shape(x, shape) or (x.dtype is not dtype and x.dtype != dtype)
         or not is_twin(dy, x) or not bind_plain(doors, &call, "backward", x, None, None, &at, activation, residual)
