@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,22 @@ def test_a_broken_package_makes_a_kernel_unusable(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(dispatch, "import_module", fail)
     assert Kernel("numba", "fastbn.kernels.numba").unusable() == f"it cannot be imported: {error}"
+
+
+def test_what_a_signals_handler_raises_in_an_import_ends_the_call_and_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of time that ends the first call must neither be lost, nor leave the process a slower kernel for ever."""
+    arrives = [TimeoutError("the request takes too long")]
+
+    def interrupted(path: str) -> Any:
+        if arrives:
+            raise arrives.pop()
+        return import_module(path)
+
+    monkeypatch.setattr(dispatch, "import_module", interrupted)
+    row = Kernel("reference", "fastbn.reference")
+    with pytest.raises(TimeoutError):
+        row.unusable()
+    assert row.unusable() is None
 
 
 def test_a_pinned_reference_is_not_announced() -> None:
