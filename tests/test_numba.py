@@ -632,6 +632,22 @@ def test_a_damaged_cache_is_left_alone(tmp_path: Path) -> None:
         assert python(USE, **environment) == "2.0\n"
 
 
+def test_what_a_signals_handler_raises_while_code_is_compiled_ends_the_call(tmp_path: Path) -> None:
+    """It is no fault of the files, for which code would be compiled once more, however long that takes."""
+    code = """
+from fastbn.kernels import numba_cache
+compile, arrives = numba_cache.CFunc._compile_uncached, [TimeoutError("late")]
+def interrupted(self):
+    if arrives: raise arrives.pop()
+    return compile(self)
+numba_cache.CFunc._compile_uncached = interrupted
+for _ in range(2):
+    try: print(fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean[0])
+    except TimeoutError as error: print(error)
+"""
+    assert python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "late\n2.0\n"
+
+
 NAMES_READ = """
 from fastbn.kernels import numba_cache
 x = np.arange(24.0).reshape(4, 6)

@@ -11,7 +11,7 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -19,12 +19,11 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba import cfunc, config
+from numba import config
 from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
-from numba.core.errors import NumbaError
 from numba.core.registry import cpu_target
 
 from fastbn.kernels.numba_passes import Passes
@@ -62,6 +61,14 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple()
+
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        """What Numba reads and writes in: the disk may be full, a file damaged or another user's; then there is no cache."""
+        try:
+            yield
+        except Exception:  # a damaged file may raise anything
+            self.disable()
 
 
 @cache
@@ -121,20 +128,12 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
     options = {"nopython": True, "error_model": "numpy"}  # no contraction: variants of a loop have the same bits
     with global_compiler_lock, announced(), _uncollected():  # of a name that was read twice, LLVM might link either
         if name not in made:
-            kept = _with_cache(function, signature, name, options) if keep else None
-            made[name] = kept or cfunc(signature, pipeline_class=Passes, **options)(function)
+            found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options, pipeline_class=Passes)
+            if keep:
+                with suppress(RuntimeError, OSError):  # no directory can be written
+                    found._cache = _Cache(function, name)
+            found.compile()
+            if keep:
+                (read_here if found.cache_hits else compiled_here).append(name)
+            made[name] = found
         return int(made[name].address)
-
-
-def _with_cache(function: Callable[..., None], signature: Any, name: str, options: dict[str, Any]) -> Any:
-    """None where there is no place on disk, or what lies there is damaged."""
-    try:
-        found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options, pipeline_class=Passes)
-        found._cache = _Cache(function, name)
-        found.compile()
-    except NumbaError:
-        raise
-    except Exception:  # no directory can be written; the disk is full; a file is damaged
-        return None
-    (read_here if found.cache_hits else compiled_here).append(name)
-    return found
