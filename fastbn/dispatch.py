@@ -73,14 +73,22 @@ class Kernel:
         except (MemoryError, RecursionError):  # which say nothing of the module
             raise
         except Exception as error:
-            # A broken package of another's may raise anything, and does so again. What a signal handler raises is the caller's.
-            try:
-                self.module()
-            except type(error) as again:
-                if str(again) == str(error):
-                    return f"it cannot be imported: {error}"
-            raise
+            if not isinstance(error, ImportError) and self._can_be_imported():
+                raise
+            return f"it cannot be imported: {str(error) or repr(error)}"
         return None
+
+    def _can_be_imported(self) -> bool:
+        """Whether the module comes when it is asked for once more.
+
+        A broken package of another's may raise anything, again and again. What the handler of a signal raised, to end a call that
+        takes too long, is its caller's, and must not decide for the rest of the process.
+        """
+        try:
+            self.module()
+        except Exception:
+            return False
+        return True
 
     def declines(self, dtype: str, custom: bool = False) -> str | None:
         """Why this kernel does not take arrays of a dtype, or functions of the user's; None where it does."""

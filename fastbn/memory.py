@@ -65,6 +65,7 @@ _next_look = 0.0  # when the thread that looks will have done so; 0 where there 
 _looker: object = None  # which thread that is
 _hits = 0
 _misses = 0
+_ALONE = 2  # references to a buffer: the ticket's, and that of who counts
 
 
 class _Loan(Array):
@@ -176,9 +177,14 @@ def _collect_all() -> None:
 
 
 def _take_back(ticket: _Ticket) -> None:
-    if _lent.pop(id(ticket), None) is not None and ticket.mapping is not None:
+    if _lent.pop(id(ticket), None) is not None and ticket.mapping is not None and _is_alone(ticket):
         _idle.setdefault(ticket.size, []).append((time.monotonic(), ticket.mapping))
         _trim(limit())  # calls that ran at the same time may together have lent too much
+
+
+def _is_alone(ticket: _Ticket) -> bool:
+    """Whether a ticket alone has the buffer: of what died in a cycle it tells before finalizers run, which may use or keep the loan."""
+    return sys.getrefcount(ticket.mapping) <= _ALONE
 
 
 def _start_to_look() -> None:

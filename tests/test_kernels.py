@@ -11,6 +11,8 @@ import pickle
 import platform
 import subprocess
 import sys
+from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -475,6 +477,92 @@ def test_a_prepared_call_checks_its_sample() -> None:
                   (w, w, w, None, x, -1), (w, w, w, None, x, 7), (w, w, w, None, w, 0), (w, w, w, "relu", x, 1)):  # fmt: skip
         with pytest.raises((TypeError, ValueError)):
             doors.prepared(*wrong)
+
+
+@needs_simd
+@pytest.mark.parametrize("wrong", [(), (1,), (1, True, 2), None, 3], ids=str)
+def test_doors_count_the_members_of_what_they_are_given(wrong: Any) -> None:
+    """C would read a tuple's members beyond its end."""
+    doors, x, v = core.whole_calls(MODULES[0]), np.ones((2, 3, 4), np.float32), np.ones(6, np.float32)
+    rows, saved = x.reshape(2, 1, 3, 4), fastbn.batch_norm_forward(x)[1]
+    saved.__dict__["made"] = wrong
+    for call in (
+        lambda: fastbn.batch_norm_backward(x, x, saved),
+        lambda: doors.parts_forward(rows, rows.copy(), (None, None), 1e-5, wrong, 1),
+        lambda: doors.parts_backward(rows, rows, rows.copy(), (v, v, v, None), (None, None), wrong, 1),
+        lambda: doors.parts_backward(rows, rows, rows.copy(), wrong, (None, None), (1, True), 1),
+    ):
+        with pytest.raises((AttributeError, IndexError, TypeError, ValueError)):
+            call()
+
+
+@needs_simd
+def test_a_backward_needs_deviations_and_no_variance() -> None:
+    x, w = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32)
+    for kernel in MODULES:
+        with pytest.raises(ValueError, match="deviations"):
+            kernel.module().backward(x, x, x.copy(), Statistics(w, None, w, 1e-5), w, 1)
+
+
+@needs_simd
+def test_memory_that_is_not_like_the_input_is_written_by_no_door() -> None:
+    from fastbn.kernels import _calls
+
+    calls = _calls.Calls(MODULES[0].module().kernels)  # type: ignore[attr-defined]
+    w, x = np.ones(3, np.float32), np.ones((2, 3, 4), np.float32)
+    direct = _calls.Direct(fastbn.batch_norm.__wrapped__, _library(calls_of=lambda *_: calls))
+    given = {"composed": None, "part": None, "epilogue": None, "finish_parts": None, "threads_of": lambda *_: 1, "small": 0}
+    for memory, axis in ((x[:1], 1), (None, 1), (np.broadcast_to(w[0], x.shape), 1), (np.empty_like(x), -1), (np.empty_like(x), 3)):
+        calls.connect(**given, axis_of=lambda *_, axis=axis: axis, memory_for=lambda _, memory=memory: memory)
+        with suppress(TypeError, ValueError):
+            assert np.array_equal(direct(x, w, w, layout="NCL"), fastbn.batch_norm(x, w, w))
+
+
+def _library(**changes: Any) -> Any:
+    from fastbn.kernels import _calls
+
+    usual = {
+        "pin": ContextVar("pin"), "calls_of": None, "activations": ({}, None, int), "copied": None, "steps": (0.0,) * len(DTYPES),
+        "results": (fastbn.Saved, fastbn.results.SavedParts, fastbn.Gradients, None),
+    }  # fmt: skip
+    return _calls.Library(**usual | changes)
+
+
+@needs_simd
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": ()}, {"steps": None}, {"activations": None}, {"activations": ({}, None)}, {"activations": (None, None, int)},
+        {"results": (int, int, int, None)}, {"results": (None, None, tuple, None)}, {"results": ()},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_direct_path_refuses_what_it_could_not_run_with(changes: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        _library(**changes)
+
+
+@needs_simd
+def test_only_functions_with_a_door_become_direct() -> None:
+    from fastbn.kernels import _calls
+
+    def batch_norm(x: Any, gamma: Any) -> None:
+        pass
+
+    def other(x: Any) -> None:
+        pass
+
+    batch_norm.__qualname__, other.__qualname__ = "batch_norm", "other"
+    with pytest.raises(ValueError, match="no parameter of a door is called 'gamma'"):
+        _calls.Direct(batch_norm, _library())
+    with pytest.raises(ValueError, match="no door for other"):
+        _calls.Direct(other, _library())
+    for wrong in ((None, None), (batch_norm, None), (3, _library())):
+        with pytest.raises((AttributeError, TypeError)):
+            _calls.Direct(*wrong)
+    empty = _calls.Direct.__new__
+    with pytest.raises(TypeError):
+        empty(_calls.Direct)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -169,6 +169,26 @@ def test_views_keep_the_buffer(hold: Callable[[np.ndarray], object]) -> None:
     assert first in {address(new()), *map(address, (new(), new()))}
 
 
+def test_what_a_finalizer_brings_back_keeps_the_buffer() -> None:
+    """The garbage collector tells of the end of what it finds in a cycle before finalizers run, which may go on using it."""
+    alive: list[Any] = []
+
+    class Job:
+        def __init__(self, memory: Any) -> None:
+            self.memory, self.itself = memory, self
+
+        def __del__(self) -> None:
+            alive.append(self.memory)
+
+    y = memory.empty_like(np.ones((1024, 1024), np.float32))
+    y[...] = 1
+    Job(y.base)
+    del y
+    gc.collect()
+    other = memory.empty_like(np.ones((1024, 1024), np.float32))
+    assert not np.shares_memory(alive[0], other)
+
+
 def test_copies_do_not_give_the_buffer_back() -> None:
     y = new()
     loan = y.base

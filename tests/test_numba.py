@@ -173,6 +173,13 @@ def test_half_precision(instruction: bool, monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_array_equal(found[:-64].view(np.uint16), wanted[:-64].view(np.uint16))
 
 
+@pytest.mark.parametrize("features", ["", "+f16c,-avx"])
+def test_code_for_a_plainer_processor_converts_half_precision_itself(features: str) -> None:
+    """What LLVM would call is nowhere, which ends the process."""
+    code = "print(fastbn.batch_norm_elemt(np.array([[1.0], [3.0]], np.float16), [2.0], [0.5]).ravel())"
+    assert python(code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES=features) == "[-0.5  0.5]\n"
+
+
 def test_every_dtype_is_taken() -> None:
     """Half precision and bfloat16, too: with a function of the user's, no other kernel would."""
     row = dispatch.KERNELS["numba"]
@@ -656,6 +663,22 @@ def test_a_damaged_cache_is_left_alone(tmp_path: Path) -> None:
         assert python(USE, **environment) == "2.0\n"
 
 
+def test_what_a_signals_handler_raises_while_code_is_compiled_ends_the_call(tmp_path: Path) -> None:
+    """It is no fault of the files, for which code would be compiled once more, however long that takes."""
+    code = """
+from fastbn.kernels import numba_cache
+compile, arrives = numba_cache.CFunc._compile_uncached, [TimeoutError("late")]
+def interrupted(self):
+    if arrives: raise arrives.pop()
+    return compile(self)
+numba_cache.CFunc._compile_uncached = interrupted
+for _ in range(2):
+    try: print(fastbn.batch_norm_stats(np.array([[1.0], [3.0]])).mean[0])
+    except TimeoutError as error: print(error)
+"""
+    assert python(code, NUMBA_CACHE_DIR=str(tmp_path)) == "late\n2.0\n"
+
+
 NAMES_READ = """
 from fastbn.kernels import numba_cache
 x = np.arange(24.0).reshape(4, 6)
@@ -832,6 +855,34 @@ def test_a_job_begins_as_the_doors_enter_it() -> None:
     names = [name for name, _ in kernel.Job._fields_]
     assert tuple(names[: len(jobs.HEAD)]) == jobs.HEAD
     assert names[-4:] == ["eps", "momentum", "correction", "parameter"]
+
+
+@pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
+def test_the_doors_refuse_calls_that_the_kernels_do_not_have() -> None:
+    """Others are made of operations; C would jump to nowhere."""
+    x, w, rows = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32), np.ones((2, 1, 3, 4), np.float32)
+    core.whole_calls(dispatch.KERNELS["numba"])
+    doors = kernel._doors
+    for call in (
+        lambda: doors.grad_sums(x, x, w, 1),
+        lambda: doors.grad_input(x, x, x.copy(), w, w, (w, w), 1),
+        lambda: doors.parts_forward(rows, rows.copy(), (None, None), 1e-5, (1, True), 1),
+        lambda: doors.plain_parts_forward("group_norm", x, (3, None, None), None, (None, None, 1e-5), None, None),
+    ):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+@pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
+def test_what_is_no_job_is_not_run() -> None:
+    code = """
+from fastbn.kernels import _calls, _jobs
+for made in (None, (), (b"", 1, 0), (b"x" * 8, 1, 0), (b"x" * 100_000, 1, 0), (bytes(1000), 0, 0)):
+    doors = _calls.Doors(_jobs.kernels(lambda *_: made, print))
+    try: doors.stats(np.ones((2, 3, 4)))
+    except (TypeError, ValueError): print("refused")
+"""
+    assert python(code) == "refused\n" * 6
 
 
 @pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")

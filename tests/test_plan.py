@@ -93,6 +93,14 @@ def test_every_element_is_summed_and_mapped_once(
         assert np.array_equal(made[0], mean.astype(dtype))
 
 
+@pytest.mark.parametrize("dims", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (-2, 3, 4), (1 << 40,) * 3], ids=str)
+def test_there_is_no_plan_for_nothing_nor_for_more_than_there_can_be(dims: tuple[int, int, int]) -> None:
+    """C would divide by zero."""
+    for shape, itemsize in ((dims, 4), ((2, 3, 4), 0), ((2, 3, 4), -4), ((1, 1, 1), 1 << 62)):
+        with pytest.raises(ValueError, match="at most"):
+            plans.plan("forward", shape, itemsize, 1)
+
+
 @pytest.mark.parametrize("op", ["normalize", "forward", "backward"])
 def test_large_outputs_are_streamed(op: str) -> None:
     """Outputs of their own, larger than any cache."""

@@ -461,6 +461,18 @@ def test_bits_that_the_processor_knows_nothing_of_are_left_out() -> None:
         pool.set_float_mode("up")
 
 
+def test_a_copy_goes_to_no_memory_that_is_not_to_be_written() -> None:
+    """Nor does it copy Python's objects, which nobody would count; a few bytes for many threads are copied."""
+    fixed, source = np.frombuffer(bytes(64), np.uint8), np.ones(64, np.uint8)
+    objects = np.array([object()])
+    for wrong in ((source, fixed), (objects, objects.copy()), (source[:8], np.empty(1, object)), (source, None), (source, source[1:])):
+        with pytest.raises((TypeError, ValueError)):
+            pool.copy(*wrong, 1)
+    assert not fixed.any()
+    pool.copy(source, to := np.zeros(64, np.uint8), 1000)
+    assert to.all()
+
+
 def test_second_interpreter() -> None:
     """A sub-interpreter either works or refuses to import; it does not crash."""
     pytest.importorskip("_xxsubinterpreters")

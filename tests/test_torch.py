@@ -657,6 +657,19 @@ def test_a_foreign_build_of_torch_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         fastbn.torch.enable()
 
 
+def test_the_door_stays_shut_before_kernels_are_attached_that_have_all_calls() -> None:
+    """Torch's functions are found then; C would call what was not found."""
+    done = _python(
+        "import torch, fastbn.torch._door as door\n"
+        "from fastbn.kernels import _jobs\n"
+        "for call in (door.start, door.define_operators, lambda: door.attach(_jobs.kernels(print, print))):\n"
+        "    try: call()\n"
+        "    except (RuntimeError, ValueError) as error: print(error)\n"
+        "print(door.is_on(), door.takes_parts())\n"
+    )
+    assert (done.returncode, done.stdout.splitlines()[2:]) == (0, ["these kernels have no calls over parts", "False False"])
+
+
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
 
 

@@ -157,6 +157,8 @@ cdef class Calls:
         bind_gradient(&call, x, number, epilogue)
         call.dy = like(x, dy)
         enter_statistics(&call, number, kept)
+        if call.invstd == NULL:
+            raise ValueError("a backward needs the deviations themselves: no variance, and no eps")
         call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
         if dx is not None:
             call.out = target(x, dx)
@@ -187,6 +189,8 @@ cdef class Calls:
 cdef Status run(call_fn function, Call* call) except *:
     """Run a call; DONE or LEFT."""
     cdef Status status
+    if function == NULL:
+        raise NotImplementedError("these kernels have no such call")
     with nogil:
         status = function(call)
     if status != DONE and status != LEFT and PyErr_Occurred() == NULL:  # what compiles its functions may have raised

@@ -99,8 +99,8 @@ cdef bint learn(Template* t, const Key* k) noexcept with gil:
         )
         t.generation = 0
         t.job_bytes, t.scratch_bytes = len(job), size
-        if t.job_bytes > JOB_BYTES:
-            raise ValueError(f"a job has {len(job)} bytes")
+        if not sizeof(Head) + sizeof(Tail) < t.job_bytes <= JOB_BYTES or not address:
+            raise ValueError(f"a job of {len(job)} bytes, with {size} of scratch memory, run by what lies at {address}")
         memcpy(t.job, <const char*> job, t.job_bytes)
         t.run = <void (*)(void*) noexcept nogil> <size_t> address
         t.key, t.generation = k[0], generation

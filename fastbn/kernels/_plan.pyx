@@ -182,6 +182,7 @@ cdef void make_plan(Plan* p, const Task* t) noexcept nogil:
 
 # Rows of a tile of columns; and how many arrays like x each operation reads and writes: by the sums, by the map, by both.
 ROWS = TILE_ROWS
+MOST_BYTES = 1 << 56  # of an array: more could not be counted with
 TRAFFIC = {"stats": (1, 0, 1), "normalize": (0, 2, 2), "forward": (1, 2, 2), "backward": (2, 3, 3)}
 
 
@@ -205,8 +206,11 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
     """
     cdef Task t
     cdef Plan p
+    outer, channels, inner = dims
+    if min(outer, channels, inner, itemsize) < 1 or outer * channels * inner * itemsize > MOST_BYTES:
+        raise ValueError(f"a plan is for some elements, and for at most {MOST_BYTES} bytes, got {dims} elements of {itemsize} bytes")
     memset(&t, 0, sizeof(Task))
-    t.outer, t.channels, t.inner = dims
+    t.outer, t.channels, t.inner = outer, channels, inner
     t.item, t.threads, t.streamable = itemsize, thread_count(threads), True
     t.reads, t.arrays, t.touched = TRAFFIC[op]
     t.folds = op == "normalize"  # as inference does

@@ -131,21 +131,23 @@ cdef void copy_piece(void* job, Py_ssize_t unit) noexcept nogil:
     memcpy(c.to + start, c.source + start, min(c.piece, c.size - start))
 
 
-def copy(cnp.ndarray source, cnp.ndarray to, int threads):
+def copy(cnp.ndarray source not None, cnp.ndarray to not None, int threads):
     """Copy an array: the floor that benchmarks compare with.
 
     Parameters
     ----------
     source, to : ndarray
-        C-contiguous, of the same size in bytes.
+        C-contiguous, of the same size in bytes, of plain numbers; `to` can be written.
     threads : int
         Each copies one piece by memcpy.
     """
     cdef bint contiguous = cnp.PyArray_IS_C_CONTIGUOUS(source) and cnp.PyArray_IS_C_CONTIGUOUS(to)
     if not contiguous or cnp.PyArray_NBYTES(source) != cnp.PyArray_NBYTES(to):
         raise ValueError("source and to must be C-contiguous and of the same size in bytes")
+    if not cnp.PyArray_ISWRITEABLE(to) or source.dtype.hasobject or to.dtype.hasobject:
+        raise ValueError("to must be writable, and no array may hold objects")
     cdef Copy job = Copy(<char*> cnp.PyArray_DATA(to), <char*> cnp.PyArray_DATA(source), cnp.PyArray_NBYTES(source), 0)
-    job.piece = (job.size // threads + 63) // 64 * 64 if threads > 1 else job.size
+    job.piece = ((job.size + threads - 1) // threads + 63) // 64 * 64 if threads > 1 else job.size
     if job.size > 0:
         with nogil:
             run_units(copy_piece, &job, (job.size + job.piece - 1) // job.piece, threads, False, 2 * job.size, NULL)

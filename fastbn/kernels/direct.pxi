@@ -146,6 +146,8 @@ cdef class Direct:
         for i in range(GIVEN):
             usual[i] = <PyObject*> None
         for i, name in enumerate(self.names):
+            if name not in PARAMETERS:
+                raise ValueError(f"no parameter of a door is called {name!r}")
             self.places[i] = PARAMETERS.index(name)
             usual[self.places[i]] = <PyObject*> defaults[name] if name in defaults else NULL
 

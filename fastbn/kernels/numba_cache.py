@@ -19,7 +19,7 @@ from typing import Any
 
 import llvmlite
 import numba
-from numba import cfunc, config
+from numba import config
 from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
 from numba.core.ccallback import CFunc
@@ -62,15 +62,13 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     def _index_key(self, sig: Any, codegen: Any) -> Any:
         return sig, codegen.magic_tuple()
 
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
+    @contextmanager
+    def _guard_against_spurious_io_errors(self) -> Iterator[None]:
+        """What Numba reads and writes in: the disk may be full, a file damaged or another user's; then there is no cache."""
         try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # a file is damaged
-            return None
-
-    def save_overload(self, sig: Any, data: Any) -> None:
-        with suppress(Exception):  # the disk is full; a file is damaged
-            super().save_overload(sig, data)
+            yield
+        except Exception:  # a damaged file may raise anything
+            self.disable()
 
 
 @cache
@@ -130,18 +128,12 @@ def compiled(function: Callable[..., None], signature: Any, name: str, keep: boo
     options = {"nopython": True, "error_model": "numpy"}  # no contraction: variants of a loop have the same bits
     with global_compiler_lock, announced(), _uncollected():  # of a name that was read twice, LLVM might link either
         if name not in made:
-            kept = _with_cache(function, signature, name, options) if keep else None
-            made[name] = kept or cfunc(signature, pipeline_class=Passes, **options)(function)
+            found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options, pipeline_class=Passes)
+            if keep:
+                with suppress(RuntimeError, OSError):  # no directory can be written
+                    found._cache = _Cache(function, name)
+            found.compile()
+            if keep:
+                (read_here if found.cache_hits else compiled_here).append(name)
+            made[name] = found
         return int(made[name].address)
-
-
-def _with_cache(function: Callable[..., None], signature: Any, name: str, options: dict[str, Any]) -> Any:
-    """None where there is no place on disk."""
-    found: Any = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=options, pipeline_class=Passes)
-    try:
-        found._cache = _Cache(function, name)
-    except Exception:  # no directory can be written
-        return None
-    found.compile()  # which takes long: what a signal handler raises meanwhile is the caller's
-    (read_here if found.cache_hits else compiled_here).append(name)
-    return found

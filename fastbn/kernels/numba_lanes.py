@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import types
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -22,9 +23,21 @@ BLOCK = 128  # bytes of arithmetic
 WORD = ir.IntType(64)
 _SHORT = ir.IntType(16)
 FLOATS = {types.float32: ir.FloatType(), types.float64: ir.DoubleType()}
-FEATURES = llvm.get_host_cpu_features()
-HAS_FMA = bool(FEATURES.get("fma", False)) or not llvm.get_process_triple().startswith("x86_64")
-HAS_HALF = bool(FEATURES.get("f16c", False)) or not llvm.get_process_triple().startswith("x86_64")
+
+
+def _features() -> dict[str, bool]:
+    """What Numba compiles for: this processor, or another one that NUMBA_CPU_NAME or NUMBA_CPU_FEATURES says."""
+    *_, listed = cpu_target.target_context.codegen().magic_tuple()
+    return {feature[1:]: feature.startswith("+") for feature in listed.split(",")}
+
+
+def _has(feature: str) -> bool:
+    """Whether there is an instruction, which on x86-64 needs AVX."""
+    return not llvm.get_process_triple().startswith("x86_64") or (FEATURES.get("avx", False) and FEATURES.get(feature, False))
+
+
+FEATURES = _features()
+HAS_FMA, HAS_HALF = _has("fma"), _has("f16c")
 REGISTER = 64 if FEATURES.get("avx512f", False) else 32 if FEATURES.get("avx", False) else 16  # bytes
 
 

@@ -22,8 +22,9 @@ cdef object forward_of_parts(
     Calls calls, cnp.ndarray x, cnp.ndarray y, affine, double eps, grouping, threads, epilogue
 ):
     cdef Call call
-    cdef Py_ssize_t group = grouping[0]
-    cdef bint centered = grouping[1]
+    cdef Py_ssize_t group
+    cdef bint centered
+    group, centered = grouping
     cdef int number = bind_parts(&call, x, group, threads)
     cdef cnp.npy_intp[2] shape = [3, call.batch * (call.channels // group)]
     cdef cnp.ndarray made
@@ -44,8 +45,12 @@ cdef object forward_of_parts(
 
 cdef object backward_of_parts(Calls calls, tuple arrays, statistics, affine, grouping, threads, epilogue):
     cdef Call call
-    cdef cnp.ndarray dy = arrays[0], x = arrays[1]
-    cdef Py_ssize_t group = grouping[0]
+    cdef cnp.ndarray dy, x
+    cdef Py_ssize_t group
+    cdef bint centered
+    dy, x, dx = arrays
+    group, centered = grouping
+    mean, mean_lo, invstd = statistics[:3]
     cdef int number = bind_parts(&call, x, group, threads)
     cdef Py_ssize_t parts = call.batch * (call.channels // group)
     cdef bint rows = call.outer == 1 and call.inner == 1
@@ -55,14 +60,14 @@ cdef object backward_of_parts(Calls calls, tuple arrays, statistics, affine, gro
         return None
     bind_epilogue(&call, x, epilogue)
     call.dy = like(x, dy)
-    call.out = NULL if arrays[2] is None else target(x, arrays[2])
-    call.uncentered = not grouping[1]
+    call.out = NULL if dx is None else target(x, dx)
+    call.uncentered = not centered
     enter_affine(&call, number, affine)
-    for v in statistics[:3]:
+    for v in (mean, mean_lo, invstd):
         if not is_plain(v, number) or cnp.PyArray_SIZE(v) != parts:
             raise ValueError(f"statistics must be vectors of {parts} parts, in the type of the arithmetic")
-    call.mean, call.mean_lo = cnp.PyArray_DATA(<cnp.ndarray> statistics[0]), cnp.PyArray_DATA(<cnp.ndarray> statistics[1])
-    call.invstd = cnp.PyArray_DATA(<cnp.ndarray> statistics[2])
+    call.mean, call.mean_lo = cnp.PyArray_DATA(<cnp.ndarray> mean), cnp.PyArray_DATA(<cnp.ndarray> mean_lo)
+    call.invstd = cnp.PyArray_DATA(<cnp.ndarray> invstd)
     sums, made = cnp.PyArray_EMPTY(2, planes, cnp.NPY_DOUBLE, 0), new_vectors(&call, 2, number)
     call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
     call.dweight, call.dbias = row(made, 0), row(made, 1)

@@ -151,8 +151,12 @@ cdef inline bint is_bit(a) noexcept:
 
 cdef cnp.ndarray new_like(Calls calls, cnp.ndarray x):
     """Memory for an output, in the memory order of a dense array."""
+    cdef cnp.ndarray made
     if cnp.PyArray_NBYTES(x) >= calls.small:
-        return calls.memory_for(x)
+        made = calls.memory_for(x)
+        if not is_twin(made, x):
+            raise ValueError("memory for an output must be an array like the input")
+        return made
     if cnp.PyArray_IS_C_CONTIGUOUS(x):
         return cnp.PyArray_EMPTY(cnp.PyArray_NDIM(x), cnp.PyArray_DIMS(x), cnp.PyArray_TYPE(x), 0)
     return PyArray_NewLikeArray(x, cnp.NPY_KEEPORDER, NULL, 0)
@@ -173,7 +177,7 @@ cdef bint bind_plain(Calls calls, Call* call, str op, const Given* g, int* at, a
         return False
     if at[0] < 0:
         at[0] = 1 if layout is None and axis is None else calls.axis_of(layout, ndim, axis)
-    if at[0] >= ndim or not lay_out(call, x, at[0]):
+    if not 0 <= at[0] < ndim or not lay_out(call, x, at[0]):
         return False
     call.dtype = <Dtype> dtype_of(x)
     if activation is not None:

@@ -210,6 +210,10 @@ constexpr const char* OWN_BACKWARD =
 
 void leave_team() { in_child.store(true, std::memory_order_relaxed); }
 
+void need_torch() {
+    if (torch.torch_library_impl == nullptr) throw std::runtime_error("torch's functions are not known: attach kernels first");
+}
+
 void withdraw_library() {
     if (library != nullptr) (void)torch.aoti_torch_delete_library_object(std::exchange(library, nullptr));
 }
@@ -279,6 +283,7 @@ void reset_counts() noexcept {
 }
 
 std::string attach(const Kernels* given, void (*end)()) {
+    if (given->parts_forward == nullptr || given->parts_backward == nullptr) throw std::invalid_argument("these kernels have no calls over parts");
     kernels = given, end_scratch = end;
     if (torch.torch_library_impl != nullptr) return "";
     std::string missing = find_torch();
@@ -291,6 +296,7 @@ std::string attach(const Kernels* given, void (*end)()) {
 }
 
 bool start() {
+    need_torch();
     if (library == nullptr) {
         if (torch.aoti_torch_library_init_impl("aten", "CPU", "fastbn", 0, &library) != 0) return false;
         const auto put = [](const char* name, kernel_fn kernel) { return torch.torch_library_impl(library, name, kernel, VERSION) == 0; };
@@ -319,6 +325,7 @@ bool takes_parts() noexcept { return stock.layer_norm != nullptr; }
 bool define_operators() {
     static bool defined = false;
     if (defined) return true;
+    need_torch();
     Opaque *schemas = nullptr, *own = nullptr;  // never withdrawn
     if (torch.aoti_torch_library_init_def("fastbn", "fastbn", 0, &schemas) != 0) return false;
     if (torch.aoti_torch_library_def(schemas, OWN_FORWARD) != 0 || torch.aoti_torch_library_def(schemas, OWN_BACKWARD) != 0) return false;
