@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fastbn import caller
+from fastbn.shown import short
 
 # The rows of the table in dispatch.py, by name.
 KERNELS = ("simd_v4", "simd_v3", "simd_v2", "simd_neon", "numba", "reference")
@@ -92,18 +93,14 @@ def read(environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
     threads, memory, kernel = texts.values()
     settings = Settings(integer(threads, MOST_THREADS) or None, _bytes(memory), kernel if kernel in KERNELS else None)
     wrong = [name for (name, text), value in zip(texts.items(), settings, strict=True) if text and value is None]
-    return settings, [f"{name} must be {EXPECTED[name]}, got {_shown(texts[name])}" for name in wrong]
-
-
-def _shown(text: str) -> str:
-    return repr(text) if len(text) <= 80 else f"{text[:60]!r} and {len(text) - 60} more characters"
+    return settings, [f"{name} must be {EXPECTED[name]}, got {short(texts[name])}" for name in wrong]
 
 
 def unknown(environ: Mapping[str, str]) -> list[str]:
     """A sentence for each variable that is named as ours are and is none of them, with the name it is nearest to."""
     known = (*EXPECTED, *OF_THE_BUILD, *OF_THE_BENCHMARKS)
     strange = sorted(name for name in environ if name.upper().startswith("FASTBN_") and name not in known)
-    return [f"fastbn knows no environment variable {_shown(name)}; did you mean {_closest(name, known)}?" for name in strange]
+    return [f"fastbn knows no environment variable {short(name)}; did you mean {_closest(name, known)}?" for name in strange]
 
 
 def _closest(name: str, known: tuple[str, ...]) -> str:
