@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ways import take_the_checked_way
 
 import fastbn
 from fastbn import core, sync, threads
@@ -355,7 +356,7 @@ def test_same_bits_wherever_the_output_starts(kernel: Kernel, shape: tuple[int, 
 
 
 X = np.random.default_rng(0).normal(1, 2, (4, 6, 5)).astype(np.float32)
-SAVED = fastbn.batch_norm_forward(X)[1]
+SAVED, OF_X = fastbn.batch_norm_forward(X)[1], fastbn.batch_norm_stats(X)
 ZERO, ONE = np.zeros(6, np.float32), np.ones(6, np.float32)
 LAYER, FROZEN = fastbn.BatchNorm1d(6), fastbn.FrozenBatchNorm(ZERO, ONE)
 GHOSTS, RENORM = ({"training": True, "virtual_batch_size": 2}, {"training": True})
@@ -367,7 +368,7 @@ CALLS: dict[str, Any] = {
     "batch_norm in training": lambda **n: fastbn.batch_norm(X, None, None, training=True, **n),
     "batch_norm_forward": lambda **n: fastbn.batch_norm_forward(X, **n)[0],
     "batch_norm_forward with a mask": lambda **n: fastbn.batch_norm_forward(X, mask=X[:, 0] > 1, **n)[0],
-    "batch_norm_forward with stats": lambda **n: fastbn.batch_norm_forward(X, stats=fastbn.batch_norm_stats(X), **n)[0],
+    "batch_norm_forward with stats": lambda **n: fastbn.batch_norm_forward(X, stats=OF_X, **n)[0],
     "batch_norm_backward": lambda **n: fastbn.batch_norm_backward(X, X, SAVED, **n).dx,
     "batch_norm_stats": lambda **n: fastbn.batch_norm_stats(X, **n).mean,
     "batch_norm_stats of several": lambda **n: fastbn.batch_norm_stats([X, X], **n).mean,
@@ -412,9 +413,32 @@ class Watched:
 def test_a_call_says_how_many_threads_it_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the array is; the bits are those of a call that says nothing."""
     alone, given, calls_of = CALLS[name](), list[int](), core.calls_of
+    assert CALLS[name](threads=3).tobytes() == alone.tobytes()
+    take_the_checked_way(monkeypatch)
     monkeypatch.setattr(core, "calls_of", lambda *of: Watched(calls_of(*of), given))
     assert CALLS[name](threads=3).tobytes() == alone.tobytes()
     assert set(given) == ({3} if "mask" not in name else set())  # with a mask, whole calls are made of operations
     for wrong, error in ((0, ValueError), (-1, ValueError), (2**20 + 1, ValueError), (1.5, TypeError), ("2", TypeError), (True, TypeError)):
         with pytest.raises(error, match=r"^threads must be"):
             CALLS[name](threads=wrong)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if "mask" not in name])
+def test_a_direct_call_hands_on_how_many_threads_it_has(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the Numba kernels see it, which are asked for each new number."""
+    pytest.importorskip("numba")
+    jobs = pytest.importorskip("fastbn.kernels._jobs", reason="built without a compiler")
+    from fastbn.kernels import numba as kernel
+
+    original, given = kernel._template, list[int]()
+
+    def watched(kind: int, shape: Any, storage: str, threads: int, *rest: Any) -> Any:
+        given.append(threads)
+        return original(kind, shape, storage, threads, *rest)
+
+    monkeypatch.setattr(kernel, "_template", watched)
+    with fastbn.use_kernel("numba"):
+        jobs.forget()
+        CALLS[name](threads=3)
+        jobs.forget()
+    assert set(given) == {3}
