@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from truth import of_whole_calls
-from ways import take_the_checked_way
+from ways import is_direct, take_the_checked_way
 
 import fastbn
 from fastbn import core, dispatch
@@ -862,15 +862,17 @@ def test_the_doors_refuse_calls_that_the_kernels_do_not_have() -> None:
     """Others are made of operations; C would jump to nowhere."""
     x, w, rows = np.ones((2, 3, 4), np.float32), np.ones(3, np.float32), np.ones((2, 1, 3, 4), np.float32)
     core.whole_calls(dispatch.KERNELS["numba"])
-    doors = kernel._doors
+    calls = kernel.direct_calls
     for call in (
-        lambda: doors.grad_sums(x, x, w, 1),
-        lambda: doors.grad_input(x, x, x.copy(), w, w, (w, w), 1),
-        lambda: doors.parts_forward(rows, rows.copy(), (None, None), 1e-5, (1, True), 1),
-        lambda: doors.plain_parts_forward("group_norm", x, (3, None, None), None, (None, None, 1e-5), None, None),
+        lambda: calls.grad_sums(x, x, w, 1),
+        lambda: calls.grad_input(x, x, x.copy(), w, w, (w, w), 1),
+        lambda: calls.parts_forward(rows, rows.copy(), (None, None), 1e-5, (1, True), 1),
     ):
         with pytest.raises(NotImplementedError):
             call()
+    with fastbn.use_kernel("numba"):
+        assert not is_direct(fastbn.group_norm, x, 3)
+        assert not is_direct(fastbn.group_norm_backward, x, x, fastbn.group_norm_forward(x, 3)[1])
 
 
 @pytest.mark.skipif(numba_threads._pool is None, reason="built without a compiler")
@@ -878,8 +880,8 @@ def test_what_is_no_job_is_not_run() -> None:
     code = """
 from fastbn.kernels import _calls, _jobs
 for made in (None, (), (b"", 1, 0), (b"x" * 8, 1, 0), (b"x" * 100_000, 1, 0), (bytes(1000), 0, 0)):
-    doors = _calls.Doors(_jobs.kernels(lambda *_: made, print))
-    try: doors.stats(np.ones((2, 3, 4)))
+    calls = _calls.Calls(_jobs.kernels(lambda *_: made, print))
+    try: calls.stats(np.ones((2, 3, 4)))
     except (TypeError, ValueError): print("refused")
 """
     assert python(code) == "refused\n" * 6
