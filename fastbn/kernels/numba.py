@@ -27,6 +27,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import operator
+import re
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from math import gcd, isfinite, sqrt
@@ -885,6 +886,11 @@ def _compile(function: Any, name: str, arguments: int, keep: bool = True) -> int
     return numba_cache.compiled(function, types.void(*[types.intp] * arguments), name, keep)
 
 
+def _uncolored(error: Exception) -> str:
+    """What an error of Numba's says, without its colors: they are for a terminal."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+
+
 def _check(activation: Any, role: str, number: Any) -> None:
     """Look at a function of the user's alone: of the loops around it, an error would be pages long."""
     failed = f"activation cannot be compiled by Numba for {number}: {role}:"
@@ -892,7 +898,7 @@ def _check(activation: Any, role: str, number: Any) -> None:
         function = types.Dispatcher(apart(getattr(activation, role)))
         found = function.get_call_type(cpu_target.typing_context, (number,), {})
     except (NumbaError, NotImplementedError) as error:
-        raise TypeError(f"{failed} {error if isinstance(error, NumbaError) else repr(error)}") from error
+        raise TypeError(f"{failed} {_uncolored(error) if isinstance(error, NumbaError) else repr(error)}") from error
     if found is None:
         raise TypeError(f"{failed} numba.njit made no code of it that takes {number}")
     given = found.return_type
@@ -914,7 +920,7 @@ def _loop(loop: Loop) -> int:
     except NumbaError as error:
         if not custom:
             raise
-        raise TypeError(f"activation cannot be compiled by Numba for {number}: {error}") from error
+        raise TypeError(f"activation cannot be compiled by Numba for {number}: {_uncolored(error)}") from error
 
 
 @cache
