@@ -1407,3 +1407,13 @@ def test_a_model_that_makes_itself_in_pickles_and_lists_its_classes() -> None:
     assert (classes, type(model).__name__, type(pickle.loads(pickle.dumps(model)))) == ([], "Model", nn.Sequential)  # noqa: S301
     fastbn.torch.revert(model)
     assert type(model) is Model
+
+
+def test_what_convert_and_fold_return_says_that_it_is_no_model() -> None:
+    """``model = convert(model)`` is how others are written."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    x = torch.ones(2, 3, 5, 5)
+    with pytest.raises(TypeError, match="the table that convert has returned: the model was converted where it is"):
+        fastbn.torch.convert(model)(x)
+    with pytest.raises(TypeError, match="the folded model is its attribute model"):
+        fastbn.torch.fold(model.eval())(x)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,10 @@ class Conversion(Listed[Layer]):
     unseen : dict of str to str
         Parts of the model whose normalizations are no layers, by path: what they are.
     """
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """It is no model."""
+        raise TypeError("this is the table that convert has returned: the model was converted where it is, and is to be called")
 
     def __str__(self) -> str:
         """A table of columns, and what it counts in all."""

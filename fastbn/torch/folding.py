@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,6 +42,10 @@ class Folded(NamedTuple):
     model: nn.Module
     folded: dict[str, str]
     left: dict[str, str]
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """It is no model."""
+        raise TypeError("this is what fold has returned: the folded model is its attribute model, and is to be called")
 
     def __str__(self) -> str:
         """A line for each layer."""
