@@ -260,6 +260,12 @@ def test_extracted_layers_compute_what_the_nodes_do() -> None:
     np.testing.assert_allclose(layer.scale, norm(3, np.float64)["s"] / np.sqrt(norm(3, np.float64)["v"] + np.float32(1e-5)), rtol=1e-15)
 
 
+def test_the_node_whose_epsilon_no_layer_takes_is_named() -> None:
+    model = net(f"z = {BN} (x, s, b, m, v) y = {BN} <epsilon = -1.0> (z, s, b, m, v)", (2, 3), norm(3))
+    with pytest.raises(ValueError, match="^model: y is no batch norm that can be run: epsilon must be "):
+        fastbn.onnx.extract(model)
+
+
 def test_a_session_runs_fastbn() -> None:
     pytest.importorskip("onnxruntime_extensions")
     nodes = f"""c = Conv (x, w)  n = {BN} <epsilon = 0.01> (c, s, b, m, v)

@@ -220,7 +220,7 @@ def extract(model: ModelProto | str | os.PathLike[str]) -> dict[str, FrozenBatch
     Raises
     ------
     TypeError, ValueError
-        As `check`.
+        As `check`, or if a node has a negative epsilon.
 
     Examples
     --------
@@ -239,7 +239,10 @@ def extract(model: ModelProto | str | os.PathLike[str]) -> dict[str, FrozenBatch
                 known = frozen(node)
             except Stays:
                 continue
-            found[node.name] = _layer(known)
+            try:
+                found[node.name] = _layer(known)
+            except ValueError as error:
+                raise ValueError(f"model: {node.name} is no batch norm that can be run: {error}") from None
     return found
 
 
