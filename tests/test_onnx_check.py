@@ -262,7 +262,7 @@ def test_extracted_layers_compute_what_the_nodes_do() -> None:
 
 def test_the_node_whose_epsilon_no_layer_takes_is_named() -> None:
     model = net(f"z = {BN} (x, s, b, m, v) y = {BN} <epsilon = -1.0> (z, s, b, m, v)", (2, 3), norm(3))
-    with pytest.raises(ValueError, match="^model: y is no batch norm that can be run: epsilon must be "):
+    with pytest.raises(ValueError, match=r"^model: y is no batch norm that can be run: epsilon must be "):
         fastbn.onnx.extract(model)
 
 
