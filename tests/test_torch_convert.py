@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -1417,3 +1417,27 @@ def test_what_convert_and_fold_return_says_that_it_is_no_model() -> None:
         fastbn.torch.convert(model)(x)
     with pytest.raises(TypeError, match="the folded model is its attribute model"):
         fastbn.torch.fold(model.eval())(x)
+
+
+def test_a_model_that_cannot_be_converted_stays_as_it_was() -> None:
+    """A register of classes may take no two of one name."""
+
+    class Register(type):
+        names: ClassVar[set[str]] = set()
+
+        def __new__(cls, name: str, *rest: Any) -> Any:
+            if name in cls.names:
+                raise TypeError(f"there is a {name}")
+            cls.names.add(name)
+            return super().__new__(cls, name, *rest)
+
+    class Sealed(nn.BatchNorm2d, metaclass=Register):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), Sealed(3), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 4, 4)
+    want, kinds, held = model(x), [type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]
+    with pytest.raises(TypeError, match="there is a Sealed"):
+        fastbn.torch.convert(model)
+    assert ([type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]) == (kinds, held)
+    assert torch.equal(model(x), want)

@@ -285,6 +285,14 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
     check(model)
     ready()
     revert(model)
+    try:
+        return _convert(model, fuse, inplace_abn)
+    except BaseException:  # a class that lets no other be derived from it, for one
+        revert(model)
+        raise
+
+
+def _convert(model: nn.Module, fuse: bool, inplace_abn: bool) -> Conversion:
     planned = plans(model)
     scopes: dict[nn.Module, Scope] = {}
     found = []
@@ -307,17 +315,17 @@ def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -
                     way = next(tuple(name.split(".")) for name, module in plan.within.named_modules() if module is layer)
                     scope.places += [((*way, *names), kind) for names, kind in inner.places]
                 steps = steps._replace(scope=scope)
-            layer.__dict__[STEPS] = steps
             if not isinstance(layer, mixin):
                 become(layer, derive(mixin, type(layer)))
+            layer.__dict__[STEPS] = steps
         keeps = "output" if not why and keeps_output else "input"
         found.append(Layer(path, type(layer).__name__, size(layer), plan.names, plan.why, STEPS in layer.__dict__, keeps))
     for module, scope in scopes.items():
         if is_line(own_class(module)):
             scope.pairs = _pairs(module, scope)
-        module.__dict__[SCOPE] = scope
         if not isinstance(module, Scoped):
             become(module, derive(Scoped, type(module)))
+        module.__dict__[SCOPE] = scope
     return Conversion(found, unseen(model))
 
 
