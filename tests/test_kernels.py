@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import pickle
 import platform
@@ -228,10 +229,16 @@ def test_a_direct_call_is_the_function_behind_it() -> None:
 @needs_simd
 def test_a_direct_call_takes_arguments_as_python_does() -> None:
     x, v = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(3, np.float32)
-    want = fastbn.batch_norm(x, v, v, v, v, False, 0.1, 1e-5)
-    names = {"running_mean": v, "running_var": v, "".join(["wei", "ght"]): v, "bias": v, "x": x}
-    assert np.array_equal(fastbn.batch_norm(**names), want)
-    assert np.array_equal(functools.partial(fastbn.batch_norm, running_var=v, running_mean=v)(x, weight=v, bias=v), want)
+    mean, var, weight, bias = (np.arange(3, dtype=np.float32) * k + k for k in range(1, 5))
+    want = fastbn.batch_norm.__wrapped__(x, mean, var, weight, bias, False, 0.1, 1e-5)
+    named = {"running_mean": mean, "running_var": var, "weight": weight, "bias": bias}
+    for order in itertools.permutations(named):
+        assert np.array_equal(fastbn.batch_norm(x, **{name: named[name] for name in order}), want)
+        assert is_direct(fastbn.batch_norm, x, **{name: named[name] for name in order})
+    assert np.array_equal(fastbn.batch_norm(x, mean, bias=bias, running_var=var, weight=weight), want)
+    made = {"".join(["run", "ning_mean"]): mean}  # a name that no program's text holds
+    assert np.array_equal(fastbn.batch_norm(x, **made, running_var=var, weight=weight, bias=bias), want)
+    assert np.array_equal(functools.partial(fastbn.batch_norm, running_var=var, running_mean=mean)(x, weight=weight, bias=bias), want)
     for args, kwargs, said in (
         ((), {}, "missing 3 required"), ((x,), {}, "missing 2 required"), ((x, v), {"x": x}, "multiple values"),
         ((x, v, v), {"training": False, "gamma": v}, "unexpected keyword"), ((x, *[v] * 8), {}, "takes from 3 to 8"),
