@@ -212,6 +212,7 @@ def test_plain_calls_leave_what_is_not_plain_to_others() -> None:
 @needs_simd
 def test_a_direct_call_is_the_function_behind_it() -> None:
     """To whoever looks: by its name, signature, documentation, as a method, in a pickle and in a copy."""
+    assert len(DIRECT) == 5 + 4 * 3  # of batch norm, and of four norms
     for name in DIRECT:
         function = getattr(fastbn, name)
         behind = function.__wrapped__
