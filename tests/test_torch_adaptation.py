@@ -300,3 +300,20 @@ def test_an_adaptation_says_which_layers_adapt() -> None:
     assert repr(adaptation) == "Adaptation(layers=['0', '2'], skipped=0)"
     adaptation.revert()
     assert repr(adaptation) == "Adaptation(layers=[], skipped=0)"
+
+
+def test_a_class_that_lets_no_other_be_derived_leaves_the_model_as_it_was() -> None:
+    class Final(type):
+        def __new__(cls, name: str, bases: Any, *rest: Any) -> Any:
+            if any(isinstance(base, Final) for base in bases):
+                raise TypeError("this class is final")
+            return super().__new__(cls, name, bases, *rest)
+
+    class Sealed(nn.BatchNorm2d, metaclass=Final):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(3), Sealed(3)).eval()
+    before = [(type(m), set(vars(m))) for m in model.modules()]
+    with pytest.raises(TypeError, match="this class is final"):
+        fastbn.torch.adapt(model)
+    assert [(type(m), set(vars(m))) for m in model.modules()] == before
