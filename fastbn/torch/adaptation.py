@@ -234,7 +234,8 @@ def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> A
             raise ValueError(f"{path or 'the model'} adapts already: revert that first, by fastbn.torch.Adaptation(model).revert()")
         if why := unusual(layer):
             raise ValueError(f"{path or 'the model'} cannot adapt: {why}")
-    kinds = [_adapted(type(layer)) for _, layer in layers]  # before any layer is changed: a class may refuse
+    own: list[Any] = [type(layer) for _, layer in layers]
+    kinds = [_adapted(kind) for kind in own]  # before any layer is changed: a class may refuse
     for (_, layer), kind in zip(layers, kinds, strict=True):
         layer.__dict__[STATE] = _Memory(count, memory)
         become(layer, kind)
