@@ -890,8 +890,8 @@ def test_exported_models_hold_one_node_for_each() -> None:
 
 
 def test_what_is_exported_for_onnx_holds_torchs_operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, images = Small().eval(), nn.Sequential(nn.GroupNorm(1, 3), nn.ReLU())
-    monkeypatch.setattr(parts, "SMALLEST", 0)
+    model, images = Small().eval(), nn.Sequential(nn.GroupNorm(1, 3), nn.ReLU(), nn.RMSNorm(6), nn.SiLU())
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
     for m in (model, images):
         fastbn.torch.convert(m)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)  # as inside of torch.onnx.export

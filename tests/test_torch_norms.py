@@ -442,6 +442,13 @@ def test_layers_are_named_wherever_batch_norms_are() -> None:
         ("1", "GroupNorm", 4, "-", "Conv2d", "ReLU", "it normalizes each image by itself"),
         ("3", "LayerNorm", 36, "-", "ReLU", "the output", "it normalizes each row by itself"),
     ]
+    model.append(torch.nn.RMSNorm(6))
+    assert fastbn.torch.explain(model).splitlines()[2] == (
+        "4: RMSNorm(6): left to torch, whose operator of it has no backward on the CPU; `convert` takes it"
+    )
+    found = fastbn.torch.summary(model)
+    assert (found[2].kind, found[2].channels, found[2].eps, found[2].fold) == ("RMSNorm", 6, None, "it normalizes each row by itself")
+    assert "of dtype" in str(found)
     timed = fastbn.torch.benchmark(model, torch.randn(2, 3, 8, 8), seconds=0)
     assert min(timed.batch_norm.values()) > 0
     assert timed.declined == {}

@@ -1,4 +1,4 @@
-"""Instance and group norms of models that are converted: one operation with the activation after them."""
+"""Instance, group, layer and RMS norms of models that are converted: one operation with the activation after them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setattr(fused, "SMALLEST", 0)
-    monkeypatch.setattr(parts, "SMALLEST", 0)
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
@@ -79,6 +79,102 @@ def test_a_norm_is_fused_with_the_activation_after_it(layer: str, act: str, ran:
         found = same(model, torch.randn(2, 3, 5, 7).to(dtype).contiguous(memory_format=order))
         assert (found[0].fused, found[0].why, found[0].converted) == ((type(model[2]).__name__,), "", True)
     assert len(ran) == 4
+
+
+ROWS: dict[str, Callable[[], Any]] = {
+    "LayerNorm": lambda: nn.LayerNorm(6, eps=1e-3),
+    "LayerNorm of two axes": lambda: nn.LayerNorm((5, 6), bias=False),
+    "plain LayerNorm": lambda: nn.LayerNorm(6, elementwise_affine=False),
+    "RMSNorm": lambda: nn.RMSNorm(6),
+    "RMSNorm of two axes": lambda: nn.RMSNorm((5, 6), eps=1e-3),
+    "plain RMSNorm": lambda: nn.RMSNorm(6, elementwise_affine=False),
+}
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("layer", ROWS)
+def test_a_norm_of_rows_is_fused_with_the_activation_after_it(layer: str, act: str, ran: list[Any]) -> None:
+    for dtype in (torch.float32, torch.float64):
+        model = nn.Sequential(nn.Linear(4, 6), ROWS[layer](), ACTIVATIONS[act](), nn.Linear(6, 3)).to(dtype)
+        found = same(model, torch.randn(3, 5, 4).to(dtype))
+        assert (found[0].fused, found[0].why, found[0].converted) == ((type(model[2]).__name__,), "", True)
+    assert [a.kind for a in ran] == ["layer_norm" if "Layer" in layer else "rms_norm"] * 2
+
+
+def test_an_rms_norm_runs_alone_where_nothing_can_follow(ran: list[Any]) -> None:
+    """Torch's own is several operations, which `enable` cannot take: so it is converted whatever follows."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 3), nn.LayerNorm(3)), torch.randn(7, 4)
+    own, (first, second) = copy.deepcopy(model), same(model, x)
+    assert (first.fused, first.why, first.converted) == ((), "Linear follows", True)
+    assert (second.fused, second.why, second.converted) == ((), "the model's output follows", False)
+    assert [a.kind for a in ran] == ["rms_norm"]
+    assert "fastbn=rms_norm" in repr(model)
+    seen: list[Any] = []
+    model[1].register_forward_hook(lambda *given: seen.append(given[-1]))
+    model(x)
+    assert (len(ran), type(seen[0])) == (2, torch.Tensor)
+    (layer,) = fastbn.torch.convert(nn.Sequential(nn.RMSNorm(6), nn.ReLU()), fuse=False)
+    assert (layer.fused, layer.why, layer.converted) == ((), "it was not asked for", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.compiler.reset()
+        torch.testing.assert_close(torch.compile(model, backend="eager")(x), own(x))
+    assert len(ran) == 2  # what torch.compile makes of it is one loop
+    assert fastbn.torch.revert(model) == 1
+    assert (repr(model), type(model[1])) == (repr(own), nn.RMSNorm)
+
+
+def test_rows_of_sixteen_bits_have_the_dtype_that_torch_gives_them(ran: list[Any]) -> None:
+    """Root mean squares with parameters of 32 bits are of 32 bits."""
+    for layer, mixed in ((nn.LayerNorm(6), 2), (nn.RMSNorm(6), 1)):
+        ran.clear()
+        for dtype, parameters in itertools.product((torch.float16, torch.bfloat16), (torch.float32, None)):
+            model, x = nn.Sequential(copy.deepcopy(layer), nn.SiLU()).to(parameters or dtype), torch.randn(4, 6).to(dtype)
+            own, true = copy.deepcopy(model), copy.deepcopy(model).double()(x.double())
+            fastbn.torch.convert(model)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch says that it has no fused operator for the mixture
+                got, want = model(x), own(x)
+            assert got.dtype is want.dtype
+            assert (got.double() - true).abs().max() <= (want.double() - true).abs().max() + torch.finfo(dtype).eps
+        assert len(ran) == 2 * mixed
+
+
+def test_rows_that_are_not_the_layers_or_not_dense_are_torchs(ran: list[Any]) -> None:
+    good = torch.randn(6, 5).t(), torch.randn(5, 12)[:, ::2], torch.randn(5, 6).to_sparse(), torch.randn(0, 6), torch.randn(6)
+    for layer, x in itertools.product((nn.LayerNorm(6), nn.RMSNorm(6)), (torch.randn(5, 7), torch.ones(5, 6).long(), *good)):
+        model = nn.Sequential(layer, nn.ReLU())
+        own, found = copy.deepcopy(model), []
+        fastbn.torch.convert(model)
+        for m in (model, own):
+            try:
+                found.append(m(x))
+            except Exception as error:  # noqa: PERF203
+                found.append((type(error), str(error).splitlines()[:1]))
+        assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(*found)
+    assert ran == []
+
+
+def test_code_of_ones_own_around_rows_is_fused_and_never_runs_apart(ran: list[Any]) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), RowsAct(6), RootAct(6), RowsTwice(6), nn.ReLU()), torch.randn(7, 4)
+    found = same(model, x)
+    assert [(layer.fused, layer.converted) for layer in found] == [(("silu",), True), (("gelu",), True), ((), False)]
+    assert [a.kind for a in ran] == ["layer_norm", "rms_norm"]
+
+
+class RowsAct(nn.LayerNorm):
+    def forward(self, x: Any) -> Any:
+        return F.silu(F.layer_norm(x, [*self.normalized_shape], self.weight, self.bias, self.eps))
+
+
+class RootAct(nn.RMSNorm):
+    def forward(self, x: Any) -> Any:
+        return F.gelu(super().forward(x))
+
+
+class RowsTwice(nn.RMSNorm):
+    def forward(self, x: Any) -> Any:
+        return 2 * super().forward(x)
 
 
 def test_functions_and_code_of_ones_own_are_fused(ran: list[Any]) -> None:
@@ -201,7 +297,7 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
 
 
 def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
-    for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True)):
+    for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.LayerNorm((4, 3)), nn.RMSNorm(3)):
         model = nn.Sequential(layer, nn.SiLU()).double()
         fastbn.torch.convert(model)
         x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
@@ -259,10 +355,18 @@ def test_the_operator_passes_torchs_check() -> None:
             (x, w, None, 1, 1e-3, "identity", 0.0),
         ):
             torch.library.opcheck(torch.ops.fastbn.group_norm.default, given)
+        for operator in (torch.ops.fastbn.layer_norm, torch.ops.fastbn.rms_norm):
+            bias = None if operator is torch.ops.fastbn.rms_norm else w.detach().requires_grad_()
+            torch.library.opcheck(operator.default, (x, torch.randn(3, requires_grad=True), None, [3], 1e-5, "silu", 0.0))
+            torch.library.opcheck(operator.default, (x, None, None, [3, 3], 1e-3, "relu", 0.0))
+            rows = torch.randn(5, 4, requires_grad=True)
+            torch.library.opcheck(operator.default, (rows, w, bias, [4], 1e-5, "identity", 0.0))
+        torch.library.opcheck(torch.ops.fastbn.rms_norm.default, (rows, w, None, [4], None, "gelu", 0.0))
 
 
-def test_compiled_and_exported_models_hold_one_node() -> None:
-    model, x, graphs = nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4, affine=True), nn.LeakyReLU()), torch.randn(2, 3, 5, 5), []
+@pytest.mark.parametrize("layer", [lambda: nn.InstanceNorm2d(4, affine=True), lambda: nn.LayerNorm(5), lambda: nn.RMSNorm((5, 5))])
+def test_compiled_and_exported_models_hold_one_node(layer: Callable[[], Any]) -> None:
+    model, x, graphs = nn.Sequential(nn.Conv2d(3, 4, 1), layer(), nn.LeakyReLU()), torch.randn(2, 3, 5, 5), []
     own = copy.deepcopy(model)
     fastbn.torch.convert(model)
 
@@ -283,7 +387,7 @@ def test_compiled_and_exported_models_hold_one_node() -> None:
     for p, q in zip(model.parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
     for graph in (graphs[0], exported.graph):
-        assert sum("fastbn.group_norm" in str(node.target) for node in graph.nodes) == 1
+        assert sum(str(node.target).startswith("fastbn.") for node in graph.nodes) == 1
     torch._dynamo.reset()
 
 

@@ -1,4 +1,4 @@
-"""Batch norms of a model that run with the sum and the activation after them as one operation.
+"""Normalizations of a model that run with the sum and the activation after them as one operation.
 
 - A converted layer is its old self, of a class that is derived from its own: the same parameters, buffers, names, hooks.
   Nothing else of a model changes, neither its code nor its activations; these meet what a converted layer returns
@@ -27,7 +27,7 @@ from fastbn.torch.fused import is_ours, run
 from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
-from fastbn.torch.parts import Parts
+from fastbn.torch.parts import kind_of, of_layer
 from fastbn.torch.plans import KINDS, NOBODY, Plan, plans, refuses
 
 jit: Any = torch.jit  # it has no types
@@ -104,12 +104,12 @@ class Converted(Derived):
         if state is None:
             return of_layer
         names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
-        kind = "group_norm" if isinstance(self, ConvertedParts) else "batch_norm"
+        kind = kind_of(self) if isinstance(self, ConvertedParts) else "batch_norm"
         return f"{of_layer}, fastbn={' + '.join([kind, *names])}"
 
 
 class ConvertedParts(Converted):
-    """The same of instance and group norm, which are converted where an activation follows."""
+    """The same of instance, group and layer norm, which are converted where an activation follows, and of root mean squares."""
 
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.GroupNorm
         """Normalize, or return what stands for that."""
@@ -117,8 +117,12 @@ class ConvertedParts(Converted):
         if steps is not None and not steps.plain:
             return self._by_own_code(input, steps)
         visit = None if steps is None or self._is_watched() else steps.visit(self)
-        a = None if visit is None else _parts(self, input)
-        return self._original(input) if steps is None or a is None else deferred(a, steps, visit)
+        if steps is None or (visit is None and not _pays_alone(self, steps)):
+            return self._original(input)
+        a = of_layer(self, input)
+        if a is None:
+            return self._original(input)
+        return a.run() if visit is None else deferred(a, steps, visit)
 
     def _is_ours(self, x: Any, steps: Steps) -> bool:
         known = isinstance(x, Tensor) if torch.compiler.is_compiling() else type(x) is Tensor
@@ -133,23 +137,13 @@ class ConvertedParts(Converted):
         me: Any = self
         after = builtin(activation)
         known = after is not None and type(self).forward is ConvertedParts.forward and not _is_seen(me, activation)
-        a = _parts(self, x) if known else None
+        a = of_layer(self, x) if known else None
         return activation(me(x)) if a is None or after is None else a._replace(activation=after).run()
 
 
-def _parts(layer: Any, x: Any) -> Parts | None:
-    """What a layer's own code calls instance or group norm with; None for all that is unusual."""
-    if not isinstance(x, Tensor) or (type(x) is not Tensor and not torch.compiler.is_compiling()):
-        return None
-    if isinstance(layer, nn.GroupNorm):
-        channels, groups, dims = layer.num_channels, layer.num_groups, x.dim()
-    else:
-        channels = groups = layer.num_features
-        dims = layer._get_no_batch_dim() + 1
-        if layer.running_mean is not None or layer.running_var is not None:
-            return None
-    a = Parts(x, layer.weight, layer.bias, groups, layer.eps)
-    return a if x.dim() == dims >= 2 and x.shape[1] == channels and a.is_usual() else None
+def _pays_alone(layer: Any, steps: Steps) -> bool:
+    """Whether a layer of parts is faster with nothing after it, too: of root mean squares torch's own is several operations."""
+    return isinstance(layer, nn.RMSNorm) and steps.plain and not torch.compiler.is_compiling()
 
 
 def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
@@ -239,6 +233,8 @@ class Conversion(Listed[Layer]):
 def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -> Conversion:
     """Make the batch norms of a model run by fastbn, each with the sum and the activation after it in one operation.
 
+    Norms of parts (instance, group, layer and RMS norm) run with an activation after them; RMS norm also alone.
+
     The model stays what it is: the same modules, parameters, buffers and names; only the class of a batch norm is one derived
     from its own. It can be trained, saved, copied and compiled as before, and changed: where something else follows a layer
     than was found, it is computed as the model says. It needs no `enable`, which is for batch norms that nothing follows
@@ -304,7 +300,7 @@ def _convert(model: nn.Module, fuse: bool, inplace_abn: bool) -> Conversion:
             plan = planned.get(id(layer), NOBODY) if inner.fits_outside else inner
             if not fuse:
                 plan = Plan(why="it was not asked for", steady=plan.steady and not plan.names)
-            why = plan.why if mixin is ConvertedParts else ""
+            why = plan.why if mixin is ConvertedParts and not _pays_alone(layer, inner.steps) else ""
         if not why:
             keeps_output = inplace_abn and mixin is Converted and plan.steady and inner.fits_outside
             steps = plan.steps._replace(from_output=keeps_output, plain=inner.steps.plain)

@@ -354,7 +354,7 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
 
 
 class Input(Standing):
-    """The input of a batch norm, on its way through the layer's own code to `torch.nn.functional.batch_norm` or `group_norm`."""
+    """The input of a normalization, on its way through the layer's own code to the function of `torch.nn.functional` that computes it."""
 
     def __init__(self, x: Tensor, steps: Steps, visit: Any):
         self.x = x

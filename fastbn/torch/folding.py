@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastbn.torch.arrays import LAST
 from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import is_frozen
-from fastbn.torch.graph import Graph, check, check_called, copied, is_batch_norm, norms, trace, unseen
+from fastbn.torch.graph import OF_ROWS, Graph, check, check_called, copied, is_batch_norm, norms, trace, unseen
 from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -118,7 +118,7 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
     layer: Any = model.get_submodule(path)
     place = graph.places[path]
     if not is_batch_norm(layer):
-        return "", f"it normalizes each {'row' if isinstance(layer, nn.LayerNorm) else 'image'} by itself"
+        return "", f"it normalizes each {'row' if isinstance(layer, OF_ROWS) else 'image'} by itself"
     if layer.running_mean is None or layer.running_var is None:
         return "", "it has no running statistics"
     if nn.parameter.is_lazy(layer.running_mean):

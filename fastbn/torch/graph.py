@@ -31,7 +31,8 @@ T = TypeVar("T")
 AROUND = "fastbn_around"  # of a node: the call of an autograd.Function or a checkpoint in which it runs
 OUTSIDE = "fastbn_outside"  # and how many calls of modules, the model's apart, are around that
 STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+OF_ROWS = (nn.LayerNorm, nn.RMSNorm)
+NORMS = (_NormBase, nn.GroupNorm, *OF_ROWS)
 PLAIN = {str, int, float, bool, bytes, type(None)}  # hold nothing
 # What normalizations are called in graphs, without their namespaces.
 CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
@@ -295,7 +296,7 @@ def norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def all_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every normalization layer that `enable` knows with its path: layer norm and group norm, too."""
+    """Every normalization layer with its path: layer norm, group norm and root mean squares, too."""
     for path, layer in model.named_modules():
         if isinstance(layer, NORMS):
             yield path, layer
@@ -303,7 +304,7 @@ def all_norms(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def size(layer: Any) -> int:
     """How many channels a normalization layer has."""
-    if isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, OF_ROWS):
         return prod(layer.normalized_shape)
     return int(layer.num_channels if isinstance(layer, nn.GroupNorm) else layer.num_features)
 

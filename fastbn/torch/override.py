@@ -344,6 +344,8 @@ def _explain_layer(layer: Any) -> str:
     name = f"{type(layer).__name__}({groups}{size(layer)})"
     if isinstance(layer, torch.nn.SyncBatchNorm):
         return f"{name}: left to torch, which synchronizes it"
+    if isinstance(layer, torch.nn.RMSNorm):
+        return f"{name}: left to torch, whose operator of it has no backward on the CPU; `convert` takes it"
     if isinstance(layer, (torch.nn.LayerNorm, torch.nn.GroupNorm)) and not ready().takes_parts():
         return f"{name}: left to torch: PyTorch {torch.__version__} lacks the functions that fastbn would leave calls to"
     tensors = [t for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)) if t.is_floating_point()]

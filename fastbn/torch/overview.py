@@ -27,7 +27,8 @@ class Layer(NamedTuple):
         Its class.
     channels : int
         Of a layer norm, the values of a row.
-    eps : float
+    eps : float or None
+        None is that of an RMSNorm which depends on the input's dtype.
     momentum : float or None
         Weight of the new value; None is the cumulative average, or a layer without one.
     mode : str
@@ -45,7 +46,7 @@ class Layer(NamedTuple):
     path: str
     kind: str
     channels: int
-    eps: float
+    eps: float | None
     momentum: float | None
     mode: str
     variance: tuple[float, float] | None
@@ -58,7 +59,8 @@ class Layer(NamedTuple):
         """Its line of the table."""
         variance = "-" if self.variance is None else f"{self.variance[0]:.3g} to {self.variance[1]:.3g}"
         momentum = "-" if self.mode == "-" else "average" if self.momentum is None else f"{self.momentum:g}"
-        numbers = str(self.channels), f"{self.eps:g}", momentum, self.mode, variance, str(self.dead)
+        eps = "of dtype" if self.eps is None else f"{self.eps:g}"
+        numbers = str(self.channels), eps, momentum, self.mode, variance, str(self.dead)
         return self.path or "(the model)", self.kind, *numbers, self.before, self.after, self.fold
 
 

@@ -1,39 +1,64 @@
-"""Instance and group normalization with an activation, as one of torch's operators, on arrays of the tensors' memory.
+"""Normalization of parts with an activation, as one of torch's operators, on arrays of the tensors' memory.
 
-Instance norm is group norm of one channel a group. The work is that of `fastbn.group_norm`, which takes channels last of four
-and five dimensions where they lie; what is kept for the backward is the input and three numbers a group.
+Instance norm is group norm of one channel a group. The work is that of `fastbn.group_norm`, `layer_norm` and `rms_norm`; the
+first takes channels last of four and five dimensions where they lie. What is kept for the backward is the input and three
+numbers a part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
+from fastbn import norms
 from fastbn.activations import Builtin
-from fastbn.norms import group_norm, group_norm_backward, group_norm_forward
 from fastbn.results import SavedParts
 from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours
 from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, gradients_of, in_words, keep_bias, kept_bias
 
 F = torch.nn.functional
-# Bytes of x below which the way through Python takes longer than the passes over memory that it saves; torch's own group norm
-# is faster than its instance norm.
-SMALLEST = 2 << 20
-OF_GROUPS = 4  # times as many
+
+
+# Bytes of x below which the way through Python takes longer than the passes over memory that it saves.
+LEAST = {"instance_norm": 2 << 20, "group_norm": 8 << 20, "layer_norm": 2 << 20, "rms_norm": 2 << 20}
+
+
+class Norm(NamedTuple):
+    """A normalization of parts: fastbn's three functions, torch's own, and what operators of graphs are called with beside tensors."""
+
+    forward: Any
+    inference: Any
+    backward: Any
+    composed: Callable[[Any], Tensor]
+    schema: str
+
+
+def _norm(kind: str, composed: Callable[[Any], Tensor], schema: str) -> Norm:
+    return Norm(getattr(norms, f"{kind}_forward"), getattr(norms, kind), getattr(norms, f"{kind}_backward"), composed, schema)
+
+
+NORMS = {
+    "group_norm": _norm("group_norm", lambda a: F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int num_groups, float eps"),
+    "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int[] normalized_shape, float eps"),
+    "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), "int[] normalized_shape, float? eps"),
+}
 
 
 class Parts(NamedTuple):
-    """What `group_norm` is called with, and what follows."""
+    """What torch's function of a normalization is called with, and what follows; `parts` is num_groups or normalized_shape."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    groups: int
-    eps: float
+    parts: Any
+    eps: float | None
+    kind: str = "group_norm"
     activation: Builtin = IDENTITY
 
     def followed(self, residual: None, activation: Builtin, counted: bool) -> Parts:
@@ -43,35 +68,50 @@ class Parts(NamedTuple):
     def is_usual(self) -> bool:
         """Whether fastbn takes it; else torch says what is wrong, or does it."""
         x = self.x
-        if not is_ours(x, SMALLEST) or computable(x) is not x:
+        if not is_ours(x, LEAST["instance_norm" if self._is_instance() else self.kind]) or computable(x) is not x:
             return False
-        if self.groups != x.shape[1] and not is_ours(x, SMALLEST * OF_GROUPS):
-            return False
-        if not (x.is_contiguous() or (x.dim() in LAST and x.is_contiguous(memory_format=LAST[x.dim()]))):
-            return False  # torch's output is in another order
         if not torch.compiler.is_compiling() and has_torch_function(self[:3]):
             return False
-        channels = x.shape[1]
-        if type(self.groups) is not int or self.groups < 1 or channels % self.groups or type(self.eps) not in NUMBERS or self.eps < 0:
+        if not (self._has_groups() if self.kind == "group_norm" else self._has_rows()):
             return False
-        if x.numel() <= x.shape[0] * self.groups:  # one value a group
+        number = type(self.eps) in NUMBERS and self.eps >= 0  # type: ignore[operator]
+        if not number and not (self.eps is None and self.kind == "rms_norm"):
             return False
+        shape = x.shape[1:2] if self.kind == "group_norm" else torch.Size(self.parts)
+        mixes = x.dtype.itemsize == 2 and self.kind != "rms_norm"  # whose output would be of float32
         for t in self[1:3]:
             if t is not None:
-                if not isinstance(t, Tensor) or not t.is_cpu or t.layout is not torch.strided or t.shape != (channels,):
+                if not isinstance(t, Tensor) or not t.is_cpu or t.layout is not torch.strided or t.shape != shape:
                     return False
-                if t.dtype is not x.dtype and not (t.dtype is torch.float32 and x.dtype.itemsize == 2):
+                if t.dtype is not x.dtype and not (t.dtype is torch.float32 and mixes):
                     return False
         return True
 
+    def _is_instance(self) -> bool:
+        return self.kind == "group_norm" and isinstance(self.x, Tensor) and self.x.dim() > 1 and self.parts == self.x.shape[1]
+
+    def _has_groups(self) -> bool:
+        x, groups = self.x, self.parts
+        if not (x.is_contiguous() or (x.dim() in LAST and x.is_contiguous(memory_format=LAST[x.dim()]))):
+            return False  # torch's output is in another order
+        if type(groups) is not int or groups < 1 or x.shape[1] % groups:
+            return False
+        return x.numel() > x.shape[0] * groups  # of one value a group torch has its own opinion
+
+    def _has_rows(self) -> bool:
+        x, shape = self.x, self.parts
+        known = isinstance(shape, list | tuple) and 0 < len(shape) <= x.dim() and all(type(size) is int for size in shape)
+        return known and x.is_contiguous() and x.shape[x.dim() - len(shape) :] == torch.Size(shape)
+
     def composed(self) -> Tensor:
         """Compute it by torch's own operators."""
-        return after(F.group_norm(self.x, self.groups, self.weight, self.bias, self.eps), None, self.activation)
+        return after(NORMS[self.kind].composed(self), None, self.activation)
 
     def run(self) -> Tensor:
         """Compute it, where it is usual."""
         if torch.compiler.is_compiling():
-            y: Tensor = torch.ops.fastbn.group_norm(*self[:5], *in_words(self.activation))[0]
+            operator = getattr(torch.ops.fastbn, self.kind)
+            y: Tensor = operator(*self[:5], *in_words(self.activation))[0]
             return y
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:3]):
             return _Fused.apply(*self[:3], self[3:])  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
@@ -80,14 +120,15 @@ class Parts(NamedTuple):
 
 def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
     """Output, and where it is wanted what a backward needs: mean, what it rounds away, one over the deviation."""
-    y = torch.empty_like(a.x)
-    given: Any = array_of(a.x), a.groups, vector(a.weight), vector(a.bias), a.eps
+    y, norm = torch.empty_like(a.x), NORMS[a.kind]
+    bias = () if a.kind == "rms_norm" else (vector(a.bias),)
+    given: Any = array_of(a.x), a.parts, vector(a.weight), *bias, a.eps
     activation: Any = a.activation.argument if a.activation.code else None
     with on_torchs_threads():
         if not keep:
-            group_norm(*given, activation=activation, out=array_of(y))
+            norm.inference(*given, activation=activation, out=array_of(y))
             return (y,)
-        _, saved = group_norm_forward(*given, activation=activation, out=array_of(y))
+        _, saved = norm.forward(*given, activation=activation, out=array_of(y))
     return y, *(torch.from_numpy(v) for v in (saved.mean, saved.mean_lo, saved.invstd))
 
 
@@ -98,13 +139,15 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
         return gradients_of(a, dy, wanted)
     x = array_of(a.x)
     mean, mean_lo, invstd = (t.numpy() for t in saved)
-    weight, bias, activation = vector(a.weight), vector(a.bias), a.activation if a.activation.code else None
-    group = a.x.shape[1] // a.groups
-    kept = SavedParts("group_norm", x.shape, x.dtype, 1, group, mean, mean_lo, invstd, weight, bias, activation, None, False)
+    weight, bias = (None if v is None else v.reshape(-1) for v in (vector(a.weight), vector(a.bias)))
+    groups = a.kind == "group_norm"
+    axis, group = (1, x.shape[1] // a.parts) if groups else (x.ndim - len(a.parts), prod(a.parts))
+    activation = a.activation if a.activation.code else None
+    kept = SavedParts(a.kind, x.shape, x.dtype, axis, group, mean, mean_lo, invstd, weight, bias, activation, None, False)
     dx = torch.empty_like(a.x) if wanted[0] else None
     names = [name for name, w in zip(("x", "weight", "bias"), wanted, strict=True) if w]
     with on_torchs_threads():
-        g = group_norm_backward(array_of(dy), x, kept, wrt=names, out=None if dx is None else array_of(dx))
+        g = NORMS[a.kind].backward(array_of(dy), x, kept, wrt=names, out=None if dx is None else array_of(dx))
     of = (None if v is None or t is None else torch.from_numpy(v).to(t.dtype) for v, t in zip((g.dweight, g.dbias), a[1:3], strict=True))
     return dx, *of
 
@@ -125,72 +168,90 @@ class _Fused(torch.autograd.Function):
         return *gradients(dy, Parts(x, weight, bias, *ctx.others), tuple(saved), ctx.needs_input_grad[:3]), None
 
 
+# What layers call.
+
+LAYERS = {nn.GroupNorm: "group_norm", nn.LayerNorm: "layer_norm", nn.RMSNorm: "rms_norm"}
+CALLS = {F.group_norm, F.layer_norm, F.rms_norm}
+
+
+def kind_of(layer: Any) -> str:
+    """Which normalization a layer is; instance norm is one of groups."""
+    return next((name for known, name in LAYERS.items() if isinstance(layer, known)), "group_norm")
+
+
+def of_layer(layer: Any, x: Any) -> Parts | None:
+    """What a layer's own code calls its function with; None for all that is unusual."""
+    if not isinstance(x, Tensor) or (type(x) is not Tensor and not torch.compiler.is_compiling()):
+        return None
+    kind = kind_of(layer)
+    if kind != "group_norm":
+        fits, parts = True, layer.normalized_shape
+    elif isinstance(layer, nn.GroupNorm):
+        fits, parts = x.dim() > 1 and x.shape[1] == layer.num_channels, layer.num_groups
+    else:
+        fits = x.dim() == layer._get_no_batch_dim() + 1 and x.shape[1] == layer.num_features
+        fits, parts = fits and layer.running_mean is None and layer.running_var is None, layer.num_features
+    a = Parts(x, layer.weight, getattr(layer, "bias", None), parts, layer.eps, kind)
+    return a if fits and a.is_usual() else None
+
+
 # What graphs hold.
 
-LIBRARY.define(
-    "group_norm(Tensor input, Tensor? weight, Tensor? bias, int num_groups, float eps, str activation, float parameter) -> "
-    "(Tensor output, Tensor mean, Tensor mean_lo, Tensor invstd)"
-)
-LIBRARY.define(
-    "group_norm_gradients(Tensor grad_out, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor mean_lo, Tensor invstd, "
-    "int num_groups, float eps, str activation, float parameter, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
-)
+
+def _define(kind: str, schema: str) -> None:
+    """Define the two operators of a normalization."""
+    common = f"Tensor input, Tensor? weight, Tensor? bias, {schema}, str activation, float parameter"
+    LIBRARY.define(f"{kind}({common}) -> (Tensor output, Tensor mean, Tensor mean_lo, Tensor invstd)")
+    saved = "Tensor mean, Tensor mean_lo, Tensor invstd"
+    LIBRARY.define(
+        f"{kind}_gradients(Tensor grad_out, {common.replace('bias,', f'bias, {saved},')}, bool[3] output_mask) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def arguments(x: Tensor, weight: Tensor | None, bias: Tensor | None, parts: Any, eps: float | None, *activation: Any) -> Parts:
+        return Parts(x, weight, bias, parts, eps, kind, builtin_named(*activation))
+
+    def forward(*given: Any) -> tuple[Tensor, ...]:
+        return normalize(arguments(*given), keep=True)
+
+    def fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, parts: Any, *_: Any) -> tuple[Tensor, ...]:
+        size = (x.shape[0], parts) if kind == "group_norm" else (x.numel() // prod(parts), 1)
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        return torch.empty_like(x), *(x.new_empty(size, dtype=dtype) for _ in range(3))
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+        *saved, parts, eps, name, parameter, mask = rest
+        with torch.no_grad():
+            return gradients(dy, arguments(x, weight, bias, parts, eps, name, parameter), tuple(saved), tuple(mask))
+
+    def fake_backward(dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+        return tuple(torch.empty_like(t) if w and t is not None else None for t, w in zip((x, weight, bias), rest[-1], strict=True))
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias = inputs[:3]
+        ctx.save_for_backward(x, weight, keep_bias(ctx, bias, builtin_named(*inputs[5:])), *output[1:])
+        ctx.others = inputs[3:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 7
+        x, weight, bias, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        bias = kept_bias(ctx, bias, wanted[2])
+        if torch.is_grad_enabled():
+            found = gradients(dy, arguments(x, weight, bias, *ctx.others), tuple(saved), wanted)
+        else:
+            operator = getattr(torch.ops.fastbn, f"{kind}_gradients")
+            found = operator(dy, x, weight, bias, *saved, *ctx.others, list(wanted))
+        return *found, None, None, None, None
+
+    LIBRARY.impl(kind, forward, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"{kind}_gradients", backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastbn::{kind}", fake_forward, lib=LIBRARY)
+    torch.library.register_fake(f"fastbn::{kind}_gradients", fake_backward, lib=LIBRARY)
+    torch.library.register_autograd(f"fastbn::{kind}", derive, setup_context=save, lib=LIBRARY)
 
 
-def _normalize(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, activation: str, parameter: float,  # noqa: A002
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return normalize(Parts(input, weight, bias, num_groups, eps, builtin_named(activation, parameter)), keep=True)
-
-
-def _fake_normalize(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, num_groups: int, eps: float, activation: str, parameter: float,  # noqa: A002
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    return torch.empty_like(input), *(input.new_empty((input.shape[0], num_groups), dtype=dtype) for _ in range(3))
-
-
-def _gradients(
-    grad_out: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, mean_lo: Tensor, invstd: Tensor,  # noqa: A002
-    num_groups: int, eps: float, activation: str, parameter: float, output_mask: list[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    a = Parts(input, weight, bias, num_groups, eps, builtin_named(activation, parameter))
-    with torch.no_grad():
-        return gradients(grad_out, a, (mean, mean_lo, invstd), tuple(output_mask))
-
-
-def _fake_gradients(
-    grad_out: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, mean_lo: Tensor, invstd: Tensor,  # noqa: A002
-    num_groups: int, eps: float, activation: str, parameter: float, output_mask: list[bool],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    like = input, weight, bias
-    return tuple(torch.empty_like(t) if w and t is not None else None for t, w in zip(like, output_mask, strict=True))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias = inputs[:3]
-    ctx.save_for_backward(x, weight, keep_bias(ctx, bias, builtin_named(*inputs[5:])), *output[1:])
-    ctx.others = inputs[3:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 7
-    x, weight, bias, *saved = ctx.saved_tensors
-    groups, eps, name, parameter = ctx.others
-    wanted = ctx.needs_input_grad[:3]
-    bias = kept_bias(ctx, bias, wanted[2])
-    if torch.is_grad_enabled():
-        found = gradients(dy, Parts(x, weight, bias, groups, eps, builtin_named(name, parameter)), tuple(saved), wanted)
-    else:
-        found = torch.ops.fastbn.group_norm_gradients(dy, x, weight, bias, *saved, groups, eps, name, parameter, list(wanted))
-    return *found, None, None, None, None
-
-
-LIBRARY.impl("group_norm", _normalize, "CompositeExplicitAutograd")
-LIBRARY.impl("group_norm_gradients", _gradients, "CompositeExplicitAutograd")
-torch.library.register_fake("fastbn::group_norm", _fake_normalize, lib=LIBRARY)
-torch.library.register_fake("fastbn::group_norm_gradients", _fake_gradients, lib=LIBRARY)
-torch.library.register_autograd("fastbn::group_norm", _derive, setup_context=_save, lib=LIBRARY)
+for _kind in NORMS:
+    _define(_kind, NORMS[_kind].schema)

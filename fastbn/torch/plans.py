@@ -20,9 +20,12 @@ from fastbn.torch.deferred import Steps
 from fastbn.torch.derived import is_overlaid
 from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.graph import AROUND, OUTSIDE, Piece, has_hooks, pieces, traced
+from fastbn.torch.parts import CALLS
+from fastbn.torch.parts import LAYERS as OF_PARTS
 
 F = torch.nn.functional
-KINDS = (_NormBase, nn.GroupNorm)
+PARTS: Any = tuple(OF_PARTS)
+KINDS = (_NormBase, *PARTS)
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FUNCTIONS = {
     F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
@@ -43,7 +46,7 @@ FRESH_TOO = {
     torch.stack, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d,
 }  # fmt: skip
 FRESH_LAYERS = (
-    *KINDS, nn.LayerNorm, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
+    *KINDS, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
 )  # fmt: skip
 
@@ -70,7 +73,7 @@ def refuses(layer: Any) -> tuple[str, Plan]:
     if is_overlaid(layer):
         return f"{type(layer).__name__} was derived from the class of a converted layer", NOBODY
     if not isinstance(layer, _BatchNorm):
-        if not isinstance(layer, nn.GroupNorm) and type(layer).forward is not _InstanceNorm.forward:
+        if not isinstance(layer, PARTS) and type(layer).forward is not _InstanceNorm.forward:
             return f"the code of {type(layer).__name__} is not understood", NOBODY
         if isinstance(layer, _InstanceNorm) and (layer.running_mean is not None or layer.running_var is not None):
             return "it has running statistics", NOBODY
@@ -80,10 +83,10 @@ def refuses(layer: Any) -> tuple[str, Plan]:
         return "it was never called", NOBODY
     if why := changed(layer):
         return f"it {why}", NOBODY
-    if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, nn.GroupNorm.forward):
+    if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, *(kind.forward for kind in PARTS)):
         return "", Plan(steps=Steps(plain=not any(hasattr(type(layer), name) for name in STATE)), fits_outside=True)
-    piece, function = traced(layer), F.batch_norm if isinstance(layer, _BatchNorm) else F.group_norm
-    inside = [node for node in piece.nodes if node.target is function] if piece else []
+    piece, functions = traced(layer), {F.batch_norm} if isinstance(layer, _BatchNorm) else CALLS
+    inside = [node for node in piece.nodes if node.target in functions] if piece else []
     if piece is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
         return f"the code of {type(layer).__name__} is not understood", NOBODY
     plan = _follow(piece, inside[0], set(), sums=isinstance(layer, _BatchNorm))

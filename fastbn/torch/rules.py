@@ -30,11 +30,23 @@ def _batch_norm(
     return deferred(a, steps, input.visit)
 
 
-def _group_norm(input: Any, num_groups: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: Any = 1e-5) -> Any:  # noqa: A002
+def _parts(input: Any, weight: Any, bias: Any, parts: Any, eps: Any, kind: str) -> Any:  # noqa: A002
     if not isinstance(input, Input) or input.steps.sum or not input.steps.activation:
         return None
-    a = Parts(input.x, weight, bias, num_groups, eps)
+    a = Parts(input.x, weight, bias, parts, eps, kind)
     return deferred(a, input.steps, input.visit) if a.is_usual() else None
+
+
+def _group_norm(input: Any, num_groups: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: Any = 1e-5) -> Any:  # noqa: A002
+    return _parts(input, weight, bias, num_groups, eps, "group_norm")
+
+
+def _layer_norm(input: Any, normalized_shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: Any = 1e-5) -> Any:  # noqa: A002
+    return _parts(input, weight, bias, normalized_shape, eps, "layer_norm")
+
+
+def _rms_norm(input: Any, normalized_shape: Any, weight: Tensor | None = None, eps: Any = None) -> Any:  # noqa: A002
+    return _parts(input, weight, None, normalized_shape, eps, "rms_norm")
 
 
 def _rule(name: str, in_place: bool = False) -> Callable[..., Any]:
@@ -89,6 +101,8 @@ def _add_(input: Any = None, other: Any = None, *, alpha: Any = 1, **others: Any
 _RULES: dict[Any, Callable[..., Any]] = {
     F.batch_norm: _batch_norm,
     F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    F.rms_norm: _rms_norm,
     F.leaky_relu: _leaky_relu,
     F.leaky_relu_: _leaky_relu_,
     F.hardtanh: _hardtanh,
