@@ -17,6 +17,7 @@ from ways import is_direct, take_the_checked_way
 
 import fastbn
 from fastbn import functional, reference
+from fastbn.activations import Builtin
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -357,7 +358,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"group": 0}, {"group": 4}, {"group": None}, {"group": 2**70}, {"axis": 9}, {"axis": None}, {"axis": 2**70},
     {"mean": np.ones(1, "f")}, {"mean": None}, {"mean": np.ones((2, 3))}, {"mean_lo": "a"}, {"invstd": [[1.0] * 3] * 2},
     {"weight": np.ones(5, "f")}, {"bias": object()}, {"shape": (1,)}, {"shape": None}, {"shape": np.ones(3)}, {"dtype": "a"},
-    {"activation": "silu"}, {"residual": None}, {"residual": np.ones((2, 6, 4))}, {"residual": 3},
+    {"activation": "silu"}, {"residual": None}, {"residual": np.ones((2, 6, 4))}, {"residual": 3}, {"axis": -1}, {"axis": True},
+    {"activation": Builtin("relu", 0.0, 99)}, {"activation": Builtin("leaky_relu", float("nan"), 3)}, {"has_residual": 2},
+    {"activation": Builtin("leaky_relu", 1, 3)}, {"mean": np.ones(6, "f")}, {"invstd": np.ones((3, 2), "f")},
 )  # fmt: skip
 
 
@@ -368,6 +371,23 @@ def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any], thread
     _, saved = fastbn.group_norm_forward(x, 3, w, w, activation="silu", residual=x)
     with pytest.raises((ValueError, TypeError), match=f"saved.*({next(iter(change))}|had)"):
         fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change), threads=threads)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_backward_refuses_what_the_forward_of_another_norm_has_saved(norm: str) -> None:
+    """Groups of one channel, and rows that are as long as these: all else is the same."""
+    x = _random((2, 6, 4), "float32")
+    first = {"instance_norm": (), "group_norm": (6,), "layer_norm": ((6, 4),), "rms_norm": ((6, 4),)}
+    saved = {other: getattr(fastbn, f"{other}_forward")(x, *first[other])[1] for other in NORMS}
+    backward = getattr(fastbn, f"{norm}_backward")
+    for other in NORMS:
+        if other == norm:
+            backward(x, x, saved[other])
+            continue
+        with pytest.raises(TypeError, match=f"saved must be what {norm}_forward returned, got one of {other}"):
+            backward(x, x, saved[other])
+        with pytest.raises(TypeError, match=f"saved must be what {norm}_forward returned, got one of {other}"):
+            backward(x, x, dataclasses.replace(saved[norm], kind=other))
 
 
 @pytest.mark.parametrize(
