@@ -248,6 +248,14 @@ def test_a_direct_call_takes_arguments_as_python_does() -> None:
             fastbn.batch_norm(*args, **kwargs)
 
 
+@pytest.mark.parametrize("forward", [fastbn.batch_norm_forward, fastbn.instance_norm_forward])
+def test_a_residual_is_copied_after_it_was_checked(forward: Any) -> None:
+    """One that NumPy repeats may be larger than the memory."""
+    residual = np.broadcast_to(np.float32(1), (1 << 20, 1 << 20, 4))
+    with pytest.raises(ValueError, match="residual must have the shape of x"):
+        forward(np.ones((2, 3, 4), np.float32), activation="relu", residual=residual)
+
+
 @needs_simd
 def test_modules_check_their_arguments() -> None:
     """What a wrong call from Python could do to memory is refused."""

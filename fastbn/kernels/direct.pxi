@@ -240,9 +240,9 @@ cdef object forward(Direct self, const Given* g):
 
 
 cdef object kept_residual(Library library, const Given* g, activation):
-    """A copy of a plain residual, where the backward needs it."""
+    """A copy of a residual that is like the array of the call, where the backward needs it."""
     residual = <object> g.residual
-    return library.copied(residual) if activation is not None and type(residual) is cnp.ndarray else None
+    return library.copied(residual) if activation is not None and is_twin(residual, <cnp.ndarray> g.x) else None
 
 
 cdef object backward(Direct self, const Given* g):
