@@ -248,6 +248,19 @@ def test_a_direct_call_takes_arguments_as_python_does() -> None:
             fastbn.batch_norm(*args, **kwargs)
 
 
+@needs_simd
+def test_an_array_that_becomes_another_while_the_axis_is_read_is_taken_as_what_it_became() -> None:
+    x, v = np.ones((3, 4, 5), np.float32), np.ones(40, np.float32)
+
+    class Axis(int):
+        def __int__(self) -> int:
+            x.shape = (6, 10)
+            return 2
+
+    with pytest.raises((IndexError, ValueError)):
+        fastbn.batch_norm(x, v, v, axis=Axis(2))
+
+
 @pytest.mark.parametrize("forward", [fastbn.batch_norm_forward, fastbn.instance_norm_forward])
 def test_a_residual_is_copied_after_it_was_checked(forward: Any) -> None:
     """One that NumPy repeats may be larger than the memory."""
