@@ -178,8 +178,10 @@ cdef bint bind_plain(Calls calls, Call* call, str op, const Given* g, int* at, a
     if at[0] < 0:
         at[0] = 1 if layout is None and axis is None else calls.axis_of(layout, cnp.PyArray_NDIM(x), axis)
     if activation is not None:
-        code = getattr(activation, "code", None)
-        if code is None and calls.customs is not None and (op != "backward" or activation.derivative is not None):
+        code = None
+        if isinstance(activation, tuple):  # one of the kernels' own
+            code = activation.code
+        elif calls.customs is not None and (op != "backward" or activation.derivative is not None):
             code = calls.customs.get(activation)
         if code is None:
             return False
