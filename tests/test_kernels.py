@@ -219,6 +219,8 @@ def test_a_direct_call_is_the_function_behind_it() -> None:
         assert (function.__name__, function.__qualname__, function.__module__) == (name, name, behind.__module__)
         assert function.__doc__ == behind.__doc__
         assert inspect.signature(function) == inspect.signature(behind)
+        assert inspect.getfullargspec(function) == inspect.getfullargspec(behind)
+        assert (function.__code__, function.__kwdefaults__) == (behind.__code__, behind.__kwdefaults__)
         assert inspect.isroutine(function)
         assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function  # noqa: S301
         assert name in repr(function)

@@ -190,6 +190,9 @@ cdef class Direct:
     def __get__(self, instance, owner):
         return self if instance is None else MethodType(self, instance)
 
+    def __getattr__(self, name):
+        return getattr(self.function, name)  # its code and defaults, for which tools ask that look into functions
+
     def __repr__(self):
         return f"<function {self.function.__qualname__}>"
 
