@@ -219,6 +219,21 @@ def _unaligned(a: Array) -> Array:
     return other
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_what_a_forward_was_given_may_be_changed_before_the_backward(kernel: Kernel, norm: str, activation: str | None) -> None:
+    x, dy, residual = (_random((3, 6, 5, 4), "float32", seed=s) for s in range(3))
+    first, options, weight, bias = _arguments(norm, x, 1)
+    given = residual, *_affine(norm, weight.copy(), bias.copy())
+    y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, *given[1:], activation=activation, residual=residual, **options)
+    backward, wrt = getattr(fastbn, f"{norm}_backward"), ("x", "weight", "residual")
+    wanted = backward(dy, x, saved, wrt=wrt)
+    for a in (y, *given):
+        a[...] = 9
+    for a, b in zip(backward(dy, x, saved, wrt=wrt), wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("norm", [*NORMS, "batch_channel_norm", "batch_renorm", "ghost_batch_norm"])
 @pytest.mark.parametrize("threads", [None, 2])
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
