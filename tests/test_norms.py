@@ -234,6 +234,41 @@ def test_what_a_forward_was_given_may_be_changed_before_the_backward(kernel: Ker
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_gradient_of_a_sum_survives_dx_in_the_place_of_dy(kernel: Kernel, norm: str) -> None:
+    x, dy = (_random((3, 6, 5, 4), "float32", seed=s) for s in range(2))
+    first, options, *_ = _arguments(norm, x, 1)
+    _, saved = getattr(fastbn, f"{norm}_forward")(x, *first, residual=x, **options)
+    backward, wrt, own = getattr(fastbn, f"{norm}_backward"), ("x", "residual"), dy.copy()
+    wanted = backward(dy, x, saved, wrt=wrt)
+    got = backward(own, x, saved, wrt=wrt, out=own)
+    assert got.dx is own
+    np.testing.assert_array_equal(got.dx, wanted.dx)
+    np.testing.assert_array_equal(got.dresidual, dy)
+
+
+@pytest.mark.parametrize("norm", ["instance_norm", "group_norm"])
+def test_each_of_several_images_with_one_channel_is_a_row(kernel: Kernel, norm: str) -> None:
+    x, dy = (_random((4, 1, 6, 5), "float32", seed=s) for s in range(2))
+    first = (1,) if norm == "group_norm" else ()
+    y, saved = getattr(fastbn, f"{norm}_forward")(x, *first)
+    rows, kept = fastbn.layer_norm_forward(x, (1, 6, 5))
+    np.testing.assert_allclose(y, rows, atol=1e-6)
+    assert saved.mean.shape == (4, 1)
+    dx = getattr(fastbn, f"{norm}_backward")(dy, x, saved).dx
+    np.testing.assert_allclose(dx, fastbn.layer_norm_backward(dy, x, kept).dx, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("running_mean",), ("running_var",), ("running_mean", "running_var")], ids="+".join)
+def test_one_running_statistic_is_moved_as_well_as_both(kernel: Kernel, names: tuple[str, ...]) -> None:
+    x = _random((3, 6, 5, 4), "float32")
+    truth = {"running_mean": x.mean((0, 2, 3)), "running_var": x.var((2, 3), ddof=1).mean(0)}
+    running = {name: np.zeros(6, "float32") for name in names}
+    fastbn.instance_norm(x, **running, momentum=1.0)
+    for name, v in running.items():
+        np.testing.assert_allclose(v, truth[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", [*NORMS, "batch_channel_norm", "batch_renorm", "ghost_batch_norm"])
 @pytest.mark.parametrize("threads", [None, 2])
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
@@ -504,10 +539,13 @@ ERRORS = (
     (lambda x: fastbn.instance_norm(x[:, :, :1, :1]), ValueError, "more than 1 spatial"),
     (lambda x: fastbn.instance_norm(x, use_input_stats=False), ValueError, "must be given"),
     (lambda x: fastbn.instance_norm(x, threads=0), ValueError, "threads must be"),
+    (lambda x: fastbn.instance_norm(x, momentum="0.1"), TypeError, "momentum must be a number"),
+    (lambda x: fastbn.instance_norm(x, use_input_stats="yes"), TypeError, "use_input_stats must be True or False"),
     (lambda x: fastbn.instance_norm(x, out=x[..., ::-1]), ValueError, "out overlaps x"),
     (lambda x: fastbn.instance_norm(x.astype(int)), TypeError, "x must have dtype"),
     (lambda x: fastbn.layer_norm_backward(x, x, fastbn.group_norm_forward(x, 2)[1]), TypeError, "saved must be"),
     (lambda x: fastbn.rms_norm_backward(x, x, None, wrt=("bias",)), ValueError, "rms_norm has none"),
+    (lambda x: fastbn.rms_norm_backward(x, x, fastbn.rms_norm_forward(x, 5)[1], wrt=("x", "bias")), ValueError, "rms_norm has none"),
     (lambda x: fastbn.batch_channel_norm(x, None, None, np.ones(3), training=True), ValueError, "mix has shape"),
     (lambda x: fastbn.batch_renorm(x, np.zeros(4), np.ones(4), training=True, rmax=0.5), ValueError, "rmax must be"),
     (lambda x: fastbn.ghost_batch_norm(x, None, None, training=True, virtual_batch_size=0), ValueError, "virtual_batch_size"),
