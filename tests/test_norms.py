@@ -533,6 +533,7 @@ ERRORS = (
     (lambda x: fastbn.layer_norm(x, "5"), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, bytes([5])), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, np.array([5.0])), TypeError, "normalized_shape must be an int, got 5.0"),
+    (lambda x: fastbn.layer_norm(x, (5, 5.0)), TypeError, "normalized_shape must be an int, got 5.0"),
     (lambda x: fastbn.layer_norm(x, np.array([[5]])), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, 5, np.ones(4)), ValueError, "weight must have the shape of normalized_shape"),
     (lambda x: fastbn.rms_norm(x, 5, eps=-1.0), ValueError, "eps must be"),
