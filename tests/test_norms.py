@@ -546,6 +546,7 @@ ERRORS = (
     (lambda x: fastbn.instance_norm(x.astype(int)), TypeError, "x must have dtype"),
     (lambda x: fastbn.layer_norm_backward(x, x, fastbn.group_norm_forward(x, 2)[1]), TypeError, "saved must be"),
     (lambda x: fastbn.rms_norm_backward(x, x, None, wrt=("bias",)), ValueError, "rms_norm has none"),
+    (lambda x: fastbn.layer_norm_backward(x, x, fastbn.layer_norm_forward(x, 5)[1], wrt=("residual",)), ValueError, "the forward had none"),
     (lambda x: fastbn.rms_norm_backward(x, x, fastbn.rms_norm_forward(x, 5)[1], wrt=("x", "bias")), ValueError, "rms_norm has none"),
     (lambda x: fastbn.batch_channel_norm(x, None, None, np.ones(3), training=True), ValueError, "mix has shape"),
     (lambda x: fastbn.batch_renorm(x, np.zeros(4), np.ones(4), training=True, rmax=0.5), ValueError, "rmax must be"),
