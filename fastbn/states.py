@@ -88,9 +88,9 @@ class Layer:
     forward: Callable[..., Array]
     _context: Context | str | None = None  # of the last forward; a str says why there is none
 
-    def __call__(self, x: Array, residual: Array | None = None, **options: Any) -> Array:
-        """As `forward`."""
-        return self.forward(x, residual, **options)
+    def __call__(self, x: Array, *residual: Array | None, **options: Any) -> Array:
+        """As `forward`, which in a subclass may have other parameters."""
+        return self.forward(x, *residual, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """The arrays of the last forward are no part of a layer's state."""
@@ -228,8 +228,9 @@ def loaded(own: dict[str, Array], state_dict: Mapping[str, Any], strict: bool) -
     if checks.switch("strict", strict) and (missing or unknown):
         lists = {"lacks": sorted(missing), "has unknown": sorted(map(str, unknown))}
         raise KeyError("state_dict " + " and ".join(f"{verb} {keys}" for verb, keys in lists.items() if keys))
-    found = {key: loaded_array(key, state_dict[key], value) for key, value in own.items() if key in state_dict}
-    check_writable({key: own[key] for key in found})
+    known = {key: value for key, value in own.items() if key in state_dict}
+    check_writable(known)
+    found = {key: loaded_array(key, state_dict[key], value) for key, value in known.items()}
     for key, value in found.items():
         own[key][...] = value
     return LoadedKeys(missing, unknown)

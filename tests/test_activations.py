@@ -600,9 +600,12 @@ def test_wrong_residuals_modify_nothing() -> None:
 
 def test_wrong_backwards() -> None:
     x = rng().standard_normal((4, 3)).astype(np.float32)
+    for wrt in ("residual", ("residual",), ("x", "residual")):
+        for activation in ("silu", None):
+            _, saved = fastbn.batch_norm_forward(x, activation=activation)
+            with pytest.raises(ValueError, match="wrt names 'residual', but the forward had none"):
+                fastbn.batch_norm_backward(x, x, saved, wrt=wrt)
     _, saved = fastbn.batch_norm_forward(x, activation="silu")
-    with pytest.raises(ValueError, match="wrt names 'residual', but the forward had none"):
-        fastbn.batch_norm_backward(x, x, saved, wrt="residual")
     with pytest.raises(ValueError, match="from_output needs a forward without a residual"):
         fastbn.batch_norm_backward(x, x, saved, from_output=True)
     _, saved = fastbn.batch_norm_forward(x, residual=x)

@@ -219,6 +219,8 @@ def test_a_direct_call_is_the_function_behind_it() -> None:
         assert (function.__name__, function.__qualname__, function.__module__) == (name, name, behind.__module__)
         assert function.__doc__ == behind.__doc__
         assert inspect.signature(function) == inspect.signature(behind)
+        assert inspect.getfullargspec(function) == inspect.getfullargspec(behind)
+        assert (function.__code__, function.__kwdefaults__) == (behind.__code__, behind.__kwdefaults__)
         assert inspect.isroutine(function)
         assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is function  # noqa: S301
         assert name in repr(function)
@@ -246,6 +248,27 @@ def test_a_direct_call_takes_arguments_as_python_does() -> None:
     ):  # fmt: skip
         with pytest.raises(TypeError, match=said):
             fastbn.batch_norm(*args, **kwargs)
+
+
+@needs_simd
+def test_an_array_that_becomes_another_while_the_axis_is_read_is_taken_as_what_it_became() -> None:
+    x, v = np.ones((3, 4, 5), np.float32), np.ones(40, np.float32)
+
+    class Axis(int):
+        def __int__(self) -> int:
+            x.shape = (6, 10)
+            return 2
+
+    with pytest.raises((IndexError, ValueError)):
+        fastbn.batch_norm(x, v, v, axis=Axis(2))
+
+
+@pytest.mark.parametrize("forward", [fastbn.batch_norm_forward, fastbn.instance_norm_forward])
+def test_a_residual_is_copied_after_it_was_checked(forward: Any) -> None:
+    """One that NumPy repeats may be larger than the memory."""
+    residual = np.broadcast_to(np.float32(1), (1 << 20, 1 << 20, 4))
+    with pytest.raises(ValueError, match="residual must have the shape of x"):
+        forward(np.ones((2, 3, 4), np.float32), activation="relu", residual=residual)
 
 
 @needs_simd

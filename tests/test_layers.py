@@ -313,6 +313,16 @@ def test_read_only_statistics_are_said_before_anything_is_written(key: str, skip
             same_bits(np.atleast_1d(v), np.atleast_1d(before[name]))
 
 
+def test_what_a_layer_has_in_place_of_an_array_is_named_when_a_state_is_loaded() -> None:
+    bn = fastbn.BatchNorm1d(7)
+    state = bn.state_dict()
+    for number in (3, bn.num_batches_tracked + 1):
+        bn.num_batches_tracked = number
+        for call in (bn.state_dict, lambda: bn.load_state_dict(state), bn.reset_running_stats):
+            with pytest.raises(TypeError, match=r"num_batches_tracked of the layer must be a numpy\.ndarray, got int"):
+                call()
+
+
 def test_statistics_that_may_skip_a_batch_share_no_memory() -> None:
     bn, p, out = fastbn.BatchNorm1d(7, skip_nonfinite=True), problem((12, 7)), np.zeros((12, 7), np.float32)
     bn.running_mean = out[0]

@@ -17,6 +17,7 @@ from ways import is_direct, take_the_checked_way
 
 import fastbn
 from fastbn import functional, reference
+from fastbn.activations import Builtin
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -218,6 +219,56 @@ def _unaligned(a: Array) -> Array:
     return other
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_what_a_forward_was_given_may_be_changed_before_the_backward(kernel: Kernel, norm: str, activation: str | None) -> None:
+    x, dy, residual = (_random((3, 6, 5, 4), "float32", seed=s) for s in range(3))
+    first, options, weight, bias = _arguments(norm, x, 1)
+    given = residual, *_affine(norm, weight.copy(), bias.copy())
+    y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, *given[1:], activation=activation, residual=residual, **options)
+    backward, wrt = getattr(fastbn, f"{norm}_backward"), ("x", "weight", "residual")
+    wanted = backward(dy, x, saved, wrt=wrt)
+    for a in (y, *given):
+        a[...] = 9
+    for a, b in zip(backward(dy, x, saved, wrt=wrt), wanted, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_gradient_of_a_sum_survives_dx_in_the_place_of_dy(kernel: Kernel, norm: str) -> None:
+    x, dy = (_random((3, 6, 5, 4), "float32", seed=s) for s in range(2))
+    first, options, *_ = _arguments(norm, x, 1)
+    _, saved = getattr(fastbn, f"{norm}_forward")(x, *first, residual=x, **options)
+    backward, wrt, own = getattr(fastbn, f"{norm}_backward"), ("x", "residual"), dy.copy()
+    wanted = backward(dy, x, saved, wrt=wrt)
+    got = backward(own, x, saved, wrt=wrt, out=own)
+    assert got.dx is own
+    np.testing.assert_array_equal(got.dx, wanted.dx)
+    np.testing.assert_array_equal(got.dresidual, dy)
+
+
+@pytest.mark.parametrize("norm", ["instance_norm", "group_norm"])
+def test_each_of_several_images_with_one_channel_is_a_row(kernel: Kernel, norm: str) -> None:
+    x, dy = (_random((4, 1, 6, 5), "float32", seed=s) for s in range(2))
+    first = (1,) if norm == "group_norm" else ()
+    y, saved = getattr(fastbn, f"{norm}_forward")(x, *first)
+    rows, kept = fastbn.layer_norm_forward(x, (1, 6, 5))
+    np.testing.assert_allclose(y, rows, atol=1e-6)
+    assert saved.mean.shape == (4, 1)
+    dx = getattr(fastbn, f"{norm}_backward")(dy, x, saved).dx
+    np.testing.assert_allclose(dx, fastbn.layer_norm_backward(dy, x, kept).dx, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [("running_mean",), ("running_var",), ("running_mean", "running_var")], ids="+".join)
+def test_one_running_statistic_is_moved_as_well_as_both(kernel: Kernel, names: tuple[str, ...]) -> None:
+    x = _random((3, 6, 5, 4), "float32")
+    truth = {"running_mean": x.mean((0, 2, 3)), "running_var": x.var((2, 3), ddof=1).mean(0)}
+    running = {name: np.zeros(6, "float32") for name in names}
+    fastbn.instance_norm(x, **running, momentum=1.0)
+    for name, v in running.items():
+        np.testing.assert_allclose(v, truth[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", [*NORMS, "batch_channel_norm", "batch_renorm", "ghost_batch_norm"])
 @pytest.mark.parametrize("threads", [None, 2])
 @pytest.mark.parametrize("dtype", ["float64", "float16"])
@@ -357,7 +408,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"group": 0}, {"group": 4}, {"group": None}, {"group": 2**70}, {"axis": 9}, {"axis": None}, {"axis": 2**70},
     {"mean": np.ones(1, "f")}, {"mean": None}, {"mean": np.ones((2, 3))}, {"mean_lo": "a"}, {"invstd": [[1.0] * 3] * 2},
     {"weight": np.ones(5, "f")}, {"bias": object()}, {"shape": (1,)}, {"shape": None}, {"shape": np.ones(3)}, {"dtype": "a"},
-    {"activation": "silu"}, {"residual": None}, {"residual": np.ones((2, 6, 4))}, {"residual": 3},
+    {"activation": "silu"}, {"residual": None}, {"residual": np.ones((2, 6, 4))}, {"residual": 3}, {"axis": -1}, {"axis": True},
+    {"activation": Builtin("relu", 0.0, 99)}, {"activation": Builtin("leaky_relu", float("nan"), 3)}, {"has_residual": 2},
+    {"activation": Builtin("leaky_relu", 1, 3)}, {"mean": np.ones(6, "f")}, {"invstd": np.ones((3, 2), "f")},
 )  # fmt: skip
 
 
@@ -368,6 +421,23 @@ def test_a_saved_that_was_changed_crashes_nothing(change: dict[str, Any], thread
     _, saved = fastbn.group_norm_forward(x, 3, w, w, activation="silu", residual=x)
     with pytest.raises((ValueError, TypeError), match=f"saved.*({next(iter(change))}|had)"):
         fastbn.group_norm_backward(x, x, dataclasses.replace(saved, **change), threads=threads)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_backward_refuses_what_the_forward_of_another_norm_has_saved(norm: str) -> None:
+    """Groups of one channel, and rows that are as long as these: all else is the same."""
+    x = _random((2, 6, 4), "float32")
+    first = {"instance_norm": (), "group_norm": (6,), "layer_norm": ((6, 4),), "rms_norm": ((6, 4),)}
+    saved = {other: getattr(fastbn, f"{other}_forward")(x, *first[other])[1] for other in NORMS}
+    backward = getattr(fastbn, f"{norm}_backward")
+    for other in NORMS:
+        if other == norm:
+            backward(x, x, saved[other])
+            continue
+        with pytest.raises(TypeError, match=f"saved must be what {norm}_forward returned, got one of {other}"):
+            backward(x, x, saved[other])
+        with pytest.raises(TypeError, match=f"saved must be what {norm}_forward returned, got one of {other}"):
+            backward(x, x, dataclasses.replace(saved[norm], kind=other))
 
 
 @pytest.mark.parametrize(
@@ -463,16 +533,21 @@ ERRORS = (
     (lambda x: fastbn.layer_norm(x, "5"), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, bytes([5])), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, np.array([5.0])), TypeError, "normalized_shape must be an int, got 5.0"),
+    (lambda x: fastbn.layer_norm(x, (5, 5.0)), TypeError, "normalized_shape must be an int, got 5.0"),
     (lambda x: fastbn.layer_norm(x, np.array([[5]])), TypeError, "normalized_shape must be"),
     (lambda x: fastbn.layer_norm(x, 5, np.ones(4)), ValueError, "weight must have the shape of normalized_shape"),
     (lambda x: fastbn.rms_norm(x, 5, eps=-1.0), ValueError, "eps must be"),
     (lambda x: fastbn.instance_norm(x[:, :, :1, :1]), ValueError, "more than 1 spatial"),
     (lambda x: fastbn.instance_norm(x, use_input_stats=False), ValueError, "must be given"),
     (lambda x: fastbn.instance_norm(x, threads=0), ValueError, "threads must be"),
+    (lambda x: fastbn.instance_norm(x, momentum="0.1"), TypeError, "momentum must be a number"),
+    (lambda x: fastbn.instance_norm(x, use_input_stats="yes"), TypeError, "use_input_stats must be True or False"),
     (lambda x: fastbn.instance_norm(x, out=x[..., ::-1]), ValueError, "out overlaps x"),
     (lambda x: fastbn.instance_norm(x.astype(int)), TypeError, "x must have dtype"),
     (lambda x: fastbn.layer_norm_backward(x, x, fastbn.group_norm_forward(x, 2)[1]), TypeError, "saved must be"),
     (lambda x: fastbn.rms_norm_backward(x, x, None, wrt=("bias",)), ValueError, "rms_norm has none"),
+    (lambda x: fastbn.layer_norm_backward(x, x, fastbn.layer_norm_forward(x, 5)[1], wrt=("residual",)), ValueError, "the forward had none"),
+    (lambda x: fastbn.rms_norm_backward(x, x, fastbn.rms_norm_forward(x, 5)[1], wrt=("x", "bias")), ValueError, "rms_norm has none"),
     (lambda x: fastbn.batch_channel_norm(x, None, None, np.ones(3), training=True), ValueError, "mix has shape"),
     (lambda x: fastbn.batch_renorm(x, np.zeros(4), np.ones(4), training=True, rmax=0.5), ValueError, "rmax must be"),
     (lambda x: fastbn.ghost_batch_norm(x, None, None, training=True, virtual_batch_size=0), ValueError, "virtual_batch_size"),

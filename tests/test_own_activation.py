@@ -240,3 +240,11 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_numba_takes_functions() -> None:
     assert [name for name, kernel in KERNELS.items() if kernel.custom] == ["numba"]
+
+
+def test_what_a_user_writes_down_at_an_activation_says_nothing_to_the_kernels(example: Any) -> None:
+    x = rng(0).standard_normal((3, 4, 5)).astype(np.float32)
+    activation = fastbn.Activation(example.mish, example.mish_derivative)
+    want = fastbn.batch_norm_forward(x, activation=activation)[0]
+    activation.code = 1  # type: ignore[attr-defined]  # the number of relu
+    same_bits(fastbn.batch_norm_forward(x, activation=activation)[0], want)

@@ -562,6 +562,25 @@ def test_a_subclass_may_override_forward() -> None:
     assert Mine(3)(x).mean() == Mine(3).forward(x).mean() == 100
 
 
+def test_a_forward_of_a_subclass_has_its_own_parameters() -> None:
+    """A call gives it what the caller gave, and nothing more."""
+
+    class Plain(fastbn.GroupNorm):
+        def forward(self, x: Array) -> Array:  # type: ignore[override]
+            return super().forward(x)
+
+    class Scaled(fastbn.BatchNorm2d):
+        def forward(self, x: Array, residual: Array | None, scale: float, *, shift: float = 0.0) -> Array:  # type: ignore[override]
+            return super().forward(x, residual) * scale + shift
+
+    x = np.zeros((2, 3, 4, 4), F32)
+    assert Plain(3, 3)(x).mean() == 0
+    assert Plain(3, 3)(x=x).mean() == 0
+    assert Scaled(3)(x, None, 2.0, shift=5.0).mean() == 5
+    with pytest.raises(TypeError, match="forward"):
+        Plain(3, 3)(x, x)
+
+
 def test_tracking_may_be_switched_off_and_on() -> None:
     bn = fastbn.BatchNorm2d(3)
     assert bn.running_mean is not None

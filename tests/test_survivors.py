@@ -461,6 +461,36 @@ def test_a_frozen_layer_reads_no_further_than_its_channels() -> None:
                 frozen(np.ones(other, np.float32))
 
 
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_frozen_layer_finds_the_channels_of_an_array_with_other_axes(layout: Any) -> None:
+    """What it has prepared for the last one is for as many axes."""
+    mean = np.arange(4.0)
+    frozen = fastbn.FrozenBatchNorm(mean, np.ones(4), eps=0.0, layout=layout)
+    for shape in ((2, 4, 4, 4), (4, 4), (4, 4, 4), (2, 4, 4, 4, 4), (4, 4, 4)):
+        channels = mean.reshape(-1, *[1] * (len(shape) - 2 if layout == "channels_first" else 0))
+        assert np.array_equal(frozen(np.zeros(shape, np.float32)), np.broadcast_to(-channels, shape))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("read", ["x", "residual"])
+def test_a_statistic_is_moved_in_no_array_that_the_call_reads(read: str, name: str) -> None:
+    arrays = {"x": np.arange(12, dtype=np.float32).reshape(4, 3), "residual": np.ones((4, 3), np.float32)}
+    before = arrays[read].copy()
+    for activation in (None, "relu"):
+        with pytest.raises(ValueError, match=f"{name} and {read} share memory"):
+            fastbn.batch_norm_forward(**arrays, **{name: arrays[read][1]}, activation=activation)
+        assert np.array_equal(arrays[read], before)
+
+
+@pytest.mark.parametrize("name", ["mean", "mean_lo", "invstd", "scale", "shift"])
+def test_a_gradient_is_written_over_nothing_that_a_forward_saved(name: str) -> None:
+    x = np.arange(3, dtype=np.float32)[None]
+    _, saved = fastbn.batch_norm_forward(x, correction=0)
+    place = getattr(saved, name)[None]
+    with pytest.raises(ValueError, match=rf"out and saved\.{name} share memory"):
+        fastbn.batch_norm_backward(x, x, saved, out=place)
+
+
 # --- layers
 
 

@@ -102,6 +102,16 @@ cdef class Library:
         found = self.builtins.get(given) if type(given) is str else None
         return self.activation_of(given) if found is None else found
 
+    cdef bint has_found(self, activation) except -1:
+        """Whether something is what `activation` finds: None, or one of the kernels' own."""
+        if activation is None:
+            return True
+        found = self.builtins.get(activation.name)
+        return found is activation or (
+            found is not None and type(activation) is type(found) and activation.code == found.code
+            and type(activation.parameter) is float and isfinite(<double> activation.parameter)
+        )
+
 
 @cython.final
 cdef class Direct:
@@ -180,6 +190,9 @@ cdef class Direct:
     def __get__(self, instance, owner):
         return self if instance is None else MethodType(self, instance)
 
+    def __getattr__(self, name):
+        return getattr(self.function, name)  # its code and defaults, for which tools ask that look into functions
+
     def __repr__(self):
         return f"<function {self.function.__qualname__}>"
 
@@ -230,9 +243,9 @@ cdef object forward(Direct self, const Given* g):
 
 
 cdef object kept_residual(Library library, const Given* g, activation):
-    """A copy of a plain residual, where the backward needs it."""
+    """A copy of a residual that is like the array of the call, where the backward needs it."""
     residual = <object> g.residual
-    return library.copied(residual) if activation is not None and type(residual) is cnp.ndarray else None
+    return library.copied(residual) if activation is not None and is_twin(residual, <cnp.ndarray> g.x) else None
 
 
 cdef object backward(Direct self, const Given* g):
@@ -309,16 +322,26 @@ cdef object parts_forward(Direct self, const Given* g):
 cdef object parts_backward(Direct self, const Given* g):
     cdef Library library = self.library
     cdef Calls calls
-    saved = <object> g.saved
-    if type(saved) is not library.saved_parts:
+    cdef dict saved
+    if type(<object> g.saved) is not library.saved_parts:
         return None
     calls = library.calls(<object> g.x, None)
     if calls is None:
         return None
+    saved = (<object> g.saved).__dict__
     try:
-        return gradients(library, plain_parts_backward(calls, g, self.kind, saved))
-    except (AttributeError, OverflowError, TypeError, ValueError):
+        return gradients(library, plain_parts_backward(calls, g, self.kind, saved)) if is_whole(library, saved, self.kind) else None
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None  # what was saved has been changed, and the checked way says how
+
+
+cdef bint is_whole(Library library, dict saved, str kind) except -1:
+    """Whether what was saved is that of a forward of this kind, as far as its shapes and arrays do not tell."""
+    whose, axis = saved["kind"], saved["axis"]
+    return (
+        type(whose) is str and whose == kind and type(axis) is int and axis >= 0 and type(saved["has_residual"]) is bool
+        and library.has_found(saved["activation"])
+    )
 
 
 cdef struct Door:

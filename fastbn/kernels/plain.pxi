@@ -167,26 +167,28 @@ cdef bint bind_plain(Calls calls, Call* call, str op, const Given* g, int* at, a
 
     The axis of the channels is `at` or, where that is negative, what layout and axis say; it is entered there.
     """
-    cdef int ndim
     x, layout, axis = <object> g.x, <object> g.layout, <object> g.axis
     memset(call, 0, sizeof(Call))
-    if not isinstance(x, cnp.ndarray):
+    if (
+        not isinstance(x, cnp.ndarray) or cnp.PyArray_NDIM(x) < 2 or cnp.PyArray_SIZE(x) == 0
+        or not cnp.PyArray_ISBEHAVED_RO(x) or not cnp.PyArray_CheckExact(x)
+    ):
         return False
-    ndim = cnp.PyArray_NDIM(x)
-    if ndim < 2 or cnp.PyArray_SIZE(x) == 0 or not cnp.PyArray_ISBEHAVED_RO(x) or not cnp.PyArray_CheckExact(x):
-        return False
+    # First what may run lines of the user's, in which an array may become another.
     if at[0] < 0:
-        at[0] = 1 if layout is None and axis is None else calls.axis_of(layout, ndim, axis)
-    if not 0 <= at[0] < ndim or not lay_out(call, x, at[0]):
-        return False
-    call.dtype = <Dtype> dtype_of(x)
+        at[0] = 1 if layout is None and axis is None else calls.axis_of(layout, cnp.PyArray_NDIM(x), axis)
     if activation is not None:
-        code = getattr(activation, "code", None)
-        if code is None and calls.customs is not None and (op != "backward" or activation.derivative is not None):
+        code = None
+        if isinstance(activation, tuple):  # one of the kernels' own
+            code = activation.code
+        elif calls.customs is not None and (op != "backward" or activation.derivative is not None):
             code = calls.customs.get(activation)
         if code is None:
             return False
         call.activation.kind, call.activation.parameter = code, activation.parameter
+    if not 0 <= at[0] < cnp.PyArray_NDIM(x) or cnp.PyArray_SIZE(x) == 0 or not lay_out(call, x, at[0]):
+        return False
+    call.dtype = <Dtype> dtype_of(x)
     if residual is not None:
         if not is_twin(residual, x):
             return False
@@ -350,8 +352,8 @@ cdef object plain_backward(Calls calls, const Given* g, tuple made):
     found, count, training, shape, dtype, axis, activation, residual, _ = made
     if (
         not isinstance(found, cnp.ndarray) or not isinstance(x, cnp.ndarray) or not has_shape(x, shape)
-        or (x.dtype is not dtype and x.dtype != dtype) or not is_twin(dy, x)
-        or not bind_plain(calls, &call, "backward", g, &axis, activation, residual)
+        or (x.dtype is not dtype and x.dtype != dtype)
+        or not bind_plain(calls, &call, "backward", g, &axis, activation, residual) or not is_twin(dy, x)
     ):
         return None
     vectors = found

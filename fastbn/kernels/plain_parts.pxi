@@ -54,8 +54,11 @@ cdef bint bind_affine(const Call* call, cnp.ndarray x, int at, bint rows, v, con
 
 
 cdef bint bind_statistic(const Call* call, v, void** p) noexcept:
-    """Enter a plain vector of parts; whether it was one."""
-    if not is_plain(v, arithmetic(call.dtype)) or cnp.PyArray_SIZE(v) != call.batch * (call.channels // call.group):
+    """Enter plain numbers of parts, of each image below those of the one before; whether they were that."""
+    if (
+        not is_plain(v, arithmetic(call.dtype)) or cnp.PyArray_NDIM(v) != 2
+        or cnp.PyArray_DIM(v, 0) != call.batch or cnp.PyArray_DIM(v, 1) != call.channels // call.group
+    ):
         return False
     p[0] = cnp.PyArray_DATA(v)
     return True
@@ -103,23 +106,23 @@ cdef object plain_parts_forward(Calls calls, const Given* g, str kind, activatio
     return y, made, at, call.group
 
 
-cdef object plain_parts_backward(Calls calls, const Given* g, str kind, saved):
+cdef object plain_parts_backward(Calls calls, const Given* g, str kind, dict saved):
     """The gradients of x, weight, bias and residual, those that `wrt` names; None for others."""
     cdef Call call
     cdef cnp.npy_intp[2] planes
     cdef cnp.ndarray sums
     cdef bint rows = kind == "layer_norm" or kind == "rms_norm"
-    cdef int at = saved.axis, wanted = named(<object> g.wrt, saved.has_residual)
+    cdef int at = saved["axis"], wanted = named(<object> g.wrt, saved["has_residual"])
     cdef bint of_x = wanted & 1, of_residual = wanted & 8, active
     x, dy, out = <object> g.x, <object> g.dy, <object> g.out
-    weight, bias, residual, dtype = saved.weight, saved.bias, saved.residual, saved.dtype
-    mean, mean_lo, invstd = saved.mean, saved.mean_lo, saved.invstd
+    weight, bias, residual, dtype = saved["weight"], saved["bias"], saved["residual"], saved["dtype"]
+    mean, mean_lo, invstd = saved["mean"], saved["mean_lo"], saved["invstd"]
     if (
         wanted == 0 or (wanted & 4 and kind == "rms_norm") or calls.table.parts_backward == NULL
-        or (residual is None and saved.has_residual and saved.activation is not None)
-        or not isinstance(x, cnp.ndarray) or not has_shape(x, saved.shape) or (x.dtype is not dtype and x.dtype != dtype)
-        or not is_twin(dy, x) or not bind_plain(calls, &call, "backward", g, &at, saved.activation, residual)
-        or not (bind_rows(&call, x, at) if rows else bind_images(&call, x, at, saved.group))
+        or (residual is None and saved["has_residual"] and saved["activation"] is not None)
+        or not isinstance(x, cnp.ndarray) or not has_shape(x, saved["shape"]) or (x.dtype is not dtype and x.dtype != dtype)
+        or not bind_plain(calls, &call, "backward", g, &at, saved["activation"], residual) or not is_twin(dy, x)
+        or not (bind_rows(&call, x, at) if rows else bind_images(&call, x, at, saved["group"]))
         or not bind_statistic(&call, mean, &call.mean) or not bind_statistic(&call, mean_lo, &call.mean_lo)
         or not bind_statistic(&call, invstd, &call.invstd)
         or not bind_optional(&call, weight, &call.weight) or not bind_optional(&call, bias, &call.bias)
