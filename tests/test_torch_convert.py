@@ -636,6 +636,36 @@ def test_changes_in_place_between_are_noticed(changed: str) -> None:
         model(image())
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_changes_of_a_layers_tensors_between_are_noticed(name: str, training: bool) -> None:
+    class Model(Body):
+        def forward(self, x: Any) -> Any:
+            y = self.bn(self.conv(x))
+            if self.training is None:
+                with torch.no_grad():
+                    getattr(self.bn, name).mul_(2)
+            z = y.relu()
+            if self.training == "later":
+                with torch.no_grad():
+                    getattr(self.bn, name).mul_(2)
+                z = z + y
+            return z
+
+    model = Model(lambda: None)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    model.bn.training, model.training = training, None
+    with pytest.raises(RuntimeError, match="a parameter or a statistic of a normalization was changed in place before what follows it"):
+        model(image())
+    if training and "running" in name:  # which have done what they are for
+        model.training = "later"
+        want = copy.deepcopy(model)
+        fastbn.torch.revert(want)
+        x = image()
+        torch.testing.assert_close(model(x), want(x))
+        torch.testing.assert_close([*model.buffers()], [*want.buffers()])
+
+
 def test_a_thousand_switches_leave_nothing() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), image()
     own = copy.deepcopy(model)

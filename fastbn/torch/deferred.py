@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -373,18 +373,21 @@ class Input(Standing):
 class _Call:
     """A normalization that waits."""
 
-    __slots__ = "arguments", "counted", "mode", "version"
+    __slots__ = "arguments", "counted", "mode", "versions"
 
     def __init__(self, arguments: Arguments | Parts):
         self.arguments = arguments
         self.mode = mode()
-        self.version = _version(arguments.x)
+        known = () if torch.compiler.is_compiling() else arguments[:6]
+        self.versions = [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in known]
         self.counted = False  # running statistics were moved
 
     def run(self, residual: Tensor | None, activation: Builtin) -> Tensor:
-        _check_version(self.arguments.x, self.version, "the input of a normalization")
         a: Any = self.arguments
         a = a.followed(residual, activation, self.counted)
+        for t, version in zip(a, self.versions, strict=False):
+            if version is not None and t is not None and t._version != version:  # statistics that were moved are None
+                _refuse(f"{'the input' if t is a.x else 'a parameter or a statistic'} of a normalization")
         self.counted = True
         if mode() == self.mode:
             return _run(a)
@@ -400,11 +403,10 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def _check_version(x: Tensor, version: int, what: str) -> None:
-    if _version(x) != version:
-        raise RuntimeError(
-            f"{what} was changed in place before what follows it was computed; fastbn.torch.revert(model) makes it a layer of torch's again"
-        )
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{what} was changed in place before what follows it was computed; fastbn.torch.revert(model) makes it a layer of torch's again"
+    )
 
 
 class Pending(Standing):
@@ -436,8 +438,8 @@ class Pending(Standing):
         return self.value
 
     def _run(self, activation: Builtin) -> Tensor:
-        if self.residual is not None:
-            _check_version(self.residual, self.version, "what is added to a normalization")
+        if self.residual is not None and _version(self.residual) != self.version:
+            _refuse("what is added to a normalization")
         return self.call.run(self.residual, activation)
 
     def _release(self) -> None:
