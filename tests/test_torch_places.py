@@ -307,6 +307,21 @@ def test_what_shares_a_model_between_processes_is_looked_through_and_not_called(
         torch.distributed.destroy_process_group()
 
 
+def test_values_in_no_memory_of_this_process_are_refused() -> None:
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model, x = distribute_module(small().eval(), mesh), distribute_tensor(torch.randn(2, 3, 5, 5), mesh)
+        with pytest.raises(TypeError, match="in this process's memory, where a DTensor has none"):
+            fastbn.torch.update_bn(model, [x])
+        with fastbn.torch.adapt(model), pytest.raises(TypeError, match="where a DTensor has none"):
+            model(x)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def patched(model: Any, path: str, after: Any = torch.tanh) -> Any:
     """A model of which one module has a forward of its own, as packages give to modules that they wrap."""
     module = model.get_submodule(path)
