@@ -636,6 +636,22 @@ def test_changes_in_place_between_are_noticed(changed: str) -> None:
         model(image())
 
 
+OVERWRITTEN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "a method": (lambda m, z: F.leaky_relu(z, 0.1).mul_(2), ("add",)),
+    "a layer": (lambda m, z: m.drop(F.relu6(z)), ("add",)),
+    "an option": (lambda m, z: F.dropout(m.leaky(z), 0.5, m.training, inplace=True), ("add",)),
+    "only read": (lambda m, z: F.leaky_relu(z, 0.1) * 2, ("add", "leaky_relu")),
+}
+
+
+@pytest.mark.parametrize(("after", "fused"), OVERWRITTEN.values(), ids=OVERWRITTEN.keys())
+def test_what_is_overwritten_after_a_sum_and_an_activation_is_not_kept(after: Callable[..., Any], fused: tuple[str, ...]) -> None:
+    """PyTorch keeps the input of these activations, and lets the output be changed."""
+    model = Body(lambda m, x: after(m, m.bn(m.conv(x)) + m.other(x)), drop=nn.Dropout(0.0, inplace=True), leaky=nn.LeakyReLU(0.1))
+    assert fastbn.torch.convert(model)[0].fused == fused
+    model(image()).sum().backward()
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_changes_of_a_layers_tensors_between_are_noticed(name: str, training: bool) -> None:
