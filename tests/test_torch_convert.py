@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import io
@@ -1131,7 +1132,7 @@ def agree(got: Any, want: Any) -> None:
     if isinstance(want, torch.Tensor):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert got.requires_grad == want.requires_grad
-    elif isinstance(want, list | tuple):
+    elif isinstance(want, list | tuple | frozenset | collections.deque):
         for a, b in zip(got, want, strict=True):
             agree(a, b)
     elif isinstance(want, dict):
@@ -1193,6 +1194,8 @@ ELSEWHERE = IN_GRAPHS | {
     "a dataclass": lambda m, z: Frozen(z),
     "an object": lambda m, z: Holder(z),
     "kept in a list": lambda m, z: m.kept.append(z) or m.act(z),
+    "kept in a queue": lambda m, z: setattr(m, "last", collections.deque([z], 3)) or m.act(z),
+    "a frozen set": lambda m, z: frozenset([z]),
     "kept": lambda m, z: setattr(m, "last", z) or m.act(z),
     "data": lambda m, z: setattr(z, "data", z.data * 2) or z,
 }

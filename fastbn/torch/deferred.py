@@ -18,6 +18,7 @@ import functools
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
@@ -320,6 +321,9 @@ def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     return (type(module) is kind or own_class(module) is kind) and "forward" not in module.__dict__
 
 
+HOLDERS = Standing | dict | list | deque | tuple | set | frozenset
+
+
 def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
     """What a module returns, with tensors for what waits no longer; `known` has what was looked at, by its id, and what became of it."""
     if isinstance(output, Pending):
@@ -336,11 +340,11 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
         for key, value in output.items():
             if (found := settled(value, known)) is not value:
                 output[key] = found
-    elif isinstance(output, list):
+    elif isinstance(output, list | deque):
         for i, value in enumerate(output):
             if (found := settled(value, known)) is not value:
                 output[i] = found
-    elif isinstance(output, tuple | set):
+    elif isinstance(output, tuple | set | frozenset):
         made = [settled(value, known) for value in output]
         if any(one is not value for one, value in zip(made, output, strict=True)):
             known[id(output)] = output, type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
@@ -348,7 +352,7 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
         fields = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
         for name in [field.name for field in fields] or [*getattr(output, "__dict__", ())]:
             value = getattr(output, name, None)
-            if isinstance(value, Standing | dict | list | tuple | set) and (found := settled(value, known)) is not value:
+            if isinstance(value, HOLDERS) and (found := settled(value, known)) is not value:
                 object.__setattr__(output, name, found)
     return known[id(output)][1]
 
