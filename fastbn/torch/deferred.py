@@ -321,7 +321,7 @@ def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     return (type(module) is kind or own_class(module) is kind) and "forward" not in module.__dict__
 
 
-HOLDERS = Standing | dict | list | deque | tuple | set | frozenset
+HOLDERS: Any = (Standing, dict, list, deque, tuple, set, frozenset)
 
 
 def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
