@@ -17,7 +17,6 @@ import numpy as np
 
 from fastbn import checks, sync
 from fastbn.floating import default_mode
-from fastbn.functional import batch_norm_stats
 from fastbn.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.layout import Array
 from fastbn.results import Stats
@@ -221,7 +220,7 @@ def update_bn(
     """Find the running statistics of a model's layers anew: exactly those of a data set, in one pass.
 
     Each batch runs through the model with the layers in training, so that each is normalized by its own statistics; what
-    comes into each layer is merged, weighted by the number of values. A layer that is frozen, or has no running
+    each layer normalizes is merged, weighted by the number of values. A layer that is frozen, or has no running
     statistics, is left alone; one with `skip_nonfinite` passes over what is not finite.
 
     Parameters
@@ -308,6 +307,21 @@ def running_of(name: str, found: Estimate, unbiased: bool) -> tuple[Array, Array
     return stats.to_running(unbiased=unbiased)
 
 
+class _Listener(sync.Alone):
+    """Stands where a layer asks other processes, and hears what it has found in what it normalizes, which its own code may have made."""
+
+    def __init__(self, name: str, layer: Any, recorder: Recorder):
+        self.name, self.layer, self.recorder = name, layer, recorder
+
+    def all_gather(self, array: Array) -> Array:
+        """Take statistics down, and return them."""
+        stats = sync.received(array, 4 if array.size == 1 + 4 * self.layer.num_features else 2)
+        if self.layer.skip_nonfinite and not np.isfinite(stats.vectors).all():
+            stats = Stats.identity(self.layer.num_features)
+        self.recorder.saw(self.name, stats)
+        return super().all_gather(array)
+
+
 @contextmanager
 def _watched(named: Mapping[str, Layer], moving: Mapping[str, Layer], recorder: Recorder) -> Iterator[None]:
     """Layers that tell what comes in, normalize by the batch, and move nothing; each is as before after the block."""
@@ -316,16 +330,13 @@ def _watched(named: Mapping[str, Layer], moving: Mapping[str, Layer], recorder: 
     def watch(name: str, layer: Any) -> None:
         usual = layer.forward
 
-        def forward(x: Array, residual: Array | None = None, **options: Any) -> Array:
-            stats = batch_norm_stats(x, layout=layer.layout, axis=layer.axis, mask=options.get("mask"))
-            if layer.skip_nonfinite and not np.isfinite(stats.vectors).all():
-                stats = Stats.identity(layer.num_features)
-            recorder.saw(name, stats)
+        def forward(*args: Any, **options: Any) -> Any:
             layer.training = True  # the model may have said otherwise
-            y: Array = usual(x, residual, **options)
-            return y
+            if options.get("stats") is not None:  # by which it normalizes, and asks nobody
+                recorder.saw(name, options["stats"])
+            return usual(*args, **options)
 
-        layer.forward, layer.track_running_stats, layer.communicator = forward, False, None
+        layer.forward, layer.track_running_stats, layer.communicator = forward, False, _Listener(name, layer, recorder)
 
     try:
         for name, layer in moving.items():

@@ -120,14 +120,14 @@ def _merge(parts: list[Stats], communicator: Communicator, rows: int) -> list[St
     ranks = returned("all_gather", check(communicator).all_gather(message), message, gathered=True)
     merged, start = [], 0
     for part, own in zip(parts, sent, strict=True):
-        found = [_received(row, rows) for row in ranks[:, start : start + own.size]]
+        found = [received(row, rows) for row in ranks[:, start : start + own.size]]
         merged.append(found[0].merge(*found[1:]) if part.mean.size else Stats(sum(s.count for s in found), part.mean, part.var))
         start += own.size
     return merged
 
 
-def _received(message: Array, rows: int) -> Stats:
-    """Statistics as another process has sent them."""
+def received(message: Array, rows: int) -> Stats:
+    """Statistics as a process has sent them, in so many vectors."""
     vectors = np.zeros((4, (message.size - 1) // rows))
     vectors[:rows] = message[1:].reshape(rows, -1)
     count = float(message[0])

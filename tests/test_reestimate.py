@@ -287,3 +287,28 @@ def test_statistics_in_16_bits_overflow_without_an_error() -> None:
     with np.errstate(all="raise"):
         fastbn.update_bn([bn], [x], bn)
     assert (bn.running_mean.tolist(), bn.running_var.tolist(), int(bn.num_batches_tracked)) == ([0.0], [np.inf], 1)
+
+
+class Turned(fastbn.BatchNorm1d):
+    """Of data with channels on the last axis, in parts, of which each is a batch."""
+
+    def forward(self, x: Array, *args: Any, **options: Any) -> Array:
+        turned = [super(Turned, self).forward(np.ascontiguousarray(part.swapaxes(1, 2)), *args, **options) for part in np.split(x, 2)]
+        return np.concatenate(turned).swapaxes(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_what_a_layers_own_code_makes_of_its_input_counts(dtype: Any) -> None:
+    x = (rng(0).normal(size=(6, 4, 4)) * 2 + np.arange(4)).astype(dtype)
+    bn, last = Turned(4, dtype=dtype), fastbn.BatchNorm1d(4, dtype=dtype)
+    fastbn.update_bn([bn, last], [x], lambda x: last(np.ascontiguousarray(bn(x))))
+    np.testing.assert_allclose(bn.running_mean, x.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(bn.running_var, x.var((0, 1), ddof=1), rtol=1e-5)
+    assert last.running_mean is not None
+    np.testing.assert_allclose(last.running_mean, bn(x).mean((0, 2)), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_that_a_layer_is_called_with_count() -> None:
+    bn, given = fastbn.BatchNorm1d(1), Stats(10, [3.0], [2.0])
+    fastbn.update_bn([bn], [np.zeros((4, 1), np.float32)], lambda x: bn(x, stats=given))
+    assert (bn.running_mean, bn.running_var) == (3.0, np.float32(2 * 10 / 9))

@@ -116,6 +116,24 @@ def test_what_was_reverted_by_another_is_left_alone() -> None:
     assert type(model[0]) is nn.BatchNorm2d
 
 
+def test_a_class_that_was_derived_since_stays_and_no_longer_adapts() -> None:
+    """As those of torch.nn.utils.parametrize; without it the layer is of the class that it had before."""
+    model, x = layer(), drawn()
+    plain = model(x)
+    adaptation = adapt(model, prior=0)
+    adapted = model(x)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", torch.nn.Identity())
+    torch.testing.assert_close(model(x), adapted)
+    torch.testing.assert_close(copy.deepcopy(model)(x), adapted)
+    adaptation.revert()
+    torch.testing.assert_close(model(x), plain)
+    assert fastbn.torch.Adaptation(model).skipped == 0
+    torch.nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    fastbn.torch.Adaptation(model).revert()
+    assert type(model[0]) is nn.BatchNorm2d
+    torch.testing.assert_close(model(x), plain)
+
+
 def test_of_wrong_inputs_torch_says_what_is_wrong() -> None:
     plain, model = layer(), layer()
     adapt(model, memory=9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import io
@@ -636,6 +637,52 @@ def test_changes_in_place_between_are_noticed(changed: str) -> None:
         model(image())
 
 
+OVERWRITTEN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "a method": (lambda m, z: F.leaky_relu(z, 0.1).mul_(2), ("add",)),
+    "a layer": (lambda m, z: m.drop(F.relu6(z)), ("add",)),
+    "an option": (lambda m, z: F.dropout(m.leaky(z), 0.5, m.training, inplace=True), ("add",)),
+    "only read": (lambda m, z: F.leaky_relu(z, 0.1) * 2, ("add", "leaky_relu")),
+}
+
+
+@pytest.mark.parametrize(("after", "fused"), OVERWRITTEN.values(), ids=OVERWRITTEN.keys())
+def test_what_is_overwritten_after_a_sum_and_an_activation_is_not_kept(after: Callable[..., Any], fused: tuple[str, ...]) -> None:
+    """PyTorch keeps the input of these activations, and lets the output be changed."""
+    model = Body(lambda m, x: after(m, m.bn(m.conv(x)) + m.other(x)), drop=nn.Dropout(0.0, inplace=True), leaky=nn.LeakyReLU(0.1))
+    assert fastbn.torch.convert(model)[0].fused == fused
+    model(image()).sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_changes_of_a_layers_tensors_between_are_noticed(name: str, training: bool) -> None:
+    class Model(Body):
+        def forward(self, x: Any) -> Any:
+            y = self.bn(self.conv(x))
+            if self.training is None:
+                with torch.no_grad():
+                    getattr(self.bn, name).mul_(2)
+            z = y.relu()
+            if self.training == "later":
+                with torch.no_grad():
+                    getattr(self.bn, name).mul_(2)
+                z = z + y
+            return z
+
+    model = Model(lambda: None)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    model.bn.training, model.training = training, None
+    with pytest.raises(RuntimeError, match="a parameter or a statistic of a normalization was changed in place before what follows it"):
+        model(image())
+    if training and "running" in name:  # which have done what they are for
+        model.training = "later"
+        want = copy.deepcopy(model)
+        fastbn.torch.revert(want)
+        x = image()
+        torch.testing.assert_close(model(x), want(x))
+        torch.testing.assert_close([*model.buffers()], [*want.buffers()])
+
+
 def test_a_thousand_switches_leave_nothing() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()), image()
     own = copy.deepcopy(model)
@@ -1085,7 +1132,7 @@ def agree(got: Any, want: Any) -> None:
     if isinstance(want, torch.Tensor):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert got.requires_grad == want.requires_grad
-    elif isinstance(want, list | tuple):
+    elif isinstance(want, list | tuple | frozenset | collections.deque):
         for a, b in zip(got, want, strict=True):
             agree(a, b)
     elif isinstance(want, dict):
@@ -1147,6 +1194,8 @@ ELSEWHERE = IN_GRAPHS | {
     "a dataclass": lambda m, z: Frozen(z),
     "an object": lambda m, z: Holder(z),
     "kept in a list": lambda m, z: m.kept.append(z) or m.act(z),
+    "kept in a queue": lambda m, z: setattr(m, "last", collections.deque([z], 3)) or m.act(z),
+    "a frozen set": lambda m, z: frozenset([z]),
     "kept": lambda m, z: setattr(m, "last", z) or m.act(z),
     "data": lambda m, z: setattr(z, "data", z.data * 2) or z,
 }

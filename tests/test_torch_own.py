@@ -181,6 +181,14 @@ def test_what_has_no_memory_is_refused() -> None:
         torch.export.export(torch.nn.Sequential(type("L", (torch.nn.Module,), {"forward": lambda _, x: f(x)})()), (x,))
 
 
+def test_many_gradients_at_once_are_refused() -> None:
+    x, _, w, b, m, v, dy = given()
+    x.requires_grad_()
+    y = fastbn.torch.batch_norm(x, m, v, w, b, True, activation=SWISH)
+    with pytest.raises(TypeError, match="is_grads_batched and vectorize must be False"):
+        torch.autograd.grad(y, x, torch.stack([dy, dy]), is_grads_batched=True)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [

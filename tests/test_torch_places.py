@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -238,6 +238,88 @@ def test_a_parametrized_batch_norm_is_not_synchronized() -> None:
     with pytest.raises(ValueError, match="2 cannot be converted: it is parametrized"):
         fastbn.torch.convert_sync_batchnorm(model)
     assert type(model[1]) is nn.BatchNorm2d
+
+
+def test_a_converted_layer_that_was_parametrized_since_is_what_it_is_called() -> None:
+    """Its class is derived from ours, but the code is torch's."""
+    own, x = small(), torch.randn(2, 3, 4, 4)
+    model = converted(copy.deepcopy(own))
+    for m in (own, model):
+        parametrized(m[1])
+    assert fastbn.torch.summary(model)[0].fold == "it is parametrized"
+    assert fastbn.torch.fold(model.eval()).left == {"1": "it is parametrized"}
+    with pytest.raises(ValueError, match="1 cannot be converted: it is parametrized"):
+        fastbn.torch.convert_sync_batchnorm(model)
+    with fastbn.torch.adapt(model), fastbn.torch.adapt(own.eval()):
+        torch.testing.assert_close(model(x), own(x))
+    torch.testing.assert_close(model(x), own(x))
+
+
+class Parallel(nn.parallel.DistributedDataParallel):
+    """As packages derive them, with a forward of named arguments."""
+
+    sent: ClassVar[list[None]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x)
+        return y
+
+    def _sync_buffers(self) -> None:
+        self.sent.append(None)
+        super()._sync_buffers()
+
+
+def sharded(model: Any) -> Any:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "data parallel, in a model": lambda m: nn.Sequential(nn.parallel.DistributedDataParallel(m)),
+    "a class of somebody else": Parallel,
+    "the same in a model": lambda m: nn.Sequential(Parallel(m)),
+    "sharded": sharded,
+    "sharded, in a model": lambda m: nn.Sequential(sharded(m)),
+}
+
+
+@pytest.mark.usefixtures("small_tensors_too")
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_what_shares_a_model_between_processes_is_looked_through_and_not_called(wrap: Callable[[Any], Any]) -> None:
+    """Looking at a model on one process alone would wait for the others, or leave what was gathered for a stand-in."""
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        own, x = small(), torch.randn(2, 3, 5, 5)
+        model = wrap(copy.deepcopy(own))
+        Parallel.sent.clear()
+        assert fastbn.torch.summary(model)[0].before == "Conv2d"
+        assert fastbn.torch.convert(model)[0].fused == ("ReLU",)
+        assert not Parallel.sent
+        y = model(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, own(x))
+        fastbn.torch.revert(model)
+        torch.testing.assert_close(model(x), own(x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_values_in_no_memory_of_this_process_are_refused() -> None:
+    from torch.distributed.tensor import distribute_module, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model, x = distribute_module(small().eval(), mesh), distribute_tensor(torch.randn(2, 3, 5, 5), mesh)
+        with pytest.raises(TypeError, match="in this process's memory, where a DTensor has none"):
+            fastbn.torch.update_bn(model, [x])
+        with fastbn.torch.adapt(model), pytest.raises(TypeError, match="where a DTensor has none"):
+            model(x)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def patched(model: Any, path: str, after: Any = torch.tanh) -> Any:

@@ -251,3 +251,43 @@ def test_an_interrupt_while_statistics_are_written_leaves_the_old_ones(last: int
         fastbn.torch.update_bn(model, [batch, batch])
     monkeypatch.undo()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Turned(nn.BatchNorm1d):
+    """For channels on the last axis, as packages have it."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Split(nn.BatchNorm2d):
+    """Each part of a batch by itself, one of them by another layer."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.other = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Any) -> Any:
+        first, second, third = x.split([4, 2, 4])
+        return torch.cat([super().forward(first), self.other(second), super().forward(third)])
+
+
+class ByHand(nn.BatchNorm2d):
+    def forward(self, x: Any) -> Any:
+        return (x - x.mean((0, 2, 3), keepdim=True)) / x.var((0, 2, 3), keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_what_a_layers_own_code_makes_of_its_input_counts(converted: bool) -> None:
+    model = nn.Sequential(Turned(4), nn.ReLU(), nn.Unflatten(1, (2, 2)), Split(2), ByHand(2))
+    x = torch.randn(10, 4, 4) * 2 + torch.arange(4.0)
+    if converted:
+        fastbn.torch.convert(model)
+    fastbn.torch.update_bn(model, [x])
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    torch.testing.assert_close(model[0].running_mean, x.mean((0, 1)))
+    torch.testing.assert_close(model[0].running_var, x.transpose(1, 2).transpose(0, 1).flatten(1).var(1))
+    z = model[0].train()(x).relu().unflatten(1, (2, 2)).detach()
+    torch.testing.assert_close(model[3].running_mean, torch.cat([z[:4], z[6:]]).mean((0, 2, 3)))
+    torch.testing.assert_close(model[3].other.running_mean, z[4:6].mean((0, 2, 3)))
+    torch.testing.assert_close(model[4].running_mean, model[3](z).detach().mean((0, 2, 3)))

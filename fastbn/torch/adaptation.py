@@ -78,7 +78,7 @@ class _Adapted:
 
     def forward(self: Any, input: Tensor) -> Tensor:  # noqa: A002  as torch's layers
         """Normalize; in evaluation by what was mixed from the running statistics and the data."""
-        if self.training:
+        if self.training or STATE not in self.__dict__:  # the latter where somebody has derived another class, which stays
             found: Tensor = super().forward(input)  # type: ignore[misc]
             return found
         self._check_input_dim(input)
@@ -93,9 +93,16 @@ class _Adapted:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A pickle names the layer's own class: this one is made anew where it is read."""
+        if not _is_ours(type(self)):  # it says itself how it is made, or has a name
+            return super().__reduce_ex__(protocol)
         kind = type(self).__bases__[1]
         of = vars(kind).get(OWN)  # a converted layer, whose class has no name either
         return _empty, (kind,) if of is None else (of, kind.__bases__[0]), self.__dict__
+
+
+def _is_ours(kind: type) -> bool:
+    """Whether a class was made here, and is none that somebody has derived from it since, as parametrizations do."""
+    return kind.__bases__[0] is _Adapted
 
 
 @cache
@@ -141,7 +148,7 @@ class Adaptation:
     def __init__(self, model: nn.Module):
         check(model)
         self.layers: dict[str, Any] = {path: layer for path, layer in norms(model) if isinstance(layer, _Adapted)}
-        self._memories = {path: layer.__dict__[STATE] for path, layer in self.layers.items()}
+        self._memories = {path: layer.__dict__.get(STATE, _Memory(0, None)) for path, layer in self.layers.items()}
 
     def __repr__(self) -> str:
         return f"Adaptation(layers={list(self.layers)}, skipped={self.skipped})"
@@ -166,9 +173,10 @@ class Adaptation:
     def revert(self) -> None:
         """Make the layers what they were, but for those that adapt anew since. It may be called again."""
         for path, layer in self.layers.items():
-            if layer.__dict__.get(STATE) is self._memories[path]:
-                become(layer, type(layer).__bases__[1])
-                del layer.__dict__[STATE]
+            if layer.__dict__.get(STATE, self._memories[path]) is self._memories[path]:
+                if _is_ours(type(layer)):
+                    become(layer, type(layer).__bases__[1])
+                layer.__dict__.pop(STATE, None)
         self.layers, self._memories = {}, {}
 
 
@@ -230,7 +238,7 @@ def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> A
     if not layers:
         raise ValueError("the model has no batch norm with running statistics")
     for path, layer in layers:
-        if isinstance(layer, _Adapted):
+        if STATE in layer.__dict__:
             raise ValueError(f"{path or 'the model'} adapts already: revert that first, by fastbn.torch.Adaptation(model).revert()")
         if why := unusual(layer):
             raise ValueError(f"{path or 'the model'} cannot adapt: {why}")

@@ -26,9 +26,11 @@ class _Memory:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor
-        size = tensor.element_size()
+        size, address = tensor.element_size(), tensor.data_ptr()
+        if address == 0:
+            raise TypeError(f"fastbn reads values in this process's memory, where a {type(tensor).__name__} has none")
         self.__array_interface__ = {
-            "version": 3, "data": (tensor.data_ptr(), False), "shape": tuple(tensor.shape),
+            "version": 3, "data": (address, False), "shape": tuple(tensor.shape),
             "strides": tuple(size * stride for stride in tensor.stride()), "typestr": TYPES[tensor.dtype],
         }  # fmt: skip
 
@@ -48,6 +50,9 @@ def array_of(tensor: Tensor) -> Array:
 
     Where a tensor's memory does not hold its values, as in the imaginary part of a conjugate, it is that of a copy.
     """
+    functorch: Any = torch._C._functorch
+    if functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor):
+        raise TypeError("fastbn reads one tensor at a time here, and not many as one: is_grads_batched and vectorize must be False")
     if tensor.numel() == 0:
         return np.empty(tuple(tensor.shape), resolve(str(tensor.dtype).removeprefix("torch.")))
     known: Any = tensor.detach().resolve_neg()

@@ -18,10 +18,11 @@ import functools
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from math import inf
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -320,6 +321,9 @@ def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
     return (type(module) is kind or own_class(module) is kind) and "forward" not in module.__dict__
 
 
+HOLDERS: Any = (Standing, dict, list, deque, tuple, set, frozenset)
+
+
 def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
     """What a module returns, with tensors for what waits no longer; `known` has what was looked at, by its id, and what became of it."""
     if isinstance(output, Pending):
@@ -336,11 +340,11 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
         for key, value in output.items():
             if (found := settled(value, known)) is not value:
                 output[key] = found
-    elif isinstance(output, list):
+    elif isinstance(output, list | deque):
         for i, value in enumerate(output):
             if (found := settled(value, known)) is not value:
                 output[i] = found
-    elif isinstance(output, tuple | set):
+    elif isinstance(output, tuple | set | frozenset):
         made = [settled(value, known) for value in output]
         if any(one is not value for one, value in zip(made, output, strict=True)):
             known[id(output)] = output, type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
@@ -348,7 +352,7 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
         fields = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
         for name in [field.name for field in fields] or [*getattr(output, "__dict__", ())]:
             value = getattr(output, name, None)
-            if isinstance(value, Standing | dict | list | tuple | set) and (found := settled(value, known)) is not value:
+            if isinstance(value, HOLDERS) and (found := settled(value, known)) is not value:
                 object.__setattr__(output, name, found)
     return known[id(output)][1]
 
@@ -373,18 +377,21 @@ class Input(Standing):
 class _Call:
     """A normalization that waits."""
 
-    __slots__ = "arguments", "counted", "mode", "version"
+    __slots__ = "arguments", "counted", "mode", "versions"
 
     def __init__(self, arguments: Arguments | Parts):
         self.arguments = arguments
         self.mode = mode()
-        self.version = _version(arguments.x)
+        known = () if torch.compiler.is_compiling() else arguments[:6]
+        self.versions = [t._version if isinstance(t, Tensor) and not t.is_inference() else None for t in known]
         self.counted = False  # running statistics were moved
 
     def run(self, residual: Tensor | None, activation: Builtin) -> Tensor:
-        _check_version(self.arguments.x, self.version, "the input of a normalization")
         a: Any = self.arguments
         a = a.followed(residual, activation, self.counted)
+        for t, version in zip(a, self.versions, strict=False):
+            if version is not None and t is not None and t._version != version:  # statistics that were moved are None
+                _refuse(f"{'the input' if t is a.x else 'a parameter or a statistic'} of a normalization")
         self.counted = True
         if mode() == self.mode:
             return _run(a)
@@ -400,11 +407,10 @@ def _version(x: Tensor) -> int:
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
-def _check_version(x: Tensor, version: int, what: str) -> None:
-    if _version(x) != version:
-        raise RuntimeError(
-            f"{what} was changed in place before what follows it was computed; fastbn.torch.revert(model) makes it a layer of torch's again"
-        )
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f"{what} was changed in place before what follows it was computed; fastbn.torch.revert(model) makes it a layer of torch's again"
+    )
 
 
 class Pending(Standing):
@@ -436,8 +442,8 @@ class Pending(Standing):
         return self.value
 
     def _run(self, activation: Builtin) -> Tensor:
-        if self.residual is not None:
-            _check_version(self.residual, self.version, "what is added to a normalization")
+        if self.residual is not None and _version(self.residual) != self.version:
+            _refuse("what is added to a normalization")
         return self.call.run(self.residual, activation)
 
     def _release(self) -> None:

@@ -68,6 +68,16 @@ def own_class(module: object) -> Any:
     return vars(type(module)).get(OWN, type(module))
 
 
+def own_method(module: object, name: str) -> Any:
+    """A method of the class that a module had, or of one that somebody has derived from ours since."""
+    for kind in type(module).__mro__:
+        if OWN in vars(kind):
+            return getattr(vars(kind)[OWN], name)
+        if name in vars(kind):
+            return vars(kind)[name]
+    return None
+
+
 def _make(make: Any, mixin: type[Derived], kind: type, *arguments: Any) -> Any:
     """Make an empty object, for a pickle."""
     return make(derive(mixin, kind), *arguments)

@@ -1,7 +1,8 @@
 """What stands before and after the batch norms of a model, as torch.fx finds it.
 
 A model that cannot be traced as a whole is traced in pieces: its children, theirs, and so on. Nothing is called but the
-model's own Python code, with stand-ins for tensors. Hooks are not called: a module that has some is a piece by itself.
+model's own Python code, with stand-ins for tensors. Hooks are not called, nor the code of modules that share a model between
+processes: what is in them is traced by itself.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ STEPS = "_fastbn_steps"  # of a converted layer: what is expected to follow
 OF_ROWS = (nn.LayerNorm, nn.RMSNorm)
 NORMS = (_NormBase, nn.GroupNorm, *OF_ROWS)
 PLAIN = {str, int, float, bool, bytes, type(None)}  # hold nothing
+PARALLEL = ("torch.nn.parallel.", "torch.distributed.fsdp.")  # packages whose modules' own code works with other processes
 # What normalizations are called in graphs, without their namespaces.
 CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm_with_update",
@@ -164,13 +166,18 @@ class _Tracer(fx.Tracer):
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, NORMS) or has_hooks(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, NORMS) or has_hooks(m) or _is_parallel(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def has_hooks(module: Any) -> bool:
     """Whether a module has hooks."""
     own = module.__dict__
     return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"])
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    """Whether a module's code works with other processes, or gathers parameters, which must not happen for stand-ins."""
+    return any("forward" in vars(kind) and kind.__module__.startswith(PARALLEL) for kind in type(module).__mro__)
 
 
 def in_function(frame: Any, codes: set[Any]) -> Any:
@@ -257,7 +264,7 @@ def traced(piece: nn.Module, prefix: str = "", *, defaults: bool = False) -> Pie
     defaults : bool
         Where it cannot be traced, try again with what optional arguments are by default.
     """
-    if "forward" in piece.__dict__:  # torch.fx would trace that of its class
+    if "forward" in piece.__dict__ or _is_parallel(piece):  # of the former torch.fx would trace that of its class
         return None
     optional = {}
     if defaults:
@@ -280,8 +287,7 @@ def pieces(model: nn.Module, prefix: str = "", *, defaults: bool = False) -> Ite
     piece = traced(model, prefix, defaults=defaults)
     if piece is not None:
         yield piece
-        inner = [(str(node.target), model.get_submodule(str(node.target))) for node in piece.nodes if node.op == "call_module"]
-        within = [(name, child) for name, child in inner if has_hooks(child)]
+        within = [(str(node.target), model.get_submodule(str(node.target))) for node in piece.nodes if node.op == "call_module"]
     else:
         within = [*model.named_children()]
     for name, child in within:

@@ -36,6 +36,7 @@ MASKED = {nn.ReLU, nn.ReLU6, nn.LeakyReLU, F.relu, torch.relu, torch.relu_, F.re
 # the method.
 UNLISTED = {nn.Hardswish, F.hardswish, F.sigmoid, "sigmoid", F.tanh, "tanh", F.leaky_relu_, torch.relu_, torch.sigmoid_, torch.tanh_}
 LEAKY = {nn.LeakyReLU, F.leaky_relu, F.leaky_relu_}
+INPUT_KEPT = {nn.ReLU6, nn.LeakyReLU, F.relu6, F.leaky_relu}  # by torch, and after a sum the output by fastbn
 # What torch.fx calls them: it sees `a += b` as `a + b`.
 INPLACE = {name for i_name in dir(operator) if f"__{i_name}__" in dir(operator) for name in (i_name, i_name[1:]) if i_name[0] == "i"}
 # Return nobody else's memory.
@@ -235,6 +236,8 @@ def _follow(piece: Piece, start: fx.Node, taken: set[fx.Node], *, sums: bool = T
             why = f"{piece.prefix[:-1]} has hooks" if piece.prefix and has_hooks(piece.module) else _OUTPUT
         elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
             why = f"{_name(piece, user)} follows"
+        elif steps.sum and kind in INPUT_KEPT and any(_is_in_place(piece, reader, user, set()) for reader in user.users):
+            why = "what it returns is changed in place"
         elif user in taken:
             why = "the other side of the sum is fused"
         elif user.meta[AROUND] is not start.meta[AROUND]:
@@ -279,15 +282,20 @@ def _is_changed(piece: Piece, node: fx.Node) -> bool:
 
 def _changes(piece: Piece, node: fx.Node, one: fx.Node) -> bool:
     """Whether a node may change in place what another one returns: also one whose code is not known."""
+    if node.op == "output":
+        return piece.prefix != ""  # there is a caller who could not be traced
+    if node.op == "call_function" and str(getattr(node.target, "__module__", None) or "torch").partition(".")[0] not in KNOWN:
+        return True
+    return _is_in_place(piece, node, one, INPLACE if node.op == "call_function" else set())
+
+
+def _is_in_place(piece: Piece, node: fx.Node, one: fx.Node, names: set[str]) -> bool:
+    """Whether a node changes in place what another one returns: by an option, the end of its name, or one of some names."""
     layer: Any = _module(piece, node)
     if layer is not None:
         return bool(getattr(layer, "inplace", False))
-    if node.op == "output":
-        return piece.prefix != ""  # there is a caller who could not be traced
     name = str(getattr(node.target, "__name__", node.target))
-    in_place = name.endswith("_") or (node.op == "call_function" and name in INPLACE) or node.kwargs.get("inplace", False)
-    if node.op == "call_function" and str(getattr(node.target, "__module__", None) or "torch").partition(".")[0] not in KNOWN:
-        return True
+    in_place = name.endswith("_") or name in names or node.kwargs.get("inplace", False)
     return bool(in_place) and (one in node.args[:1] or one in node.kwargs.values())
 
 

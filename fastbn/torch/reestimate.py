@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastbn import checks
 from fastbn.functional import batch_norm_stats
@@ -17,6 +18,7 @@ from fastbn.sync import Communicator
 from fastbn.torch.arrays import TYPES, array_of, computable, on_torchs_threads
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import check, is_batch_norm, norms
+from fastbn.torch.standing import tensor_of
 
 
 def update_bn(
@@ -33,8 +35,8 @@ def update_bn(
     """Find the running statistics of a model's batch norms anew: exactly those of a data set, in one pass.
 
     Each batch runs through the model with the batch norms in training mode, so that each is normalized by its own
-    statistics, and everything else in evaluation mode, as in inference: dropout does not change what is measured. What comes
-    into each layer is merged, weighted by the number of values: batches may have any sizes. Layers that are frozen, or
+    statistics, and everything else in evaluation mode, as in inference: dropout does not change what is measured. What each
+    layer normalizes is merged, weighted by the number of values: batches may have any sizes. Layers that are frozen, or
     have no running statistics, are left alone.
 
     Parameters
@@ -139,6 +141,36 @@ def _called(model: nn.Module, batch: Any) -> object:
     return model(batch)
 
 
+class _Inputs(TorchFunctionMode):
+    """Sees what layers call batch norm with, which need not be what they are called with."""
+
+    def __init__(self, saw: Callable[[str, Any], None]):
+        super().__init__()
+        self.saw = saw
+        self.calls: list[str] = []  # that have begun: a layer may hold another one
+        self.seen: set[str] = set()
+
+    def during(self, path: str, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Run a layer's code; where that normalizes by other functions, what the layer is called with counts."""
+        self.calls.append(path)
+        self.seen.discard(path)
+        try:
+            with nullcontext() if len(self.calls) > 1 else self:
+                y = forward(*args, **named)
+        finally:
+            self.calls.pop()
+        if path not in self.seen:
+            self.saw(path, args[0] if args else named.get("input"))
+        return y
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.functional.batch_norm, torch.batch_norm):
+            self.seen.add(self.calls[-1])
+            self.saw(self.calls[-1], tensor_of(args[0] if args else kwargs["input"]))
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) -> Iterator[None]:
     """A model whose batch norms tell what comes in, normalize by the batch, and move nothing; it is as before after the block."""
@@ -146,19 +178,25 @@ def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) ->
     own = ("track_running_stats", "synchronize")
     kept = [(layer, {name: layer.__dict__[name] for name in own if name in layer.__dict__}) for layer in moving.values()]
     buffers = [(buffer, buffer.clone()) for layer in moving.values() for buffer in layer.buffers(recurse=False)]
-    hooks: list[Any] = []
+    own_forwards = {path: layer.__dict__.get("forward") for path, layer in moving.items()}
+
+    def saw(path: str, x: Any) -> None:
+        if not isinstance(x, Tensor) or x.dtype not in TYPES or x.layout is not torch.strided or x.dim() < 2:
+            return  # the layer says what is wrong with it
+        with on_torchs_threads():
+            stats = batch_norm_stats(array_of(computable(x.detach().cpu())))
+        recorder.saw(path, stats)
+
+    inputs = _Inputs(saw)
 
     def watch(path: str, layer: Any) -> None:
-        def saw(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            layer.training = True  # the model may have said otherwise
-            x = inputs[0] if inputs else named.get("input")
-            if not isinstance(x, torch.Tensor) or x.dtype not in TYPES or x.layout is not torch.strided or x.dim() < 2:
-                return  # the layer says what is wrong with it
-            with on_torchs_threads():
-                stats = batch_norm_stats(array_of(computable(x.detach().cpu())))
-            recorder.saw(path, stats)
+        usual = layer.forward
 
-        hooks.append(layer.register_forward_pre_hook(saw, with_kwargs=True))
+        def forward(*args: Any, **named: Any) -> Any:
+            layer.training = True  # the model may have said otherwise
+            return inputs.during(path, usual, *args, **named)
+
+        layer.__dict__["forward"] = forward
         for name in own:
             if name in layer.__dict__:
                 setattr(layer, name, False)
@@ -169,8 +207,10 @@ def _watched(model: nn.Module, moving: Mapping[str, Any], recorder: Recorder) ->
             watch(path, layer)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for path, usual in own_forwards.items():
+            moving[path].__dict__.pop("forward", None)
+            if usual is not None:
+                moving[path].__dict__["forward"] = usual
         for layer, values in kept:
             layer.__dict__.update(values)
         for module, mode in modes:

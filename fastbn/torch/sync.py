@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastbn import sync
 from fastbn.layout import Array
 from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, unreadable, vector
-from fastbn.torch.derived import own_class, refuse_script
+from fastbn.torch.derived import own_method, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
@@ -246,10 +246,10 @@ def unusual(layer: nn.Module) -> str:
     """Why a batch norm does something else than torch's, or nothing."""
     if isinstance(layer, _LazyNormBase):
         return "it is a lazy batch norm, which was never called: call the model once"
-    kind = own_class(layer)  # whose results a converted layer has
-    if kind.forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward) or "forward" in layer.__dict__:
+    forward, usual = own_method(layer, "forward"), (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
+    if forward not in usual or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
-    return f"{type(layer).__name__} has a __call__ of its own" if kind.__call__ is not nn.Module.__call__ else ""
+    return f"{type(layer).__name__} has a __call__ of its own" if own_method(layer, "__call__") is not nn.Module.__call__ else ""
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
