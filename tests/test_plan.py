@@ -110,6 +110,22 @@ def test_large_outputs_are_streamed(op: str) -> None:
             assert (plan["map"] or plan["sums"])["nontemporal"] is streamed
 
 
+@pytest.mark.parametrize("op", ["forward", "backward"])
+def test_outputs_are_asked_for_early_where_they_stay_near(op: str) -> None:
+    """Not those of a channel that is large for the second-level cache, nor what is streamed."""
+    shapes = {
+        (8, 320, 64): True, (1, 320, 64): True, (64, 1024, 1): True, (8, 64, 4096): True, (8, 64, 8192): False, (8192, 64, 64): False,
+        (64, 65536, 64): False,
+    }  # fmt: skip
+    try:
+        plans.set_caches(32 << 10, 1 << 20, 32 << 20)
+        found = {shape: plans.plan(op, shape, 4, 1)["sums"]["early"] for shape in shapes}
+    finally:
+        plans.set_caches(*cpu.caches())
+    assert found == shapes
+    assert not plans.plan("stats", (8, 320, 64), 4, 1)["sums"]["early"]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_inference_of_few_rows_is_explained_as_it_runs(threads: int) -> None:
     """Where several threads share them, whole columns are units, as in training."""

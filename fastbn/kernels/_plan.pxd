@@ -19,7 +19,7 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
         Py_ssize_t tiles, width, images, pieces, piece, columns, repeats, run
 
     cdef cppclass Units:
-        bint by_columns, reverse, nontemporal, exceeds_l3
+        bint by_columns, reverse, nontemporal, early, exceeds_l3
         Py_ssize_t rows, tail_columns, peel, channels_per_unit, channels_per_pass, rows_per_unit, elements_per_unit, units, bytes
 
     cdef cppclass Plan:

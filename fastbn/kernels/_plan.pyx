@@ -160,6 +160,8 @@ cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.channels_per_pass = min(u.channels_per_unit, max(L1 // t.reads // channel, run))
         u.nontemporal = is_streamed(u, p, t, t.touched)
     u.units = div_up(t.channels, u.channels_per_unit)
+    # A store that waits for its line holds up all that follow.
+    u.early = t.reads > 0 and not u.nontemporal and u.channels_per_pass * t.outer * t.inner * t.item <= L2 // 8
     return True
 
 
@@ -226,7 +228,7 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
 cdef dict numbers(const Units* u):
     return {
         "by_columns": bool(u.by_columns), "reverse": bool(u.reverse), "nontemporal": bool(u.nontemporal),
-        "exceeds_l3": bool(u.exceeds_l3), "rows": u.rows, "tail_columns": u.tail_columns, "peel": u.peel,
+        "early": bool(u.early), "exceeds_l3": bool(u.exceeds_l3), "rows": u.rows, "tail_columns": u.tail_columns, "peel": u.peel,
         "channels_per_unit": u.channels_per_unit, "channels_per_pass": u.channels_per_pass, "rows_per_unit": u.rows_per_unit,
         "elements_per_unit": u.elements_per_unit, "units": u.units, "bytes": u.bytes,
     }

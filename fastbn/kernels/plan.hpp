@@ -47,6 +47,7 @@ struct Tiles {
 struct Units {
     bool by_columns;                  // not by planes
     bool reverse, nontemporal;
+    bool early;                       // what a pass writes is asked for before its sums
     bool exceeds_l3;                  // the arrays do not stay in the caches: memory is read in one stream, not in one for each row
     std::ptrdiff_t rows, tail_columns, peel;  // columns: rows of `columns`, and one of `tail_columns`, behind `peel` elements
     std::ptrdiff_t channels_per_unit; // or columns

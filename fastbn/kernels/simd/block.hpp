@@ -181,6 +181,11 @@ template <class T> struct Block {
         for (ptrdiff_t i = 0; i < n; i += LINE / (ptrdiff_t)sizeof(T)) __builtin_prefetch(p + i, 0, 3);
     }
 
+    // Ask for the lines of n elements that will be written soon.
+    static void prefetch_written(T* p, ptrdiff_t n) {
+        for (ptrdiff_t i = 0; i < n; i += LINE / (ptrdiff_t)sizeof(T)) __builtin_prefetch(p + i, 1, 3);
+    }
+
     // The first n < width lanes from memory, the others from `fill`.
     CALL_ON_SSE static Block load_part(const T* p, ptrdiff_t n, Block fill) {
         FOR_REGISTERS {

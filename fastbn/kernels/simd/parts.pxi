@@ -76,6 +76,7 @@ cdef void forward_parts_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexce
         find_pivots(<TypedCall[Stats, T]*> &own, first, last, tile)
     while first < last:
         end = min(first + own.channels_per_pass, last)
+        expect_outputs(&own, first, end)
         sum_channels(<TypedCall[Stats, T]*> &own, first, end)
         merge_stats(&own, first, end)
         if not fold_parts(&own, first, end):
@@ -276,6 +277,7 @@ cdef void backward_parts_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noex
         after = to_grad_input(job)
     while first < last:
         end = min(first + job.channels_per_pass, last)
+        expect_outputs(job, first, end)
         sum_planes_gradient(job, first, end)
         merge_sums(job, first, end)
         fold_parts_gradient(job, first, end)

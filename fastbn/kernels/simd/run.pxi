@@ -66,6 +66,17 @@ cdef void map_group(TypedCall[Map, T]* job, Py_ssize_t first, Py_ssize_t last) n
         map_whole(job, n * job.channels + first, last - first)
 
 
+cdef inline void expect_outputs(TypedCall[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """Ask for the lines that a pass will write, before its sums."""
+    cdef Py_ssize_t row = job.channels * job.inner, at = first * job.inner, end = job.outer * row
+    cdef Arrays[T] a = job.arrays()
+    while job.early and at < end:
+        Block[T].prefetch_written(a.out + at, (last - first) * job.inner)
+        if Map in Backward and a.dresidual != NULL:
+            Block[T].prefetch_written(a.dresidual + at, (last - first) * job.inner)
+        at += row
+
+
 cdef TypedCall[GradInput, T] to_grad_input(TypedCall[Backward, T]* job) noexcept nogil:
     """What is left to do where the sums kept dy before the activation."""
     cdef TypedCall[GradInput, T] after = (<TypedCall[GradInput, T]*> job)[0]
@@ -100,6 +111,7 @@ cdef void forward_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nog
         if job.folds:
             fold_given(job, first, end, <T*> NULL)
         else:
+            expect_outputs(job, first, end)
             sum_channels(<TypedCall[Stats, T]*> job, first, end)
             merge_stats(job, first, end)
         if job.folds or fold_batch(job, first, end, <T*> NULL):
@@ -126,6 +138,7 @@ cdef void backward_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noexcept n
         end = min(first + job.channels_per_pass, last)
         if job.folds:
             fold_given(job, first, end, <T*> NULL)
+        expect_outputs(job, first, end)
         if Backward is GradInput:
             sum_channels(<TypedCall[GradSums, T]*> job, first, end)
         else:

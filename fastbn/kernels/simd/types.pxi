@@ -34,6 +34,8 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         void prefetch_near(const T*, Py_ssize_t)
         @staticmethod
+        void prefetch_written(T*, Py_ssize_t)
+        @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
         Block[T] tail_mask(Py_ssize_t)
