@@ -17,7 +17,7 @@ from ways import is_direct, take_the_checked_way
 
 import fastbn
 from fastbn import functional, reference
-from fastbn.activations import Builtin
+from fastbn.activations import BUILTINS, Builtin
 from fastbn.dispatch import Kernel
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
@@ -400,8 +400,39 @@ def test_forwards_and_backwards_of_plain_arrays_are_direct(norm: str, after: dic
     for threads in (0, -1, True, 1.0, 2**70, "2"):
         assert not is_direct(getattr(fastbn, norm), x, *first, **options, threads=threads)
     y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, **options)
-    taken_back = "activation" in after and norm in ("layer_norm", "rms_norm")  # which no kernel of rows does
-    assert is_direct(getattr(fastbn, f"{norm}_backward"), y, x, saved) != taken_back
+    backward = getattr(fastbn, f"{norm}_backward")
+    assert is_direct(backward, y, x, saved)
+    rounded = "activation" in after and norm in ("layer_norm", "rms_norm")  # of rows the kernels keep dy before the activation in dx
+    assert is_direct(backward, y, x.copy(), saved, wrt=("weight",)) != rounded
+    x = x.astype("float16")
+    y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, **{**options, **({"residual": x} if "residual" in after else {})})
+    assert is_direct(backward, y, x, saved) != rounded
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("activation", [*BUILTINS, ("leaky_relu", 0.3)], ids=str)
+def test_gradients_of_many_rows_and_an_activation_are_the_references(norm: str, activation: Any) -> None:
+    """Rows of less than a block, of whole blocks, of several at once and a rest; dx of its own, over dy, over x, or not wanted."""
+    forward, backward = getattr(fastbn, f"{norm}_forward"), getattr(fastbn, f"{norm}_backward")
+    r = np.random.default_rng(1)  # no value lies where a derivative jumps
+    for (rows, width), dtype in itertools.product(((70, 7), (3, 64), (131, 300)), (np.float32, np.float64)):
+        x, dy, residual = (r.standard_normal((rows, width)).astype(dtype) for _ in range(3))
+        w, bias = (r.standard_normal(width).astype(dtype) + 1 for _ in range(2))
+        for added, vectors in itertools.product((None, residual), ((), (w, *([bias] if norm == "layer_norm" else [])))):
+            _, saved = forward(x, width, *vectors, activation=activation, residual=added)
+            usual = ["x", "weight", *(["bias"] if norm == "layer_norm" else []), *(["residual"] if added is not None else [])]
+            with fastbn.use_kernel("reference"):
+                want = backward(dy, x, saved, wrt=usual)
+            over = dy.copy(), x.copy()
+            found = [
+                backward(dy, x, saved, wrt=usual), backward(over[0], x, saved, wrt=usual, out=over[0]),
+                backward(dy, over[1], saved, wrt=usual, out=over[1]), backward(dy, x, saved, wrt=usual[1:]), backward(dy, x, saved, threads=3),
+            ]  # fmt: skip
+            for got in found:
+                for a, b in zip(got, want, strict=True):
+                    if a is not None:
+                        np.testing.assert_allclose(a, b, rtol=0, atol=np.finfo(dtype).eps * 64 * max(1.0, np.abs(b).max()))
+            assert all(np.array_equal(a, b) for a, b in zip(found[0][:2], found[-1][:2], strict=True))
 
 
 CHANGES: tuple[dict[str, Any], ...] = (

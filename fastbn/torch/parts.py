@@ -26,7 +26,7 @@ F = torch.nn.functional
 
 
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves.
-LEAST = {"instance_norm": 2 << 20, "group_norm": 8 << 20, "layer_norm": 2 << 20, "rms_norm": 2 << 20}
+LEAST = {"instance_norm": 2 << 20, "group_norm": 8 << 20, "layer_norm": 4 << 20, "rms_norm": 1 << 20}
 
 
 class Norm(NamedTuple):

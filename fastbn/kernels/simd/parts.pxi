@@ -378,9 +378,7 @@ cdef Status backward_parts(TypedCall[Backward, T]* job) noexcept nogil:
         return LEFT
     own.channels = channels
     if job.outer == 1 and job.inner == 1:
-        if Backward is GradInput and parts == 1:
-            return backward_rows(&own)
-        return LEFT
+        return backward_rows(&own) if parts == 1 else LEFT
     if not may_divide(job):
         return LEFT
     if Backward is FusedGradInput and job.out != NULL:

@@ -268,19 +268,50 @@ cdef inline void map_row_gradient(
         store(out + j, scale * g, k - j, False)
 
 
+cdef void undo_row(
+    TypedCall[FusedGradInput, T]* job, Arrays[T]* a, Py_ssize_t at, Block[T] mean, Block[T] scale, Block[T] shift
+) noexcept nogil:
+    """Leave dy before the activation, of a row that begins at `at`, in dz."""
+    cdef TypedCall[FusedNormalize, T]* of_z = <TypedCall[FusedNormalize, T]*> job
+    cdef Py_ssize_t W = Block[T].width(), j = 0, i, few
+    cdef Block[T] z
+    cdef Block[T] several[FEW]
+    while job.activation.is_smooth() and j + W <= job.inner:
+        few = min(<Py_ssize_t> FEW, (job.inner - j) // W)
+        for i in range(few):
+            several[i] = along(of_z, a, at + j + i * W, j + i * W, W, mean, scale, shift, job.at_scale, job.at_bias)
+        Block[T].smooth(several, few, job.activation, True)
+        for i in range(few):
+            store(a.dz + at + j, Block[T].load(a.dy + at + j) * several[i], W, False)
+            j += W
+    while j < job.inner:
+        few = min(W, job.inner - j)
+        z = along(of_z, a, at + j, j, few, mean, scale, shift, job.at_scale, job.at_bias)
+        store(a.dz + at + j, Block[T].activation_backward(load(a.dy + at + j, few, mean), z, job.activation), few, False)
+        j += few
+
+
 cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noexcept nogil:
     """A tile of rows, a few at a time: sums along each, sums of each column, and then, because dx may be dy, the map."""
+    cdef bint fused = sizeof(T) >= 4 and job.dz != NULL
     cdef Py_ssize_t together = max(<Py_ssize_t> 2, min(<Py_ssize_t> ROWS, BACK_BYTES // (job.inner * <Py_ssize_t> sizeof(T))))
     cdef Py_ssize_t first = unit * ROW_TILE, last = min(first + ROW_TILE, job.channels), W = Block[T].width(), n, r, j
     cdef Py_ssize_t size = job.inner * Block[T].item() + BLOCK
     cdef char* dweight = <char*> job.expanded + 2 * unit * size
     cdef double sums[2 * ROWS]
     cdef double g0, g1, invstd, low
-    cdef Arrays[T] a = job.arrays()
+    cdef Arrays[T] whole = job.arrays(), a = whole
+    if fused:
+        a.dy = whole.dz
     memset(dweight, 0, 2 * size)
     while first < last:
         n = min(together, last - first)
         for r in range(n):
+            if fused:
+                undo_row(
+                    <TypedCall[FusedGradInput, T]*> job, &whole, (first + r) * job.inner, Block[T].splat(job.mean, first + r),
+                    Block[T].splat(job.invstd, first + r), Block[T].splat(job.at_shift, first + r)
+                )
             sum_row_gradient(job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), sums + 2 * r)
         j = 0
         while j + W <= job.inner:
@@ -320,22 +351,29 @@ cdef void merge_columns(TypedCall[GradInput, T]* job, Py_ssize_t tiles, Py_ssize
         first += n
 
 
-cdef Status backward_rows(TypedCall[GradInput, T]* job) noexcept nogil:
+cdef Status backward_rows(TypedCall[Backward, T]* job) noexcept nogil:
     """Gradients of rows along which the weights run."""
     cdef Py_ssize_t rows = job.batch, k = job.channels, item = Block[T].item(), size = k * item + BLOCK
     cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), c, bytes
-    cdef char* room = <char*> scratch(size + rows * item + BLOCK + 2 * tiles * size)
+    cdef char* room
     cdef double low
+    if Backward is FusedGradInput:
+        job.dz = job.out if job.dresidual == NULL else job.dresidual
+        if sizeof(T) < 4 or job.dz == NULL or job.dz == job.x:
+            return LEFT  # dy before the activation would be rounded, or lie nowhere
+    room = <char*> scratch(2 * size + rows * item + BLOCK + 2 * tiles * size)
     if room == NULL:
         return NO_MEMORY
     job.at_scale = padded(job.weight, 1, k, k, room, <T*> NULL)
     job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
-    job.expanded = <double*> (room + size + rows * item + BLOCK)
+    if Backward is FusedGradInput:
+        job.at_bias = padded(job.bias, 0, k, k, room + size + rows * item + BLOCK, <T*> NULL)
+    job.expanded = <double*> (room + 2 * size + rows * item + BLOCK)
     for c in range(rows):
         low = Block[T].value(job.mean_lo, c)
         Block[T].set_value(room + size, c, 0 if low == 0 else -low * Block[T].value(job.invstd, c))
     job.channels, job.inner = rows, k
-    bytes = (2 + (job.out != NULL)) * rows * k * sizeof(T)
+    bytes = (reads_of(job) + (job.out != NULL) + (job.dresidual != NULL)) * rows * k * sizeof(T)
     parallel(<unit_fn> backward_rows_unit[T], job, tiles, job.threads, False, bytes, job.host)
-    merge_columns(job, tiles, size)
+    merge_columns(<TypedCall[GradInput, T]*> job, tiles, size)
     return DONE
