@@ -61,8 +61,8 @@ def test_scripts_of_what_they_cannot_hold_are_refused_clearly(make: Callable[[],
 
 @pytest.fixture
 def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (fused, parts):
-        monkeypatch.setattr(module, "SMALLEST", 0)
+    monkeypatch.setattr(fused, "SMALLEST", 0)
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
 
 
 @pytest.mark.usefixtures("small_tensors_too")
