@@ -730,7 +730,8 @@ ANYTHING: tuple[Any, ...] = (
     Ellipsis, slice(1), NotImplemented
 )  # fmt: skip
 BAD_NUMBERS = (
-    None, True, False, 10**400, -(10**400), [1.0], np.zeros(3), np.True_, np.array("x"), "0.1", np.datetime64("2020"), np.timedelta64(3),
+    None, True, False, 10**400, -(10**400), [1.0], np.zeros(3), np.True_, np.array("x"), "0.1",
+    np.datetime64("2020"), np.timedelta64(3, "s"),
 )  # fmt: skip
 
 

@@ -119,7 +119,7 @@ def test_a_layer_that_is_trained_otherwise_is_taken_for_inference_alone(layer: A
         fastbn.BatchNorm2d.from_torch(layer)
 
 
-@pytest.mark.parametrize("count", [-1, 2.7, float("nan"), "3", [1, 2], 2**63, True, np.timedelta64(3)])
+@pytest.mark.parametrize("count", [-1, 2.7, float("nan"), "3", [1, 2], 2**63, True, np.timedelta64(3, "s")])
 def test_a_number_of_batches_is_a_number(count: Any) -> None:
     state = {"running_mean": MEAN, "running_var": VAR, "num_batches_tracked": count}
     with pytest.raises((TypeError, ValueError), match="num_batches_tracked must"):

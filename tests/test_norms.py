@@ -426,7 +426,8 @@ def test_gradients_of_many_rows_and_an_activation_are_the_references(norm: str, 
             over = dy.copy(), x.copy()
             found = [
                 backward(dy, x, saved, wrt=usual), backward(over[0], x, saved, wrt=usual, out=over[0]),
-                backward(dy, over[1], saved, wrt=usual, out=over[1]), backward(dy, x, saved, wrt=usual[1:]), backward(dy, x, saved, threads=3),
+                backward(dy, over[1], saved, wrt=usual, out=over[1]), backward(dy, x, saved, wrt=usual[1:]),
+                backward(dy, x, saved, threads=3),
             ]  # fmt: skip
             for got in found:
                 for a, b in zip(got, want, strict=True):

@@ -215,7 +215,7 @@ def test_counts_of_any_integer_type_become_ints_that_do_not_overflow(integer: An
 def test_counts_without_axes_are_ints_and_booleans_are_none(integer: Any) -> None:
     assert type(Stats(np.array(3, integer), [0.0], [1.0]).count) is int  # type: ignore[arg-type]
     assert type(Stats.running([0.0], [1.0], np.array(3, integer)).count) is int  # type: ignore[arg-type]
-    for wrong in (np.array([3], integer), np.array(True), np.bool_(True), np.timedelta64(3), "3", None):
+    for wrong in (np.array([3], integer), np.array(True), np.bool_(True), np.timedelta64(3, "s"), "3", None):
         with pytest.raises(TypeError, match="count must be an int"):
             Stats(wrong, [0.0], [1.0])
 
