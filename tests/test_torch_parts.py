@@ -296,6 +296,23 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
     assert ran == []
 
 
+def test_an_eps_that_fastbn_refuses_is_left_to_torch(ran: list[Any]) -> None:
+    x = torch.randn(2, 4, 6)
+    for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4), nn.LayerNorm(6), nn.RMSNorm(6)):
+        for eps in (-1e-3, float("inf"), float("nan"), 10**400):
+            layer.eps = eps
+            model = nn.Sequential(layer, nn.ReLU())
+            own, found = copy.deepcopy(model), []
+            fastbn.torch.convert(model)
+            for m in (model, own):
+                try:
+                    found.append(m(x))
+                except Exception as error:  # noqa: PERF203
+                    found.append((type(error), str(error).splitlines()[:1]))
+            assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(found[0].nan_to_num(), found[1].nan_to_num())
+    assert ran == []
+
+
 def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
     for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4, affine=True), nn.LayerNorm((4, 3)), nn.RMSNorm(3)):
         model = nn.Sequential(layer, nn.SiLU()).double()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from sys import float_info
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ F = torch.nn.functional
 
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves.
 LEAST = {"instance_norm": 2 << 20, "group_norm": 8 << 20, "layer_norm": 4 << 20, "rms_norm": 1 << 20}
+MOST = float_info.max  # as eps
 
 
 class Norm(NamedTuple):
@@ -74,7 +76,7 @@ class Parts(NamedTuple):
             return False
         if not (self._has_groups() if self.kind == "group_norm" else self._has_rows()):
             return False
-        number = type(self.eps) in NUMBERS and self.eps >= 0  # type: ignore[operator]
+        number = type(self.eps) in NUMBERS and 0 <= self.eps <= MOST  # type: ignore[operator]
         if not number and not (self.eps is None and self.kind == "rms_norm"):
             return False
         shape = x.shape[1:2] if self.kind == "group_norm" else torch.Size(self.parts)
