@@ -162,6 +162,28 @@ def test_code_of_ones_own_around_rows_is_fused_and_never_runs_apart(ran: list[An
     assert [a.kind for a in ran] == ["layer_norm", "rms_norm"]
 
 
+@pytest.mark.parametrize("layer", [lambda: RowsAct(6), lambda: RootAct(6), lambda: GroupAct(2, 4)])
+def test_code_of_ones_own_is_one_node_of_a_graph(layer: Callable[[], Any]) -> None:
+    """And not one without the activation beside it, which nobody reads, but an exported model computes."""
+    model, x, graphs = nn.Sequential(nn.Conv1d(2, 4, 1), layer()), torch.randn(3, 2, 6), []
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph.graph) or graph)
+    torch.testing.assert_close(compiled(x), own(x), rtol=1e-5, atol=1e-5)
+    exported = [torch.export.export(model, (x,), strict=strict) for strict in (True, False)]
+    for graph in (*graphs, *(e.graph for e in exported)):
+        assert sum(str(node.target).startswith(("fastbn.", "torch.ops.fastbn.")) for node in graph.nodes) == 1
+    for e in exported:
+        torch.testing.assert_close(e.module()(x), own(x), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+class GroupAct(nn.GroupNorm):
+    def forward(self, x: Any) -> Any:
+        return F.silu(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
 class RowsAct(nn.LayerNorm):
     def forward(self, x: Any) -> Any:
         return F.silu(F.layer_norm(x, [*self.normalized_shape], self.weight, self.bias, self.eps))
