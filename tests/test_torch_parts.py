@@ -162,6 +162,31 @@ def test_code_of_ones_own_around_rows_is_fused_and_never_runs_apart(ran: list[An
     assert [a.kind for a in ran] == ["layer_norm", "rms_norm"]
 
 
+@pytest.mark.parametrize("base", [nn.LayerNorm, nn.RMSNorm])
+def test_rows_of_a_length_that_changes_stay_one_graph(base: Any) -> None:
+    """Code that takes the shape of a row from its input: neither specialized by torch.compile, nor refused by torch.export."""
+
+    class OfInput(base):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            called = F.layer_norm if base is nn.LayerNorm else F.rms_norm
+            return F.silu(called(x, x.shape[1:], None, eps=self.eps))
+
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), OfInput(6, elementwise_affine=False, eps=1e-3))
+    own, graphs, dim = copy.deepcopy(model), [], torch.export.Dim
+    fastbn.torch.convert(model)
+    sizes = {0: dim("batch", min=2, max=64), 2: dim("width", min=2, max=64)}
+    exported = torch.export.export(model, (torch.randn(3, 2, 5),), dynamic_shapes=(sizes,), strict=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True)
+    for width in (5, 7, 9):
+        x = torch.randn(4, 2, width)
+        for m in (compiled, exported.module()):
+            torch.testing.assert_close(m(x), own(x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    assert any(str(node.target).startswith("fastbn.") for node in exported.graph.nodes)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("layer", [lambda: RowsAct(6), lambda: RootAct(6), lambda: GroupAct(2, 4)])
 def test_code_of_ones_own_is_one_node_of_a_graph(layer: Callable[[], Any]) -> None:
     """And not one without the activation beside it, which nobody reads, but an exported model computes."""

@@ -45,10 +45,11 @@ def _norm(kind: str, composed: Callable[[Any], Tensor], schema: str) -> Norm:
     return Norm(getattr(norms, f"{kind}_forward"), getattr(norms, kind), getattr(norms, f"{kind}_backward"), composed, schema)
 
 
+_ROW = "SymInt[] normalized_shape"  # a number of torch.export's, too
 NORMS = {
     "group_norm": _norm("group_norm", lambda a: F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int num_groups, float eps"),
-    "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int[] normalized_shape, float eps"),
-    "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), "int[] normalized_shape, float? eps"),
+    "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), f"{_ROW}, float eps"),
+    "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), f"{_ROW}, float? eps"),
 }
 
 
