@@ -402,8 +402,8 @@ def test_forwards_and_backwards_of_plain_arrays_are_direct(norm: str, after: dic
     y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, **options)
     backward = getattr(fastbn, f"{norm}_backward")
     assert is_direct(backward, y, x, saved)
-    rounded = "activation" in after and norm in ("layer_norm", "rms_norm")  # of rows the kernels keep dy before the activation in dx
-    assert is_direct(backward, y, x.copy(), saved, wrt=("weight",)) != rounded
+    rounded = "activation" in after and norm in ("layer_norm", "rms_norm")  # of rows the kernels keep dy before the activation
+    assert is_direct(backward, y, x.copy(), saved, wrt=("weight",))
     x = x.astype("float16")
     y, saved = getattr(fastbn, f"{norm}_forward")(x, *first, **{**options, **({"residual": x} if "residual" in after else {})})
     assert is_direct(backward, y, x, saved) != rounded
@@ -433,7 +433,8 @@ def test_gradients_of_many_rows_and_an_activation_are_the_references(norm: str, 
                 for a, b in zip(got, want, strict=True):
                     if a is not None:
                         np.testing.assert_allclose(a, b, rtol=0, atol=np.finfo(dtype).eps * 64 * max(1.0, np.abs(b).max()))
-            assert all(np.array_equal(a, b) for a, b in zip(found[0][:2], found[-1][:2], strict=True))
+            for got in found[1:]:  # the same bits, wherever dx lies
+                assert all(a is None or np.array_equal(a, b) for a, b in zip(got[:2], found[0][:2], strict=True))
 
 
 CHANGES: tuple[dict[str, Any], ...] = (

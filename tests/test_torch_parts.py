@@ -162,6 +162,53 @@ def test_code_of_ones_own_around_rows_is_fused_and_never_runs_apart(ran: list[An
     assert [a.kind for a in ran] == ["layer_norm", "rms_norm"]
 
 
+@pytest.mark.parametrize("base", [nn.LayerNorm, nn.RMSNorm])
+def test_rows_of_a_length_that_changes_stay_one_graph(base: Any) -> None:
+    """Code that takes the shape of a row from its input: neither specialized by torch.compile, nor refused by torch.export."""
+
+    class OfInput(base):  # type: ignore[misc]
+        def forward(self, x: Any) -> Any:
+            called = F.layer_norm if base is nn.LayerNorm else F.rms_norm
+            return F.silu(called(x, x.shape[1:], None, eps=self.eps))
+
+    model = nn.Sequential(nn.Conv1d(2, 4, 1), OfInput(6, elementwise_affine=False, eps=1e-3))
+    own, graphs, dim = copy.deepcopy(model), [], torch.export.Dim
+    fastbn.torch.convert(model)
+    sizes = {0: dim("batch", min=2, max=64), 2: dim("width", min=2, max=64)}
+    exported = torch.export.export(model, (torch.randn(3, 2, 5),), dynamic_shapes=(sizes,), strict=True)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph, dynamic=True)
+    for width in (5, 7, 9):
+        x = torch.randn(4, 2, width)
+        for m in (compiled, exported.module()):
+            torch.testing.assert_close(m(x), own(x), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+    assert any(str(node.target).startswith("fastbn.") for node in exported.graph.nodes)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layer", [lambda: RowsAct(6), lambda: RootAct(6), lambda: GroupAct(2, 4)])
+def test_code_of_ones_own_is_one_node_of_a_graph(layer: Callable[[], Any]) -> None:
+    """And not one without the activation beside it, which nobody reads, but an exported model computes."""
+    model, x, graphs = nn.Sequential(nn.Conv1d(2, 4, 1), layer()), torch.randn(3, 2, 6), []
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph.graph) or graph)
+    torch.testing.assert_close(compiled(x), own(x), rtol=1e-5, atol=1e-5)
+    exported = [torch.export.export(model, (x,), strict=strict) for strict in (True, False)]
+    for graph in (*graphs, *(e.graph for e in exported)):
+        assert sum(str(node.target).startswith(("fastbn.", "torch.ops.fastbn.")) for node in graph.nodes) == 1
+    for e in exported:
+        torch.testing.assert_close(e.module()(x), own(x), rtol=1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
+class GroupAct(nn.GroupNorm):
+    def forward(self, x: Any) -> Any:
+        return F.silu(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
 class RowsAct(nn.LayerNorm):
     def forward(self, x: Any) -> Any:
         return F.silu(F.layer_norm(x, [*self.normalized_shape], self.weight, self.bias, self.eps))
@@ -293,6 +340,23 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
             except Exception as error:  # noqa: PERF203
                 found.append((type(error), str(error).splitlines()[:1]))
         assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(*found)
+    assert ran == []
+
+
+def test_an_eps_that_fastbn_refuses_is_left_to_torch(ran: list[Any]) -> None:
+    x = torch.randn(2, 4, 6)
+    for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4), nn.LayerNorm(6), nn.RMSNorm(6)):
+        for eps in (-1e-3, float("inf"), float("nan"), 10**400):
+            layer.eps = eps
+            model = nn.Sequential(layer, nn.ReLU())
+            own, found = copy.deepcopy(model), []
+            fastbn.torch.convert(model)
+            for m in (model, own):
+                try:
+                    found.append(m(x))
+                except Exception as error:  # noqa: PERF203
+                    found.append((type(error), str(error).splitlines()[:1]))
+            assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(found[0].nan_to_num(), found[1].nan_to_num())
     assert ran == []
 
 

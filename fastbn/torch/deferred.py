@@ -123,7 +123,7 @@ class Visit:
         found = False
         for value in [*self.waiting.values()]:
             pending = value() if type(value) is weakref.ref else value
-            if pending is not None:
+            if pending is not None and not (pending.released and torch.compiler.is_compiling()):  # which lets nothing die
                 found = True
                 pending.tensor()
         self.waiting.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
+from sys import float_info
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ F = torch.nn.functional
 
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves.
 LEAST = {"instance_norm": 2 << 20, "group_norm": 8 << 20, "layer_norm": 4 << 20, "rms_norm": 1 << 20}
+MOST = float_info.max  # as eps
 
 
 class Norm(NamedTuple):
@@ -43,10 +45,11 @@ def _norm(kind: str, composed: Callable[[Any], Tensor], schema: str) -> Norm:
     return Norm(getattr(norms, f"{kind}_forward"), getattr(norms, kind), getattr(norms, f"{kind}_backward"), composed, schema)
 
 
+_ROW = "SymInt[] normalized_shape"  # a number of torch.export's, too
 NORMS = {
     "group_norm": _norm("group_norm", lambda a: F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int num_groups, float eps"),
-    "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int[] normalized_shape, float eps"),
-    "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), "int[] normalized_shape, float? eps"),
+    "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), f"{_ROW}, float eps"),
+    "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), f"{_ROW}, float? eps"),
 }
 
 
@@ -74,7 +77,7 @@ class Parts(NamedTuple):
             return False
         if not (self._has_groups() if self.kind == "group_norm" else self._has_rows()):
             return False
-        number = type(self.eps) in NUMBERS and self.eps >= 0  # type: ignore[operator]
+        number = type(self.eps) in NUMBERS and 0 <= self.eps <= MOST  # type: ignore[operator]
         if not number and not (self.eps is None and self.kind == "rms_norm"):
             return False
         shape = x.shape[1:2] if self.kind == "group_norm" else torch.Size(self.parts)

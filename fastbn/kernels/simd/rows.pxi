@@ -354,16 +354,21 @@ cdef void merge_columns(TypedCall[GradInput, T]* job, Py_ssize_t tiles, Py_ssize
 cdef Status backward_rows(TypedCall[Backward, T]* job) noexcept nogil:
     """Gradients of rows along which the weights run."""
     cdef Py_ssize_t rows = job.batch, k = job.channels, item = Block[T].item(), size = k * item + BLOCK
-    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), c, bytes
+    cdef Py_ssize_t tiles = div_up(rows, ROW_TILE), c, bytes, kept = 0
+    cdef Py_ssize_t total = 2 * size + rows * item + BLOCK + 2 * tiles * size
     cdef char* room
     cdef double low
     if Backward is FusedGradInput:
         job.dz = job.out if job.dresidual == NULL else job.dresidual
-        if sizeof(T) < 4 or job.dz == NULL or job.dz == job.x:
-            return LEFT  # dy before the activation would be rounded, or lie nowhere
-    room = <char*> scratch(2 * size + rows * item + BLOCK + 2 * tiles * size)
+        if sizeof(T) < 4:
+            return LEFT  # dy before the activation would be rounded
+        if job.dz == NULL or job.dz == job.x:
+            kept = rows * k * sizeof(T)  # it lies nowhere else
+    room = <char*> scratch(total + kept)
     if room == NULL:
         return NO_MEMORY
+    if kept > 0:
+        job.dz = room + total
     job.at_scale = padded(job.weight, 1, k, k, room, <T*> NULL)
     job.at_shift, job.at_slope = room + size, job.invstd  # of the normalized value
     if Backward is FusedGradInput:
