@@ -37,7 +37,7 @@ COMMON += ["-fno-unswitch-loops"]
 COMMON += ["-Wno-unknown-warning-option", "-Wno-maybe-uninitialized", "-Wno-unused-function"]  # the last: Cython's own
 # What `fastbn.cpu` looks for before it chooses a module, and no more. Compilers older than -march=x86-64-v3 know these.
 V2 = ["-msse4.2", "-mpopcnt"]
-V3 = [*V2, "-mavx2", "-mfma", "-mf16c", "-mbmi2", "-mprfchw"]  # the last: a hint, nothing to a processor that does not know it
+V3 = [*V2, "-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 V4 = [*V3, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 X86 = {"_simd_v2": V2, "_simd_v3": V3, "_simd_v4": V4}
 ARM = {"_simd_neon": []}
