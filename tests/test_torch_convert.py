@@ -958,6 +958,9 @@ def test_wrappers_that_average_gradients_over_processes() -> None:
         for m in (nn.parallel.DistributedDataParallel(model), own):
             m(x).square().sum().backward()
         assert fastbn.torch.convert(nn.parallel.DistributedDataParallel(own))[0].path == "module.bn"
+        parts = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        folded = fastbn.torch.fold(nn.parallel.DistributedDataParallel(parts).eval()).model  # no buffer is left
+        torch.testing.assert_close(folded(x), parts(x))
     finally:
         torch.distributed.destroy_process_group()
     for p, q in zip(model.parameters(), own.parameters(), strict=True):

@@ -220,7 +220,8 @@ def fold(model: nn.Module) -> Folded:
     Parameters
     ----------
     model : Module
-        In evaluation mode: `model.eval()`.
+        In evaluation mode: `model.eval()`. Of a DistributedDataParallel, the model inside is folded: it shares buffers between
+        processes, of which none may be left.
 
     Returns
     -------
@@ -243,6 +244,8 @@ def fold(model: nn.Module) -> Folded:
     3: left, it stands between ReLU and the output
     """
     check(model)
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     check_called(model)
     twin = copied(model)
     graph = trace(twin)
