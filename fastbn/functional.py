@@ -424,6 +424,16 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
             f"from_output needs weights that are not 0 and not tiny beside the biases, or the input cannot be had from the "
             f"output: weight[{c}] is {weight[c]:g}, bias[{c}] about {saved.shift[c]:g}"
         )
+    if saved.activation is not None and saved.count:
+        # Of what it makes smaller than the dtype's smallest number, nothing is left.
+        with np.errstate(all="ignore"):
+            lost = np.spacing(np.zeros((), dtype)) / np.float64(saved.activation.parameter) >= weight / 8
+        if lost.any():
+            c = int(np.argmax(lost))
+            raise ValueError(
+                f"from_output needs a slope of leaky_relu that is not tiny, or the input cannot be had from the output in {dtype}: the slope "
+                f"is {saved.activation.parameter:g}, weight[{c}] {weight[c]:g}"
+            )
 
 
 @core.direct
