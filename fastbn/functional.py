@@ -431,8 +431,8 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
         if lost.any():
             c = int(np.argmax(lost))
             raise ValueError(
-                f"from_output needs a slope of leaky_relu that is not tiny, or the input cannot be had from the output in {dtype}: the slope "
-                f"is {saved.activation.parameter:g}, weight[{c}] {weight[c]:g}"
+                f"from_output needs a slope of leaky_relu that is not tiny, or the input cannot be had from the output in {dtype}: "
+                f"the slope is {saved.activation.parameter:g}, weight[{c}] {weight[c]:g}"
             )
 
 

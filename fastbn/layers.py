@@ -101,6 +101,7 @@ class BatchNorm(Tracking, FromOthers):
             loaded[key] = checks.vector(name, value, channels, vector.dtype)
         for key, value in loaded.items():
             setattr(layer, key, None if value is None else value.copy())
+        layer.track_running_stats &= found.tracks or "track_running_stats" in options
         if layer.num_batches_tracked is not None and found.batches is not None:
             layer.num_batches_tracked = loaded_array("num_batches_tracked", found.batches, layer.num_batches_tracked)
         return layer.train(found.training).freeze(found.frozen)
