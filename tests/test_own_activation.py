@@ -58,6 +58,19 @@ def test_mish(example: Any, dtype: Any, axis: int) -> None:
         same_bits(y, fastbn.batch_norm_forward(p.x, p.weight, p.bias, layout=layout, activation=activation, residual=residual)[0])
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-300])
+@pytest.mark.parametrize("kind", ["batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"])
+def test_of_inputs_at_the_ends_of_the_range(example: Any, kind: str, size: float) -> None:
+    x = np.clip(rng(2).standard_normal((2, 4, 12)), -1, 1)
+    residual = rng(3).standard_normal(x.shape)
+    own = {"batch_norm": (None, None, None, None, True), "group_norm": (2,), "layer_norm": (12,), "rms_norm": (12,)}.get(kind, ())
+
+    def call(x: Any) -> Any:
+        return getattr(fastbn, kind)(x, *own, eps=0.0, activation=example.mish, residual=residual)
+
+    within(call(x * size), call(x), 1e-12)
+
+
 def test_layers_and_a_plain_function(example: Any) -> None:
     p = problem((2, 3, 4, 4))
     layer = fastbn.BatchNorm2d(3, activation=example.swish(1.0))
