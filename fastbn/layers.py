@@ -178,7 +178,7 @@ class BatchNorm(Tracking, FromOthers):
             options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation, "threads": threads}
             y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
             names = ("running_mean", "running_var", "weight", "bias")
-            fixed: dict[str, Any] = {name: None if v is None else v.copy() for name, v in zip(names, given, strict=True)}
+            fixed: dict[str, Any] = {name: None if v is None else np.array(v) for name, v in zip(names, given, strict=True)}
             again = partial(functional.batch_norm_forward, **fixed, training=False, eps=self.eps, **options)
             self._context = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True, is_written_over(out, x))
             return y
