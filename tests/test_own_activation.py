@@ -251,6 +251,15 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
         fastbn.batch_norm_forward(np.ones((2, 3)), activation=lambda z: z)
 
 
+def test_where_numba_may_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+    monkeypatch.setattr(numba.core.config, "DISABLE_JIT", 1)
+    function = numba.njit(lambda z: z)
+    for call in (lambda: fastbn.Activation(function), lambda: fastbn.batch_norm_forward(np.ones((2, 3)), activation=function)):
+        with pytest.raises(TypeError, match=r"got <function .*; NUMBA_DISABLE_JIT is set, with which numba.njit compiles nothing"):
+            call()
+
+
 def test_only_numba_takes_functions() -> None:
     assert [name for name, kernel in KERNELS.items() if kernel.custom] == ["numba"]
 
