@@ -22,6 +22,7 @@ ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callabl
 Number = float | np.floating | np.integer
 GRADIENTS = ("x", "weight", "bias", "residual")
 USUAL = GRADIENTS[:3]
+MOST_VALUES = 1e300  # per channel: any count that Stats have added up to, and none that no float holds
 
 
 def _request(
@@ -382,7 +383,7 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
             continue
         checks.saved_vector(name, v, (channels.number,), channels.words, dtype.compute)
     checks.switch("saved.training", saved.training)
-    checks.integer("saved.count", saved.count, 0)
+    checks.integer("saved.count", saved.count, 0, MOST_VALUES)
     checks.saved_after(saved, array)
     mask = checks.mask(saved.mask, array, axis)
     if not saved.training:
@@ -646,6 +647,6 @@ def batch_norm_backward_elemt(
     m, scale = checks.precise("mean", mean, channels, compute), checks.vector("invstd", invstd, channels, compute)
     w = checks.optional("weight", weight, channels, compute)
     sums = checks.vector("sum_dy", sum_dy, channels, wide), checks.vector("sum_dy_xmu", sum_dy_xmu, channels, wide)
-    n = checks.integer("count", count, 1 if r.x.size else 0)
+    n = checks.integer("count", count, 1 if r.x.size else 0, MOST_VALUES)
     r = _into(r, out, dy, mean=mean, invstd=invstd, weight=weight, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu)
     return core.backward_elemt(r, dy, m, scale, w, *sums, n)
