@@ -67,7 +67,8 @@ def _of_batch(stats: object, r: Request, channels: Channels, correction: int) ->
     if stats.count < held:
         had = held if r.mask is None else f"{held} at True positions of mask"
         raise ValueError(f"stats must be of a batch that holds x: they count {stats.count} values per channel, but x has {had}")
-    if (stats.count or r.x.size) and stats.count < 1 + correction:
+    # With a mask, others that share the batch may have values of which none counts: they refuse it, and so must a part without any.
+    if (stats.count or r.x.size or r.mask is not None) and stats.count < 1 + correction:
         raise ValueError(f"Expected more than {correction} value per channel when training, got stats with a count of {stats.count}")
     return stats
 
