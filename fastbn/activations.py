@@ -91,7 +91,7 @@ class Activation:
         for name, function in {"forward": forward, "derivative": derivative}.items():
             if _is_compiled(function) or (name == "derivative" and function is None):
                 continue
-            raise TypeError(f"{name} must be a function compiled by numba.njit, got {short(function)}{_without_numba()}")
+            raise TypeError(f"{name} must be a function compiled by numba.njit, got {short(function)}{_why_not_compiled()}")
         self.forward = forward
         self.derivative = derivative
 
@@ -164,7 +164,7 @@ def lookup(activation: object) -> Builtin | Activation:
     if callable(activation):
         if _is_compiled(activation):
             return Activation(activation)
-        raise TypeError(f"{_EXPECTED}, got {short(activation)}{_hint(activation) or _without_numba()}")
+        raise TypeError(f"{_EXPECTED}, got {short(activation)}{_hint(activation) or _why_not_compiled()}")
     name, *parameters = activation if isinstance(activation, tuple) and activation else (activation,)
     if not isinstance(name, str):
         raise TypeError(f"{_EXPECTED}, got {short(activation)}{_hint(name)}")
@@ -206,8 +206,12 @@ def _slope(value: Any) -> float:
     return slope
 
 
-def _without_numba() -> str:
-    return "" if find_spec("numba") else "; Numba, which compiles functions, is not installed (pip install numba)"
+def _why_not_compiled() -> str:
+    """Why nothing can be compiled, where that is so."""
+    if not find_spec("numba"):
+        return "; Numba, which compiles functions, is not installed (pip install numba)"
+    disabled = getattr(sys.modules.get("numba.core.config"), "DISABLE_JIT", 0)
+    return "; NUMBA_DISABLE_JIT is set, with which numba.njit compiles nothing" if disabled else ""
 
 
 def _hint(meant: object) -> str:

@@ -225,7 +225,7 @@ def number(name: str, value: object, least: float | None = None) -> float:
     return v
 
 
-def integer(name: str, value: object, least: int, most: int = 2**63 - 1) -> int:
+def integer(name: str, value: object, least: int, most: float = 2**63 - 1) -> int:
     """Check an int between two bounds; what Python takes as one, as arrays and tensors without axes, is one."""
     try:
         if isinstance(value, (bool, np.bool_)) or str(getattr(value, "dtype", "")).endswith("bool"):

@@ -60,6 +60,8 @@ class Found(NamedTuple):
     options : mapping
         What else a layer of fastbn that can be trained has.
     frozen : bool
+    tracks : bool
+        Whether training moves the running statistics, where there are any.
     """
 
     names: tuple[str, str, str, str]
@@ -76,6 +78,7 @@ class Found(NamedTuple):
     layout: Any = None
     options: Mapping[str, Any] = {}
     frozen: bool = False
+    tracks: bool = True
 
     def where(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Where the channels are, unless the options say so."""
@@ -135,6 +138,7 @@ def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
     made = Found(
         names, (mean, var, weight, bias), eps, momentum, correction, training=bool(numbers.get("training", True)),
         dtype=_dtype(mean, var, weight, bias), batches=array_of(found.get("num_batches_tracked")), trained=_trained(source),
+        tracks=bool(getattr(source, "track_running_stats", True)),
     )  # fmt: skip
     of_fastbn = all(hasattr(source, name) for name in ("layout", "axis", "activation", "dtype"))
     return made._replace(**_own(source)) if of_fastbn else made

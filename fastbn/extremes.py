@@ -74,3 +74,10 @@ def far_from_one(invstd: Array) -> Part | None:
     exponents = -np.frexp(invstd)[1]
     far = (np.abs(exponents) > (400 if invstd.dtype == np.float64 else 100)) & np.isfinite(invstd) & (invstd > 0)
     return Part(np.flatnonzero(far), exponents[far]) if far.any() else None
+
+
+def means(values: Array) -> Array:
+    """Of some parts (number, outer, group, inner), to the last digit; infinite where a value is."""
+    mean = values.mean((1, 2, 3), keepdims=True)
+    rest = (values - mean).mean((1, 2, 3), keepdims=True)
+    return np.asarray(mean + np.where(np.isfinite(rest), rest, 0.0))

@@ -22,6 +22,7 @@ ActivationLike = ActivationName | tuple[str, float | str] | Activation | Callabl
 Number = float | np.floating | np.integer
 GRADIENTS = ("x", "weight", "bias", "residual")
 USUAL = GRADIENTS[:3]
+MOST_VALUES = 1e300  # per channel: any count that Stats have added up to, and none that no float holds
 
 
 def _request(
@@ -66,7 +67,8 @@ def _of_batch(stats: object, r: Request, channels: Channels, correction: int) ->
     if stats.count < held:
         had = held if r.mask is None else f"{held} at True positions of mask"
         raise ValueError(f"stats must be of a batch that holds x: they count {stats.count} values per channel, but x has {had}")
-    if (stats.count or r.x.size) and stats.count < 1 + correction:
+    # With a mask, others that share the batch may have values of which none counts: they refuse it, and so must a part without any.
+    if (stats.count or r.x.size or r.mask is not None) and stats.count < 1 + correction:
         raise ValueError(f"Expected more than {correction} value per channel when training, got stats with a count of {stats.count}")
     return stats
 
@@ -382,7 +384,7 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
             continue
         checks.saved_vector(name, v, (channels.number,), channels.words, dtype.compute)
     checks.switch("saved.training", saved.training)
-    checks.integer("saved.count", saved.count, 0)
+    checks.integer("saved.count", saved.count, 0, MOST_VALUES)
     checks.saved_after(saved, array)
     mask = checks.mask(saved.mask, array, axis)
     if not saved.training:
@@ -424,6 +426,16 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
             f"from_output needs weights that are not 0 and not tiny beside the biases, or the input cannot be had from the "
             f"output: weight[{c}] is {weight[c]:g}, bias[{c}] about {saved.shift[c]:g}"
         )
+    if saved.activation is not None and saved.count:
+        # Of what it makes smaller than the dtype's smallest number, nothing is left.
+        with np.errstate(all="ignore"):
+            lost = np.spacing(np.zeros((), dtype)) / np.float64(saved.activation.parameter) >= weight / 8
+        if lost.any():
+            c = int(np.argmax(lost))
+            raise ValueError(
+                f"from_output needs a slope of leaky_relu that is not tiny, or the input cannot be had from the output in {dtype}: "
+                f"the slope is {saved.activation.parameter:g}, weight[{c}] {weight[c]:g}"
+            )
 
 
 @core.direct
@@ -636,6 +648,6 @@ def batch_norm_backward_elemt(
     m, scale = checks.precise("mean", mean, channels, compute), checks.vector("invstd", invstd, channels, compute)
     w = checks.optional("weight", weight, channels, compute)
     sums = checks.vector("sum_dy", sum_dy, channels, wide), checks.vector("sum_dy_xmu", sum_dy_xmu, channels, wide)
-    n = checks.integer("count", count, 1 if r.x.size else 0)
+    n = checks.integer("count", count, 1 if r.x.size else 0, MOST_VALUES)
     r = _into(r, out, dy, mean=mean, invstd=invstd, weight=weight, sum_dy=sum_dy, sum_dy_xmu=sum_dy_xmu)
     return core.backward_elemt(r, dy, m, scale, w, *sums, n)

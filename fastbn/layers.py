@@ -101,6 +101,7 @@ class BatchNorm(Tracking, FromOthers):
             loaded[key] = checks.vector(name, value, channels, vector.dtype)
         for key, value in loaded.items():
             setattr(layer, key, None if value is None else value.copy())
+        layer.track_running_stats &= found.tracks or "track_running_stats" in options
         if layer.num_batches_tracked is not None and found.batches is not None:
             layer.num_batches_tracked = loaded_array("num_batches_tracked", found.batches, layer.num_batches_tracked)
         return layer.train(found.training).freeze(found.frozen)
@@ -177,7 +178,7 @@ class BatchNorm(Tracking, FromOthers):
             options: dict[str, Any] = {"layout": self.layout, "axis": self.axis, "activation": self.activation, "threads": threads}
             y = functional.batch_norm(x, *given, eps=self.eps, residual=residual, mask=mask, out=out, **options)
             names = ("running_mean", "running_var", "weight", "bias")
-            fixed: dict[str, Any] = {name: None if v is None else v.copy() for name, v in zip(names, given, strict=True)}
+            fixed: dict[str, Any] = {name: None if v is None else np.array(v) for name, v in zip(names, given, strict=True)}
             again = partial(functional.batch_norm_forward, **fixed, training=False, eps=self.eps, **options)
             self._context = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True, is_written_over(out, x))
             return y

@@ -195,8 +195,7 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
     if norm.weight is not None:
         scale = invstd * np.abs(norm.weight.reshape(shape.parts, shape.group).astype(np.float64)).max(1)
     usual = extremes.are_usual(m2, var + norm.eps, scale, norm.compute)
-    known = activation is None or not activation.custom
-    apart = None if usual.all() or not known else _Apart.of(x, shape, norm, np.nonzero(~usual), epilogue)
+    apart = None if usual.all() else _Apart.of(module, x, shape, norm, np.nonzero(~usual), epilogue)
     found = Vectors(high, rest.astype(norm.compute), invstd.astype(norm.compute))
     _normalize(module, x, y, shape, norm, (high, rest, invstd), epilogue)
     if apart is not None:
@@ -222,7 +221,7 @@ def finish(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, found: Vec
                 y[b, :, own] = part[0]
                 for vector, value in zip(found, made, strict=True):
                     vector[b, g] = value[0]
-    _Apart.of(x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
+    _Apart.of(module, x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
 
 
 def _normalize(
@@ -293,13 +292,15 @@ class _Apart(NamedTuple):
     invstd: Array
 
     @classmethod
-    def of(cls, x: Array, shape: Shape, norm: Norm, at: tuple[Array, ...], epilogue: Epilogue | None) -> _Apart:
+    def of(
+        cls, module: Operations, x: Array, shape: Shape, norm: Norm, at: tuple[Array, ...], epilogue: Epilogue | None
+    ) -> _Apart:  # fmt: skip
         """The parts at some places: numbers of images, and of parts in these."""
         values = _gather(x, shape, at)
         largest = np.maximum(np.abs(values).max((1, 2, 3)), np.sqrt(norm.eps))
         e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e[:, None, None, None])
-        mean = _means(values) if norm.centered else np.zeros((len(e), 1, 1, 1))
+        mean = extremes.means(values) if norm.centered else np.zeros((len(e), 1, 1, 1))
         own = 1.0 / np.sqrt(np.square(values - mean).mean((1, 2, 3)) + np.ldexp(norm.eps, -2 * e))
         z = (values - mean) * own[:, None, None, None]
         for vector, times in ((norm.weight, True), (norm.bias, False)):
@@ -308,7 +309,7 @@ class _Apart(NamedTuple):
                 z = z * v if times else z + v
         if epilogue is not None:
             residual = None if epilogue.residual is None else _gather(epilogue.residual, shape, at)
-            z = reference.finish(z, epilogue._replace(residual=residual))
+            z = _finished(module, z, epilogue._replace(residual=residual), norm.compute)
         return cls(at, z, *split(np.ldexp(mean[:, 0, 0, 0], e), np.zeros(1), norm.compute), np.ldexp(own, -e))
 
     def finish(self, y: Array, vectors: Vectors) -> None:
@@ -321,17 +322,20 @@ class _Apart(NamedTuple):
             vector[b, g] = own
 
 
+def _finished(module: Operations, z: Array, epilogue: Epilogue, compute: np.dtype[Any]) -> Array:
+    """What follows the normalization, of some parts in float64; a function of the user's gets the type of the arithmetic."""
+    if epilogue.activation is None or not epilogue.activation.custom:
+        return reference.finish(z, epilogue)
+    rows = reference.finish(z, epilogue._replace(activation=None)).astype(compute).reshape(1, len(z), -1)
+    zero = np.zeros(len(z), compute)
+    module.normalize(rows, rows, zero, np.ones_like(zero), zero, 1, Epilogue(epilogue.activation))
+    return rows.reshape(z.shape)
+
+
 def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
     """Some parts, in float64: of shape (number, outer, group, inner)."""
     k = shape.group
     return np.array([a[b, :, g * k : (g + 1) * k] for b, g in zip(*at, strict=True)], np.float64)
-
-
-def _means(values: Array) -> Array:
-    """Of some parts, to the last digit; infinite where a value is."""
-    mean = values.mean((1, 2, 3), keepdims=True)
-    rest = (values - mean).mean((1, 2, 3), keepdims=True)
-    return np.asarray(mean + np.where(np.isfinite(rest), rest, 0.0))
 
 
 class Sums(NamedTuple):
@@ -499,7 +503,7 @@ def moments(module: Operations, x: Array, shape: Shape, eps: float, threads: int
         largest = np.abs(values).max((1, 2, 3), keepdims=True)
         e = np.where(np.isfinite(largest), np.frexp(largest)[1], 0)
         values = np.ldexp(values, -e)
-        center = _means(values)
+        center = extremes.means(values)
         mean[at], var[at], units[at] = center[:, 0, 0, 0], np.square(values - center).mean((1, 2, 3)), e[:, 0, 0, 0]
         low[at] = 0.0
     return mean, low, var, units

@@ -27,7 +27,7 @@ _LARGEST = 10**30  # count: far from where a float overflows
 class Stats:
     """Statistics of a batch, mergeable with those of other batches.
 
-    A value: its arrays are its own and read-only, two are equal where all their numbers are, and it can be hashed.
+    A value: its arrays are its own and read-only, two of one dtype are equal where all their numbers are, and it can be hashed.
     `merge` has the empty batch as its zero and gives the same whatever the order or the grouping, up to rounding;
     in the same order and grouping, the same bits.
 

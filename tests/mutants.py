@@ -90,7 +90,8 @@ MUTANTS = [
     Mutant("checks.py", "narrow = np.can_cast(v.dtype, compute) or", "narrow = True or", "test_survivors.py test_numerics.py"),
     Mutant("layout.py", "    if type(a) in _PLAIN:", "    if isinstance(a, np.ndarray):", ERRORS),
     Mutant(
-        "functional.py", 'n = checks.integer("count", count, 1 if r.x.size else 0)', 'n = checks.integer("count", count, -1)', SURVIVORS
+        "functional.py", 'n = checks.integer("count", count, 1 if r.x.size else 0, MOST_VALUES)', 'n = checks.integer("count", count, -1)',
+        SURVIVORS,
     ),
     Mutant("checks.py", 'if out is not None and "x" not in wanted:', "if False:", SURVIVORS),
     Mutant("functional.py", "if count < 1 + correction:", "if count < 1:", ERRORS),

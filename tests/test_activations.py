@@ -623,6 +623,18 @@ def test_only_slopes_that_can_be_undone_do_without_the_input(slope: float) -> No
         fastbn.batch_norm_backward(x, y, saved, from_output=True)
 
 
+@pytest.mark.parametrize("slope", [1e-50, 1e-300])
+def test_a_slope_that_leaves_no_digits_of_negative_numbers_cannot_be_undone(slope: float, dtype: np.dtype[Any]) -> None:
+    x = rng().standard_normal((4, 3)).astype(dtype)
+    y, saved = fastbn.batch_norm_forward(x, activation=("leaky_relu", slope))
+    if dtype == np.float64:
+        want, got = fastbn.batch_norm_backward(x, x, saved), fastbn.batch_norm_backward(x, y, saved, from_output=True)
+        np.testing.assert_allclose(got[0], want[0], atol=1e-3)  # type: ignore[arg-type]
+        return
+    with pytest.raises(ValueError, match=rf"from_output needs a slope of leaky_relu that is not tiny, .* in {dtype}: the slope is {slope}"):
+        fastbn.batch_norm_backward(x, y, saved, from_output=True)
+
+
 @pytest.mark.parametrize("slope", [np.nan, np.inf, -np.inf, 10**400])
 def test_slopes_are_finite(slope: float) -> None:
     with pytest.raises(ValueError, match="activation: the slope of leaky_relu must be a finite"):

@@ -111,6 +111,18 @@ def test_what_a_layer_of_fastbn_does_besides_is_taken_too() -> None:
     assert (last.axis, last.activation) == (-1, ("leaky_relu", 0.5))
 
 
+def test_a_layer_whose_tracking_was_switched_off_is_one_that_does_not_track() -> None:
+    x = np.random.default_rng(0).standard_normal((4, 3, 2, 2)).astype(np.float32)
+    layer = fastbn.BatchNorm2d(3)
+    layer.track_running_stats = False
+    again, tracking = (fastbn.BatchNorm2d.from_torch(layer, **options) for options in ({}, {"track_running_stats": True}))
+    for one in (layer, again, tracking):
+        one(x)
+    assert repr(again) == repr(layer)
+    np.testing.assert_array_equal(again.running_mean, layer.running_mean)  # type: ignore[arg-type]
+    assert tracking.num_batches_tracked == 1
+
+
 @pytest.mark.parametrize("layer", [fastbn.BatchRenorm2d(3), fastbn.InstanceNorm2d(3, track_running_stats=True)])
 def test_a_layer_that_is_trained_otherwise_is_taken_for_inference_alone(layer: Any) -> None:
     x = np.moveaxis(X, -1, 1).astype(np.float32)

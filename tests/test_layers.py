@@ -370,3 +370,13 @@ def test_what_a_frozen_batch_norm_computes_with_is_neither_set_nor_deleted(kind:
         with pytest.raises(AttributeError, match=f"{name} cannot be {what}"):
             change()
     assert (repr(frozen), frozen.scale) == before
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_parameter_may_be_a_tuple_in_eval(residual: bool) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 3, 2, 2)).astype(np.float32)
+    plain, other = (fastbn.BatchNorm2d(3, activation="relu").eval() for _ in range(2))
+    plain.weight, other.weight = np.array([1, 2, 3], np.float32), (1.0, 2.0, 3.0)  # type: ignore[assignment]
+    for layer in (plain, other):
+        layer(x, x if residual else None)
+    np.testing.assert_array_equal(other.backward(x)[0], plain.backward(x)[0])  # type: ignore[arg-type]

@@ -58,6 +58,19 @@ def test_mish(example: Any, dtype: Any, axis: int) -> None:
         same_bits(y, fastbn.batch_norm_forward(p.x, p.weight, p.bias, layout=layout, activation=activation, residual=residual)[0])
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-300])
+@pytest.mark.parametrize("kind", ["batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"])
+def test_of_inputs_at_the_ends_of_the_range(example: Any, kind: str, size: float) -> None:
+    x = np.clip(rng(2).standard_normal((2, 4, 12)), -1, 1)
+    residual = rng(3).standard_normal(x.shape)
+    own = {"batch_norm": (None, None, None, None, True), "group_norm": (2,), "layer_norm": (12,), "rms_norm": (12,)}.get(kind, ())
+
+    def call(x: Any) -> Any:
+        return getattr(fastbn, kind)(x, *own, eps=0.0, activation=example.mish, residual=residual)
+
+    within(call(x * size), call(x), 1e-12)
+
+
 def test_layers_and_a_plain_function(example: Any) -> None:
     p = problem((2, 3, 4, 4))
     layer = fastbn.BatchNorm2d(3, activation=example.swish(1.0))
@@ -236,6 +249,15 @@ def test_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
         fastbn.batch_norm_forward(np.ones((2, 3)), activation=np.tanh)
     with pytest.raises(TypeError, match=r"Numba, which compiles functions, is not installed \(pip install numba\)"):
         fastbn.batch_norm_forward(np.ones((2, 3)), activation=lambda z: z)
+
+
+def test_where_numba_may_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba", reason="numba is not installed (pip install 'fastbn[numba]')")
+    monkeypatch.setattr(numba.core.config, "DISABLE_JIT", 1)
+    function = numba.njit(lambda z: z)
+    for call in (lambda: fastbn.Activation(function), lambda: fastbn.batch_norm_forward(np.ones((2, 3)), activation=function)):
+        with pytest.raises(TypeError, match=r"got <function .*; NUMBA_DISABLE_JIT is set, with which numba.njit compiles nothing"):
+            call()
 
 
 def test_only_numba_takes_functions() -> None:

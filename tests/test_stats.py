@@ -265,6 +265,20 @@ def test_counts_that_have_added_up_can_be_carried() -> None:
     np.testing.assert_allclose(merged.standard_error, 2 / np.sqrt(3e30))
 
 
+def test_a_batch_of_any_count_has_gradients() -> None:
+    x = rng().standard_normal((6, 3)).astype(np.float32)
+    part = fastbn.batch_norm_stats(x)
+    whole = Stats(10**30, part.mean, part.var).merge(Stats(10**30, part.mean, part.var))
+    saved = fastbn.batch_norm_forward(x, stats=whole)[1]
+    assert saved.count == 2 * 10**30
+    got = fastbn.batch_norm_backward(x, x, saved, wrt=("weight", "bias"))
+    want = fastbn.batch_norm_backward(x, x, fastbn.batch_norm_forward(x)[1])
+    np.testing.assert_allclose(got.dweight, want.dweight, rtol=1e-6)  # type: ignore[arg-type]
+    sums = fastbn.batch_norm_backward_reduce(x, x, saved.mean, saved.invstd)
+    dx = fastbn.batch_norm_backward_elemt(x, x, saved.mean, saved.invstd, None, *sums, whole.count)
+    np.testing.assert_allclose(dx, x * saved.invstd, rtol=1e-6)  # what the part adds to the means of the whole is nothing
+
+
 def test_what_differs_is_not_equal() -> None:
     s = Stats(2, [1.0], [0.5])
     others = [Stats(3, [1.0], [0.5]), Stats(2, [1.5], [0.5]), Stats(2, [1.0], [0.0]), Stats(2, [1.0], [0.5], [1e-20])]

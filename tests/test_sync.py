@@ -141,6 +141,18 @@ def test_one_value_in_all_is_too_few_on_every_process() -> None:
     together(2, work)
 
 
+@pytest.mark.parametrize("correction", [0, 1])
+def test_masks_that_leave_no_value_are_refused_on_every_process(correction: int) -> None:
+    """One without data, too: it would wait for the others in the backward."""
+
+    def work(rank: int, communicator: Member) -> Any:
+        x = np.ones((4 * rank, 3))
+        with pytest.raises(ValueError, match="got stats with a count of 0"):
+            sync.batch_norm_forward(x, mask=np.zeros(len(x), np.bool_), correction=correction, communicator=communicator)
+
+    together(2, work)
+
+
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5), seed=st.integers(0, 99), far=st.sampled_from([0.0, 1e6, 1e9]))
 def test_any_cut_of_a_batch_gives_the_same(sizes: list[int], seed: int, far: float) -> None:
     n = sum(sizes)
