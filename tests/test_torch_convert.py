@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import inspect
 import io
 import itertools
 import operator
@@ -490,6 +491,51 @@ def test_layers_of_other_packages_that_activate_are_fused() -> None:
         torch.testing.assert_close(step(twin, x), step(model, x))
     assert fastbn.torch.revert(model) == 3
     assert type(model[1]) is BatchNormAct
+
+
+class SumAct(nn.BatchNorm2d):
+    def forward(self, x: Any, shortcut: Any = None, *, scale: Any = 1.0) -> Any:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.relu(y if shortcut is None else y + shortcut) * scale
+
+
+class GroupSumAct(nn.GroupNorm):
+    def forward(self, x: Any, shortcut: Any = 0.0, *, scale: Any = 1.0) -> Any:
+        return F.silu(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)) * scale + shortcut
+
+
+class Second(nn.BatchNorm2d):
+    def forward(self, scale: Any, x: Any) -> Any:
+        return scale * F.relu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training))
+
+
+ARGUMENTS: list[Callable[..., Any]] = [
+    lambda f, x: f(x), lambda f, x: f(x, x), lambda f, x: f(x=x), lambda f, x: f(shortcut=x, x=x), lambda f, x: f(x, scale=2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ARGUMENTS)
+@pytest.mark.parametrize("make", [lambda: SumAct(3), lambda: GroupSumAct(1, 3)])
+def test_layers_with_code_of_their_own_are_called_with_its_arguments(
+    make: Callable[[], Any], call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
+    model = Body(lambda m, x: call(m.own, x), own=make())
+    own, x = copy.deepcopy(model), image()
+    signature = inspect.signature(own.own.forward)
+    assert same(model, x)[-1].fused
+    assert inspect.signature(model.own.forward) == signature
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model.own))):  # noqa: S301  our own
+        found = call(getattr(made, "own", made), x)
+    torch.testing.assert_close(found, call(own.own, x))
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model.eval(), backend="eager")(x), own.eval()(x))
+    torch.compiler.reset()
+
+
+def test_a_layer_that_normalizes_another_argument_than_its_first_is_left() -> None:
+    found = same(Body(lambda m, x: m.own(2.0, m.other(x)), own=Second(4)), image())
+    assert found[-1].why == "the code of Second is not understood"
 
 
 def test_a_subclass_with_torchs_own_code_is_fused() -> None:

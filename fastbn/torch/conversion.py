@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
@@ -28,7 +30,7 @@ from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import kind_of, of_layer
-from fastbn.torch.plans import KINDS, NOBODY, Plan, plans, refuses
+from fastbn.torch.plans import FORWARDS, KINDS, NOBODY, Plan, plans, refuses
 
 jit: Any = torch.jit  # it has no types
 _modules: Any = torch_module  # nor has this
@@ -42,16 +44,34 @@ def _is_seen(layer: Any, activation: Any) -> bool:
 class Converted(Derived):
     """What converted layers have in common."""
 
+    @classmethod
+    def members(cls, kind: Any) -> dict[str, Any]:
+        """A call with the arguments of the kind's own code, where that is not torch's; the first one is the input."""
+        if kind.forward in FORWARDS:
+            return {}
+        _, first, *_ = inspect.signature(kind.forward).parameters
+
+        @functools.wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            steps: Steps | None = self.__dict__.get(STEPS)
+            if steps is None or not (args or first in kwargs):
+                return kind.forward(self, *args, **kwargs)
+            if args:
+                return self._by_own_code(args[0], steps, lambda x: kind.forward(self, x, *args[1:], **kwargs))
+            return self._by_own_code(kwargs[first], steps, lambda x: kind.forward(self, **kwargs | {first: x}))
+
+        return {"forward": forward}
+
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
         """Normalize, or return what stands for that."""
         steps: Steps | None = self.__dict__.get(STEPS)
         if steps is None:  # somebody has made another layer of the same class
             return super().forward(input)  # type: ignore[misc]
         if not steps.plain or type(input) is not Tensor or torch.compiler.is_compiling():
-            return self._by_own_code(input, steps)
+            return self._by_own_code(input, steps, super().forward)  # type: ignore[misc]
         a = _arguments(self, input, steps.from_output)
         if a is None:
-            return self._by_own_code(input, steps)
+            return self._by_own_code(input, steps, super().forward)  # type: ignore[misc]
         alone = not (steps.sum or steps.activation)
         if (alone and not steps.from_output and is_enabled()) or not is_ours(input):
             return torch.batch_norm(input, a.weight, a.bias, a.mean, a.var, a.training, a.momentum, a.eps, True)
@@ -70,9 +90,8 @@ class Converted(Derived):
         a = _arguments(self, x, steps.from_output)
         return activation(me(x)) if a is None else run(a._replace(activation=after))
 
-    def _by_own_code(self, input: Tensor, steps: Steps) -> Any:  # noqa: A002
+    def _by_own_code(self, input: Tensor, steps: Steps, original: Callable[[Any], Any]) -> Any:  # noqa: A002
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
-        original: Any = super().forward  # type: ignore[misc]
         visit = steps.visit(self)
         if visit is None:
             steps = steps.alone()
@@ -115,7 +134,7 @@ class ConvertedParts(Converted):
         """Normalize, or return what stands for that."""
         steps: Steps | None = self.__dict__.get(STEPS)
         if steps is not None and not steps.plain:
-            return self._by_own_code(input, steps)
+            return self._by_own_code(input, steps, self._original)
         visit = None if steps is None or self._is_watched() else steps.visit(self)
         if steps is None or (visit is None and not _pays_alone(self, steps)):
             return self._original(input)
