@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -331,6 +332,19 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
                 found.append((type(error), str(error).splitlines()[:1]))
         assert found[0] == found[1] if isinstance(found[1], tuple) else torch.equal(*found)
     assert ran == []
+
+
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.GroupNorm(3, 6)])
+def test_parameters_of_two_dtypes_are_refused_by_torch(layer: Any, ran: list[Any]) -> None:
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    for dtype, weight, bias in itertools.product(dtypes[1:], dtypes, dtypes):
+        model = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
+        model[0].weight.data, model[0].bias.data = layer.weight.to(weight), layer.bias.to(bias)
+        fastbn.torch.convert(model)
+        fits = weight is bias and weight in (torch.float32, dtype)
+        with contextlib.nullcontext() if fits else pytest.raises(RuntimeError, match="scalar type"):
+            model(torch.randn(4, 6, dtype=dtype))
+    assert len(ran) == 4
 
 
 def test_an_eps_that_fastbn_refuses_is_left_to_torch(ran: list[Any]) -> None:

@@ -82,11 +82,14 @@ class Parts(NamedTuple):
             return False
         shape = x.shape[1:2] if self.kind == "group_norm" else torch.Size(self.parts)
         mixes = x.dtype.itemsize == 2 and self.kind != "rms_norm"  # whose output would be of float32
+        dtype = x.dtype  # of the weight, and then of the bias, too
         for t in self[1:3]:
             if t is not None:
                 if not isinstance(t, Tensor) or not t.is_cpu or t.layout is not torch.strided or t.shape != shape:
                     return False
-                if t.dtype is not x.dtype and not (t.dtype is torch.float32 and mixes):
+                if t is self.weight and t.dtype is torch.float32 and mixes:
+                    dtype = torch.float32
+                if t.dtype is not dtype:
                     return False
         return True
 
