@@ -388,6 +388,25 @@ def test_modes_of_torch() -> None:
     torch.testing.assert_close(step(model, x), step(own, x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_default_device_hinders_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a mode of torch's, which sees all functions, and changes those that make tensors."""
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
+    ran, normalize = [], parts.normalize
+    monkeypatch.setattr(parts, "normalize", lambda a, keep: ran.append(a) or normalize(a, keep=keep))
+    model, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.GroupNorm(1, 3), nn.SiLU(), nn.RMSNorm(6)), image()
+    own, found = copy.deepcopy(model), []
+    fastbn.torch.convert(model)
+    for m in (own, model):
+        leaf = x.clone().requires_grad_()
+        with torch.device(device):
+            y = m(leaf)
+            y.square().mean().backward()
+        found.append((y, leaf.grad, [p.grad for p in m.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert (taken(), len(ran)) == (2, 2)
+
+
 def test_what_begins_without_gradients_has_none() -> None:
     class Model(Body):
         def forward(self, x: Any) -> Any:

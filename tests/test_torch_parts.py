@@ -373,6 +373,19 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradgradcheck(model, (x,))
 
 
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.Identity()])
+def test_an_inference_tensor_is_the_input_of_an_rms_norm_that_learns(act: Any) -> None:
+    """Which torch computes without keeping it."""
+    model = nn.Sequential(nn.RMSNorm(6), act)
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    with torch.inference_mode():
+        x = torch.randn(4, 6)
+    for m in (own, model):
+        m(x).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, own[0].weight.grad)
+
+
 def test_gradients_of_a_layer_that_is_called_on_its_own_output() -> None:
     plain = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()).double()
     model, x = copy.deepcopy(plain), torch.randn(2, 4, 3, dtype=torch.float64)

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import has_torch_function
 
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import counted, table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
 from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, is_line, settled
 from fastbn.torch.derived import Derived, become, derive, own_class, release
-from fastbn.torch.fused import is_ours, run
+from fastbn.torch.fused import is_ours, is_overridden, run
 from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
@@ -177,7 +176,7 @@ def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
         return None
     if type(training) is not bool or type(eps) is not float or eps <= 0 or not (momentum is None or type(momentum) is float):
         return None
-    if x.layout is not torch.strided or not x.is_cpu or has_torch_function((x, weight, bias, mean, var)) or jit.is_tracing():
+    if x.layout is not torch.strided or not x.is_cpu or is_overridden((x, weight, bias, mean, var)) or jit.is_tracing():
         return None
     for t in (weight, bias, mean, var):
         if t is not None and not (isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided):

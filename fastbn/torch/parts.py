@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from fastbn import norms
 from fastbn.activations import Builtin
 from fastbn.results import SavedParts
 from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
-from fastbn.torch.fused import is_ours
+from fastbn.torch.fused import is_ours, is_overridden
 from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, gradients_of, in_words, keep_bias, kept_bias
 
 F = torch.nn.functional
@@ -73,7 +72,7 @@ class Parts(NamedTuple):
         x = self.x
         if not is_ours(x, LEAST["instance_norm" if self._is_instance() else self.kind]) or computable(x) is not x:
             return False
-        if not torch.compiler.is_compiling() and has_torch_function(self[:3]):
+        if not torch.compiler.is_compiling() and is_overridden(self[:3]):
             return False
         if not (self._has_groups() if self.kind == "group_norm" else self._has_rows()):
             return False
@@ -120,6 +119,8 @@ class Parts(NamedTuple):
             y: Tensor = operator(*self[:5], *in_words(self.activation))[0]
             return y
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:3]):
+            if self.x.is_inference():  # which cannot be kept: torch may do without, as in a norm by root mean squares
+                return self.composed()
             return _Fused.apply(*self[:3], self[3:])  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
         return normalize(self, keep=False)[0]
 
