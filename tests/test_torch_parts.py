@@ -374,15 +374,18 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Identity()])
-def test_an_inference_tensor_is_the_input_of_an_rms_norm_that_learns(act: Any) -> None:
-    """Which torch computes without keeping it."""
+def test_an_rms_norm_that_learns_keeps_no_input_that_needs_no_gradient(act: Any) -> None:
+    """As torch's, so that an inference tensor can be its input, and one that is changed in place before the backward."""
     model = nn.Sequential(nn.RMSNorm(6), act)
     own = copy.deepcopy(model)
     fastbn.torch.convert(model)
     with torch.inference_mode():
         x = torch.randn(4, 6)
     for m in (own, model):
-        m(x).square().sum().backward()
+        z = x.clone()
+        y = m(x) + m(z)
+        z += 1
+        y.square().sum().backward()
     torch.testing.assert_close(model[0].weight.grad, own[0].weight.grad)
 
 

@@ -119,7 +119,7 @@ class Parts(NamedTuple):
             y: Tensor = operator(*self[:5], *in_words(self.activation))[0]
             return y
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:3]):
-            if self.x.is_inference():  # which cannot be kept: torch may do without, as in a norm by root mean squares
+            if self.kind == "rms_norm" and not self.x.requires_grad:  # torch does not keep it: it may change, or be an inference tensor
                 return self.composed()
             return _Fused.apply(*self[:3], self[3:])  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
         return normalize(self, keep=False)[0]
