@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
@@ -22,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import counted, table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
-from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, is_line, settled
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, builtin, deferred, is_line, left, settled
 from fastbn.torch.derived import Derived, become, derive, own_class, release
 from fastbn.torch.fused import is_ours, is_overridden, run
 from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
@@ -96,12 +97,22 @@ class Converted(Derived):
             steps = steps.alone()
         if not self._is_ours(input, steps):
             return original(input)
-        found = original(Input(input, steps, visit))
-        if visit is not None and steps.outside:
-            return found
-        if isinstance(visit, Visit):  # nothing waits but in the layer's own code
-            visit.end()
-        return settled(found)
+        inner = None if steps.outside else visit  # of the layer's own code, with which it ends
+        given = Input(input, steps, visit)
+        if torch.compiler.is_compiling():
+            found = original(given)
+            if inner is not None:
+                inner.end()
+            return found if visit is not None and steps.outside else settled(found)
+        held = weakref.ref(given)
+        try:
+            found = original(given)
+        except BaseException:
+            if inner is not None:
+                inner.give_up()
+            raise
+        del given
+        return left(self, found) if (inner is not None and inner.end()) or held() is not None else found
 
     def _is_ours(self, x: Any, steps: Steps) -> bool:
         if torch.compiler.is_compiling():

@@ -91,6 +91,8 @@ def refuses(layer: Any) -> tuple[str, Plan]:
     inside = [node for node in piece.nodes if node.target in functions] if piece else []
     if piece is None or len(inside) != 1 or _input(inside[0]) is not piece.nodes[0]:  # the layer's own first argument
         return f"the code of {type(layer).__name__} is not understood", NOBODY
+    if any(node.meta[AROUND] is not None for node in piece.nodes[0].users):
+        return "its own code gives its input to an autograd.Function or a checkpoint", NOBODY
     plan = _follow(piece, inside[0], set(), sums=isinstance(layer, _BatchNorm))
     return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
 
