@@ -130,7 +130,7 @@ def test_rows_of_sixteen_bits_have_the_dtype_that_torch_gives_them(ran: list[Any
     for layer, mixed in ((nn.LayerNorm(6), 2), (nn.RMSNorm(6), 1)):
         ran.clear()
         for dtype, parameters in itertools.product((torch.float16, torch.bfloat16), (torch.float32, None)):
-            model, x = nn.Sequential(copy.deepcopy(layer), nn.SiLU()).to(parameters or dtype), torch.randn(4, 6).to(dtype)
+            model, x = nn.Sequential(copy.deepcopy(layer), nn.SiLU()).to(parameters or dtype), torch.randn(4, 6).to(dtype).requires_grad_()
             own, true = copy.deepcopy(model), copy.deepcopy(model).double()(x.double())
             fastbn.torch.convert(model)
             with warnings.catch_warnings():
