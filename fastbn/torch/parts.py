@@ -7,7 +7,8 @@ numbers a part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from math import prod
 from sys import float_info
 from typing import Any, NamedTuple
@@ -125,13 +126,21 @@ class Parts(NamedTuple):
         return normalize(self, keep=False)[0]
 
 
+@contextmanager
+def _as_operator(name: str) -> Iterator[None]:
+    """A call of the kernels, which torch's profiler sees as it sees operators."""
+    profiler: Any = torch.autograd.profiler  # it has no types
+    with on_torchs_threads(), profiler.record_function(f"fastbn::{name}") if profiler._is_profiler_enabled else nullcontext():
+        yield
+
+
 def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
     """Output, and where it is wanted what a backward needs: mean, what it rounds away, one over the deviation."""
     y, norm = torch.empty_like(a.x), NORMS[a.kind]
     bias = () if a.kind == "rms_norm" else (vector(a.bias),)
     given: Any = array_of(a.x), a.parts, vector(a.weight), *bias, a.eps
     activation: Any = a.activation.argument if a.activation.code else None
-    with on_torchs_threads():
+    with _as_operator(f"{a.kind}_forward"):
         if not keep:
             norm.inference(*given, activation=activation, out=array_of(y))
             return (y,)
@@ -153,7 +162,7 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
     kept = SavedParts(a.kind, x.shape, x.dtype, axis, group, mean, mean_lo, invstd, weight, bias, activation, None, False)
     dx = torch.empty_like(a.x) if wanted[0] else None
     names = [name for name, w in zip(("x", "weight", "bias"), wanted, strict=True) if w]
-    with on_torchs_threads():
+    with _as_operator(f"{a.kind}_backward"):
         g = NORMS[a.kind].backward(array_of(dy), x, kept, wrt=names, out=None if dx is None else array_of(dx))
     of = (None if v is None or t is None else torch.from_numpy(v).to(t.dtype) for v, t in zip((g.dweight, g.dbias), a[1:3], strict=True))
     return dx, *of
