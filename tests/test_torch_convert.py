@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import inspect
 import io
 import itertools
 import operator
@@ -387,6 +388,25 @@ def test_modes_of_torch() -> None:
     torch.testing.assert_close(step(model, x), step(own, x))
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_default_device_hinders_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a mode of torch's, which sees all functions, and changes those that make tensors."""
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
+    ran, normalize = [], parts.normalize
+    monkeypatch.setattr(parts, "normalize", lambda a, keep: ran.append(a) or normalize(a, keep=keep))
+    model, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.GroupNorm(1, 3), nn.SiLU(), nn.RMSNorm(6)), image()
+    own, found = copy.deepcopy(model), []
+    fastbn.torch.convert(model)
+    for m in (own, model):
+        leaf = x.clone().requires_grad_()
+        with torch.device(device):
+            y = m(leaf)
+            y.square().mean().backward()
+        found.append((y, leaf.grad, [p.grad for p in m.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert (taken(), len(ran)) == (2, 2)
+
+
 def test_what_begins_without_gradients_has_none() -> None:
     class Model(Body):
         def forward(self, x: Any) -> Any:
@@ -490,6 +510,51 @@ def test_layers_of_other_packages_that_activate_are_fused() -> None:
         torch.testing.assert_close(step(twin, x), step(model, x))
     assert fastbn.torch.revert(model) == 3
     assert type(model[1]) is BatchNormAct
+
+
+class SumAct(nn.BatchNorm2d):
+    def forward(self, x: Any, shortcut: Any = None, *, scale: Any = 1.0) -> Any:
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return F.relu(y if shortcut is None else y + shortcut) * scale
+
+
+class GroupSumAct(nn.GroupNorm):
+    def forward(self, x: Any, shortcut: Any = 0.0, *, scale: Any = 1.0) -> Any:
+        return F.silu(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)) * scale + shortcut
+
+
+class Second(nn.BatchNorm2d):
+    def forward(self, scale: Any, x: Any) -> Any:
+        return scale * F.relu(F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training))
+
+
+ARGUMENTS: list[Callable[..., Any]] = [
+    lambda f, x: f(x), lambda f, x: f(x, x), lambda f, x: f(x=x), lambda f, x: f(shortcut=x, x=x), lambda f, x: f(x, scale=2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ARGUMENTS)
+@pytest.mark.parametrize("make", [lambda: SumAct(3), lambda: GroupSumAct(1, 3)])
+def test_layers_with_code_of_their_own_are_called_with_its_arguments(
+    make: Callable[[], Any], call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
+    model = Body(lambda m, x: call(m.own, x), own=make())
+    own, x = copy.deepcopy(model), image()
+    signature = inspect.signature(own.own.forward)
+    assert same(model, x)[-1].fused
+    assert inspect.signature(model.own.forward) == signature
+    for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model.own))):  # noqa: S301  our own
+        found = call(getattr(made, "own", made), x)
+    torch.testing.assert_close(found, call(own.own, x))
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model.eval(), backend="eager")(x), own.eval()(x))
+    torch.compiler.reset()
+
+
+def test_a_layer_that_normalizes_another_argument_than_its_first_is_left() -> None:
+    found = same(Body(lambda m, x: m.own(2.0, m.other(x)), own=Second(4)), image())
+    assert found[-1].why == "the code of Second is not understood"
 
 
 def test_a_subclass_with_torchs_own_code_is_fused() -> None:
@@ -1219,6 +1284,54 @@ def test_nothing_that_waits_leaves_a_model(name: str, graph: bool) -> None:
     agree(*found)
 
 
+class Own(nn.BatchNorm2d):
+    """A layer whose own code activates, or does something else with its input and what it has normalized."""
+
+    other: Any = None
+
+    def forward(self, x: Any) -> Any:
+        z = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+        return F.relu(z) if self.other is None else self.other(x, z)
+
+
+def owns(monkeypatch: pytest.MonkeyPatch, other: Callable[..., Any]) -> tuple[Any, Any]:
+    """A converted model with such a layer, and what it was; they go another way since."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), Own(4))
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    monkeypatch.setattr(Own, "other", other)
+    return model, own
+
+
+IN_A_LAYER: dict[str, Callable[..., Any]] = {
+    "its input": lambda bn, x, z: x,
+    "what waits": lambda bn, x, z: z,
+    "both": lambda bn, x, z: [x, {"z": z}],
+    "an input that is kept": lambda bn, x, z: setattr(bn, "last", [x]) or F.relu(z),
+    "what waits and is kept": lambda bn, x, z: setattr(bn, "last", z) or F.relu(z),
+    "nothing": lambda bn, x, z: bn.weight * 2,
+}
+
+
+@pytest.mark.parametrize("name", IN_A_LAYER)
+def test_nothing_that_waits_leaves_a_layers_own_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = owns(monkeypatch, IN_A_LAYER[name])
+    x, found = image(), []
+    for m in (model, own):
+        y = m(x)
+        found.append([y, m[1].__dict__.get("last"), *m.buffers()])
+    agree(*found)
+
+
+def test_an_error_in_a_layers_own_code_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    (model, own), x = owns(monkeypatch, lambda bn, x, z: 1 / 0), image()
+    for m in (model, own):
+        with pytest.raises(ZeroDivisionError):
+            m(x)
+    monkeypatch.setattr(Own, "other", None)
+    agree([model(x), *model.buffers()], [own(x), *own.buffers()])
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_what_a_model_keeps_and_returns_may_hold_itself(graph: bool) -> None:
     def other(m: Any, z: Any) -> Any:
@@ -1351,11 +1464,46 @@ def test_what_is_computed_in_a_function_of_autograds_is_not_fused(reentrant: boo
         assert same(model, image())[0].fused == ()
 
 
-def test_a_function_of_autograds_that_was_not_foreseen_is_an_error() -> None:
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of a checkpoint that is traced
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_a_layer_that_gives_its_input_to_a_function_of_autograds_is_left(reentrant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(bn: Any, x: Any, z: Any) -> Any:
+        if reentrant is None:
+            return F.relu(z) + Rounded.apply(x)
+        return F.relu(z) + torch.utils.checkpoint.checkpoint(torch.sin, x, use_reentrant=reentrant)
+
+    monkeypatch.setattr(Own, "other", other)
+    found = same(nn.Sequential(nn.Conv2d(3, 4, 1), Own(4)), image())
+    assert found[0].why == "its own code gives its input to an autograd.Function or a checkpoint"
+
+
+NOT_FORESEEN = r"an autograd.Function was given .* fastbn\.torch\.revert\(model\)"
+
+
+def test_a_function_of_autograds_that_was_not_foreseen_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair(lambda m, x: (z := m.bn(m.conv(x)), Rounded.apply(z) if m.flag else m.act(z))[1])
     model.flag = True
-    with pytest.raises(RuntimeError, match=r"an autograd.Function was given .* fastbn\.torch\.revert\(model\)"):
+    with pytest.raises(RuntimeError, match=NOT_FORESEEN):
         model(image())
+    model, _ = owns(monkeypatch, lambda bn, x, z: Rounded.apply(bn.given(x, z)))
+    for given in (lambda bn, x, z: x, lambda bn, x, z: z):
+        monkeypatch.setattr(Own, "given", given, raising=False)
+        with pytest.raises(RuntimeError, match=NOT_FORESEEN):
+            model(image())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_computed_without_gradients_in_a_checkpoint_is_no_function_of_autograds(reentrant: bool, monkeypatch: Any) -> None:
+    def other(bn: Any, x: Any, z: Any) -> Any:
+        with torch.no_grad():
+            scale = x.abs().max() + z.abs().max()
+        return F.relu(z) * scale
+
+    model, own = owns(monkeypatch, other)
+    x = image()
+    for m in (model, own):
+        m.forward = partial(torch.utils.checkpoint.checkpoint, partial(nn.Sequential.forward, m), use_reentrant=reentrant)
+    agree(step(model, x), step(own, x))
 
 
 @pytest.mark.parametrize("read", [lambda bn: bn.running_mean.clone(), lambda bn: bn.weight.data.mul_(2)])

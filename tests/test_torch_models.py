@@ -18,6 +18,7 @@ from torch.nn.utils import prune  # noqa: E402
 
 import fastbn.torch  # noqa: E402
 from fastbn.dispatch import select  # noqa: E402
+from fastbn.torch import parts  # noqa: E402
 
 nn = torch.nn
 needs_kernels = pytest.mark.skipif(not hasattr(select("float32").module(), "kernels"), reason="needs compiled kernels")
@@ -421,6 +422,16 @@ def test_benchmark_times_both_sides_and_leaves_everything_as_it_was(training: bo
         assert all(found.batch_norm[side] > 0 for side in found.step)
         assert all(parameter.grad is None for parameter in model.parameters())
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@needs_kernels
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", [nn.GroupNorm(2, 4), nn.InstanceNorm1d(4), nn.LayerNorm(6), nn.RMSNorm(6)])
+def test_a_benchmark_counts_norms_of_parts_on_both_sides(norm: Any, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "LEAST", dict.fromkeys(parts.LEAST, 0))
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), norm, nn.ReLU()).train(training)
+    found = fastbn.torch.benchmark(model, torch.randn(2, 3, 6), seconds=0, fuse=True)
+    assert all(found.batch_norm[side] > 0 for side in found.step)
 
 
 @needs_kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -129,7 +130,7 @@ def test_rows_of_sixteen_bits_have_the_dtype_that_torch_gives_them(ran: list[Any
     for layer, mixed in ((nn.LayerNorm(6), 2), (nn.RMSNorm(6), 1)):
         ran.clear()
         for dtype, parameters in itertools.product((torch.float16, torch.bfloat16), (torch.float32, None)):
-            model, x = nn.Sequential(copy.deepcopy(layer), nn.SiLU()).to(parameters or dtype), torch.randn(4, 6).to(dtype)
+            model, x = nn.Sequential(copy.deepcopy(layer), nn.SiLU()).to(parameters or dtype), torch.randn(4, 6).to(dtype).requires_grad_()
             own, true = copy.deepcopy(model), copy.deepcopy(model).double()(x.double())
             fastbn.torch.convert(model)
             with warnings.catch_warnings():
@@ -333,6 +334,19 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
     assert ran == []
 
 
+@pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.GroupNorm(3, 6)])
+def test_parameters_of_two_dtypes_are_refused_by_torch(layer: Any, ran: list[Any]) -> None:
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    for dtype, weight, bias in itertools.product(dtypes[1:], dtypes, dtypes):
+        model = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
+        model[0].weight.data, model[0].bias.data = layer.weight.to(weight), layer.bias.to(bias)
+        fastbn.torch.convert(model)
+        fits = weight is bias and weight in (torch.float32, dtype)
+        with contextlib.nullcontext() if fits else pytest.raises(RuntimeError, match="scalar type"):
+            model(torch.randn(4, 6, dtype=dtype))
+    assert len(ran) == 4
+
+
 def test_an_eps_that_fastbn_refuses_is_left_to_torch(ran: list[Any]) -> None:
     x = torch.randn(2, 4, 6)
     for layer in (nn.GroupNorm(2, 4), nn.InstanceNorm1d(4), nn.LayerNorm(6), nn.RMSNorm(6)):
@@ -357,6 +371,22 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
         x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(model, (x,))
         assert torch.autograd.gradgradcheck(model, (x,))
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.Identity()])
+def test_an_rms_norm_that_learns_keeps_no_input_that_needs_no_gradient(act: Any) -> None:
+    """As torch's, so that an inference tensor can be its input, and one that is changed in place before the backward."""
+    model = nn.Sequential(nn.RMSNorm(6), act)
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    with torch.inference_mode():
+        x = torch.randn(4, 6)
+    for m in (own, model):
+        z = x.clone()
+        y = m(x) + m(z)
+        z += 1
+        y.square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, own[0].weight.grad)
 
 
 def test_gradients_of_a_layer_that_is_called_on_its_own_output() -> None:

@@ -113,6 +113,20 @@ class Lists(nn.Module):
         return x
 
 
+class Uncalled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.other = nn.Conv2d(3, 4, 1), nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.used(x)
+
+
+class Root(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, (5,))
+
+
 SCRIPT, GRAPH = "in what torch.jit compiled", "in a graph"
 UNSEEN: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
     "a script": (lambda: torch.jit.script(small()), {"": SCRIPT}),
@@ -121,6 +135,7 @@ UNSEEN: dict[str, tuple[Callable[[], Any], dict[str, str]]] = {
     "a traced part": (lambda: nn.Sequential(torch.jit.trace(small().eval(), torch.randn(2, 3, 5, 5)), nn.ReLU()), {"0": SCRIPT}),
     "a graph": (lambda: exported(small()), {"": GRAPH}),
     "a part that is a graph": (lambda: nn.Sequential(nn.Sequential(exported(small(nn.GroupNorm(2, 4)).eval()))), {"0.0": GRAPH}),
+    "a traced part with a module that nothing calls": (lambda: nn.Sequential(torch.jit.trace(Uncalled(), torch.randn(2, 3, 5, 5))), {}),
     "no normalization": (lambda: nn.Sequential(torch.jit.script(nn.ReLU()), exported(nn.Conv2d(3, 4, 1))), {}),
     "a graph of layers": (lambda: torch.fx.symbolic_trace(small()), {}),
 }
@@ -138,7 +153,8 @@ def test_normalizations_that_are_no_layers_are_named(make: Callable[[], Any], un
         assert listed.unseen == copy.copy(listed).unseen == lines
         for path, line in lines.items():
             assert str(listed).endswith(f"\n{path or 'the model'}: {line}")
-            assert f"{path or 'the model'}: {line}, taken as those of layers" in fastbn.torch.explain(model).splitlines()
+            told = f"{path or 'the model'}: {line}, taken as those of layers; RMS norm is left to torch"
+            assert told in fastbn.torch.explain(model).splitlines()
             assert f"{path or 'the model'}: left, {line}" in str(found).splitlines()
     torch.testing.assert_close(model(x), want)
     fastbn.torch.freeze(model)
@@ -146,6 +162,14 @@ def test_normalizations_that_are_no_layers_are_named(make: Callable[[], Any], un
         fastbn.torch.report(reset=True)
         model(x)
         assert not lines or sum(fastbn.torch.report().taken.values()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, torch.fx.symbolic_trace, lambda m: torch.jit.trace(m, torch.randn(2, 5)), exported])
+def test_rms_norms_that_are_no_layers_are_named_and_left_to_torch(make: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(make(Root()))
+    assert list(fastbn.torch.convert(model).unseen) == ["0"]
+    assert fastbn.torch.explain(model).endswith("RMS norm is left to torch")
 
 
 class Doubled(nn.Module):

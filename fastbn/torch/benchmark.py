@@ -15,9 +15,12 @@ from fastbn.checks import number
 from fastbn.torch.conversion import convert
 from fastbn.torch.graph import check, check_called, copied
 from fastbn.torch.override import either, report
+from fastbn.torch.parts import NORMS
 
 KINDS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm", "fastbn::batch_norm")
-OPERATORS = tuple(kind + way for kind in KINDS for way in ("", "_forward", "_backward"))
+OPERATORS = {kind + way for kind in KINDS for way in ("", "_forward", "_backward")} | {"aten::rms_norm"} | {
+    f"fastbn::{kind}{way}" for kind in NORMS for way in ("_forward", "_backward")
+}  # fmt: skip
 SIDES = ("torch", "fastbn")
 TURN = 3  # steps of one side in a row, of which the first does not count: it finds the other's data in the caches
 LEAST = 3  # turns of each side
@@ -35,7 +38,7 @@ class Benchmark(NamedTuple):
         Milliseconds of a step by "torch" and by "fastbn": the median.
     batch_norm : dict of str to float
         Milliseconds of a step that batch norm takes: its share by torch's profiler, of the median; instance, group and layer norm
-        are in it.
+        are in it, and RMS norm, but for the backward of torch's own, which is that of sums and products.
     noise : float
         Half of what lies between the quartiles of a step, over the median; of the noisier side.
     steps : int

@@ -8,7 +8,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,19 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import has_torch_function
 
 import fastbn.torch.rules  # noqa: F401  by which functions of torch's compute what waits
 from fastbn.tables import counted, table
 from fastbn.torch.deferred import LAYERS as ACTIVATIONS
-from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, Visit, builtin, deferred, is_line, settled
+from fastbn.torch.deferred import SCOPE, Input, Scope, Scoped, Steps, builtin, deferred, is_line, left, settled
 from fastbn.torch.derived import Derived, become, derive, own_class, release
-from fastbn.torch.fused import is_ours, run
+from fastbn.torch.fused import is_ours, is_overridden, run
 from fastbn.torch.graph import STEPS, Listed, check, has_hooks, size, unseen
 from fastbn.torch.operators import IDENTITY, Arguments
 from fastbn.torch.override import is_enabled, ready
 from fastbn.torch.parts import kind_of, of_layer
-from fastbn.torch.plans import KINDS, NOBODY, Plan, plans, refuses
+from fastbn.torch.plans import FORWARDS, KINDS, NOBODY, Plan, plans, refuses
 
 jit: Any = torch.jit  # it has no types
 _modules: Any = torch_module  # nor has this
@@ -42,16 +44,34 @@ def _is_seen(layer: Any, activation: Any) -> bool:
 class Converted(Derived):
     """What converted layers have in common."""
 
+    @classmethod
+    def members(cls, kind: Any) -> dict[str, Any]:
+        """A call with the arguments of the kind's own code, where that is not torch's; the first one is the input."""
+        if kind.forward in FORWARDS:
+            return {}
+        _, first, *_ = inspect.signature(kind.forward).parameters
+
+        @functools.wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            steps: Steps | None = self.__dict__.get(STEPS)
+            if steps is None or not (args or first in kwargs):
+                return kind.forward(self, *args, **kwargs)
+            if args:
+                return self._by_own_code(args[0], steps, lambda x: kind.forward(self, x, *args[1:], **kwargs))
+            return self._by_own_code(kwargs[first], steps, lambda x: kind.forward(self, **kwargs | {first: x}))
+
+        return {"forward": forward}
+
     def forward(self, input: Tensor) -> Any:  # noqa: A002  as nn.BatchNorm2d
         """Normalize, or return what stands for that."""
         steps: Steps | None = self.__dict__.get(STEPS)
         if steps is None:  # somebody has made another layer of the same class
             return super().forward(input)  # type: ignore[misc]
         if not steps.plain or type(input) is not Tensor or torch.compiler.is_compiling():
-            return self._by_own_code(input, steps)
+            return self._by_own_code(input, steps, super().forward)  # type: ignore[misc]
         a = _arguments(self, input, steps.from_output)
         if a is None:
-            return self._by_own_code(input, steps)
+            return self._by_own_code(input, steps, super().forward)  # type: ignore[misc]
         alone = not (steps.sum or steps.activation)
         if (alone and not steps.from_output and is_enabled()) or not is_ours(input):
             return torch.batch_norm(input, a.weight, a.bias, a.mean, a.var, a.training, a.momentum, a.eps, True)
@@ -70,20 +90,29 @@ class Converted(Derived):
         a = _arguments(self, x, steps.from_output)
         return activation(me(x)) if a is None else run(a._replace(activation=after))
 
-    def _by_own_code(self, input: Tensor, steps: Steps) -> Any:  # noqa: A002
+    def _by_own_code(self, input: Tensor, steps: Steps, original: Callable[[Any], Any]) -> Any:  # noqa: A002
         """Run the layer's own code, of which `torch.nn.functional.batch_norm` is deferred."""
-        original: Any = super().forward  # type: ignore[misc]
         visit = steps.visit(self)
         if visit is None:
             steps = steps.alone()
         if not self._is_ours(input, steps):
             return original(input)
-        found = original(Input(input, steps, visit))
-        if visit is not None and steps.outside:
-            return found
-        if isinstance(visit, Visit):  # nothing waits but in the layer's own code
-            visit.end()
-        return settled(found)
+        inner = None if steps.outside else visit  # of the layer's own code, with which it ends
+        given = Input(input, steps, visit)
+        if torch.compiler.is_compiling():
+            found = original(given)
+            if inner is not None:
+                inner.end()
+            return found if visit is not None and steps.outside else settled(found)
+        held = weakref.ref(given)
+        try:
+            found = original(given)
+        except BaseException:
+            if inner is not None:
+                inner.give_up()
+            raise
+        del given
+        return left(self, found) if (inner is not None and inner.end()) or held() is not None else found
 
     def _is_ours(self, x: Any, steps: Steps) -> bool:
         if torch.compiler.is_compiling():
@@ -115,7 +144,7 @@ class ConvertedParts(Converted):
         """Normalize, or return what stands for that."""
         steps: Steps | None = self.__dict__.get(STEPS)
         if steps is not None and not steps.plain:
-            return self._by_own_code(input, steps)
+            return self._by_own_code(input, steps, self._original)
         visit = None if steps is None or self._is_watched() else steps.visit(self)
         if steps is None or (visit is None and not _pays_alone(self, steps)):
             return self._original(input)
@@ -158,7 +187,7 @@ def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
         return None
     if type(training) is not bool or type(eps) is not float or eps <= 0 or not (momentum is None or type(momentum) is float):
         return None
-    if x.layout is not torch.strided or not x.is_cpu or has_torch_function((x, weight, bias, mean, var)) or jit.is_tracing():
+    if x.layout is not torch.strided or not x.is_cpu or is_overridden((x, weight, bias, mean, var)) or jit.is_tracing():
         return None
     for t in (weight, bias, mean, var):
         if t is not None and not (isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided):

@@ -33,7 +33,7 @@ from fastbn.torch.arrays import LAST
 from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
-from fastbn.torch.graph import function_codes, has_hooks, in_function
+from fastbn.torch.graph import function_codes, has_hooks
 from fastbn.torch.modes import again, mode, saved_hooks
 from fastbn.torch.operators import FROM_OUTPUT, IDENTITY, Arguments
 from fastbn.torch.parts import Parts
@@ -262,12 +262,7 @@ class Scoped(Derived):
                 raise
             finally:
                 del visits[depth:]
-            if not (visit.waiting and visit.end()):
-                return output
-            known: dict[int, Any] = {}
-            for part in self.modules():  # what the code has kept
-                settled(part.__dict__, known)
-            return settled(output, known)
+            return left(self, output) if visit.waiting and visit.end() else output
 
         # A graph that is changed writes a new forward into its class; one that is copied makes a class for the copy.
         names = ("recompile", "__deepcopy__") if issubclass(kind, fx.GraphModule) else ()
@@ -357,6 +352,14 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
     return known[id(output)][1]
 
 
+def left(module: Any, output: Any) -> Any:
+    """What a module returns whose call has ended; what its code has kept are tensors then, too."""
+    known: dict[int, Any] = {}
+    for part in module.modules():
+        settled(part.__dict__, known)
+    return settled(output, known)
+
+
 class Input(Standing):
     """The input of a normalization, on its way through the layer's own code to the function of `torch.nn.functional` that computes it."""
 
@@ -364,9 +367,12 @@ class Input(Standing):
         self.x = x
         self.steps = steps
         self.visit = visit
+        self.recorded = torch.is_grad_enabled()
 
     def tensor(self) -> Tensor:
         """The tensor."""
+        if self.recorded and not torch.is_grad_enabled():
+            _refuse_functions()
         return self.x
 
     def dim(self) -> int:
@@ -503,8 +509,12 @@ def deferred(a: Arguments | Parts, steps: Steps, visit: Any) -> Any:
 
 def _refuse_functions() -> None:
     """Raise an error inside of an autograd.Function, which takes for a constant what is no tensor."""
-    if not torch.compiler.is_compiling() and in_function(sys._getframe(2), function_codes()) is not None:
+    frame: Any = None if torch.compiler.is_compiling() else sys._getframe(2)
+    codes = function_codes() if frame is not None else set()
+    while frame is not None and frame.f_code not in codes:
+        frame = frame.f_back
+    if frame is not None:
         raise RuntimeError(
-            "an autograd.Function was given the output of a batch norm before it was computed, and would lose its gradient; "
-            "fastbn.torch.revert(model) makes it a layer of torch's again"
+            "an autograd.Function was given the input or the output of a normalization before it was computed, and would lose its "
+            "gradient; fastbn.torch.revert(model) makes it a layer of torch's again"
         )

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import has_torch_function
+from torch.utils._device import DeviceContext
 
 from fastbn import checks
 from fastbn.activations import Activation
@@ -65,6 +68,14 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
     return not (jit.is_tracing() or torch.autograd.forward_ad._current_level >= 0)
 
 
+def is_overridden(tensors: tuple[Any, ...]) -> bool:
+    """Whether the class of a tensor, or a mode, has code of its own for functions; the mode of a default device has it for new tensors."""
+    if not has_torch_function(tensors):
+        return False
+    modes: Any = torch.overrides._get_current_function_mode_stack  # it has no types
+    return any(type(m) is not DeviceContext for m in modes()) or any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
+
+
 def run(a: Arguments) -> Tensor:
     """Compute it, where `is_ours` is true of x, and the arguments are usual."""
     if a.activation.code == 0 and a.residual is None and not a.from_output and is_enabled():
@@ -72,7 +83,7 @@ def run(a: Arguments) -> Tensor:
     if torch.compiler.is_compiling():
         return in_graph(a)
     tensors = a[:6]
-    if torch.overrides.has_torch_function(tensors):
+    if is_overridden(tensors):
         return a.composed()
     if torch.is_grad_enabled():
         for t in tensors:

@@ -37,9 +37,10 @@ NORMS = (_NormBase, nn.GroupNorm, *OF_ROWS)
 PLAIN = {str, int, float, bool, bytes, type(None)}  # hold nothing
 PARALLEL = ("torch.nn.parallel.", "torch.distributed.fsdp.")  # packages whose modules' own code works with other processes
 # What normalizations are called in graphs, without their namespaces.
-CALLS = {"batch_norm", "instance_norm", "layer_norm", "group_norm", "native_batch_norm", "native_layer_norm", "native_group_norm"} | {
+CALLS = {
+    "batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "native_batch_norm", "native_layer_norm", "native_group_norm",
     "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "batch_norm_with_update",
-    "batch_norm_with_update_functional",
+    "batch_norm_with_update_functional", "_fused_rms_norm",
 }  # fmt: skip
 
 
@@ -323,8 +324,10 @@ def unseen(model: nn.Module) -> dict[str, str]:
         if isinstance(module, fx.GraphModule):
             names = [str(getattr(node.target, "__name__", "")) for node in module.graph.nodes if node.op == "call_function"]
             count, where = sum(name.partition(".")[0] in CALLS for name in names), "a graph"
-        elif isinstance(module, jit.ScriptModule) and hasattr(module, "forward") and not any(_is_in(outer, path) for outer in found):
-            graph: Any = module.inlined_graph
+        elif isinstance(module, jit.ScriptModule) and not any(_is_in(outer, path) for outer in found):
+            graph: Any = getattr(module, "inlined_graph", None)
+            if graph is None:  # nothing calls it
+                continue
             count, where = sum(len(graph.findAllNodes(f"aten::{name}")) for name in CALLS), "what torch.jit compiled"
         else:
             continue

@@ -311,7 +311,7 @@ def explain(x: torch.Tensor | torch.nn.Module) -> str:
     if not isinstance(x, torch.nn.Module):
         raise TypeError(f"x must be a torch.Tensor or a torch.nn.Module, got {type(x).__name__}")
     lines = [f"{path or 'the model'}: {_explain_layer(layer)}" for path, layer in all_norms(x)]
-    lines += [f"{path or 'the model'}: {what}, taken as those of layers" for path, what in unseen(x).items()]
+    lines += [f"{path or 'the model'}: {what}, taken as those of layers; RMS norm is left to torch" for path, what in unseen(x).items()]
     if lines and any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in x.modules()):
         lines.append("compiled: torch.compile makes code of its own of what it compiles, and asks fastbn for what `convert` changed only")
     return "\n".join(lines) or "the model has no normalization layers"

@@ -7,20 +7,20 @@ numbers a part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from math import prod
 from sys import float_info
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import has_torch_function
 
 from fastbn import norms
 from fastbn.activations import Builtin
 from fastbn.results import SavedParts
 from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
-from fastbn.torch.fused import is_ours
+from fastbn.torch.fused import is_ours, is_overridden
 from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, gradients_of, in_words, keep_bias, kept_bias
 
 F = torch.nn.functional
@@ -73,7 +73,7 @@ class Parts(NamedTuple):
         x = self.x
         if not is_ours(x, LEAST["instance_norm" if self._is_instance() else self.kind]) or computable(x) is not x:
             return False
-        if not torch.compiler.is_compiling() and has_torch_function(self[:3]):
+        if not torch.compiler.is_compiling() and is_overridden(self[:3]):
             return False
         if not (self._has_groups() if self.kind == "group_norm" else self._has_rows()):
             return False
@@ -82,11 +82,14 @@ class Parts(NamedTuple):
             return False
         shape = x.shape[1:2] if self.kind == "group_norm" else torch.Size(self.parts)
         mixes = x.dtype.itemsize == 2 and self.kind != "rms_norm"  # whose output would be of float32
+        dtype = x.dtype  # of the weight, and then of the bias, too
         for t in self[1:3]:
             if t is not None:
                 if not isinstance(t, Tensor) or not t.is_cpu or t.layout is not torch.strided or t.shape != shape:
                     return False
-                if t.dtype is not x.dtype and not (t.dtype is torch.float32 and mixes):
+                if t is self.weight and t.dtype is torch.float32 and mixes:
+                    dtype = torch.float32
+                if t.dtype is not dtype:
                     return False
         return True
 
@@ -117,8 +120,18 @@ class Parts(NamedTuple):
             y: Tensor = operator(*self[:5], *in_words(self.activation))[0]
             return y
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in self[:3]):
+            if self.kind == "rms_norm" and not self.x.requires_grad:  # torch does not keep it: it may change, or be an inference tensor
+                return self.composed()
             return _Fused.apply(*self[:3], self[3:])  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
         return normalize(self, keep=False)[0]
+
+
+@contextmanager
+def _as_operator(name: str) -> Iterator[None]:
+    """A call of the kernels, which torch's profiler sees as it sees operators."""
+    profiler: Any = torch.autograd.profiler  # it has no types
+    with on_torchs_threads(), profiler.record_function(f"fastbn::{name}") if profiler._is_profiler_enabled else nullcontext():
+        yield
 
 
 def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
@@ -127,7 +140,7 @@ def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
     bias = () if a.kind == "rms_norm" else (vector(a.bias),)
     given: Any = array_of(a.x), a.parts, vector(a.weight), *bias, a.eps
     activation: Any = a.activation.argument if a.activation.code else None
-    with on_torchs_threads():
+    with _as_operator(f"{a.kind}_forward"):
         if not keep:
             norm.inference(*given, activation=activation, out=array_of(y))
             return (y,)
@@ -149,7 +162,7 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
     kept = SavedParts(a.kind, x.shape, x.dtype, axis, group, mean, mean_lo, invstd, weight, bias, activation, None, False)
     dx = torch.empty_like(a.x) if wanted[0] else None
     names = [name for name, w in zip(("x", "weight", "bias"), wanted, strict=True) if w]
-    with on_torchs_threads():
+    with _as_operator(f"{a.kind}_backward"):
         g = NORMS[a.kind].backward(array_of(dy), x, kept, wrt=names, out=None if dx is None else array_of(dx))
     of = (None if v is None or t is None else torch.from_numpy(v).to(t.dtype) for v, t in zip((g.dweight, g.dbias), a[1:3], strict=True))
     return dx, *of

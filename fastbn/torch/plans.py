@@ -26,6 +26,7 @@ from fastbn.torch.parts import LAYERS as OF_PARTS
 F = torch.nn.functional
 PARTS: Any = tuple(OF_PARTS)
 KINDS = (_NormBase, *PARTS)
+FORWARDS = (_BatchNorm.forward, _InstanceNorm.forward, *(kind.forward for kind in PARTS))  # torch's own
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 FUNCTIONS = {
     F.relu, torch.relu, torch.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.hardswish, F.silu, F.gelu, F.sigmoid, torch.sigmoid,
@@ -84,12 +85,14 @@ def refuses(layer: Any) -> tuple[str, Plan]:
         return "it was never called", NOBODY
     if why := changed(layer):
         return f"it {why}", NOBODY
-    if type(layer).forward in (_BatchNorm.forward, _InstanceNorm.forward, *(kind.forward for kind in PARTS)):
+    if type(layer).forward in FORWARDS:
         return "", Plan(steps=Steps(plain=not any(hasattr(type(layer), name) for name in STATE)), fits_outside=True)
     piece, functions = traced(layer), {F.batch_norm} if isinstance(layer, _BatchNorm) else CALLS
     inside = [node for node in piece.nodes if node.target in functions] if piece else []
-    if piece is None or len(inside) != 1 or _input(inside[0]) is None or _input(inside[0]).op != "placeholder":
+    if piece is None or len(inside) != 1 or _input(inside[0]) is not piece.nodes[0]:  # the layer's own first argument
         return f"the code of {type(layer).__name__} is not understood", NOBODY
+    if any(node.meta[AROUND] is not None for node in piece.nodes[0].users):
+        return "its own code gives its input to an autograd.Function or a checkpoint", NOBODY
     plan = _follow(piece, inside[0], set(), sums=isinstance(layer, _BatchNorm))
     return "", plan._replace(steps=plan.steps._replace(outside=False), fits_outside=plan.why == _OUTPUT)
 
