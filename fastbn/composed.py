@@ -27,6 +27,12 @@ def split(mean: Array, mean_lo: Array, dtype: np.dtype[Any]) -> tuple[Array, Arr
     return high, np.where(np.isfinite(high), mean - high, 0.0) + mean_lo
 
 
+def lost(mean_lo: Array, factor: Array) -> Array:
+    """What means rounded away, times something; nothing where that is infinite: only its sign would be known."""
+    product = mean_lo * factor
+    return np.where(np.isfinite(product) & (product != 0.0), product, 0.0)
+
+
 def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:
     """Scale and shift of ``y = (x - mean) * scale + shift``, computed in float64."""
     scale = invstd.astype(np.float64)
@@ -34,7 +40,7 @@ def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array
         scale = scale * weight
     shift = np.zeros_like(scale) if bias is None else bias.astype(np.float64)
     if mean_lo is not None:
-        shift = shift - np.where(mean_lo == 0, 0.0, mean_lo * scale)  # the scale may be infinite
+        shift = shift - lost(mean_lo, scale)
     # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
     most = np.finfo(dtype).max
     return np.where(np.isinf(scale), scale, np.clip(scale, -most, most)).astype(dtype), shift.astype(dtype)
@@ -61,7 +67,7 @@ def input_gradient(
     g1 = wide * (wide * sum_dy_xmu / count)  # the square alone may leave the range
     g0 = sum_dy / count
     if mean_lo is not None:
-        g0 = g0 - mean_lo * g1
+        g0 = g0 - lost(mean_lo, g1)
     module.grad_input(*arrays, mean, scale, (g0.astype(mean.dtype), g1.astype(mean.dtype)), threads, epilogue)
 
 
@@ -164,7 +170,7 @@ class ComposedKernel:
             dy, epilogue = place, None
         sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
-            sum_dy_xmu = sum_dy_xmu - np.where(mean_lo == 0, 0.0, mean_lo * sum_dy)  # the sum may be infinite
+            sum_dy_xmu = sum_dy_xmu - lost(mean_lo, sum_dy)
         if dx is not None and scale is not None:
             count = x.shape[0] * x.shape[2]
             input_gradient(self, (dy, x, dx), kept, scale, (sum_dy, sum_dy_xmu), count, threads, epilogue)

@@ -21,7 +21,7 @@ import numpy as np
 
 from fastbn import extremes, memory, reference
 from fastbn.activations import Epilogue
-from fastbn.composed import fold, split
+from fastbn.composed import fold, lost, split
 from fastbn.floating import default_mode
 from fastbn.kernels.protocol import Affine, Grouping, Statistics
 from fastbn.layout import Array, View, view
@@ -365,12 +365,12 @@ def backward(
     means = np.ascontiguousarray(_repeated(vectors.mean, shape)).ravel()
     lay = Maps(module, shape, norm, means, scale, shift, epilogue)
     first, second = lay.sums(dy, x)
-    second = second - _repeated(low, shape) * first
+    second = second - lost(_repeated(low, shape), first)
     by_parts = (shape.batch, shape.parts, shape.group)
     g0 = (weight * first).reshape(by_parts).sum(2) / shape.values
     g1 = invstd * (invstd * ((weight * second).reshape(by_parts).sum(2) / shape.values))
     if dx is not None:
-        lay.gradient(dy, x, dx, (low * g1 - g0, -g1, invstd), weight)
+        lay.gradient(dy, x, dx, (lost(low, g1) - g0, -g1, invstd), weight)
     return Sums((second * _repeated(invstd, shape)).sum(0).astype(norm.compute), first.sum(0).astype(norm.compute))
 
 

@@ -389,3 +389,36 @@ def test_gradients_of_float64_take_values_of_any_size(activation: Any, weights: 
         want, got = (backward(dy, a, forward(a, *given, eps=0.0, activation=activation)[1]) for a in (x, x * size))
         np.testing.assert_allclose(got.dx * size, want.dx, rtol=1e-11, atol=1e-12 * np.abs(want.dx).max())
         np.testing.assert_allclose(got.dweight, want.dweight, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (2, 3, 40, 40), (64, 3)], ids=str)
+def test_an_infinite_weight_gives_infinities_of_the_sign_of_the_deviation(shape: tuple[int, ...]) -> None:
+    """Whatever the rounded mean has lost: infinite times that, it would be all there is."""
+    x = rng().standard_normal(shape).astype(np.float32)
+    weight = np.array([np.inf, 1, -np.inf], np.float32)
+    sides = np.sign(x - x.mean((0, *range(2, x.ndim)), np.float64, keepdims=True))
+    y, _ = fastbn.batch_norm_forward(x, weight)
+    for c in (0, 2):
+        np.testing.assert_array_equal(y[:, c], sides[:, c] * weight[c])
+    if x.ndim > 2:
+        sides = np.sign(x - x.mean((2, 3), np.float64, keepdims=True))
+        z, saved = fastbn.instance_norm_forward(x, weight=weight, activation="leaky_relu")
+        np.testing.assert_array_equal(z[:, 0], sides[:, 0] * weight[0])
+        assert np.isnan(fastbn.instance_norm_backward(x, x, saved).dx[:, 1]).sum() == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (2, 3, 40, 40), (64, 3)], ids=str)
+def test_an_infinite_gradient_gives_the_weight_one_of_the_sign_of_the_deviation(shape: tuple[int, ...]) -> None:
+    x, dy = rng().standard_normal(shape).astype(np.float32), rng(1).standard_normal(shape).astype(np.float32)
+    for n in range(shape[0]):
+        given, at = dy.copy(), (n, 1, *[0] * (x.ndim - 2))
+        given[at] = np.inf
+        _, saved = fastbn.batch_norm_forward(x)
+        gradients = fastbn.batch_norm_backward(given, x, saved)
+        assert gradients.dweight is not None
+        assert gradients.dweight[1] == np.inf * (x[at] - x[:, 1].mean(dtype=np.float64))
+        if x.ndim > 2:
+            _, saved_parts = fastbn.instance_norm_forward(x, weight=np.ones(3, np.float32))
+            gradients = fastbn.instance_norm_backward(given, x, saved_parts)
+            assert gradients.dweight is not None
+            assert gradients.dweight[1] == np.inf * (x[at] - x[n, 1].mean(dtype=np.float64))

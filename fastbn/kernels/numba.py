@@ -616,6 +616,13 @@ _LOOPS = {
 # ---- Around the loops: the same for all storage types and activations ----
 
 
+@_helper("of_means")
+def _lost(low: float, factor: float) -> float:
+    """What the mean rounded away, times something; nothing where that is infinite: only its sign would be known."""
+    product = low * factor
+    return product if product != 0.0 and isfinite(product) else 0.0
+
+
 @cache
 def _fold(number: Any) -> tuple[Any, Any]:
     """What gives an element of a vector that there may be, and what makes the scale and the shift of a channel."""
@@ -634,7 +641,7 @@ def _fold(number: Any) -> tuple[Any, Any]:
         # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
         too_large = isfinite(scale) and abs(scale) > largest
         put(j.scale, c, scale if not too_large else largest if scale > 0 else -largest)
-        put(j.shift, c, shift if low == 0 else shift - low * scale)  # the scale may be infinite
+        put(j.shift, c, shift - _lost(low, scale))
         return scale
 
     return optional, fold
@@ -744,12 +751,11 @@ def _settle_gradient(number: Any) -> Any:
                     put64(sum_dy_xmu, c, get64(sum_dy_xmu, c) + get64(dots + skip, c))
         for c in range(first, last):
             low = optional(j.mean_lo, c, 0.0)
-            lost = low * get64(j.sum_dy, c) if low != 0 else 0.0  # the sum may be infinite
-            put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - lost)
+            put64(j.sum_dy_xmu, c, get64(j.sum_dy_xmu, c) - _lost(low, get64(j.sum_dy, c)))
             if j.kind == BACKWARD:
                 invstd = np.float64(get(j.invstd, c))
                 slope = invstd * (invstd * get64(j.sum_dy_xmu, c) / count)  # the square alone may leave the range
-                put(j.offset, c, get64(j.sum_dy, c) / count - low * slope)
+                put(j.offset, c, get64(j.sum_dy, c) / count - _lost(low, slope))
                 put(j.slope, c, -slope)
 
     return settle

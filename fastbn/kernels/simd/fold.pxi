@@ -51,6 +51,12 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
                 job.sum_dy_xmu[c] += job.dots[at + c]
 
 
+cdef inline double lost(double low, double factor) noexcept nogil:
+    """What the mean rounded away, times something; nothing where that is infinite: only its sign would be known."""
+    cdef double product = low * factor
+    return product if (product != 0) & isfinite(product) else 0
+
+
 cdef inline void get_vector(double* to, const void* vector, Py_ssize_t first, Py_ssize_t n, double otherwise, T* tag) noexcept nogil:
     """Some elements of a vector of channels, in double; or a number where there is no vector."""
     cdef Py_ssize_t i
@@ -83,7 +89,7 @@ cdef void fold_few(
         scale[i] = invstd[i] * scale[i]
         # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
         kept[i] = min(max(scale[i], -most), most) if isfinite(scale[i]) else scale[i]
-        shift[i] = shift[i] if low[i] == 0 else shift[i] - low[i] * scale[i]  # the scale may be infinite
+        shift[i] -= lost(low[i], scale[i])
     put_vector(job.scale, first, n, kept, tag)
     put_vector(job.shift, first, n, shift, tag)
 
@@ -162,11 +168,11 @@ cdef void fold_gradient(TypedCall[GradSums, T]* job, Py_ssize_t first, Py_ssize_
         get_vector(invstd, job.invstd, first, n, 0, <T*> NULL)
         if job.mean_lo != NULL:
             for i in range(n):
-                dots[i] -= low[i] * sums[i] if low[i] != 0 else 0  # the sum may be infinite
+                dots[i] -= lost(low[i], sums[i])
         if job.out != NULL and not job.frozen:
             for i in range(n):
                 g1[i] = -(invstd[i] * (invstd[i] * dots[i] / count))  # the square alone may leave the range
-                g0[i] = sums[i] / count + low[i] * g1[i]
+                g0[i] = sums[i] / count + lost(low[i], g1[i])
             put_vector(job.grad_offset, first, n, g0, <T*> NULL)
             put_vector(job.grad_slope, first, n, g1, <T*> NULL)
         if job.dweight != NULL:

@@ -28,23 +28,37 @@ cdef inline double narrow(double scale, double most) noexcept nogil:
     return min(max(scale, -most), most) if isfinite(scale) else scale
 
 
+cdef double set_planes(Work* job, Py_ssize_t part, Py_ssize_t at, double mean, double low, double invstd, T* tag) noexcept nogil:
+    """Set the parameters of the planes of a part, the first of which has weight number `at`; the largest of their scales."""
+    cdef double scale, shift, largest = 0, most = Block[T].largest()
+    cdef Py_ssize_t plane
+    for plane in range(part * job.group, (part + 1) * job.group):
+        scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, at)
+        shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
+        Block[T].set_value(job.plane_mean, plane, mean)
+        Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
+        Block[T].set_value(job.plane_shift, plane, shift - lost(low, scale))
+        if fabs(scale) > largest:
+            largest = fabs(scale)
+        at += 1
+    return largest
+
+
+cdef inline Py_ssize_t next_weight(Work* job, Py_ssize_t at) noexcept nogil:
+    """The number of the first weight of the next part; counted: a division takes longer than all else."""
+    return at + job.group if at + job.group < job.period else 0
+
+
 cdef bint fold_parts(TypedCall[Forward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
     """From the merged statistics of parts to the parameters of their planes' map; whether they may be mapped."""
-    cdef double low, invstd, scale, shift, most = Block[T].largest()
-    cdef Py_ssize_t c, plane = first * job.group, at = plane % job.period, end
+    cdef double low, invstd, scale
+    cdef Py_ssize_t c, at = first * job.group % job.period
     cdef bint unusual = False
     for c in range(first, last):
         fold_part(job, c, &low, &invstd)
-        end = plane + job.group
-        while plane < end:
-            scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, at)
-            shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
-            Block[T].set_value(job.plane_mean, plane, Block[T].value(job.mean, c))
-            Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
-            Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
-            unusual = unusual or is_unusual(job.batch_m2[c], invstd, scale, <T*> NULL)
-            plane += 1
-            at = at + 1 if at + 1 < job.period else 0
+        scale = set_planes(job, c, at, Block[T].value(job.mean, c), low, invstd, <T*> NULL)
+        unusual = unusual or is_unusual(job.batch_m2[c], invstd, scale, <T*> NULL)
+        at = next_weight(job, at)
     if unusual:
         leave(job, first, last)
     return not unusual
@@ -221,19 +235,12 @@ cdef Status forward_parts(TypedCall[Forward, T]* job) noexcept nogil:
 
 cdef void unfold_parts(TypedCall[Backward, T]* job, Py_ssize_t parts) noexcept nogil:
     """The parameters of planes, as the forward had them."""
-    cdef Py_ssize_t plane = 0, c, at = 0, end  # counted: a division takes longer than all else
-    cdef double mean, low, invstd, scale, shift, most = Block[T].largest()
+    cdef Py_ssize_t c, at = 0
     for c in range(parts):
-        mean, low, invstd = Block[T].value(job.mean, c), Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c)
-        end = plane + job.group
-        while plane < end:
-            scale = invstd if job.weight == NULL else invstd * Block[T].value(job.weight, at)
-            shift = 0 if job.bias == NULL else Block[T].value(job.bias, at)
-            Block[T].set_value(job.plane_mean, plane, mean)
-            Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
-            Block[T].set_value(job.plane_shift, plane, shift if low == 0 else shift - low * scale)
-            plane += 1
-            at = at + 1 if at + 1 < job.period else 0
+        set_planes(
+            job, c, at, Block[T].value(job.mean, c), Block[T].value(job.mean_lo, c), Block[T].value(job.invstd, c), <T*> NULL
+        )
+        at = next_weight(job, at)
     job.mean, job.scale, job.shift = job.plane_mean, job.plane_scale, job.plane_shift
 
 
@@ -248,11 +255,11 @@ cdef void fold_parts_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_
         for plane in range(c * k, c * k + k):
             weight = Block[T].value(job.weight, at) if k > 1 and job.weight != NULL else 1
             at += 1
-            job.sum_dy_xmu[plane] -= low * job.sum_dy[plane]
+            job.sum_dy_xmu[plane] -= lost(low, job.sum_dy[plane])
             g0 += weight * job.sum_dy[plane]
             g1 += weight * job.sum_dy_xmu[plane]
         g1 = invstd * (invstd * g1 / count)
-        g0 = g0 / count - low * g1
+        g0 = g0 / count - lost(low, g1)
         at = start
         for plane in range(c * k, c * k + k):
             weight = Block[T].value(job.weight, at) if k > 1 and job.weight != NULL else 1

@@ -162,7 +162,7 @@ cdef void rows_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
         for c in range(n):
             fold_part(&own, c, &low, &invstd)
             Block[T].set_value(own.scale, c, narrow(invstd, Block[T].largest()))
-            Block[T].set_value(own.shift, c, 0 if low == 0 else -low * invstd)
+            Block[T].set_value(own.shift, c, 0 - lost(low, invstd))
             if is_unusual(own.batch_m2[c], invstd, invstd, <T*> NULL):
                 leave(&own, c, c + 1)
                 job.any_left = True
@@ -321,8 +321,8 @@ cdef void backward_rows_unit(TypedCall[GradInput, T]* job, Py_ssize_t unit) noex
             sum_along(job, &a, first, n, j, job.inner - j, dweight, dweight + size)
         for r in range(n if job.out != NULL else 0):
             low, invstd = Block[T].value(job.mean_lo, first + r), Block[T].value(job.invstd, first + r)
-            g1 = invstd * (invstd * (sums[2 * r + 1] - low * sums[2 * r]) / job.inner)
-            g0 = (0 if job.uncentered else sums[2 * r] / job.inner) - low * g1
+            g1 = invstd * (invstd * (sums[2 * r + 1] - lost(low, sums[2 * r])) / job.inner)
+            g0 = (0 if job.uncentered else sums[2 * r] / job.inner) - lost(low, g1)
             map_row_gradient(
                 job, &a, (first + r) * job.inner, Block[T].splat(job.mean, first + r), Block[T].splat(job.invstd, first + r),
                 Block[T].constant(g0), Block[T].constant(-g1)
@@ -376,7 +376,7 @@ cdef Status backward_rows(TypedCall[Backward, T]* job) noexcept nogil:
     job.expanded = <double*> (room + 2 * size + rows * item + BLOCK)
     for c in range(rows):
         low = Block[T].value(job.mean_lo, c)
-        Block[T].set_value(room + size, c, 0 if low == 0 else -low * Block[T].value(job.invstd, c))
+        Block[T].set_value(room + size, c, 0 - lost(low, Block[T].value(job.invstd, c)))
     job.channels, job.inner = rows, k
     bytes = (reads_of(job) + (job.out != NULL) + (job.dresidual != NULL)) * rows * k * sizeof(T)
     parallel(<unit_fn> backward_rows_unit[T], job, tiles, job.threads, False, bytes, job.host)
