@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastbn import extremes, memory
+from fastbn import extremes
 from fastbn.activations import Epilogue
 from fastbn.floating import default_mode
 from fastbn.kernels.protocol import Affine, Running, Statistics
@@ -88,7 +88,6 @@ class ComposedKernel:
         self.normalize = module.normalize
         self.grad_sums = module.grad_sums
         self.grad_input = module.grad_input
-        self.keeps = getattr(module, "KEEPS", False)
 
     @default_mode
     def inference(
@@ -164,10 +163,6 @@ class ComposedKernel:
         self, arrays: tuple[Array, Array, Array | None], kept: Statistics, scale: Array | None, threads: int, epilogue: Epilogue | None
     ) -> tuple[Array, Array]:
         (dy, x, dx), (mean, mean_lo, _, _) = arrays, kept
-        if epilogue is not None and dx is not None and (place := self._place_to_keep(epilogue, dy, x, dx)) is not None:
-            zero = np.zeros_like(mean)
-            self.grad_input(dy, x, place, mean, np.ones_like(mean), (zero, zero), threads, epilogue._replace(dresidual=None))
-            dy, epilogue = place, None
         sum_dy, sum_dy_xmu = self.grad_sums(dy, x, mean, threads, epilogue)
         if mean_lo is not None:
             sum_dy_xmu = sum_dy_xmu - lost(mean_lo, sum_dy)
@@ -175,15 +170,3 @@ class ComposedKernel:
             count = x.shape[0] * x.shape[2]
             input_gradient(self, (dy, x, dx), kept, scale, (sum_dy, sum_dy_xmu), count, threads, epilogue)
         return sum_dy, sum_dy_xmu
-
-    def _place_to_keep(self, epilogue: Epilogue, dy: Array, x: Array, dx: Array) -> Array | None:
-        """Where to keep dy before the activation, so that sums and map need not both evaluate a costly derivative.
-
-        In place, in memory of its own: other sums would have other bits.
-        """
-        if not self.keeps or epilogue.activation is None or not epilogue.activation.costly or epilogue.from_output:
-            return None
-        if epilogue.dresidual is not None:
-            return epilogue.dresidual
-        inputs = (dy, x, epilogue.residual)
-        return memory.empty_like(x) if any(a is not None and np.may_share_memory(dx, a) for a in inputs) else dx

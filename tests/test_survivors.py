@@ -322,6 +322,15 @@ def test_an_infinite_scale_gives_infinity_beside_the_mean() -> None:
     assert np.array_equal(y, [[-np.inf], [np.inf]])
 
 
+@pinned
+def test_an_infinite_mean_rounds_nothing_away() -> None:
+    x = np.ones((3, 2), np.float32)
+    x[0, 0] = np.inf
+    saved = fastbn.batch_norm_forward(x)[1]
+    assert saved.mean_lo is not None
+    assert (saved.mean[0], saved.mean_lo[0]) == (np.inf, 0)
+
+
 # --- core: gradients that are seldom asked for
 
 
