@@ -347,6 +347,13 @@ def overview() -> int:
     return int(bool(wrong))
 
 
+def bench(args: argparse.Namespace) -> int:
+    """Measure, where nothing is wrong with the environment."""
+    if found := problems():
+        args.refuse(found[0])
+    return benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json)
+
+
 COMMANDS = {
     "info": "everything that was found on this machine, and what is wrong",
     "verify": "compare every kernel that can run here with the reference",
@@ -458,9 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "bench":
         if args.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
             args.refuse("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
-        if found := problems():
-            args.refuse(found[0])
-        return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))
+        return to_the_end(lambda: bench(args))
     if args.command == "info" or args.json:
         return to_the_end(lambda: info(args.json))
     return to_the_end(overview)
@@ -488,8 +493,8 @@ def to_the_end(command: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         print(f"python -m fastbn: {error.strerror}", file=sys.stderr)
         return 1
-    except MemoryError as error:
-        print(f"python -m fastbn: {error or 'not enough memory'}", file=sys.stderr)
+    except (MemoryError, Warning) as error:  # warnings are errors by `-W error`
+        print(f"python -m fastbn: {str(error) or 'not enough memory'}", file=sys.stderr)
         return 1
     return status
 
