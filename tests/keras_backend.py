@@ -328,9 +328,11 @@ def test_an_activation_is_keras_own(activation: Any) -> None:
     assert again.activation == layer.activation
 
 
-def test_one_value_and_none_per_channel() -> None:
+@pytest.mark.parametrize("renorm", [False, True])
+def test_one_value_and_none_per_channel(renorm: bool) -> None:
     layer = made((1, 3))
     near(layer(data((1, 3)), training=True), truth(data((1, 3)), layer, True), 1e-5)
+    layer = made((1, 3), renorm=renorm)
     before = [v.copy() for v in layer.get_weights()]
     assert layer(np.zeros((0, 3), np.float32), training=True).shape == (0, 3)
     assert layer(np.zeros((0, 3), np.float32), training=False).shape == (0, 3)
