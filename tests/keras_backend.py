@@ -428,6 +428,18 @@ def test_what_is_regularized_is_not_fused() -> None:
         np.testing.assert_allclose([values(v) for v in converted.losses], [values(v) for v in model.losses], rtol=1e-5)
 
 
+@keras.saving.register_keras_serializable("fastbn_tests")
+class Derived(keras.layers.BatchNormalization):  # type: ignore[misc]
+    """A class of the user's, which may compute anything."""
+
+
+def test_derived_classes_stay_with_the_activations_behind_them() -> None:
+    model = keras.Sequential([keras.layers.Input((3,)), Derived(), keras.layers.ReLU(), Derived(), keras.layers.Activation("tanh")])
+    converted = fastbn.keras.convert(model, fuse=True)
+    assert [type(layer) for layer in converted.layers] == [type(layer) for layer in model.layers]
+    near(converted(data((4, 3))), values(model(data((4, 3)))))
+
+
 class Descent(keras.optimizers.SGD):
     """An optimizer that Keras does not know by its name."""
 
