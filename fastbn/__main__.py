@@ -347,13 +347,6 @@ def overview() -> int:
     return int(bool(wrong))
 
 
-def bench(args: argparse.Namespace) -> int:
-    """Measure, where nothing is wrong with the environment."""
-    if found := problems():
-        args.refuse(found[0])
-    return benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json)
-
-
 COMMANDS = {
     "info": "everything that was found on this machine, and what is wrong",
     "verify": "compare every kernel that can run here with the reference",
@@ -465,7 +458,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "bench":
         if args.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
             args.refuse("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
-        return to_the_end(lambda: bench(args))
+        given = args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json
+        return to_the_end(lambda: args.refuse(found[0]) if (found := problems()) else benchmark.run(*given))
     if args.command == "info" or args.json:
         return to_the_end(lambda: info(args.json))
     return to_the_end(overview)
