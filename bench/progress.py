@@ -54,6 +54,7 @@ def each(
             return progress
         return Group(text.drawn(table(results[-max(3, console.height - 8) :]), console.width)[0], progress)
 
+    interrupted = False
     # Without auto_refresh, whose thread would run during the measurements.
     with Live(shown(), console=console, auto_refresh=False) as live:
         try:
@@ -66,7 +67,9 @@ def each(
                 progress.update(task, advance=1)
                 live.update(shown(), refresh=True)
         except KeyboardInterrupt:
-            return results, True
+            interrupted = True
         finally:
             live.update(progress, refresh=True)
-    return results, False
+    if not console.is_terminal:  # where rich leaves the last line open
+        console.line()
+    return results, interrupted

@@ -458,9 +458,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "bench":
         if args.dtype == "bfloat16" and find_spec("ml_dtypes") is None:
             args.refuse("--dtype bfloat16 needs ml_dtypes: pip install ml_dtypes")
-        if found := problems():
-            args.refuse(found[0])
-        return to_the_end(lambda: benchmark.run(args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json))
+        given = args.shape, args.layout, args.dtype, args.threads, args.seconds, args.json
+        return to_the_end(lambda: args.refuse(found[0]) if (found := problems()) else benchmark.run(*given))
     if args.command == "info" or args.json:
         return to_the_end(lambda: info(args.json))
     return to_the_end(overview)
@@ -488,8 +487,8 @@ def to_the_end(command: Callable[[], int]) -> int:
             return 128 + signal.SIGPIPE
         print(f"python -m fastbn: {error.strerror}", file=sys.stderr)
         return 1
-    except MemoryError as error:
-        print(f"python -m fastbn: {error or 'not enough memory'}", file=sys.stderr)
+    except (MemoryError, Warning) as error:  # warnings are errors by `-W error`
+        print(f"python -m fastbn: {str(error) or 'not enough memory'}", file=sys.stderr)
         return 1
     return status
 

@@ -328,9 +328,11 @@ def test_an_activation_is_keras_own(activation: Any) -> None:
     assert again.activation == layer.activation
 
 
-def test_one_value_and_none_per_channel() -> None:
+@pytest.mark.parametrize("renorm", [False, True])
+def test_one_value_and_none_per_channel(renorm: bool) -> None:
     layer = made((1, 3))
     near(layer(data((1, 3)), training=True), truth(data((1, 3)), layer, True), 1e-5)
+    layer = made((1, 3), renorm=renorm)
     before = [v.copy() for v in layer.get_weights()]
     assert layer(np.zeros((0, 3), np.float32), training=True).shape == (0, 3)
     assert layer(np.zeros((0, 3), np.float32), training=False).shape == (0, 3)
@@ -424,6 +426,18 @@ def test_what_is_regularized_is_not_fused() -> None:
         near(converted(data((4, 3))), values(model(data((4, 3)))))
         assert len(model.losses) == 1
         np.testing.assert_allclose([values(v) for v in converted.losses], [values(v) for v in model.losses], rtol=1e-5)
+
+
+@keras.saving.register_keras_serializable("fastbn_tests")
+class Derived(keras.layers.BatchNormalization):  # type: ignore[misc]
+    """A class of the user's, which may compute anything."""
+
+
+def test_derived_classes_stay_with_the_activations_behind_them() -> None:
+    model = keras.Sequential([keras.layers.Input((3,)), Derived(), keras.layers.ReLU(), Derived(), keras.layers.Activation("tanh")])
+    converted = fastbn.keras.convert(model, fuse=True)
+    assert [type(layer) for layer in converted.layers] == [type(layer) for layer in model.layers]
+    near(converted(data((4, 3))), values(model(data((4, 3)))))
 
 
 class Descent(keras.optimizers.SGD):

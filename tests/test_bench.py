@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from bench import again, compare, data, options, peers, published, ratios, readme, report, roofline, situ, text
+from bench import again, compare, data, options, peers, progress, published, ratios, readme, report, roofline, situ, text
 from bench.cases import NETWORKS, Case, cases, quick
 from bench.measure import Row, measure
 from bench.peers import CONTENDERS, IN_SITU, OPS, fastbn_peer
@@ -425,6 +425,13 @@ def test_runs_of_several_processes_are_one(tmp_path, capsys):
     rows = report.read_json(Path(paths[0]).read_text())[1]
     assert {row.times["fastbn"].processes for row in rows} == {2}
     assert again.in_order(rows) == rows
+
+
+def test_what_follows_the_bar_has_a_line_of_its_own(capsys):
+    assert progress.each([1, 2], str, lambda item: [item])[0] == [1, 2]
+    lines = capsys.readouterr().err
+    assert "2/2" in lines.splitlines()[-1]
+    assert lines.endswith("\n")
 
 
 def test_main_says_that_there_was_no_time(capsys, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import shlex
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,6 +67,15 @@ def _commands() -> Iterator[tuple[Path, str]]:
         for block in _blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 yield from ((page, part.strip()) for part in line.split("#")[0].split("&&") if part.strip())
+
+
+@pytest.mark.parametrize("length", [{}, {"CONTENT_LENGTH": ""}, {"CONTENT_LENGTH": "0"}, {"CONTENT_LENGTH": "8"}], ids=str)
+def test_the_service_answers_what_is_no_array_with_the_reason(length: dict[str, str]) -> None:
+    served: dict[str, Any] = {}
+    exec(_blocks(ROOT / "docs" / "howto" / "serve.md", "python")[0], served)  # noqa: S102  our own text
+    said: list[str] = []
+    served["app"]({"PATH_INFO": "/", "wsgi.input": io.BytesIO(b"no array"), **length}, lambda status, _: said.append(status))
+    assert said == ["400 Bad Request"]
 
 
 def test_every_command_of_fastbn_is_one() -> None:

@@ -53,11 +53,16 @@ def test_a_bare_call_says_what_is_wrong():
     assert "problem    FASTBN_NUM_THREADS " in done.stdout
 
 
-def test_a_warning_is_one_line_without_a_place_in_the_source():
-    code = "from fastbn import dispatch; from fastbn.__main__ import main; dispatch.TABLE = dispatch.TABLE[-1:]; main([])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("python -m fastbn: fastbn runs its slower 'reference' kernel")
+@pytest.mark.parametrize("action", ["default", "error"])
+@pytest.mark.parametrize("arguments", [[], ["bench", "--shape", "2,3", "--seconds", "0.01"]], ids=" ".join)
+def test_a_warning_is_one_line_without_a_place_in_the_source(action, arguments):
+    code = "import sys; from fastbn import dispatch; from fastbn.__main__ import main; dispatch.TABLE = dispatch.TABLE[-1:]; "
+    program = [sys.executable, "-W", action, "-c", f"{code}sys.exit(main({arguments}))"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.stderr.startswith("python -m fastbn: fastbn runs its slower 'reference' kernel")
+    assert "Traceback" not in done.stderr
+    assert "RuntimeWarning" not in done.stderr
+    assert done.returncode
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["info", "--help"], ["verify", "--help"], ["bench", "--help"]], ids=" ".join)

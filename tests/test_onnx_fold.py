@@ -310,6 +310,8 @@ FORMS = [
     ("n = Constant <value = int64[1] {4}> () s = ConstantOfShape <value = float[1] {3}> (n)", {}),
     ("s = Identity (s0)", {"s0": array(4)}),
     ("s = Cast <to = 1> (s0)", {"s0": array(4, dtype=np.float64)}),
+    ("s = CastLike (s0, x)", {"s0": array(4, dtype=np.float64)}),
+    ("n = Shape (s0) s1 = CastLike (f, x) s = Expand (s1, n)", {"s0": array(4), "f": np.array(2.0)}),  # as torch.onnx writes
     ("n = Constant <value_ints = [-1]> () s = Reshape (s0, n)", {"s0": array(2, 2)}),
     ("n = Constant <value_int = 0> () s1 = Unsqueeze (s0, n1) s = Squeeze (s1, n1)", {"s0": array(4), "n1": np.array([0])}),
 ]

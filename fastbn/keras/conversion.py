@@ -13,6 +13,7 @@ from fastbn import checks
 from fastbn.keras.layer import BatchNormalization, known
 
 layers = keras.layers
+_REPLACED = (layers.BatchNormalization, BatchNormalization)
 _OURS = {"module": BatchNormalization.__module__, "class_name": "BatchNormalization", "registered_name": "fastbn>BatchNormalization"}
 
 
@@ -140,6 +141,8 @@ def _pairs(model: Any) -> dict[int, Any]:
     found: dict[int, Any] = {}
     holders = _holders(model)  # of another one of these, a layer here says nothing
     for _, layer, holder in norms(model):
+        if type(layer) not in _REPLACED:
+            continue
         place = places(holder).get(layer.name) if isinstance(holder, keras.Model) else None
         if place is None or (place.calls, len(place.after)) != (1, 1) or not place.after[0] or getattr(layer, "activation", None):
             continue
@@ -266,7 +269,7 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
 
     def clone(layer: Any) -> Any:
         config = layer.get_config()
-        if type(layer) in (layers.BatchNormalization, BatchNormalization):
+        if type(layer) in _REPLACED:
             activation = pairs.get(id(layer))
             return BatchNormalization.from_config(config if activation is None else config | {"activation": activation})
         if id(layer) in pairs:

@@ -179,7 +179,8 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def _train(self, plan: Plan, x: Any, wide: str, mask: Any) -> Any:
         gamma, beta = self._scale_and_shift(x, wide)
-        renorm = getattr(self, "renorm", False)  # older Keras has none
+        empty = 0 in x.shape  # statistics of no values say nothing
+        renorm = getattr(self, "renorm", False) and not empty  # older Keras has none
         found = None if renorm or mask is not None else backend().train(plan, x, gamma, beta)
         if found is not None:
             y, mean, var = found
@@ -192,7 +193,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         mean, var = ops.reshape(broadcast_mean, (-1,)), ops.reshape(broadcast_var, (-1,))
         if renorm:
             gamma, beta = self._renormalize(mean, var, gamma, beta, wide)
-        elif not (rank and 0 in x.shape):  # of no values the statistics say nothing
+        elif not empty:
             self._move(self.moving_mean, mean, self.momentum)
             self._move(self.moving_variance, var, self.momentum)
         return composed.scaled(plan, centered, broadcast_var, composed.along(plan, gamma, rank), composed.along(plan, beta, rank))

@@ -4,7 +4,7 @@ a) A `Model` works on a copy. The user's own ModelProto is never written to.
 b) A `Scope` is the main graph, the body of an If, Loop or Scan, or a local function. A body reads values of the scopes
    around it; such a value counts as read elsewhere, and nothing that would change it is done.
 c) A constant is what no caller can change: an initializer that is no graph input, or one of IR below 4, where every
-   initializer had to be an input; a Constant node; and what moves or casts such a value.
+   initializer had to be an input; a Constant node; what moves or casts such a value, and its shape.
 d) What cannot be done is said by `Stays`, with the reason in words for the user.
 """
 
@@ -32,7 +32,8 @@ NORMS = {  # operator -> the domains that have it
 }
 # What exporters leave between a constant and its reader. Not DequantizeLinear: its result would take four times the memory.
 MOVES = frozenset(
-    ("Cast", "Concat", "ConstantOfShape", "Expand", "Flatten", "Identity", "Neg", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze")
+    ("Cast", "CastLike", "Concat", "ConstantOfShape", "Expand", "Flatten", "Identity", "Neg", "Reshape", "Shape", "Slice", "Squeeze",
+     "Transpose", "Unsqueeze")
 )  # fmt: skip
 
 
@@ -182,15 +183,23 @@ class Scope:
             return self._of_constant(name, node)
         if node.op not in MOVES:
             raise Stays(f"{name} is computed by {node.op}")
-        inputs = {given: self.constant(given) for given in node.proto.input if given}
+        proto = self._cast(node) if node.op == "CastLike" else node.proto
+        inputs = {given: self.constant(given) for given in proto.input if given}
         wanted = [onnx.ValueInfoProto(name=name)]
-        graph = helper.make_graph([node.proto], "constant", [onnx.ValueInfoProto(name=given) for given in inputs], wanted)
+        graph = helper.make_graph([proto], "constant", [onnx.ValueInfoProto(name=given) for given in inputs], wanted)
         try:
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)])
             results: Any = ReferenceEvaluator(model).run(None, inputs)
             return np.asarray(results[0])
         except Exception as error:  # whatever is wrong there, the node stays as it is
             raise Stays(f"{name} cannot be computed: {said(error)}") from None
+
+    def _cast(self, node: Node) -> NodeProto:
+        """The Cast that a CastLike is: its second input, which may be any value, says no more than the dtype."""
+        like = self.type_of(node.input(1))
+        if like is None:
+            raise Stays(f"the dtype that {node.own_name} casts to is not known")
+        return helper.make_node("Cast", [node.input(0)], list(node.proto.output), to=like.kind)
 
     def _of_constant(self, name: str, node: Node) -> Array:
         for attribute in node.proto.attribute:
