@@ -112,6 +112,23 @@ def test_tensors_whose_memory_holds_other_numbers_are_taken_as_what_they_are(tra
             torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_second_derivatives_of_one_image_in_channels_last(training: bool, activation: str) -> None:
+    torch.manual_seed(1)
+    x, dy = (torch.randn(1, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    given = [x, None, torch.rand(3) + 0.5, torch.randn(3), torch.randn(3), torch.rand(3) + 0.5]
+    results = []
+    for f, dtype in ((ours, torch.float32), (composed, torch.float64)):
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in given[:4]]
+        y = f(*leaves, *(t.to(dtype) for t in given[4:]), training, activation)
+        asked = leaves[0], leaves[2]
+        first = torch.autograd.grad(y, asked, dy.to(dtype), create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), asked)
+        results.append([t.double() for t in (*first, *second)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_first_and_second_derivatives_are_those_of_finite_differences(training: bool, activation: Any) -> None:

@@ -233,10 +233,11 @@ def gradients(
 def gradients_of(a: Any, dy: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of the first of some arguments, one for each that may be wanted, by torch's own operators.
 
-    They are taken of aliases: one of the tensors may have been computed from another one, whose gradient that way is not ours.
+    They are taken of aliases: one of the tensors may have been computed from another one, whose gradient that way is not ours. A view
+    would not do: its strides differ where there is one image, and torch's kernels then confuse two orders of memory.
     """
     with torch.enable_grad():
-        inputs = [t if t is None else t.view_as(t) for t in a[: len(wanted)]]
+        inputs = [t if t is None else torch.ops.aten.alias(t) for t in a[: len(wanted)]]
         z = a._make((*inputs, *a[len(wanted) :])).composed()
     asked = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]
     found = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
