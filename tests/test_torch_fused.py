@@ -321,6 +321,21 @@ def test_operators_of_graphs_pass_torchs_check() -> None:
             torch.library.opcheck(torch.ops.fastbn.batch_norm.default, given)
 
 
+@pytest.mark.parametrize("activation", operators.ALONE)
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_a_graphs_gradients_lie_in_memory_as_it_was_told_whatever_the_order_of_dy(eps: float, activation: str) -> None:
+    """An eps of 0 is left to torch's own operators."""
+    torch.manual_seed(4)
+    last = torch.randn(2, 4, 7, 5).contiguous(memory_format=torch.channels_last)
+    v = torch.rand(4) + 0.5
+    for x, dy in ((last.contiguous(), last), (last, last.contiguous())):
+        y = torch.ops.fastbn.batch_norm(x, x, v, v, v, v, False, 0.1, eps, activation, 0.01)[0]
+        kept = (None, y) if activation in operators.FROM_OUTPUT else (x, None)
+        given = dy, x, *kept, v, v, v, v, v, v, False, eps, activation, 0.01, [True] * 4
+        dx, dresidual, *_ = torch.ops.fastbn.batch_norm_gradients(*given)
+        assert dx.stride() == dresidual.stride() == y.stride() == x.stride()
+
+
 def test_a_graph_with_an_activation_of_another_version_is_refused() -> None:
     x, numbers = torch.ones(2, 3, 4, 4), (None, None, None, None, True, 0.1, 1e-5)
     for call in (
