@@ -112,6 +112,23 @@ def test_tensors_whose_memory_holds_other_numbers_are_taken_as_what_they_are(tra
             torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_second_derivatives_of_one_image_in_channels_last(training: bool, activation: str) -> None:
+    torch.manual_seed(1)
+    x, dy = (torch.randn(1, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    given = [x, None, torch.rand(3) + 0.5, torch.randn(3), torch.randn(3), torch.rand(3) + 0.5]
+    results = []
+    for f, dtype in ((ours, torch.float32), (composed, torch.float64)):
+        leaves = [None if t is None else t.to(dtype).requires_grad_() for t in given[:4]]
+        y = f(*leaves, *(t.to(dtype) for t in given[4:]), training, activation)
+        asked = leaves[0], leaves[2]
+        first = torch.autograd.grad(y, asked, dy.to(dtype), create_graph=True)
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), asked)
+        results.append([t.double() for t in (*first, *second)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu", "gelu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_first_and_second_derivatives_are_those_of_finite_differences(training: bool, activation: Any) -> None:
@@ -302,6 +319,21 @@ def test_operators_of_graphs_pass_torchs_check() -> None:
             (x.detach().bfloat16(), None, w, b, m, v, True, 0.1, 1e-5, "leaky_relu", 0.1),
         ):
             torch.library.opcheck(torch.ops.fastbn.batch_norm.default, given)
+
+
+@pytest.mark.parametrize("activation", operators.ALONE)
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
+def test_a_graphs_gradients_lie_in_memory_as_it_was_told_whatever_the_order_of_dy(eps: float, activation: str) -> None:
+    """An eps of 0 is left to torch's own operators."""
+    torch.manual_seed(4)
+    last = torch.randn(2, 4, 7, 5).contiguous(memory_format=torch.channels_last)
+    v = torch.rand(4) + 0.5
+    for x, dy in ((last.contiguous(), last), (last, last.contiguous())):
+        y = torch.ops.fastbn.batch_norm(x, x, v, v, v, v, False, 0.1, eps, activation, 0.01)[0]
+        kept = (None, y) if activation in operators.FROM_OUTPUT else (x, None)
+        given = dy, x, *kept, v, v, v, v, v, v, False, eps, activation, 0.01, [True] * 4
+        dx, dresidual, *_ = torch.ops.fastbn.batch_norm_gradients(*given)
+        assert dx.stride() == dresidual.stride() == y.stride() == x.stride()
 
 
 def test_a_graph_with_an_activation_of_another_version_is_refused() -> None:

@@ -285,6 +285,10 @@ OTHERS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda x, v: group_norm(x, v, v, 1, 4, 30, 2, 1e-5),
         "x has too few dimensions or more than 16, or another tensor is unlike x",
     ),
+    "more axes than most tensors have": (
+        lambda x, v: [t.reshape(-1) for t in layer_norm(x.reshape(*[1] * 70, 24, 5), (*[1] * 68, 24, 5), None, None, 1e-5)],
+        "x has too few dimensions or more than 16, or another tensor is unlike x",
+    ),
     "empty": (lambda x, v: layer_norm(x[:0], (5,), None, None, 1e-5), "x is empty"),
     "empty groups": (lambda x, v: group_norm(x[:0], v, v, 0, 4, 15, 2, 1e-5), "x is empty"),
     "no weight": (

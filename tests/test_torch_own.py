@@ -134,6 +134,33 @@ def test_torch_sees_what_changed() -> None:
         y.backward(dy)
 
 
+def test_an_error_moves_neither_running_statistic() -> None:
+    x, _, w, b, m, v, _ = given()
+    with pytest.raises(RuntimeError, match="single memory location"):
+        fastbn.torch.batch_norm(x, m, v[:1].expand(6), w, b, True, activation=SWISH)
+    assert torch.equal(m, given()[4])
+
+
+def test_running_statistics_of_inference_mode_are_moved_as_by_torch() -> None:
+    x, _, w, b, m, v, _ = given()
+    with torch.inference_mode():
+        kept = v.clone()
+    F.batch_norm(x, m.clone(), v, w, b, True)
+    fastbn.torch.batch_norm(x, m, kept, w, b, True, activation=SWISH)
+    torch.testing.assert_close(kept.clone(), v)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_running_statistics_that_require_gradients_are_refused_as_by_torch(training: bool) -> None:
+    x, _, w, b, m, v, _ = given()
+    v.requires_grad_()
+    with pytest.raises(RuntimeError, match="running_var"):
+        F.batch_norm(x, m, v, w, b, training)
+    with pytest.raises(ValueError, match=r"running_var requires a gradient, .*: give running_var.detach\(\)"):
+        fastbn.torch.batch_norm(x, m, v, w, b, training, activation=SWISH)
+    assert torch.equal(m, given()[4])
+
+
 def test_a_second_derivative_is_refused() -> None:
     x, _, w, b, m, v, _ = given()
     x.requires_grad_()

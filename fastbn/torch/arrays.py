@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -83,6 +83,24 @@ def vector(tensor: Tensor | None) -> Array | None:
         return None
     known: Any = tensor.detach()
     return array_of(known if known.dtype in (torch.float32, torch.float64) else known.float())
+
+
+def overwrite(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Write values to tensors, where torch counts it: to all of them or, after an error or Ctrl-C, to none."""
+    new = list(values)
+    old = [(tensor, tensor.clone()) for tensor, _ in new]
+    try:
+        _write(new)
+    except BaseException:
+        _write(old)
+        raise
+
+
+def _write(values: list[tuple[Tensor, Tensor]]) -> None:
+    for tensor, value in values:
+        # Kernels write to tensors of inference mode everywhere; in Python that is allowed there only.
+        with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+            tensor.copy_(value)
 
 
 def unreadable(tensors: Mapping[str, Tensor | None]) -> str:

@@ -136,11 +136,16 @@ def compiled() -> Any:
     return _operators
 
 
-def _like(x: Tensor) -> Tensor:
-    """Of x's shape, in the order of memory that torch gives the output of batch norm."""
+def _order(x: Tensor) -> Any:
+    """The order of memory that torch gives the output of batch norm."""
     last = LAST.get(x.dim())
     kept = last is not None and not x.is_contiguous() and (x.is_contiguous(memory_format=last) or _has_gaps(x))
-    return torch.empty_like(x, memory_format=last if kept else torch.contiguous_format)
+    return last if kept else torch.contiguous_format
+
+
+def _like(x: Tensor) -> Tensor:
+    """Of x's shape, in that order."""
+    return torch.empty_like(x, memory_format=_order(x))
 
 
 def _has_gaps(x: Tensor) -> bool:
@@ -233,10 +238,11 @@ def gradients(
 def gradients_of(a: Any, dy: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of the first of some arguments, one for each that may be wanted, by torch's own operators.
 
-    They are taken of aliases: one of the tensors may have been computed from another one, whose gradient that way is not ours.
+    They are taken of aliases: one of the tensors may have been computed from another one, whose gradient that way is not ours. A view
+    would not do: its strides differ where there is one image, and torch's kernels then confuse two orders of memory.
     """
     with torch.enable_grad():
-        inputs = [t if t is None else t.view_as(t) for t in a[: len(wanted)]]
+        inputs = [t if t is None else torch.ops.aten.alias(t) for t in a[: len(wanted)]]
         z = a._make((*inputs, *a[len(wanted) :])).composed()
     asked = [t for t, w in zip(inputs, wanted, strict=True) if w and t is not None]
     found = iter(torch.autograd.grad(z, asked, dy, create_graph=torch.is_grad_enabled()) if asked else ())
@@ -326,7 +332,7 @@ def _normalize(
         found = attempt(Arguments(input, residual, weight, bias, mean, var, training, momentum, eps, follows))
     if found is None:
         z, *saved = torch.native_batch_norm(input, weight, bias, mean, var, training, momentum, eps)
-        found = after(z, residual, follows), saved[0], saved[1]
+        found = after(z, residual, follows).contiguous(memory_format=_order(input)), saved[0], saved[1]
     return *found, *(input.new_empty(0) if t is None or not training else t for t in (mean, var))
 
 
@@ -347,7 +353,9 @@ def _gradients(
     a = Arguments(input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, builtin_named(activation, parameter))
     saved = ((save_mean, save_invstd) if training else (None, None)) if is_compiled(input) else None
     leaves: list[Any] = [None if t is None else t.detach().requires_grad_(w) for t, w in zip(a[:4], output_mask, strict=True)]
-    return gradients(grad_out, a._replace(**dict(zip(a._fields, leaves, strict=False))), output, saved, tuple(output_mask))
+    dx, dresidual, *rest = gradients(grad_out, a._replace(**dict(zip(a._fields, leaves, strict=False))), output, saved, tuple(output_mask))
+    # Torch's own operators may have kept the order of grad_out; compiled code relies on that of the fake kernel.
+    return *(t if t is None else t.contiguous(memory_format=_order(input)) for t in (dx, dresidual)), *rest
 
 
 def _fake_gradients(

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastbn import functional
 from fastbn.activations import Activation
 from fastbn.layout import Array
-from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, unreadable, vector
+from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, overwrite, unreadable, vector
 from fastbn.torch.operators import Arguments
 
 
@@ -39,9 +39,7 @@ def _forward(a: Arguments, activation: Activation, saves: bool) -> tuple[Tensor,
         else:
             functional.batch_norm(array_of(source), mean, var, weight, bias, **options)
     if a.training:
-        for old, new in zip((a.mean, a.var), running, strict=True):
-            if old is not None and new is not None:
-                old.copy_(torch.from_numpy(new))
+        overwrite((old, torch.from_numpy(new)) for old, new in zip((a.mean, a.var), running, strict=True) if old is not None)
     return y.to(a.x.dtype), saved
 
 
@@ -114,4 +112,7 @@ def _checked(activation: Activation, a: Arguments) -> Tensor:
         raise TypeError(f"an activation of one's own runs on strided floating-point tensors of the CPU, and not {why}")
     if a.x.dim() < 2:
         raise ValueError(f"input must have at least 2 dimensions, (N, C, ...), got {tuple(a.x.shape)}")
+    for name in ("mean", "var"):
+        if (running := getattr(a, name)) is not None and running.requires_grad:
+            raise ValueError(f"running_{name} requires a gradient, and batch norm has none of it: give running_{name}.detach()")
     return _run(activation, a)

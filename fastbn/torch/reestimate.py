@@ -15,7 +15,7 @@ from fastbn import checks
 from fastbn.functional import batch_norm_stats
 from fastbn.reestimate import Estimate, Recorder, collect, running_of
 from fastbn.sync import Communicator
-from fastbn.torch.arrays import TYPES, array_of, computable, on_torchs_threads
+from fastbn.torch.arrays import TYPES, array_of, computable, on_torchs_threads, overwrite
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import check, is_batch_norm, norms
 from fastbn.torch.standing import tensor_of
@@ -113,19 +113,8 @@ def update_bn(
             buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
             values = *statistics, torch.tensor(found.batches)
             new += [pair for pair in zip(buffers, values, strict=True) if pair[0] is not None]
-    old = [(buffer, buffer.clone()) for buffer, _ in new]
-    with torch.no_grad():
-        try:
-            _write(new)
-        except BaseException:  # Ctrl-C: all are new, or none
-            _write(old)
-            raise
+    overwrite(new)
     return found
-
-
-def _write(values: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in values:
-        buffer.copy_(value)
 
 
 def _called(model: nn.Module, batch: Any) -> object:

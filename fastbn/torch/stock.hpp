@@ -10,6 +10,7 @@
 #include <iterator>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "tensors.hpp"
 
@@ -30,20 +31,28 @@ struct Integers {
     std::size_t size;
 };
 
-// An argument that is a list of integers, one for each of some axes.
+// An argument that is a list of integers, one for each of some axes, of which torch sets no limit.
 struct List {
-    std::int64_t data[64];  // torch has no more axes
+    std::int64_t near[16];
+    std::vector<std::int64_t> far;  // all of them, where they are more
+    std::int64_t* data = near;
     std::size_t size = 0;
 
-    explicit List(Slot slot) noexcept {
+    explicit List(Slot slot) {
         Opaque* list = reinterpret_cast<Opaque*>(slot);
         std::size_t found = 0;
         if (torch.torch_list_size(list, &found) != 0) return;
-        for (Slot item; size < found && size < std::size(data); ++size) {
+        if (found > std::size(near)) {
+            far.resize(found);
+            data = far.data();
+        }
+        for (Slot item; size < found; ++size) {
             if (torch.torch_list_get_item(list, size, &item) != 0) return;
             data[size] = long_in(item);
         }
     }
+    List(const List&) = delete;
+    List& operator=(const List&) = delete;
     operator Integers() const noexcept { return {data, size}; }
 };
 

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn import sync
 from fastbn.layout import Array
-from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, unreadable, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, overwrite, unreadable, vector
 from fastbn.torch.derived import own_method, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
@@ -105,9 +105,7 @@ class _Synchronized(torch.autograd.Function):
                 array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator,
                 out=array_of(y),
             )  # fmt: skip
-        for old, new in ((mean, new_mean), (var, new_var)):
-            if old is not None and new is not None:
-                old.copy_(torch.from_numpy(new))
+        overwrite((old, torch.from_numpy(new)) for old, new in ((mean, new_mean), (var, new_var)) if old is not None)
         ctx.save_for_backward(x)
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
         return y.to(x.dtype)
