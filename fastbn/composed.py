@@ -29,8 +29,7 @@ def split(mean: Array, mean_lo: Array, dtype: np.dtype[Any]) -> tuple[Array, Arr
 
 def lost(mean_lo: Array, factor: Array) -> Array:
     """What means rounded away, times something; nothing where that is infinite: only its sign would be known."""
-    product = mean_lo * factor
-    return np.where(np.isfinite(product) & (product != 0.0), product, 0.0)
+    return np.where(np.isfinite(factor), mean_lo * factor, 0.0)
 
 
 def fold(mean_lo: Array | None, invstd: Array, weight: Array | None, bias: Array | None, dtype: np.dtype[Any]) -> tuple[Array, Array]:

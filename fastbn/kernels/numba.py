@@ -619,8 +619,7 @@ _LOOPS = {
 @_helper("of_means")
 def _lost(low: float, factor: float) -> float:
     """What the mean rounded away, times something; nothing where that is infinite: only its sign would be known."""
-    product = low * factor
-    return product if product != 0.0 and isfinite(product) else 0.0
+    return low * factor if isfinite(factor) else 0.0
 
 
 @cache

@@ -53,8 +53,7 @@ cdef void merge_sums(Work* job, Py_ssize_t first, Py_ssize_t last) noexcept nogi
 
 cdef inline double lost(double low, double factor) noexcept nogil:
     """What the mean rounded away, times something; nothing where that is infinite: only its sign would be known."""
-    cdef double product = low * factor
-    return product if (product != 0) & isfinite(product) else 0
+    return low * factor if isfinite(factor) else 0
 
 
 cdef inline void get_vector(double* to, const void* vector, Py_ssize_t first, Py_ssize_t n, double otherwise, T* tag) noexcept nogil:
