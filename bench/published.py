@@ -127,7 +127,7 @@ def traced(text: str) -> dict[Shape, int]:
 
 def read_traced(path: Path) -> Set:
     """The set in one such file."""
-    shapes = traced(path.read_text(encoding="utf-8"))
+    shapes = traced(path.read_text(encoding="utf-8", errors="replace"))
     if not shapes:
         raise ValueError(f"{path} names no input of a batch norm")
     name = path.stem.removesuffix("_training")

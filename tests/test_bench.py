@@ -394,6 +394,9 @@ def test_traced_files_become_networks(tmp_path):
     path.write_text("nothing")
     with pytest.raises(ValueError, match="names no input"):
         published.read_traced(path)
+    path.write_bytes(b"\x8a\xff\0")
+    with pytest.raises(ValueError, match=f"{path.name} names no input"):
+        published.read_traced(path)
 
 
 TRACED = "Operator: aten.native_batch_norm.default\ncnt: 2, ((T([1, 8, 4, 4], f16), T([8], f16)), {})\n"
