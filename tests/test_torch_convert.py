@@ -1013,6 +1013,11 @@ def test_what_is_exported_for_onnx_holds_torchs_operators_alone(monkeypatch: pyt
         torch.testing.assert_close(exported.module()(x), m(x))
 
 
+class Doubled(nn.parallel.DistributedDataParallel):
+    def forward(self, *given: Any) -> Any:
+        return 2 * super().forward(*given)
+
+
 def test_wrappers_that_average_gradients_over_processes() -> None:
     model, x = Small(), image()
     own = copy.deepcopy(model)
@@ -1026,6 +1031,8 @@ def test_wrappers_that_average_gradients_over_processes() -> None:
         parts = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         folded = fastbn.torch.fold(nn.parallel.DistributedDataParallel(parts).eval()).model  # no buffer is left
         torch.testing.assert_close(folded(x), parts(x))
+        doubled = Doubled(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4))).eval()
+        torch.testing.assert_close(fastbn.torch.fold(doubled).model(x), doubled(x))
     finally:
         torch.distributed.destroy_process_group()
     for p, q in zip(model.parameters(), own.parameters(), strict=True):

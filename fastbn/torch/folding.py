@@ -244,7 +244,8 @@ def fold(model: nn.Module) -> Folded:
     3: left, it stands between ReLU and the output
     """
     check(model)
-    while isinstance(model, nn.parallel.DistributedDataParallel):
+    wrapper = nn.parallel.DistributedDataParallel
+    while isinstance(model, wrapper) and type(model).forward is wrapper.forward:
         model = model.module
     check_called(model)
     twin = copied(model)
