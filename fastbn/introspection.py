@@ -40,7 +40,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
         - threads: how many a call of this size uses, and for how much work one that sleeps is woken (`show_config`: waking);
         - tiles: pieces in which sums are added up; they depend on the shape alone, and so do the bits of the result;
         - units: pieces of work for the threads; "on resident data" where the map of a piece finds in the cache what its sums
-          have read, "whose parameters they make" in an inference of few rows;
+          have read;
         - streaming: whether the output is written past the caches;
         - traffic: how often x, and what has its size, is read and written, with nothing left in a cache but resident data;
         - why each better kernel was passed over.
@@ -99,14 +99,13 @@ def _in_words(op: str, dims: tuple[int, int, int], itemsize: int, n: int) -> dic
     else:
         tiles = f"{min(plan['images'], dims[0])} images for each channel"
     work, written = f"{last['units']}", int(op != "stats")
-    if plan["resident"] and sums:
+    if plan["resident"]:
         work += f" of {sums['channels_per_unit']} channels, sums and map on resident data"
         resident = reads * sums["channels_per_unit"] * dims[0] * dims[2] * itemsize <= cpu.caches().l2
         reads *= 1 if resident else 2
     elif sums and mapped:
         work, reads = f"{sums['units']}, then backwards {work}", 2 * reads
     elif mapped:
-        work += f" of {mapped['channels_per_unit']} channels, whose parameters they make" if plan["resident"] else ""
         reads = 1
     size = (reads + written) * dims[0] * dims[1] * dims[2] * itemsize
     return {

@@ -11,8 +11,7 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
         int threads, reads, arrays, touched
         bint two_outputs, streamable
         Py_ssize_t to_line, together
-        bint apart
-        bint folds
+        bint apart, hosted
 
     cdef cppclass Tiles:
         double count

@@ -138,14 +138,17 @@ cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays)
 cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
     """Whether whole channels are the units of work, and if so how many make one unit.
 
-    Then a thread makes for itself what it needs to map them: what another core has written takes long to arrive.
+    Then a thread makes for itself what it needs to map them: what another core has written takes long to arrive. Threads that
+    share rows also fetch each other's lines ahead of time. That costs less only than to start a host's threads a second time.
     """
     cdef Py_ssize_t W = lanes(t), channel = t.reads * t.outer * t.inner * t.item, run, each
-    if t.reads == 0 and not (u.by_columns and t.folds and t.threads > 1):
+    if t.reads == 0:
         return False
     u.exceeds_l3 = exceeds(L3 // FAR, t, t.touched)
     if u.by_columns:
-        if u.rows > FEW_ROWS or p.columns != t.channels or t.channels % W or t.channels < 2 * t.threads * W:
+        if not t.hosted or t.threads == 1 or u.rows > FEW_ROWS:
+            return False
+        if p.columns != t.channels or t.channels % W or t.channels < 2 * t.threads * W:
             return False
         u.channels_per_pass = min(COLUMNS // BLOCK * W, div_up(div_up(t.channels, WIDE_UNITS * t.threads), W) * W)
         u.channels_per_unit = u.channels_per_pass
@@ -161,7 +164,7 @@ cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.nontemporal = is_streamed(u, p, t, t.touched)
     u.units = div_up(t.channels, u.channels_per_unit)
     # A store that waits for its line holds up all that follow.
-    u.early = t.reads > 0 and not u.nontemporal and u.channels_per_pass * t.outer * t.inner * t.item <= L2 // 8
+    u.early = not u.nontemporal and u.channels_per_pass * t.outer * t.inner * t.item <= L2 // 8
     return True
 
 
@@ -188,7 +191,7 @@ MOST_BYTES = 1 << 56  # of an array: more could not be counted with
 TRAFFIC = {"stats": (1, 0, 1), "normalize": (0, 2, 2), "forward": (1, 2, 2), "backward": (2, 3, 3)}
 
 
-def plan(str op, dims, Py_ssize_t itemsize, threads):
+def plan(str op, dims, Py_ssize_t itemsize, threads, bint hosted=False):
     """The plan of a call, into an output of its own that starts on a cache line.
 
     Parameters
@@ -200,6 +203,8 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
     itemsize : int
         Bytes of an element.
     threads : int
+    hosted : bool
+        Whether they are a host's.
 
     Returns
     -------
@@ -213,15 +218,14 @@ def plan(str op, dims, Py_ssize_t itemsize, threads):
         raise ValueError(f"a plan is for some elements, and for at most {MOST_BYTES} bytes, got {dims} elements of {itemsize} bytes")
     memset(&t, 0, sizeof(Task))
     t.outer, t.channels, t.inner = outer, channels, inner
-    t.item, t.threads, t.streamable = itemsize, thread_count(threads), True
+    t.item, t.threads, t.streamable, t.hosted = itemsize, thread_count(threads), True, hosted
     t.reads, t.arrays, t.touched = TRAFFIC[op]
-    t.folds = op == "normalize"  # as inference does
     make_plan(&p, &t)
     return {
         "count": p.tiles.count, "tiles": p.tiles.tiles, "width": p.tiles.width, "images": p.tiles.images,
         "pieces": p.tiles.pieces, "piece": p.tiles.piece, "columns": p.tiles.columns, "repeats": p.tiles.repeats,
         "run": p.tiles.run, "resident": bool(p.resident), "sums": numbers(&p.sums) if t.reads else None,
-        "map": None if not t.arrays or (t.reads and p.resident) else numbers(&p.sums if p.resident else &p.map),
+        "map": None if not t.arrays or p.resident else numbers(&p.map),
     }
 
 

@@ -14,7 +14,7 @@ constexpr std::ptrdiff_t STAGE = 2048;     // bytes of short planes that are gat
 constexpr std::ptrdiff_t CHAIN = 64;       // additions to one accumulator, before it is added to another: long chains lose digits
 constexpr std::ptrdiff_t TILE = 16384;     // elements of a tile of planes
 constexpr std::ptrdiff_t TILE_ROWS = 256;  // rows of a tile of columns
-constexpr std::ptrdiff_t FEW_ROWS = TILE_ROWS;  // up to which groups of columns are summed and mapped at once: never more than one tile
+constexpr std::ptrdiff_t FEW_ROWS = TILE_ROWS;  // up to which a host's threads sum and map groups of columns at once: never more than one tile
 constexpr std::ptrdiff_t MOST_TILES = 64;  // of a row, and of the rows that are summed together
 constexpr std::ptrdiff_t MAP_ROWS = 4;     // rows mapped with one load of the parameters
 
@@ -31,7 +31,7 @@ struct Task {
     std::ptrdiff_t to_line;  // elements of the output before its first cache line
     std::ptrdiff_t together; // such tasks that follow each other, as to what stays in the caches; 0 is 1
     bool apart;        // the map waits for all sums
-    bool folds;        // the parameters of a map are made first
+    bool hosted;       // a host's threads run the units
 };
 
 // Numeric tiles: they decide the bits of a result, and depend on the shape alone.

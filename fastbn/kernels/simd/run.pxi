@@ -101,24 +101,21 @@ cdef TypedCall[Normalize, T] to_scaling(TypedCall[Backward, T]* job) noexcept no
 
 
 cdef void forward_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexcept nogil:
-    """All planes of a group of channels: statistics, unless they are given, then, while they are in the cache, the map."""
+    """All planes of a group of channels: statistics, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), tile, end
     if not job.by_columns:
         for tile in range(job.tiles):
             find_pivots(<TypedCall[Stats, T]*> job, first, last, tile)
     while first < last:
         end = min(first + job.channels_per_pass, last)
-        if job.folds:
-            fold_given(job, first, end, <T*> NULL)
-        else:
-            expect_outputs(job, first, end)
-            sum_channels(<TypedCall[Stats, T]*> job, first, end)
-            merge_stats(job, first, end)
-        if job.folds or fold_batch(job, first, end, <T*> NULL):
+        expect_outputs(job, first, end)
+        sum_channels(<TypedCall[Stats, T]*> job, first, end)
+        merge_stats(job, first, end)
+        if fold_batch(job, first, end, <T*> NULL):
             map_group(job, first, end)
         else:
             job.any_left = True
-        if job.threads > 1 and not job.folds:
+        if job.threads > 1:
             move_early(job, first, end)
         first = end
     if job.nontemporal:
@@ -217,7 +214,7 @@ cdef inline Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched)
     t.two_outputs = job.dresidual != NULL and job.dz == NULL
     t.streamable = is_fresh(job) and (job.dz == NULL or job.dz != job.out)
     t.to_line = Block[T].to_line(job.arrays().out, job.outer * job.channels * job.inner)
-    t.together, t.apart, t.folds = job.batch, job.apart, job.folds
+    t.together, t.apart, t.hosted = job.batch, job.apart, job.host != NULL
     return t
 
 
@@ -312,13 +309,8 @@ cdef Status map_call(TypedCall[Map, T]* job) noexcept nogil:
 cdef Status inference_call(TypedCall[Forward, T]* job) noexcept nogil:
     cdef Plan p
     cdef int arrays = 2 + (job.residual != NULL)
-    job.folds = True
     if not plan(job, &p, 0, arrays, arrays):
         return NO_MEMORY
-    if p.resident:
-        set_parameters(job, True)
-        parallel(<unit_fn> forward_unit[Forward, T], job, job.units, job.threads, False, job.bytes, job.host)
-        return DONE
     fold_given(job, 0, job.channels, <T*> NULL)
     run_map(job, &p)
     return DONE
