@@ -116,7 +116,7 @@ def _call(op: str, inputs: Inputs, out: Array | None) -> Callable[[], Array] | N
         each = units["channels_per_unit"] * inner * x.itemsize
         if each < 128 * 8:
             return None  # too little for whole blocks
-        steps = [(*job(outer, channels * inner * x.itemsize, each, _MAP if op == "inference" else _SUMS | _MAP), 0)]
+        steps = [(*job(outer, channels * inner * x.itemsize, each, _SUMS | _MAP), 0)]
     elif x.nbytes < 1024:
         return None
     else:  # whatever the pattern, memory is read from one end to the other
