@@ -251,6 +251,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 (value.extend if isinstance(value, list) else value.update)(contents)
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Let the model's code find itself in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _stored(model: nn.Module) -> set[fx.Node]:
     """Nodes whose output a module holds after tracing."""
     return {item.node for value in _held(model) for item in _contents(value) if isinstance(item, fx.Proxy)}
