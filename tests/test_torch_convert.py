@@ -602,6 +602,25 @@ def test_optional_arguments_are_what_they_are_by_default() -> None:
     torch.testing.assert_close(model.state_dict(), own.state_dict())
 
 
+def test_of_further_arguments_there_are_none_by_default() -> None:
+    """Blocks of diffusers take some that were once used, and ask how many came."""
+
+    class Model(Body):
+        def forward(self, x: Any, *others: Any, **named: Any) -> Any:
+            z = self.bn(self.conv(x))
+            if len(others) > 0 or named.get("scale") is not None:
+                z = z * (others[0] if others else named["scale"])
+            return z.relu()
+
+    model = Model(lambda: None)
+    own = copy.deepcopy(model)
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
+    x = image()
+    for others, named in (((), {}), ((2.0,), {}), ((), {"scale": -1.0})):
+        torch.testing.assert_close(model(x, *others, **named), own(x, *others, **named))
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
+
+
 def test_layers_alone_are_computed_by_whoever_is_shorter() -> None:
     model, x = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), image()
     found = fastbn.torch.convert(model, fuse=False)

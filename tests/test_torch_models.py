@@ -310,6 +310,31 @@ def test_what_parts_of_a_model_share_is_not_folded(shared: str) -> None:
     torch.testing.assert_close(found.model(x), model(x))
 
 
+def test_summary_says_of_a_model_in_training_what_can_be_folded_in_inference() -> None:
+    class Depth(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.aside = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x: Any) -> Any:
+            z = self.bn(self.conv(x))
+            return z * torch.ones([1] * len(z.shape)) if self.training else z  # torch.fx knows no len
+
+    class Auxiliary(Depth):
+        def forward(self, x: Any) -> Any:
+            z = self.bn(self.conv(x))
+            return (z, self.aside(z)) if self.training else z
+
+    for model, before in ((Depth(), "unknown"), (Auxiliary(), "BatchNorm2d")):
+        model.conv.eval()
+        modes = [module.training for module in model.modules()]
+        bn, aside = fastbn.torch.summary(model)
+        assert (bn.before, bn.mode, aside.before) == ("Conv2d", "train", before)
+        assert fastbn.torch.fold(copy.deepcopy(model).eval()).folded == {"bn": "conv"}
+        assert (bn.fold, aside.fold) == ("folds into conv", "what calls it cannot be traced")
+        assert [module.training for module in model.modules()] == modes
+
+
 def test_summary_lists_every_normalization_layer() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=None), nn.ReLU(), nn.InstanceNorm2d(4), nn.LazyBatchNorm2d(),

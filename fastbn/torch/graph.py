@@ -36,6 +36,8 @@ OF_ROWS = (nn.LayerNorm, nn.RMSNorm)
 NORMS = (_NormBase, nn.GroupNorm, *OF_ROWS)
 PLAIN = {str, int, float, bool, bytes, type(None)}  # hold nothing
 PARALLEL = ("torch.nn.parallel.", "torch.distributed.fsdp.")  # packages whose modules' own code works with other processes
+# Further arguments, of which there are none by default: how torch.fx marks their names, and what they are.
+OTHERS: dict[Any, tuple[str, type]] = {inspect.Parameter.VAR_POSITIONAL: ("*", tuple), inspect.Parameter.VAR_KEYWORD: ("**", dict)}
 # What normalizations are called in graphs, without their namespaces.
 CALLS = {
     "batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm", "native_batch_norm", "native_layer_norm", "native_group_norm",
@@ -249,6 +251,19 @@ def _untouched(model: nn.Module) -> Iterator[None]:
                 (value.extend if isinstance(value, list) else value.update)(contents)
 
 
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Let the model's code find itself in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def _stored(model: nn.Module) -> set[fx.Node]:
     """Nodes whose output a module holds after tracing."""
     return {item.node for value in _held(model) for item in _contents(value) if isinstance(item, fx.Proxy)}
@@ -263,14 +278,18 @@ def traced(piece: nn.Module, prefix: str = "", *, defaults: bool = False) -> Pie
     prefix : str
         What stands before the names of its modules.
     defaults : bool
-        Where it cannot be traced, try again with what optional arguments are by default.
+        Where it cannot be traced, try again with what optional arguments are by default, and no further ones.
     """
     if "forward" in piece.__dict__ or _is_parallel(piece):  # of the former torch.fx would trace that of its class
         return None
     optional = {}
     if defaults:
-        parameters = inspect.signature(piece.forward).parameters.values()
-        optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+        for p in inspect.signature(piece.forward).parameters.values():
+            if p.kind in OTHERS:
+                marks, nothing = OTHERS[p.kind]
+                optional[marks + p.name] = nothing()
+            elif p.default is not p.empty:
+                optional[p.name] = p.default
     for concrete in [None, optional] if optional else [None]:
         with _untouched(piece), _Reads(piece) as reads:
             try:

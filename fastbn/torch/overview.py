@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from fastbn.tables import counted, table
 from fastbn.torch.folding import target
 from fastbn.torch.freezing import is_frozen
-from fastbn.torch.graph import Listed, all_norms, check, size, trace, unseen
+from fastbn.torch.graph import Listed, all_norms, check, in_evaluation, size, trace, unseen
 
 DEAD = 1e-5  # a weight, relative to the largest of its layer, that lets nothing through
 
@@ -113,10 +113,12 @@ def summary(model: nn.Module) -> Summary:
     """
     check(model)
     graph = trace(model)
+    with in_evaluation(model):
+        inferred = trace(model)
     found = []
     for path, layer in all_norms(model):
-        into, why = target(model, graph, path, inference=False)
-        place = graph.places[path]
+        into, why = target(model, inferred, path, inference=False)
+        place = graph.places[path] if graph.places[path].calls else inferred.places[path]
         found.append(
             Layer(
                 path, type(layer).__name__, size(layer), layer.eps, getattr(layer, "momentum", None), _mode(layer), _variance(layer),
