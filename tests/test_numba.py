@@ -565,6 +565,7 @@ except ValueError:
 def test_calls_at_exit() -> None:
     code = """
 import atexit
+import numba  # Python 3.12 and newer let nobody import it at their end
 fastbn.set_num_threads(4)
 x = np.ones((16, 32, 30, 30), np.float32)
 atexit.register(lambda: print(fastbn.batch_norm_stats(x).mean[0]))

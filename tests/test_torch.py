@@ -673,8 +673,8 @@ def test_the_door_stays_shut_before_kernels_are_attached_that_have_all_calls() -
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="changes a name in a binary")
 
 
-def _with_another_name(tmp_path: Path, name: str, code: str) -> str:
-    """What a process prints whose compiled part asks torch for a function that it does not have."""
+def _with_another_name(tmp_path: Path, name: str, code: str, heard: str = "") -> str:
+    """What a process prints whose compiled part asks torch for a function that it does not have; it writes nothing else than `heard`."""
     import fastbn.torch._door as door
 
     binary = Path(door.__file__).read_bytes()
@@ -689,7 +689,7 @@ def _with_another_name(tmp_path: Path, name: str, code: str) -> str:
         "spec.loader.exec_module(door)\n"
         f"{code}"
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, heard in done.stderr, bool(done.stderr)) == (0, True, bool(heard)), done.stderr
     return done.stdout
 
 
@@ -732,8 +732,10 @@ def test_an_older_torch_without_newer_functions_is_enough(name: str, tmp_path: P
         "except RuntimeError as e: print(str(e).splitlines()[0])\n"
         "print(t.report())\n"
     )
-    error, *found = _with_another_name(tmp_path, name, code).splitlines()
-    assert ("PyTorch's own batch norm failed, and has written why" in error) == name.startswith("torch_exception")
+    older = torch.__version__ < "2.13"  # it writes what is wrong, and has no function that says it
+    heard = "not implemented for 'Int'" if older else ""
+    error, *found = _with_another_name(tmp_path, name, code, heard).splitlines()
+    assert ("PyTorch's own batch norm failed, and has written why" in error) == (older or name.startswith("torch_exception"))
     assert [line.split(None, 1)[1] for line in found[1:]] == [
         "forward, float32, contiguous",
         "backward, float32, contiguous",

@@ -321,8 +321,18 @@ def test_operators_of_graphs_pass_torchs_check() -> None:
             torch.library.opcheck(torch.ops.fastbn.batch_norm.default, given)
 
 
+def _zero_is_taken() -> bool:
+    """Whether PyTorch's own inference takes an eps of 0, which 2.10 refuses."""
+    v = torch.ones(1)
+    try:
+        torch.nn.functional.batch_norm(torch.ones(1, 1), v, v, eps=0.0)
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("activation", operators.ALONE)
-@pytest.mark.parametrize("eps", [1e-5, 0.0])
+@pytest.mark.parametrize("eps", [1e-5, 0.0] if _zero_is_taken() else [1e-5])
 def test_a_graphs_gradients_lie_in_memory_as_it_was_told_whatever_the_order_of_dy(eps: float, activation: str) -> None:
     """An eps of 0 is left to torch's own operators."""
     torch.manual_seed(4)

@@ -229,7 +229,7 @@ def test_parts_of_a_model_that_cannot_be_traced_are_folded() -> None:
     assert str(found) == "part.1: folded into part.0\nbn: left, what calls it cannot be traced"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize(
     ("layers", "taken", "other"),
     [

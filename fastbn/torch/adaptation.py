@@ -222,7 +222,7 @@ def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> A
     Examples
     --------
     >>> import torch, fastbn.torch
-    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, eps=0.0)).eval()
+    >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(1, eps=1e-12)).eval()
     >>> x = torch.tensor([[9.0], [11.0]])
     >>> with fastbn.torch.adapt(model, prior=0):
     ...     model(x).tolist()

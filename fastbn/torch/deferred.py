@@ -317,9 +317,10 @@ def _leads(module: Any, names: tuple[str, ...], kind: type) -> bool:
 
 
 HOLDERS: Any = (Standing, dict, list, deque, tuple, set, frozenset)
+SHALLOW = 8  # so deep in each other, holders are taken for such as may hold themselves
 
 
-def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
+def settled(output: Any, known: dict[int, Any] | None = None, depth: int = 0) -> Any:
     """What a module returns, with tensors for what waits no longer; `known` has what was looked at, by its id, and what became of it."""
     if isinstance(output, Pending):
         return output if output.visit.is_open else output.tensor()
@@ -328,28 +329,34 @@ def settled(output: Any, known: dict[int, Any] | None = None) -> Any:
     if isinstance(output, Tensor | Module | type):
         return output
     known = {} if known is None else known
-    if id(output) in known:
-        return known[id(output)][1]
-    known[id(output)] = output, output
+    # PyTorch 2.10 knows no id of what is made in a graph; what lies deep needs one, for it may hold itself.
+    remembers = depth > SHALLOW or not torch.compiler.is_compiling()
+    if remembers:
+        if id(output) in known:
+            return known[id(output)][1]
+        known[id(output)] = output, output
+    became = output
     if isinstance(output, dict):
         for key, value in output.items():
-            if (found := settled(value, known)) is not value:
+            if (found := settled(value, known, depth + 1)) is not value:
                 output[key] = found
     elif isinstance(output, list | deque):
         for i, value in enumerate(output):
-            if (found := settled(value, known)) is not value:
+            if (found := settled(value, known, depth + 1)) is not value:
                 output[i] = found
     elif isinstance(output, tuple | set | frozenset):
-        made = [settled(value, known) for value in output]
+        made = [settled(value, known, depth + 1) for value in output]
         if any(one is not value for one, value in zip(made, output, strict=True)):
-            known[id(output)] = output, type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+            became = type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
     else:
         fields = dataclasses.fields(output) if dataclasses.is_dataclass(output) else ()
         for name in [field.name for field in fields] or [*getattr(output, "__dict__", ())]:
             value = getattr(output, name, None)
-            if isinstance(value, HOLDERS) and (found := settled(value, known)) is not value:
+            if isinstance(value, HOLDERS) and (found := settled(value, known, depth + 1)) is not value:
                 object.__setattr__(output, name, found)
-    return known[id(output)][1]
+    if remembers:
+        known[id(output)] = output, became
+    return became
 
 
 def left(module: Any, output: Any) -> Any:
@@ -455,7 +462,7 @@ class Pending(Standing):
     def _release(self) -> None:
         """Be no longer waited for; but somebody may still hold it."""
         self.released = True
-        if type(self.visit) is Visit:
+        if type(self.visit) is Visit and not torch.compiler.is_compiling():  # PyTorch 2.10 knows no class of a reference
             self.visit.waiting[id(self)] = weakref.ref(self)
 
     def _waits(self) -> bool:
