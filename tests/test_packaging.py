@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from fnmatch import fnmatch
 from importlib.util import find_spec
@@ -52,7 +53,9 @@ def unpacked(source: Path) -> Path:
     done = _setup(source, "sdist", "--dist-dir", str(source.parent))
     assert done.returncode == 0, done.stderr
     (archive,) = source.parent.glob("*.tar.gz")
-    shutil.unpack_archive(archive, source.parent / "unpacked", filter="data")
+    # Newer Pythons want to be told that it is plain data; those before 3.10.12 and 3.11.4 cannot be.
+    told = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    shutil.unpack_archive(archive, source.parent / "unpacked", **told)
     (folder,) = (source.parent / "unpacked").iterdir()
     return folder
 
