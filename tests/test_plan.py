@@ -120,6 +120,7 @@ def test_outputs_are_asked_for_early_where_they_stay_near(op: str) -> None:
     try:
         plans.set_caches(32 << 10, 1 << 20, 32 << 20)
         found = {shape: plans.plan(op, shape, 4, 1)["sums"]["early"] for shape in shapes}
+        assert plans.plan(op, (64, 1024, 1), 4, 2, True)["sums"]["early"]
     finally:
         plans.set_caches(*cpu.caches())
     assert found == shapes

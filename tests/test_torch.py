@@ -528,17 +528,34 @@ def test_outputs_are_as_free_as_torchs() -> None:
     assert buffer._version == 0  # as torch's own kernel does
 
 
-def test_results_are_the_same_bits_for_any_number_of_threads() -> None:
+@pytest.mark.parametrize("shape", [(8, 64, 28, 28), (8, 512, 4, 4)], ids=str)
+@pytest.mark.parametrize("order", ["contiguous", "last"])
+def test_results_are_the_same_bits_for_any_number_of_threads(order: str, shape: tuple[int, ...]) -> None:
+    """Of few rows, too, whose channels torch's threads share where one thread takes them row by row."""
     torch.manual_seed(9)
-    for order in ("contiguous", "last"):
-        x, dy = laid_out(torch.randn(8, 64, 28, 28), order), laid_out(torch.randn(8, 64, 28, 28), order)
-        found = []
-        with fastbn.torch.enabled():
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                found.append(step(x, dy, torch.ones(64), torch.zeros(64), torch.zeros(64), torch.ones(64), True))
-        for other in found[1:]:
-            assert all(torch.equal(other[name], found[0][name]) for name in other)
+    x, dy, one, zero = laid_out(torch.randn(shape), order), laid_out(torch.randn(shape), order), torch.ones(shape[1]), torch.zeros(shape[1])
+    found = []
+    with fastbn.torch.enabled():
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(step(x, dy, one, zero, zero.clone(), one.clone(), True))
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in other)
+
+
+@pytest.mark.parametrize("order", ["contiguous", "last"])
+def test_statistics_move_once_where_torch_computes_what_several_threads_had_begun(order: str) -> None:
+    torch.manual_seed(9)
+    x = torch.randn(8, 512, 4, 4, dtype=torch.float64)
+    x[:, 300] *= 1e200
+    x = laid_out(x, order)
+    torch.set_num_threads(2)
+    expected, found = ([torch.zeros(512, dtype=x.dtype), torch.ones(512, dtype=x.dtype)] for _ in range(2))
+    F.batch_norm(x, *expected, training=True)
+    with fastbn.torch.enabled():
+        F.batch_norm(x, *found, training=True)
+    assert fastbn.torch.report().declined  # it was torch's own in the end
+    torch.testing.assert_close(found, expected)
 
 
 def test_enabling_is_told_and_undone() -> None:
