@@ -41,7 +41,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
         - tiles: pieces in which sums are added up; they depend on the shape alone, and so do the bits of the result;
         - units: pieces of work for the threads; "on resident data" where the map of a piece finds in the cache what its sums
           have read;
-        - streaming: whether the output is written past the caches;
+        - streaming: whether the output is written past the caches, if its memory is not new;
         - traffic: how often x, and what has its size, is read and written, with nothing left in a cache but resident data;
         - why each better kernel was passed over.
 

@@ -199,6 +199,12 @@ def _start_to_look() -> None:
         _look()
 
 
+def ask_for_large_pages(address: int, nbytes: int) -> None:
+    """Let an output that a framework has allocated have large pages, as the buffers here have, if it is large, and its memory new."""
+    if _pool is not None:
+        _pool.ask_for_large_pages(address, nbytes)
+
+
 def _keep_looking(me: object) -> None:
     """Look again and again, until there are no buffers, or another thread does."""
     global _next_look

@@ -1,5 +1,7 @@
 """Plans, for the modules that follow them; plan.hpp says what the numbers mean."""
 
+from libc.stdint cimport uintptr_t
+
 cdef extern from "plan.hpp" namespace "fastbn" nogil:
     const Py_ssize_t LINE, BLOCK, COLUMNS, PLANES, STAGE, CHAIN, TILE_ROWS, MAP_ROWS, TILE, FEW_ROWS
 
@@ -10,7 +12,8 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
         Py_ssize_t outer, channels, inner, item
         int threads, reads, arrays, touched
         bint two_outputs, streamable
-        Py_ssize_t to_line, together
+        uintptr_t place
+        Py_ssize_t together
         bint apart, hosted
 
     cdef cppclass Tiles:

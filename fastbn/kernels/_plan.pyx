@@ -4,7 +4,11 @@
 Tiles decide the bits of a result, so that no cache, thread or ISA may have a say in them. Units are whole numbers of tiles.
 """
 
+from libc.stdint cimport uintptr_t
 from libc.string cimport memset
+
+cdef extern from "pages.hpp" namespace "fastbn" nogil:
+    bint has_pages(uintptr_t begin, Py_ssize_t nbytes) noexcept
 
 cdef enum:
     MANY_ROWS = 32       # images from which small planes are summed and mapped as columns
@@ -42,9 +46,14 @@ cdef inline Py_ssize_t lanes(const Task* t) noexcept nogil:
     return BLOCK // max(t.item, <Py_ssize_t> 4)
 
 
+cdef inline Py_ssize_t size_of(const Task* t) noexcept nogil:
+    """Bytes of an array, of all tasks that follow each other."""
+    return t.outer * t.channels * t.inner * t.item * max(t.together, <Py_ssize_t> 1)
+
+
 cdef inline bint exceeds(Py_ssize_t cache, const Task* t, Py_ssize_t arrays) noexcept nogil:
     """Whether so many arrays are more than a cache."""
-    return t.outer * t.channels * t.inner * t.item * arrays * max(t.together, <Py_ssize_t> 1) > cache
+    return size_of(t) * arrays > cache
 
 
 cdef bint are_columns(const Task* t) noexcept nogil:
@@ -110,7 +119,7 @@ cdef void plan_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
         u.by_columns = False  # long runs need no parameters for each column
     if u.by_columns and p.columns * t.item % LINE == 0:
         # Let rows start on cache lines, wherever the array starts: columns are the same from there, only rotated.
-        u.peel = t.to_line
+        u.peel = min(size, <Py_ssize_t> ((0 - t.place) % LINE) // t.item)
         u.rows = (size - u.peel) // p.columns
         u.tail_columns = (size - u.peel) % p.columns
     u.reverse = t.reads > 0
@@ -129,8 +138,8 @@ cdef void plan_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
 
 
 cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays) noexcept nogil:
-    """Whether the output is written past the caches: when it is far too large for them, in long aligned runs."""
-    if not t.streamable or not exceeds(L3, t, arrays):
+    """Whether the output is written past the caches: when it is far too large for them, in long aligned runs, and no new memory."""
+    if not t.streamable or not exceeds(L3, t, arrays) or not has_pages(t.place, size_of(t)):
         return False
     return p.columns * t.item % LINE == 0 if u.by_columns else not is_staged(t.inner, t.item) or not t.two_outputs
 
@@ -191,8 +200,8 @@ MOST_BYTES = 1 << 56  # of an array: more could not be counted with
 TRAFFIC = {"stats": (1, 0, 1), "normalize": (0, 2, 2), "forward": (1, 2, 2), "backward": (2, 3, 3)}
 
 
-def plan(str op, dims, Py_ssize_t itemsize, threads, bint hosted=False):
-    """The plan of a call, into an output of its own that starts on a cache line.
+def plan(str op, dims, Py_ssize_t itemsize, threads, bint hosted=False, uintptr_t place=0):
+    """The plan of a call, into an output of its own.
 
     Parameters
     ----------
@@ -205,6 +214,8 @@ def plan(str op, dims, Py_ssize_t itemsize, threads, bint hosted=False):
     threads : int
     hosted : bool
         Whether they are a host's.
+    place : int
+        Where the output lies; 0 stands for memory that starts on a cache line and was written before.
 
     Returns
     -------
@@ -218,7 +229,7 @@ def plan(str op, dims, Py_ssize_t itemsize, threads, bint hosted=False):
         raise ValueError(f"a plan is for some elements, and for at most {MOST_BYTES} bytes, got {dims} elements of {itemsize} bytes")
     memset(&t, 0, sizeof(Task))
     t.outer, t.channels, t.inner = outer, channels, inner
-    t.item, t.threads, t.streamable, t.hosted = itemsize, thread_count(threads), True, hosted
+    t.item, t.threads, t.streamable, t.hosted, t.place = itemsize, thread_count(threads), True, hosted, place
     t.reads, t.arrays, t.touched = TRAFFIC[op]
     make_plan(&p, &t)
     return {

@@ -2,7 +2,7 @@
 """The thread pool, compiled once and shared by the kernels of all ISA levels."""
 
 cimport numpy as cnp
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uintptr_t
 from libc.string cimport memcpy
 
 cnp.import_array()
@@ -31,6 +31,9 @@ cdef extern from "scratch.hpp" namespace "fastbn" nogil:
     void* withdraw_own_memory "fastbn::withdraw_scratch"() noexcept
     void restore_own_memory "fastbn::restore_scratch"(void* withdrawn) noexcept
     size_t release_own_memory "fastbn::release_scratch"() noexcept
+
+cdef extern from "pages.hpp" namespace "fastbn" nogil:
+    void want_large_pages "fastbn::ask_for_large_pages"(void* memory, Py_ssize_t nbytes) noexcept
 
 
 cdef void parallel(
@@ -64,6 +67,11 @@ def release_scratch():
         How many bytes this thread gave.
     """
     return release_own_memory()
+
+
+def ask_for_large_pages(uintptr_t address, Py_ssize_t nbytes):
+    """Let an output have large pages, if it is large, and its memory new."""
+    want_large_pages(<void*> address, nbytes)
 
 
 def set_float_mode(mode=None):

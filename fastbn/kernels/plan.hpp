@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace fastbn {
 
@@ -28,7 +29,7 @@ struct Task {
     int touched;       // arrays that the whole call reads and writes
     bool two_outputs;  // of the map
     bool streamable;   // the output is memory of its own; that of two has its cache lines at the same elements
-    std::ptrdiff_t to_line;  // elements of the output before its first cache line
+    std::uintptr_t place;  // the address of the output; 0 is the begin of a cache line, of memory that was written before
     std::ptrdiff_t together; // such tasks that follow each other, as to what stays in the caches; 0 is 1
     bool apart;        // the map waits for all sums
     bool hosted;       // a host's threads run the units

@@ -55,7 +55,7 @@ f) Large outputs are written with streaming stores, which do not read the line f
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport fabs, isfinite, sqrt
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uintptr_t
 from libc.string cimport memchr, memcpy, memset
 
 from fastbn.kernels._call cimport DONE, DTYPES, LEFT, NO_MEMORY, Activation, Call, Dtype, Kernels, Running, Status

@@ -9,6 +9,7 @@
 #include <new>
 #include <utility>
 
+#include "pages.hpp"
 #include "door.hpp"
 #include "tensors.hpp"
 
@@ -102,7 +103,11 @@ struct Input {
 
     std::int64_t bytes() const noexcept { return outer * channels * inner * SIZES[dtype]; }
 
-    bool make_like(Owned& made) const noexcept { return make(made, view.dim, view.sizes, strides, dtype); }
+    bool make_like(Owned& made) const noexcept {
+        if (!make(made, view.dim, view.sizes, strides, dtype)) return false;
+        ask_for_large_pages(writable_memory_of(made.tensor), bytes());
+        return true;
+    }
 
     // Whether a tensor of the same shape lies in memory as the output does.
     bool lies_like(const View& other) const noexcept {

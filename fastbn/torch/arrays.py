@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastbn.dtypes import resolve
 from fastbn.layout import Array
+from fastbn.memory import ask_for_large_pages
 from fastbn.threads import num_threads
 
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # the orders of memory that torch has a name for, by dimensions
@@ -58,6 +59,14 @@ def array_of(tensor: Tensor) -> Array:
     known: Any = tensor.detach().resolve_neg()
     array: Array = np.asarray(_Memory(known.clone() if known._is_zerotensor() else known))
     return array.view(resolve("bfloat16")) if tensor.dtype is torch.bfloat16 else array
+
+
+def new_like(tensor: Tensor) -> tuple[Tensor, Array]:
+    """An output for what is computed from a tensor, and its memory; new and large memory in large pages."""
+    made = torch.empty_like(tensor)
+    array = array_of(made)
+    ask_for_large_pages(made.data_ptr(), array.nbytes)
+    return made, array
 
 
 _disabled: dict[Any, Any] = {}

@@ -17,20 +17,20 @@ from torch.autograd.function import once_differentiable
 from fastbn import functional
 from fastbn.activations import Activation
 from fastbn.layout import Array
-from fastbn.torch.arrays import array_of, computable, eagerly, on_torchs_threads, overwrite, unreadable, vector
+from fastbn.torch.arrays import array_of, computable, eagerly, new_like, on_torchs_threads, overwrite, unreadable, vector
 from fastbn.torch.operators import Arguments
 
 
 def _forward(a: Arguments, activation: Activation, saves: bool) -> tuple[Tensor, Any]:
     """The output and, if it is wanted, what a backward needs."""
     source, residual = computable(a.x), None if a.residual is None else array_of(computable(a.residual))
-    y = torch.empty_like(source)
+    y, out = new_like(source)
     running = [vector(t) for t in (a.mean, a.var)]
     if a.training:  # a copy is moved, so that torch sees the change
         running = [None if v is None else v.copy() for v in running]
     (mean, var), weight, bias = running, vector(a.weight), vector(a.bias)
     options: dict[str, Any] = {
-        "training": a.training, "momentum": a.momentum, "eps": a.eps, "activation": activation, "residual": residual, "out": array_of(y),
+        "training": a.training, "momentum": a.momentum, "eps": a.eps, "activation": activation, "residual": residual, "out": out,
     }  # fmt: skip
     saved = None
     with on_torchs_threads():
@@ -59,11 +59,9 @@ class _Own(torch.autograd.Function):
         needed = zip(("x", "residual", "weight", "bias"), ctx.needs_input_grad[1:], strict=False)
         wanted = tuple(name for name, need in needed if need)
         source = computable(x)
-        dx = torch.empty_like(source) if "x" in wanted else None
+        dx, out = new_like(source) if "x" in wanted else (None, None)
         with on_torchs_threads():
-            g = functional.batch_norm_backward(
-                array_of(computable(dy)), array_of(source), ctx.saved, wrt=wanted, out=None if dx is None else array_of(dx)
-            )
+            g = functional.batch_norm_backward(array_of(computable(dy)), array_of(source), ctx.saved, wrt=wanted, out=out)
         gradients = zip((g.dresidual, g.dweight, g.dbias), ctx.dtypes, strict=True)
         return None, None if dx is None else dx.to(x.dtype), *(_tensor(v, dtype) for v, dtype in gradients), *(None,) * 7
 

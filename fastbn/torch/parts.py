@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbn import norms
 from fastbn.activations import Builtin
 from fastbn.results import SavedParts
-from fastbn.torch.arrays import LAST, array_of, computable, on_torchs_threads, vector
+from fastbn.torch.arrays import LAST, array_of, computable, new_like, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours, is_overridden
 from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, gradients_of, in_words, keep_bias, kept_bias
 
@@ -136,15 +136,15 @@ def _as_operator(name: str) -> Iterator[None]:
 
 def normalize(a: Parts, *, keep: bool) -> tuple[Tensor, ...]:
     """Output, and where it is wanted what a backward needs: mean, what it rounds away, one over the deviation."""
-    y, norm = torch.empty_like(a.x), NORMS[a.kind]
+    (y, out), norm = new_like(a.x), NORMS[a.kind]
     bias = () if a.kind == "rms_norm" else (vector(a.bias),)
     given: Any = array_of(a.x), a.parts, vector(a.weight), *bias, a.eps
     activation: Any = a.activation.argument if a.activation.code else None
     with _as_operator(f"{a.kind}_forward"):
         if not keep:
-            norm.inference(*given, activation=activation, out=array_of(y))
+            norm.inference(*given, activation=activation, out=out)
             return (y,)
-        _, saved = norm.forward(*given, activation=activation, out=array_of(y))
+        _, saved = norm.forward(*given, activation=activation, out=out)
     return y, *(torch.from_numpy(v) for v in (saved.mean, saved.mean_lo, saved.invstd))
 
 
@@ -160,10 +160,10 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
     axis, group = (1, x.shape[1] // a.parts) if groups else (x.ndim - len(a.parts), prod(a.parts))
     activation = a.activation if a.activation.code else None
     kept = SavedParts(a.kind, x.shape, x.dtype, axis, group, mean, mean_lo, invstd, weight, bias, activation, None, False)
-    dx = torch.empty_like(a.x) if wanted[0] else None
+    dx, out = new_like(a.x) if wanted[0] else (None, None)
     names = [name for name, w in zip(("x", "weight", "bias"), wanted, strict=True) if w]
     with _as_operator(f"{a.kind}_backward"):
-        g = NORMS[a.kind].backward(array_of(dy), x, kept, wrt=names, out=None if dx is None else array_of(dx))
+        g = NORMS[a.kind].backward(array_of(dy), x, kept, wrt=names, out=out)
     of = (None if v is None or t is None else torch.from_numpy(v).to(t.dtype) for v, t in zip((g.dweight, g.dbias), a[1:3], strict=True))
     return dx, *of
 

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fastbn import sync
 from fastbn.layout import Array
-from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, on_torchs_threads, overwrite, unreadable, vector
+from fastbn.torch.arrays import TYPES, array_of, computable, eagerly, new_like, on_torchs_threads, overwrite, unreadable, vector
 from fastbn.torch.derived import own_method, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
@@ -98,12 +98,11 @@ class _Synchronized(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.communicator = communicator
         source = computable(x)
-        y = torch.empty_like(source)
+        y, out = new_like(source)
         new_mean, new_var = (None if v is None else np.array(vector(v)) for v in (mean, var))
         with on_torchs_threads():
             _, ctx.saved = sync.batch_norm_forward(
-                array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator,
-                out=array_of(y),
+                array_of(source), vector(weight), vector(bias), new_mean, new_var, momentum, eps, communicator=ctx.communicator, out=out,
             )  # fmt: skip
         overwrite((old, torch.from_numpy(new)) for old, new in ((mean, new_mean), (var, new_var)) if old is not None)
         ctx.save_for_backward(x)
@@ -116,12 +115,11 @@ class _Synchronized(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         wanted = tuple(name for name, need in zip(("x", "weight", "bias"), ctx.needs_input_grad, strict=False) if need)
         source = computable(x)
-        dx = torch.empty_like(source) if "x" in wanted else None
+        dx, out = new_like(source) if "x" in wanted else (None, None)
         with on_torchs_threads():
             g = sync.batch_norm_backward(
-                array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted,
-                out=None if dx is None else array_of(dx),
-            )  # fmt: skip
+                array_of(computable(dy)), array_of(source), ctx.saved, communicator=ctx.communicator, wrt=wanted, out=out
+            )
         gradients = zip((g.dweight, g.dbias), ctx.dtypes, strict=True)
         vectors = (None if v is None else torch.from_numpy(v).to(dtype) for v, dtype in gradients)
         return None if dx is None else dx.to(x.dtype), *vectors, None, None, None, None, None

@@ -205,7 +205,7 @@ cdef bint allocate(TypedCall[Op, T]* job, bint sums) noexcept nogil:
     return True
 
 
-cdef inline Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched) noexcept nogil:
+cdef Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched) noexcept nogil:
     """What a call is cut by."""
     cdef Task t
     memset(&t, 0, sizeof(Task))
@@ -213,7 +213,7 @@ cdef inline Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched)
     t.reads, t.arrays, t.touched = reads, arrays, touched
     t.two_outputs = job.dresidual != NULL and job.dz == NULL
     t.streamable = is_fresh(job) and (job.dz == NULL or job.dz != job.out)
-    t.to_line = Block[T].to_line(job.arrays().out, job.outer * job.channels * job.inner)
+    t.place = <uintptr_t> job.out
     t.together, t.apart, t.hosted = job.batch, job.apart, job.host != NULL
     return t
 
