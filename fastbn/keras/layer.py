@@ -81,11 +81,10 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     Notes
     -----
-    The kernels compute training on the backends torch, tensorflow and jax, inference on torch, and everything but renorm on
-    numpy. The rest is composed of the backend's own operations, also from centered data: masks, renorm, one value per
-    channel, inference in the graphs of TensorFlow and JAX (so that these can be exported), what XLA compiles for
-    TensorFlow, and devices other than the CPU. With ``synchronized=True`` and several replicas, Keras' own code computes
-    it.
+    The kernels compute training on all backends, and inference on torch and numpy. The rest is composed of the backend's
+    own operations, also from centered data: masks, renorm, one value per channel on torch, inference in the graphs of
+    TensorFlow and JAX (so that these can be exported), what XLA compiles for TensorFlow, and devices other than the CPU.
+    With ``synchronized=True`` and several replicas, Keras' own code computes it.
 
     Examples
     --------
