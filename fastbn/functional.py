@@ -362,8 +362,8 @@ def gradients(
     if "x" in wanted and saved.training and total is None and saved.count != held:
         had = held if saved.mask is None else f"{held} where saved.mask is True"
         raise ValueError(
-            f"saved is of statistics of {saved.count} values per channel, of which x has {had}: the gradient of x needs sums over "
-            "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and give them to "
+            f"saved has the statistics of {saved.count} values per channel, of which x has {had}: the gradient of x needs sums over "
+            "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and pass them to "
             "batch_norm_backward_elemt"
         )
     checks.gradients(saved, wanted, out)
@@ -414,8 +414,8 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
     if saved.count and (infinite := np.isinf(saved.invstd)).any():
         c = int(np.argmax(infinite))
         raise ValueError(
-            f"from_output needs channels that vary, or an eps above 0, or the input cannot be had from the output: the standard deviation "
-            f"of channel {c} is 0, or one over it is too large a number for {saved.invstd.dtype}"
+            f"from_output needs channels that vary, or an eps above 0, to compute the input from the output: the standard deviation "
+            f"of channel {c} is 0, or one over it is too large for {saved.invstd.dtype}"
         )
     with np.errstate(all="ignore"):
         weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
@@ -424,7 +424,7 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
     if lost.any() and saved.count:
         c = int(np.argmax(lost))
         raise ValueError(
-            f"from_output needs weights that are not 0 and not tiny beside the biases, or the input cannot be had from the "
+            f"from_output needs weights that are not 0, and not tiny compared with the biases, to compute the input from the "
             f"output: weight[{c}] is {weight[c]:g}, bias[{c}] about {saved.shift[c]:g}"
         )
     if saved.activation is not None and saved.count:
@@ -434,7 +434,7 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
         if lost.any():
             c = int(np.argmax(lost))
             raise ValueError(
-                f"from_output needs a slope of leaky_relu that is not tiny, or the input cannot be had from the output in {dtype}: "
+                f"from_output needs a slope of leaky_relu that is not tiny, to compute the input from the output in {dtype}: "
                 f"the slope is {saved.activation.parameter:g}, weight[{c}] {weight[c]:g}"
             )
 

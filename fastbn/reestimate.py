@@ -203,7 +203,7 @@ def collect(
                 break
     found = recorder.total if communicator is None else recorder.together(communicator)
     if not found.layers:
-        raise ValueError("there was no batch that came to a batch norm, and no start to go on from")
+        raise ValueError("no batch reached a batch norm, and there is no start to continue from")
     return found
 
 

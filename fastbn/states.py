@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # What each array of a layer holds at first.
 FIRST = {"weight": 1.0, "bias": 0.0, "mix": 0.5, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
-NO_FORWARD = "backward needs a forward before it: call the layer first (a copy, or what was unpickled, remembers none)"
-OVERWRITTEN = "backward needs the input of the forward before it, over which the output was written: give out= memory of its own"
+NO_FORWARD = "backward needs a forward before it: call the layer first (a copied or unpickled layer remembers none)"
+OVERWRITTEN = "backward needs the input of the forward before it, which the output has overwritten: pass separate memory as out="
 
 
 class LoadedKeys(NamedTuple):

@@ -179,8 +179,8 @@ def _step(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> C
         means = [tensor.mean() for tensor in _tensors(model(*inputs, **named)) if tensor.requires_grad]
         if not means:
             raise ValueError(
-                "the model returns no tensor of floating-point numbers that requires a gradient, of which a backward could start; "
-                "model.eval() is timed without one"
+                "the model returns no floating-point tensor that requires a gradient, so no backward can start from its output; "
+                "after model.eval() it is timed without a backward"
             )
         torch.stack(means).sum().backward()  # type: ignore[no-untyped-call, unused-ignore]
 

@@ -247,7 +247,7 @@ class Conversion(Listed[Layer]):
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """It is no model."""
-        raise TypeError("this is the table that convert has returned: the model was converted where it is, and is to be called")
+        raise TypeError("this is the table that convert returned, not the model: convert changes the model in place; call the model")
 
     def __str__(self) -> str:
         """A table of columns, and what it counts in all."""

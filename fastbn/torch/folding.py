@@ -45,7 +45,7 @@ class Folded(NamedTuple):
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """It is no model."""
-        raise TypeError("this is what fold has returned: the folded model is its attribute model, and is to be called")
+        raise TypeError("this is the result of fold, not a model: call its attribute model")
 
     def __str__(self) -> str:
         """A line for each layer."""

@@ -33,7 +33,7 @@ def _door() -> Any:
         import fastbn.torch._door as door
     except ImportError as error:
         raise RuntimeError(
-            f"fastbn.torch needs what fastbn compiles, which this installation lacks ({error}): install fastbn again, with a C++ compiler; "
+            f"fastbn.torch needs fastbn's compiled part, which this installation lacks ({error}): reinstall fastbn with a C++ compiler; "
             "`python -m fastbn` says what runs"
         ) from error
     return door
