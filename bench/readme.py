@@ -107,7 +107,7 @@ def _line(about: dict[str, Any], rows: Sequence[Row]) -> str:
     words = (
         f"On {len(rows)} rows of published lists, against the best library of each row, fastbn is at least as fast in "
         f"{report.percent(share[0])}, twice as fast in {report.percent(share[1])} and five times as fast in "
-        f"{report.percent(share[2])} of rows. Not all libraries ran in all rows; of so many: {took_part}. "
+        f"{report.percent(share[2])} of rows. Not all libraries ran in all rows; the number of rows is in brackets: {took_part}. "
         f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, {about['date'][:10]}, "
         f"load before {about['load']:.1f}."
     )

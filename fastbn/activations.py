@@ -58,14 +58,14 @@ def _is_compiled(function: object) -> bool:
 
 
 class Activation:
-    """A function of the user's, which Numba compiles into its kernels.
+    """Your own activation, which Numba compiles into its kernels.
 
     Parameters
     ----------
     forward : function compiled by numba.njit
-        Of one float, in the type of the arithmetic, to one float.
+        A function from one float, in the type of the arithmetic, to one float.
     derivative : function compiled by numba.njit, optional
-        Its derivative, which the backward needs.
+        Its derivative; the backward needs it.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What other libraries call a batch norm's numbers, in which order they give them, and what they mean by them.
+"""The names, orders and meanings of batch norm's parameters in other libraries.
 
 Nothing here imports a library to know its objects: these are known by their attributes, so that each is only needed by
 those who have such objects.
@@ -311,7 +311,7 @@ def _of_model(model: Any, name: Any) -> tuple[Any, dict[str, Any]]:
 
 
 class FromOthers:
-    """Constructors of a layer from what other libraries have; what is made of what was found, the layer itself knows."""
+    """Constructors of a layer from the layers and parameters of other libraries."""
 
     @classmethod
     def _of(cls, found: Found, options: dict[str, Any]) -> Self:
@@ -319,16 +319,16 @@ class FromOthers:
 
     @classmethod
     def from_torch(cls, module: Any, **options: Any) -> Self:
-        """One that computes what a layer of PyTorch does.
+        """Make a layer from a PyTorch layer or state_dict.
 
         Parameters
         ----------
         module : torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm, a layer of fastbn, or a mapping
-            With the attributes running_mean, running_var, weight, bias and eps; or the state_dict of one, which has no eps and
-            no momentum: these are PyTorch's defaults then, or in the options. Of a layer of fastbn, layout, axis, activation and
-            dtype are taken too.
+            An object with the attributes running_mean, running_var, weight, bias and eps; or its state_dict. A state_dict
+            has no eps and no momentum: pass them as options, or PyTorch's defaults apply. From a layer of fastbn, layout,
+            axis, activation and dtype are taken, too.
         **options
-            Arguments of the constructor, which count for more than what was found: layout, axis, activation, eps and so on.
+            Arguments of the constructor, such as layout, axis, activation and eps. They override what was found.
 
         Returns
         -------
@@ -337,8 +337,8 @@ class FromOthers:
         Raises
         ------
         TypeError, ValueError
-            If the attributes are not there, if it is to be trained and its training is another one (instance normalization, batch
-            renormalization), or as the constructor.
+            If attributes are missing; if the new layer can be trained, but the old one trains differently (instance
+            normalization, batch renormalization); or as the constructor.
 
         Examples
         --------
@@ -354,34 +354,35 @@ class FromOthers:
         epsilon: Number | None = None, momentum: Number | None = None, axis: int | None = None, activation: ActivationLike = None,
         **options: Any,
     ) -> Self:  # fmt: skip
-        """One from a Keras layer, or from its weights in Keras' order.
+        """Make a layer from a Keras layer, or from its weights in Keras' order.
 
         Parameters
         ----------
         gamma : keras.layers.BatchNormalization, or array_like of shape (C,)
-            A layer that is built, of Keras or of `fastbn.keras`; or its first weight.
+            A built layer of Keras or of `fastbn.keras`; or its first weight.
         beta, moving_mean, moving_variance : array_like of shape (C,), optional
-            As ``layer.get_weights()`` lists them; gamma or beta is None where the layer has none. Not with a layer.
+            As ``layer.get_weights()`` lists them; gamma or beta is None if the layer has none. Not allowed with a layer.
         epsilon : float, optional
-            Added to the variance; None is that of the layer, or 1e-3.
+            Added to the variance. None means the layer's, or 1e-3.
         momentum : float, optional
-            In Keras' sense, the weight of the *old* value; None is that of the layer, or 0.99.
+            As in Keras, the weight of the *old* value. None means the layer's, or 0.99.
         axis : int, optional
-            Of the channels; None is that of the layer, or the last one.
+            The channel axis. None means the layer's, or the last one.
         activation : str, tuple, function or Activation, optional
-            As in `batch_norm_forward`; None is that of the layer.
+            As in `batch_norm_forward`. None means the layer's.
         **options
             Other arguments of the constructor.
 
         Returns
         -------
-        The layer, with copies of the vectors. Its running variance is the population's (``correction=0``); it is frozen where a
-        layer is not trainable.
+        The layer, with copies of the vectors. Its running variance is the population variance (``correction=0``). It is
+        frozen if the Keras layer is not trainable.
 
         Raises
         ------
         TypeError, ValueError
-            If a layer is not built, or is one of batch renormalization and to be trained; or as the constructor.
+            If a layer is not built, if it has batch renormalization and the new layer can be trained, or as the
+            constructor.
 
         Examples
         --------
@@ -397,30 +398,30 @@ class FromOthers:
     def from_flax(
         cls, variables: Any, *, epsilon: Number | None = None, momentum: Number | None = None, axis: int | None = None, **options: Any
     ) -> Self:
-        """One from a layer of Flax.
+        """Make a layer from a Flax layer.
 
         Parameters
         ----------
         variables : flax.nnx.BatchNorm, or mapping
-            Or the variables of one flax.linen.BatchNorm: ``{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}``, or
+            A layer, or the variables of one flax.linen.BatchNorm: ``{"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}``, or
             these four together.
         epsilon : float, optional
-            Added to the variance; None is that of the layer, or 1e-5.
+            Added to the variance. None means the layer's, or 1e-5.
         momentum : float, optional
-            In Flax' sense, the weight of the *old* value; None is that of the layer, or 0.99.
+            As in Flax, the weight of the *old* value. None means the layer's, or 0.99.
         axis : int, optional
-            Of the channels; None is that of the layer, or the last one.
+            The channel axis. None means the layer's, or the last one.
         **options
             Other arguments of the constructor.
 
         Returns
         -------
-        The layer, with copies of the vectors. Its running variance is the population's (``correction=0``).
+        The layer, with copies of the vectors. Its running variance is the population variance (``correction=0``).
 
         Raises
         ------
         TypeError, ValueError
-            If mean and var are not there, or as the constructor.
+            If mean or var is missing, or as the constructor.
 
         Examples
         --------
@@ -436,32 +437,32 @@ class FromOthers:
         cls, scale: Any, B: Any = None, input_mean: ArrayLike | None = None, input_var: ArrayLike | None = None, *,  # noqa: N803  ONNX's name
         epsilon: Number | None = None, momentum: Number | None = None, **options: Any,
     ) -> Self:  # fmt: skip
-        """One from a BatchNormalization node of ONNX, or from its inputs in ONNX' order.
+        """Make a layer from a BatchNormalization node of ONNX, or from its inputs in ONNX's order.
 
         Parameters
         ----------
         scale : NodeProto, ModelProto, or array_like of shape (C,)
         B : mapping, list of TensorProto, str, or array_like of shape (C,)
-            After a node: its tensors by name, as arrays or TensorProtos, or a graph's initializers. After a model: the name of a
-            node, or of its output; the inputs are found among the initializers and Constant nodes of the graph.
+            With a node: its tensors by name, as arrays or TensorProtos, or a graph's initializers. With a model: the name
+            of a node, or of its output; the inputs are found among the initializers and Constant nodes of the graph.
         input_mean, input_var : array_like of shape (C,), optional
-            Not with a node or a model.
+            Not allowed with a node or a model.
         epsilon : float, optional
-            Added to the variance; None is that of the node, or 1e-5.
+            Added to the variance. None means the node's, or 1e-5.
         momentum : float, optional
-            In ONNX' sense, the weight of the *old* value; None is that of the node, or 0.9.
+            As in ONNX, the weight of the *old* value. None means the node's, or 0.9.
         **options
             Arguments of the constructor.
 
         Returns
         -------
-        The layer, with copies of the vectors. Its running variance is the population's (``correction=0``); one that can be trained
-        is in training where the node is.
+        The layer, with copies of the vectors. Its running variance is the population variance (``correction=0``). A
+        layer that can be trained is in training mode if the node is.
 
         Raises
         ------
         TypeError, ValueError
-            If a node is no BatchNormalization, is not there, or has inputs that are no tensors; or as the constructor.
+            If a node is not a BatchNormalization, is missing, or has inputs that are not tensors; or as the constructor.
 
         Examples
         --------

@@ -161,7 +161,7 @@ def use_kernel(name: str | None) -> Iterator[None]:
     Parameters
     ----------
     name : str or None
-        Name of a kernel, as `show_config` lists them. None lifts the pin of an outer block, or of FASTBN_KERNEL.
+        Name of a kernel, as listed by `show_config`. None removes the pin of an outer block, or of FASTBN_KERNEL.
 
     Raises
     ------
@@ -274,7 +274,7 @@ def passed_over(dtype: str) -> list[str]:
 def warmup(
     dtypes: Iterable[str] = ("float32",), layouts: Iterable[str] = ("NCHW", "NHWC"), activations: Iterable[object] = (None,)
 ) -> None:
-    """Compile now what the first calls would otherwise wait for; only the Numba kernels have anything to compile.
+    """Compile now what the first calls would have to wait for. Only the Numba kernels have anything to compile.
 
     Parameters
     ----------
@@ -283,12 +283,12 @@ def warmup(
     layouts : iterable of str
         Names of the layouts that will be used.
     activations : iterable
-        Activations that will be used, as `batch_norm` takes them; None is a call without one.
+        Activations that will be used, as for `batch_norm`; None means calls without one.
 
     Raises
     ------
     TypeError
-        If something else is given than names, or activations, or no kernel can run a function of yours.
+        If a name or an activation has the wrong type, or if no kernel can run a function of yours.
     ValueError
         If a layout, a dtype or an activation is unknown.
 

@@ -1,4 +1,4 @@
-"""The functions users call, documented. What arguments must be is in `checks`, the work in `core`."""
+"""The public functions of batch normalization. `checks` checks their arguments, `core` does the work."""
 
 from __future__ import annotations
 
@@ -139,10 +139,10 @@ def batch_norm_forward(
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     running_mean, running_var : ndarray of shape (C,), optional
-        Statistics to update in place when training, in any floating dtype; may be None then. When not training, the
-        statistics to use, array_like; those in float64 are used to all their digits.
+        When training: updated in place, in any floating dtype; may be None. When not training: array_like, the statistics
+        to normalize by; float64 values keep all their digits.
     training : bool
-        Whether to use the batch's own statistics.
+        Whether to normalize by the batch's own statistics.
     momentum : float
         Weight of the batch in the update of the running statistics, as in PyTorch.
     eps : float
@@ -151,26 +151,27 @@ def batch_norm_forward(
         "NC", "NCL", "NCHW", "NCDHW", "NLC", "NHWC", "NDHWC", "channels_first" or "channels_last"; None means
         channels first.
     axis : int, optional
-        The axis of the channels, any one of x, in place of a layout.
+        The axis of the channels, instead of a layout; any axis of x.
     activation : str, tuple, function or Activation, optional
-        Function that is applied to the result: "relu", "relu6", "leaky_relu" (a slope of 0.01, or
+        Function to apply to the result: "relu", "relu6", "leaky_relu" (a slope of 0.01, or
         ``("leaky_relu", slope)``), "hardswish", "sigmoid", "silu", "tanh", "gelu" or "gelu_tanh" (also
-        ``("gelu", "tanh")``). Or a function of a float, compiled by ``numba.njit``, or an `Activation`, which knows
-        the derivative too: these become part of the Numba kernels.
+        ``("gelu", "tanh")``). Or a function of a float, compiled by ``numba.njit``, or an `Activation`, which also has
+        the derivative: fastbn compiles these into the Numba kernels.
     residual : ndarray of the shape and dtype of x, optional
         Added before the activation; its strides may differ from those of x.
     mask : ndarray of bool, optional
-        Broadcastable to the shape of x without the channel axis. False positions are left out of the statistics
-        and of the sums in the gradient; they are normalized all the same. Only used when training.
+        Broadcastable to the shape of x without the channel axis. The statistics, and the sums in the gradient, leave out
+        the False positions; these are normalized, too. Only used when training.
     correction : int
-        1: the running variance moves towards the batch's unbiased one, as in PyTorch, and training needs two values per
-        channel. 0: towards the population's, as in ONNX, Keras and Flax, and one value per channel will do.
+        1: the running variance moves towards the batch's unbiased variance, as in PyTorch, and training needs two values
+        per channel. 0: it moves towards the population variance, as in ONNX, Keras and Flax, and one value per channel is
+        enough.
     stats : Stats, optional
-        The statistics of the batch, or with a mask of what counts in it, where they are known already: training then uses
-        these. They may be of a larger batch of which x is a part, as over several processes; the gradient of x then needs
-        sums over all of that, see `fastbn.sync` and `batch_norm_backward_reduce`.
+        Known statistics of the batch (with a mask: of its True positions). Training uses them instead of computing them.
+        They may be those of a larger batch of which x is a part, as with several processes. Then the gradient of x
+        needs sums over the larger batch: see `fastbn.sync` and `batch_norm_backward_reduce`.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
     out : ndarray of the shape and dtype of x, optional
         Where to write the result; may be x.
 
@@ -185,16 +186,16 @@ def batch_norm_forward(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, if a number is out of range, if `out` is read-only, overlaps an array like x in part, or
-        shares memory with any other argument, if running statistics are missing when not training, if training has too few
-        values per channel, or if `stats` are given when not training, or are of fewer values than x has. Nothing is modified
-        then.
+        If a shape does not fit or a number is out of range; if `out` is read-only, partly overlaps an array like x, or
+        shares memory with any other argument; if running statistics are missing when not training; if training has too few
+        values per channel; or if `stats` are given when not training, or count fewer values than x has. Nothing is modified
+        in this case.
 
     Notes
     -----
     ``y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)``: Ioffe and Szegedy, "Batch
-    Normalization", ICML 2015; the activations are those of ``torch.nn.functional``. The backward computes the
-    activation's derivative anew from x; only a residual that it depends on is copied.
+    Normalization", ICML 2015; the activations are those of ``torch.nn.functional``. The backward recomputes the
+    derivative of the activation from x; the forward copies a residual only if that derivative depends on it.
 
     Examples
     --------
@@ -242,11 +243,11 @@ def batch_norm(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var : ndarray of shape (C,) or None
-        Statistics to use when not training, array_like then; to update in place when training, or None.
+        When not training: array_like, the statistics to normalize by. When training: updated in place, or None.
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     training : bool
-        Whether to use the batch's own statistics.
+        Whether to normalize by the batch's own statistics.
     momentum : float
         Weight of the batch in the update of the running statistics, as in PyTorch.
     eps : float
@@ -296,16 +297,16 @@ def batch_norm_backward(
     x : ndarray
         The input of the forward pass.
     saved : Saved
-        What `batch_norm_forward` returned. After ``training=False`` the statistics are constants, and so the
-        gradient is the cheaper frozen one.
+        The second result of `batch_norm_forward`. After ``training=False`` the statistics are constants, so the
+        gradient is cheaper.
     wrt : sequence of str
-        Which gradients to compute: "x", "weight", "bias", "residual". Where the forward was given `stats` of a larger
-        batch, those of weight and bias are sums over x alone, and that of x cannot be had here.
+        Which gradients to compute: "x", "weight", "bias", "residual". If the forward was given `stats` of a larger
+        batch, the gradients of weight and bias are sums over x alone, and the gradient of x is not available here.
     from_output : bool
-        Whether `x` is what the forward returned. So the forward may write its output over its input
-        (``out=x``), and training keeps one array for each layer where it would keep two. Only for no activation
-        or a leaky_relu with a slope above 0, without a residual. The weights must not be 0, and x is known no
-        better than the dtype of the output tells.
+        Whether `x` is the output of the forward instead of its input. This allows the forward to overwrite its input
+        (``out=x``), so that training keeps one array per layer instead of two. It needs a forward without a residual, and
+        without an activation or with a leaky_relu whose slope is above 0. The weights must not be 0. The input is
+        recomputed from the output, and so only as precise as the output's dtype.
     threads : int, optional
         As in `batch_norm_forward`.
     out : ndarray of the shape and dtype of x, optional
@@ -315,22 +316,22 @@ def batch_norm_backward(
     -------
     Gradients
         dx and dresidual in the dtype and memory order of x; dweight and dbias in the dtype of the statistics; None
-        where not in `wrt`. Without a weight or bias they are the gradients of an implied 1 and 0. Where there is
-        no activation, dresidual is dy itself.
+        if not in `wrt`. Without a weight or bias, they are the gradients of an implied 1 and 0. Without an
+        activation, dresidual is dy itself.
 
     Raises
     ------
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, `wrt` has an unknown name, "residual" without there being one, or "x" where the forward was
-        given statistics of more values than x has, if the forward's input cannot be had from its output, or if `out` is
-        read-only or overlaps an input in part.
+        If a shape does not fit; if `wrt` has an unknown name, "residual" although there was none, or "x" although the forward
+        was given statistics of more values than x has; if the forward's input cannot be recomputed from its output; or if
+        `out` is read-only or partly overlaps an input.
 
     Notes
     -----
-    With a mask, dy at False positions reaches dx only directly, not through the statistics. That is the exact
-    gradient where a masked loss makes those dy zero.
+    With a mask, dy at False positions affects dx only directly, not through the statistics. This is the exact
+    gradient if a masked loss makes dy zero there.
 
     Ioffe and Szegedy 2015, section 3. Gradients from the output: Rota Bulò, Porzi and Kontschieder, "In-Place
     Activated BatchNorm for Memory-Optimized Training of DNNs", CVPR 2018.
@@ -361,8 +362,8 @@ def gradients(
     if "x" in wanted and saved.training and total is None and saved.count != held:
         had = held if saved.mask is None else f"{held} where saved.mask is True"
         raise ValueError(
-            f"saved is of statistics of {saved.count} values per channel, of which x has {had}: the gradient of x needs sums over "
-            "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and give them to "
+            f"saved has the statistics of {saved.count} values per channel, of which x has {had}: the gradient of x needs sums over "
+            "all of them. Use fastbn.sync.batch_norm_backward; or add up the sums of batch_norm_backward_reduce, and pass them to "
             "batch_norm_backward_elemt"
         )
     checks.gradients(saved, wanted, out)
@@ -413,8 +414,8 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
     if saved.count and (infinite := np.isinf(saved.invstd)).any():
         c = int(np.argmax(infinite))
         raise ValueError(
-            f"from_output needs channels that vary, or an eps above 0, or the input cannot be had from the output: the standard deviation "
-            f"of channel {c} is 0, or one over it is too large a number for {saved.invstd.dtype}"
+            f"from_output needs channels that vary, or an eps above 0, to compute the input from the output: the standard deviation "
+            f"of channel {c} is 0, or one over it is too large for {saved.invstd.dtype}"
         )
     with np.errstate(all="ignore"):
         weight = np.abs(saved.scale / saved.invstd.astype(np.float64))
@@ -423,7 +424,7 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
     if lost.any() and saved.count:
         c = int(np.argmax(lost))
         raise ValueError(
-            f"from_output needs weights that are not 0 and not tiny beside the biases, or the input cannot be had from the "
+            f"from_output needs weights that are not 0, and not tiny compared with the biases, to compute the input from the "
             f"output: weight[{c}] is {weight[c]:g}, bias[{c}] about {saved.shift[c]:g}"
         )
     if saved.activation is not None and saved.count:
@@ -433,7 +434,7 @@ def _can_be_inverted(saved: Saved, dtype: np.dtype[Any]) -> None:
         if lost.any():
             c = int(np.argmax(lost))
             raise ValueError(
-                f"from_output needs a slope of leaky_relu that is not tiny, or the input cannot be had from the output in {dtype}: "
+                f"from_output needs a slope of leaky_relu that is not tiny, to compute the input from the output in {dtype}: "
                 f"the slope is {saved.activation.parameter:g}, weight[{c}] {weight[c]:g}"
             )
 
@@ -448,29 +449,29 @@ def batch_norm_stats(
     Parameters
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C); or an iterable of these
-        An iterable of batches with the same channels is read once, one batch at a time, and may be larger than memory.
+        An iterable of batches with the same channels may be larger than memory: it is read once, one batch at a time.
     layout, axis
         As in `batch_norm_forward`.
     mask : ndarray of bool, optional
-        Positions that count, broadcastable to the shape of x without the channel axis. Only for a single array: of several,
-        merge ``batch_norm_stats(x, mask=mask)`` of each.
+        True at the positions that count; broadcastable to the shape of x without the channel axis. Only for a single
+        array. If you have several, merge ``batch_norm_stats(x, mask=mask)`` of each.
     threads : int, optional
         As in `batch_norm_forward`.
 
     Returns
     -------
     Stats
-        Mergeable with the statistics of other batches. With no values, the count is 0 and so are mean and var.
+        It can be merged with the statistics of other batches. Without values, count, mean and var are 0.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument has the wrong type, dtype or shape; if an iterable is empty or comes with a mask, or the channels of its
-        batches differ.
+        If an argument has the wrong type, dtype or shape; if an iterable is empty or comes with a mask; or if its batches have
+        different numbers of channels.
 
     Notes
     -----
-    Never ``E[x^2] - E[x]^2``: shifted sums over fixed tiles, merged in float64.
+    The variance is never computed as ``E[x^2] - E[x]^2``, but by sums around a pivot over fixed tiles, merged in float64.
 
     Examples
     --------
@@ -527,7 +528,7 @@ def batch_norm_elemt(
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
     mean, invstd : array_like of shape (C,)
-        Mean and one over the standard deviation. Those in float64 are used to all their digits, for float32 x too.
+        Mean, and one over the standard deviation. float64 values keep all their digits, even if x is float32.
     weight, bias, layout, axis, activation, residual, threads, out
         As in `batch_norm_forward`.
 
@@ -559,21 +560,21 @@ def batch_norm_backward_reduce(
     dy: Array, x: Array, mean: ArrayLike, invstd: ArrayLike, *, layout: LayoutName | None = None, axis: int | None = None,
     threads: int | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Sums over each channel that the gradients need.
+    """Compute the two sums per channel that the gradients need.
 
     Parameters
     ----------
     dy, x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         Gradient of y, and the input of the forward pass.
     mean, invstd : array_like of shape (C,)
-        The statistics the forward used.
+        The statistics that the forward used.
     layout, axis, threads
         As in `batch_norm_forward`.
 
     Returns
     -------
     sum_dy, sum_dy_xmu : ndarray of shape (C,)
-        Sums of dy and of ``dy * (x - mean)``. dbias is the first, dweight is the second times invstd.
+        Sums of dy and of ``dy * (x - mean)``. The first is dbias; the second times invstd is dweight.
 
     Raises
     ------
@@ -614,12 +615,12 @@ def batch_norm_backward_elemt(
     ----------
     dy, x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
     mean, invstd : array_like of shape (C,)
-        The statistics the forward used.
+        The statistics that the forward used.
     weight : array_like of shape (C,) or None
     sum_dy, sum_dy_xmu : array_like of shape (C,)
-        Over all processes that share the statistics.
+        Summed over all processes that share the statistics.
     count : int
-        Number of values per channel in the statistics, over all processes.
+        Number of values per channel that the statistics count, over all processes.
     layout, axis, threads, out
         As in `batch_norm_forward`.
 

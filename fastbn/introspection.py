@@ -1,4 +1,4 @@
-"""What fastbn says of itself: how a call runs, and what was found on this machine."""
+"""Information about fastbn: how a call runs, and what was found on this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     Parameters
     ----------
     op : str
-        "stats", "normalize" or "inference", which are the same, "forward" (training) or "backward".
+        "stats", "normalize" or its synonym "inference", "forward" (training) or "backward".
     x : ndarray
         The input.
     layout, axis
@@ -33,22 +33,23 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
     Returns
     -------
     str
-        A few lines; a kernel that is not compiled has the first three and the last:
+        A few lines. A kernel that is not compiled has only the first three and the last:
 
-        - the head: operation, memory (ncsp: channels first, nspc: channels last), dtype, and the kernel that was chosen;
-        - memory: the array as runs of channels; "copied first" where it has gaps;
-        - threads: how many a call of this size uses, and for how much work one that sleeps is woken (`show_config`: waking);
-        - tiles: pieces in which sums are added up; they depend on the shape alone, and so do the bits of the result;
+        - the head: operation, memory (ncsp: channels first, nspc: channels last), dtype, and the chosen kernel;
+        - memory: the array as runs of channels; "copied first" if it has gaps;
+        - threads: how many a call of this size uses, and for how much work a sleeping thread is woken (`show_config`:
+        waking);
+        - tiles: pieces in which sums are added up; they, and so the bits of the result, depend only on the shape;
         - units: pieces of work for the threads; "on resident data" where the map of a piece finds in the cache what its sums
           have read;
-        - streaming: whether the output is written past the caches, if its memory is not new;
-        - traffic: how often x, and what has its size, is read and written, with nothing left in a cache but resident data;
+        - streaming: whether the output is written past the caches, unless its memory is new;
+        - traffic: how often x and arrays of its size are read and written, if only resident data stay in a cache;
         - why each better kernel was passed over.
 
     Raises
     ------
     TypeError, ValueError
-        If there is no such operation, or x is no array that fastbn takes.
+        If there is no such operation, or fastbn does not take x.
 
     Examples
     --------
@@ -142,7 +143,7 @@ class Config(TypedDict):
 
 
 def show_config() -> Config:
-    """What fastbn found on this machine and what it will use.
+    """Return what fastbn found on this machine, and what it will use.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Layers: parameters and running statistics over the functions of `functional`."""
+"""Layers of batch normalization: parameters and running statistics, on top of the functions of `functional`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class BatchNorm(Tracking, FromOthers):
-    """What BatchNorm1d, 2d and 3d share; they differ in the numbers of axes they take."""
+    """The common base of BatchNorm1d, 2d and 3d, which differ in the numbers of axes that they accept."""
 
     _ranks: tuple[int, ...] = ()
 
@@ -141,14 +141,14 @@ class BatchNorm(Tracking, FromOthers):
         residual : ndarray of the shape and dtype of x, optional
             Added before the activation.
         mask : ndarray of bool, optional
-            Positions that count in the statistics, broadcastable to the shape of x without the channel axis.
+            True at the positions that count in the statistics; broadcastable to the shape of x without the channel axis.
         stats : Stats, optional
-            The statistics of the batch, where they are known already; only in training. With a communicator it asks nobody.
+            Known statistics of the batch; only in training. They take the place of those that a communicator would gather.
         threads : int, optional
-            Of this call; None means as many as `num_threads` says, where they are worth it.
+            Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
         out : ndarray of the shape and dtype of x, optional
-            Where to write the result. If it is x, `backward` works from the output instead, which must not be changed
-            until then; see `from_output` in `batch_norm_backward` for which layers can.
+            Where to write the result. If it is x, `backward` works from the output, which must not be changed until
+            then; `from_output` in `batch_norm_backward` says which layers can do so.
 
         Returns
         -------
@@ -157,12 +157,12 @@ class BatchNorm(Tracking, FromOthers):
         Raises
         ------
         TypeError, ValueError
-            If x is not for this layer, or as `batch_norm_forward`.
+            If x does not fit this layer, or as `batch_norm_forward`.
 
         Notes
         -----
-        In training x itself is kept: it must not be changed before the backward. In eval it is not kept alive; a
-        backward is possible as long as the caller has it.
+        In training, the layer keeps x itself: do not change it before the backward. In eval, the layer does not keep x
+        alive; a backward is possible as long as the caller keeps it.
         """
         if isinstance(x, np.ndarray):
             if x.ndim not in self._ranks:
@@ -221,8 +221,8 @@ class BatchNorm(Tracking, FromOthers):
         ----------
         dy : ndarray of the shape and dtype of x
         wrt : sequence of str, optional
-            Which gradients: "x", "weight", "bias", "residual". None means all that there are; those of weight and
-            bias not for a frozen layer.
+            Which gradients: "x", "weight", "bias", "residual". None means all that exist, without weight and bias for a
+            frozen layer.
         threads : int, optional
             As in `forward`.
         out : ndarray of the shape and dtype of x, optional
@@ -235,8 +235,8 @@ class BatchNorm(Tracking, FromOthers):
         Raises
         ------
         RuntimeError
-            If `forward` was not called before, or overwrote an input that cannot be had from its output, or if its input
-            in eval is gone.
+            If `forward` was not called before; if it overwrote an input that cannot be recomputed from the output; or if its
+            input, in eval, no longer exists.
         TypeError, ValueError
             As `batch_norm_backward`.
         """
@@ -253,12 +253,12 @@ class BatchNorm(Tracking, FromOthers):
         return functional.batch_norm_backward(dy, x, saved, wrt=wrt, from_output=from_output, threads=threads, out=out)
 
     def freeze(self, mode: bool = True) -> Self:
-        """Use the running statistics in training too, and leave them and the parameters alone.
+        """Use the running statistics in training, too, and change neither them nor the parameters.
 
         Parameters
         ----------
         mode : bool
-            False makes the layer an ordinary one again.
+            False undoes it.
 
         Returns
         -------
@@ -285,29 +285,29 @@ class BatchNorm1d(BatchNorm):
     eps : float
         Added to the variance.
     momentum : float or None
-        Weight of a batch in the update of the running statistics; None is the cumulative average.
+        Weight of a batch in the update of the running statistics; None means the cumulative average.
     affine : bool
-        Whether there is a weight, and with `bias` a bias.
+        Whether there is a weight and, if `bias` is True, a bias.
     track_running_stats : bool
-        Whether there are running statistics; without them, the batch's own are always used.
+        Whether there are running statistics. Without them, the layer always uses the batch's own statistics.
     bias : bool
         Whether there is a bias.
     layout : str, optional
-        "NC", "NCL" or "channels_first" (as None), "NLC" or "channels_last".
+        "NC", "NCL" or "channels_first" (the default), "NLC" or "channels_last".
     axis : int, optional
-        The axis of the channels, in place of a layout.
+        The axis of the channels, instead of a layout.
     activation : str, tuple, function or Activation, optional
         As in `batch_norm_forward`.
     correction : int
-        As in `batch_norm_forward`: 0 for the running variance of ONNX, Keras and Flax.
+        As in `batch_norm_forward`; 0 is the convention of ONNX, Keras and Flax.
     skip_nonfinite : bool
-        Whether a batch that would make a running statistic infinite or NaN leaves all of them alone;
-        ``num_batches_skipped`` counts these.
+        Whether to leave all running statistics unchanged if a batch would make one of them infinite or NaN;
+        ``num_batches_skipped`` counts these batches.
     communicator : Communicator, optional
-        Of the processes that share a batch, see `fastbn.sync`: training uses the statistics of the whole batch. All of them
-        must call. An attribute of the same name; copies share it.
+        Connects the processes that share a batch (see `fastbn.sync`). Training then uses the statistics of the whole batch,
+        and all processes must call. It is also an attribute; copies of the layer share it.
     dtype : dtype
-        Of the input; parameters and statistics are float64 for float64, else float32.
+        The dtype of the input. Parameters and statistics are float64 for float64 inputs, else float32.
 
     Examples
     --------
@@ -331,7 +331,7 @@ class BatchNorm2d(BatchNorm):
     num_features, eps, momentum, affine, track_running_stats, bias, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
-        "NCHW" or "channels_first" (as None), "NHWC" or "channels_last".
+        "NCHW" or "channels_first" (the default), "NHWC" or "channels_last".
 
     Examples
     --------
@@ -352,7 +352,7 @@ class BatchNorm3d(BatchNorm):
     num_features, eps, momentum, affine, track_running_stats, bias, axis, activation, correction, skip_nonfinite, communicator, dtype
         As in `BatchNorm1d`.
     layout : str, optional
-        "NCDHW" or "channels_first" (as None), "NDHWC" or "channels_last".
+        "NCDHW" or "channels_first" (the default), "NDHWC" or "channels_last".
 
     Examples
     --------
@@ -366,7 +366,7 @@ class BatchNorm3d(BatchNorm):
 
 
 class FrozenBatchNorm(FromOthers):
-    """Inference with everything folded once: the serving path. It stays as it was made: its attributes cannot be set.
+    """Inference with all parameters folded once, for serving. It is immutable: its attributes cannot be set.
 
     A subclass may have attributes of its own.
 
@@ -385,12 +385,12 @@ class FrozenBatchNorm(FromOthers):
     Attributes
     ----------
     scale, shift : ndarray of shape (C,)
-        Of ``y = x * scale + shift``, in float64: what a convolution before it can take in.
+        The factors of ``y = x * scale + shift``, in float64; a convolution before the layer can absorb them.
 
     Raises
     ------
     TypeError, ValueError
-        If the vectors have different shapes or hold no real numbers, or another argument is not as it must be.
+        If the vectors have different shapes or do not contain real numbers, or if another argument is invalid.
 
     Examples
     --------
@@ -454,12 +454,12 @@ class FrozenBatchNorm(FromOthers):
 
     @property
     def scale(self) -> Array:
-        """Of ``y = x * scale + shift``, in float64."""
+        """The scale of ``y = x * scale + shift``, in float64."""
         return self._folded.scale
 
     @property
     def shift(self) -> Array:
-        """Of ``y = x * scale + shift``, in float64."""
+        """The shift of ``y = x * scale + shift``, in float64."""
         return self._folded.shift
 
     def __repr__(self) -> str:
@@ -479,7 +479,7 @@ class FrozenBatchNorm(FromOthers):
         out : ndarray of the shape and dtype of x, optional
             Where to write the result; may be x.
         threads : int, optional
-            Of this call; None means as many as `num_threads` says, where they are worth it.
+            Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
         Returns
         -------

@@ -267,14 +267,14 @@ def _idle_bytes() -> int:
 
 
 def release() -> int:
-    """Give all idle memory back to the system: recycled buffers, and the scratch memory of this thread's calls.
+    """Return all idle memory to the system: recycled buffers, and the scratch memory of this thread's calls.
 
-    Other threads give their scratch memory back at their next call.
+    Other threads return their scratch memory at their next call.
 
     Returns
     -------
     int
-        How many bytes that was.
+        Number of bytes returned.
 
     Examples
     --------
@@ -288,13 +288,13 @@ def release() -> int:
 
 
 def statistics() -> dict[str, int]:
-    """Count what the pool holds and what it has done.
+    """Count the memory and the use of the pool.
 
     Returns
     -------
     dict
-        Bytes "in_use" by arrays, bytes "idle", and the "limit" of the latter; "hits" and "misses", how many large
-        outputs had recycled and new memory. Without the interpreter lock, threads may lose a hit or a miss.
+        The bytes "in_use" by arrays, the "idle" bytes, and their "limit"; "hits" and "misses", the numbers of large outputs
+        that got recycled and new memory. Without the GIL, threads may lose a hit or a miss.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Batch norm over the processes of MPI, for NumPy users: what `fastbn.sync` and the layers take as communicator.
+"""Batch norm over MPI processes, for NumPy users: a communicator for `fastbn.sync` and the layers.
 
-Start programs with ``mpirun -n 4 python -m mpi4py program.py``: so an exception on one process ends all of them, where
-without ``-m mpi4py`` the others would wait for it.
+Start programs with ``mpirun -n 4 python -m mpi4py program.py``. Then an exception on one process ends all of them; without
+``-m mpi4py`` the others would wait for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Communicator(sync.OfProcess):
     Parameters
     ----------
     comm : mpi4py.MPI.Intracomm, optional
-        The processes that share a batch; None is all of them, ``MPI.COMM_WORLD``. Groups are made by ``comm.Split``.
+        The processes that share a batch; None means all, ``MPI.COMM_WORLD``. Make groups with ``comm.Split``.
 
     Raises
     ------
@@ -50,14 +50,14 @@ class Communicator(sync.OfProcess):
             raise TypeError(f"comm must be an mpi4py.MPI.Intracomm, got {short(comm)}")
 
     def all_gather(self, array: Array) -> Array:
-        """Everybody's array, in the order of the ranks."""
+        """Return the arrays of all processes, in the order of the ranks."""
         found = np.empty((self.comm.Get_size(), *array.shape), array.dtype)
         # As bytes: MPI must not look at them as numbers.
         self.comm.Allgather([array, MPI.BYTE], [found, MPI.BYTE])
         return found
 
     def all_reduce(self, array: Array) -> Array:
-        """The sum of everybody's arrays."""
+        """Return the sum of the arrays of all processes."""
         found = np.empty_like(array)
         self.comm.Allreduce(array, found)
         return found

@@ -32,7 +32,7 @@ def batch_normalization(
         Broadcastable with x: vectors of shape (C,) for channels on the last axis, what `moments` returns with
         ``keepdims=True``, numbers, or arrays of the shape of x.
     offset, scale : array_like or None
-        The same; None means 0 and 1. In this order, as in TensorFlow.
+        Broadcastable with x, like mean; None means 0 and 1. The order is TensorFlow's: offset first.
     variance_epsilon : float
         Added to the variance; not negative.
     name : object, optional
@@ -41,8 +41,8 @@ def batch_normalization(
     Returns
     -------
     ndarray of the dtype of x, and of the shape that all of them broadcast to
-        ``(x - mean) / sqrt(variance + variance_epsilon) * scale + offset``, computed centered: in 16 bits and far from 0 more
-        exactly than TensorFlow does.
+        ``(x - mean) / sqrt(variance + variance_epsilon) * scale + offset``, computed centered, and so more accurate than
+        TensorFlow in 16 bits and far from 0.
 
     Raises
     ------
@@ -117,7 +117,7 @@ def moments(
     x : ndarray
         float32, float64, float16 or bfloat16.
     axes : int or sequence of int
-        Those that are averaged over: ``(0, 1, 2)`` for the channels of an NHWC array.
+        The axes to average over: ``(0, 1, 2)`` for the channels of an NHWC array.
     shift : object, optional
         Not used, as in TensorFlow.
     keepdims : bool
@@ -133,7 +133,7 @@ def moments(
     Raises
     ------
     TypeError, ValueError
-        If x has a dtype that fastbn does not compute with, or an axis is not one of x, or given twice.
+        If fastbn does not compute with the dtype of x, or if an axis is not one of x, or is given twice.
 
     Examples
     --------
@@ -190,9 +190,9 @@ def fused_batch_norm(
     x : ndarray with 4 or 5 axes
         float32, float64, float16 or bfloat16.
     scale, offset : array_like of shape (C,), or None
-        None means 1 and 0, which TensorFlow does not know.
+        None means 1 and 0; TensorFlow does not accept None.
     mean, variance : array_like of shape (C,), optional
-        The statistics to use when not training. In training the running ones, where the factor is not 1; else not used.
+        When not training: the statistics to normalize by. In training: the running statistics; not used if the factor is 1.
     epsilon : float
         Added to the variance.
     data_format : str

@@ -83,7 +83,7 @@ def channel_of_images(x: Array, layout: object, axis: object) -> int:
 def check_images(axis: int | None) -> None:
     """Check that an axis of channels is not that of the images."""
     if axis == 0:
-        raise ValueError("axis must not be 0, which is the images'")
+        raise ValueError("axis must not be 0, the axis of the images")
 
 
 def on_channels(

@@ -1,4 +1,4 @@
-"""Layers over the functions of `norms` and `variants`, with the arguments and the state_dict of PyTorch's."""
+"""Layers for the functions of `norms` and `variants`, with PyTorch's arguments and state_dict."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class _Layer(Layer):
             self._check_dtype(x)
 
     def forward(self, x: Array, residual: Array | None = None, *, threads: int | None = None, out: Array | None = None) -> Array:
-        """Normalize x, and remember it for `backward`; it must not be changed until then.
+        """Normalize x, and remember it for `backward`. Do not change x until then.
 
         Parameters
         ----------
@@ -73,9 +73,9 @@ class _Layer(Layer):
         residual : ndarray of the shape and dtype of x, optional
             Added before the activation.
         threads : int, optional
-            Of this call.
+            Number of threads of this call.
         out : ndarray of the shape and dtype of x, optional
-            Where to write the result. If it is x, there can be no backward.
+            Where to write the result. If it is x, no backward is possible.
 
         Returns
         -------
@@ -84,12 +84,12 @@ class _Layer(Layer):
         Raises
         ------
         TypeError, ValueError
-            If x is not for this layer, or as the function.
+            If x does not fit this layer, or as the function.
 
         Notes
         -----
-        In training x itself is kept: it must not be changed before the backward. In eval it is not kept alive; a
-        backward is possible as long as the caller has it.
+        In training, the layer keeps x itself: do not change it before the backward. In eval, the layer does not keep x
+        alive; a backward is possible as long as the caller keeps it.
         """
         self._check(x)
         given, options = self._given(), self._options()
@@ -115,9 +115,9 @@ class _Layer(Layer):
         ----------
         dy : ndarray of the shape and dtype of x
         wrt : sequence of str, optional
-            Which gradients; None means all that there are.
+            Which gradients; None means all that exist.
         threads : int, optional
-            Of this call.
+            Number of threads of this call.
         out : ndarray of the shape and dtype of x, optional
             Where to write dx; may be dy.
 
@@ -223,7 +223,7 @@ class _Tracked(Tracking, _OnChannels):
 
 
 class InstanceNorm(_Tracked):
-    """What InstanceNorm1d, 2d and 3d share; they differ in the number of axes they take."""
+    """The common base of InstanceNorm1d, 2d and 3d, which differ in the number of axes that they accept."""
 
     _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
     _counts = False  # as in PyTorch
@@ -267,17 +267,17 @@ class InstanceNorm1d(InstanceNorm):
     eps : float
         Added to the variance.
     momentum : float or None
-        Weight of the new values in the running statistics; None leaves them as they are, as in PyTorch.
+        Weight of the new values in the update of the running statistics; None means no update, as in PyTorch.
     affine : bool
-        Whether there is a weight, and with `bias` a bias.
+        Whether there is a weight and, if `bias` is True, a bias.
     track_running_stats : bool
-        Whether there are running statistics, which are used in eval.
+        Whether there are running statistics; eval then uses them.
     bias : bool
         Whether there is a bias.
     layout, axis, activation
         As in `batch_norm_forward`.
     dtype : dtype
-        Of the input; parameters and statistics are float64 for float64, else float32.
+        The dtype of the input. Parameters and statistics are float64 for float64 inputs, else float32.
 
     Examples
     --------
@@ -331,19 +331,19 @@ class GroupNorm(_OnChannels):
     Parameters
     ----------
     num_groups : int
-        Into how many groups the channels are divided.
+        Number of groups into which the channels are divided.
     num_channels : int
         Number of channels.
     eps : float
         Added to the variance.
     affine : bool
-        Whether there is a weight, and with `bias` a bias.
+        Whether there is a weight and, if `bias` is True, a bias.
     bias : bool
         Whether there is a bias.
     layout, axis, activation
         As in `batch_norm_forward`.
     dtype : dtype
-        Of the input; parameters are float64 for float64, else float32.
+        The dtype of the input. Parameters are float64 for float64 inputs, else float32.
 
     Examples
     --------
@@ -390,17 +390,17 @@ class LayerNorm(_Layer):
     Parameters
     ----------
     normalized_shape : int or sequence of int
-        The last axes of the input.
+        The sizes of the last axes of the input, over which it normalizes.
     eps : float
         Added to the variance.
     elementwise_affine : bool
-        Whether there is a weight, and with `bias` a bias, of this shape.
+        Whether there is a weight and, if `bias` is True, a bias, of this shape.
     bias : bool
         Whether there is a bias.
     activation
         As in `batch_norm_forward`.
     dtype : dtype
-        Of the input; parameters are float64 for float64, else float32.
+        The dtype of the input. Parameters are float64 for float64 inputs, else float32.
 
     Examples
     --------
@@ -445,9 +445,9 @@ class RMSNorm(LayerNorm):
     Parameters
     ----------
     normalized_shape : int or sequence of int
-        The last axes of the input.
+        The sizes of the last axes of the input, over which it normalizes.
     eps : float, optional
-        Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32.
+        Added to the mean square. None means the machine epsilon of float64 for float64, else that of float32.
     elementwise_affine : bool
         Whether there is a weight of this shape.
     activation, dtype
@@ -486,7 +486,7 @@ class BatchChannelNorm2d(_Tracked):
     Parameters
     ----------
     num_features, eps, momentum, affine, track_running_stats, bias, layout, axis, activation, dtype
-        As in `BatchNorm2d`. The learned mix of each channel begins at 0.5.
+        As in `BatchNorm2d`. The learned mix of each channel starts at 0.5.
 
     Examples
     --------
@@ -534,7 +534,7 @@ class BatchRenorm2d(_Tracked):
     num_features, eps, momentum, affine, bias, layout, axis, activation, dtype
         As in `BatchNorm2d`.
     rmax, dmax : float
-        Bounds of the correction, attributes that may be changed during training.
+        Bounds of the correction. They are attributes, which you may change during training.
 
     Examples
     --------

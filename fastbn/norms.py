@@ -1,6 +1,7 @@
-"""Normalizations whose statistics are not the batch's: of an image's channels, of groups of them, or of a row.
+"""Instance, group, layer and RMS normalization: the statistics are those of a channel, a group of channels, or a row.
 
-They have the names and arguments of ``torch.nn.functional``. `parts` does the work, with the kernels of batch normalization.
+The functions have the names and arguments of ``torch.nn.functional``. `parts` does the work, with the kernels of batch
+normalization.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def instance_norm_forward(
     Returns
     -------
     y : ndarray of the shape, dtype and memory order of x
-    saved : SavedParts, or of given statistics Saved
+    saved : SavedParts, or Saved if `use_input_stats` is False
         For `instance_norm_backward`.
 
     Raises
@@ -214,22 +215,22 @@ def instance_norm(
     Parameters
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
-        float32, float64, float16 or bfloat16, with any strides. Each channel of each image has statistics of its own.
+        float32, float64, float16 or bfloat16, with any strides. Each channel of each image has its own statistics.
     running_mean, running_var : ndarray of shape (C,), optional
-        Statistics to move towards the mean of the images', in place; array_like and to be used where `use_input_stats`
-        is False.
+        Updated in place, towards the mean of the images' statistics. If `use_input_stats` is False: array_like, the
+        statistics to normalize by.
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     use_input_stats : bool
-        Whether to use the statistics of x.
+        Whether to normalize by the statistics of x.
     momentum : float
-        Weight of the new values in the running statistics, as in PyTorch.
+        Weight of the new values in the update of the running statistics, as in PyTorch.
     eps : float
         Added to the variance; not negative.
     layout, axis, activation, residual, out
         As in `batch_norm_forward`.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -240,8 +241,8 @@ def instance_norm(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, a number is out of range, `out` overlaps another argument in part, or an image has one
-        value per channel. Nothing is modified then.
+        If a shape does not fit, a number is out of range, `out` partly overlaps another argument, or an image has one
+        value per channel. Nothing is modified in this case.
 
     Notes
     -----
@@ -271,11 +272,11 @@ def instance_norm_backward(
     x : ndarray
         The input of the forward pass.
     saved : SavedParts or Saved
-        What the forward returned.
+        The second result of the forward.
     wrt : sequence of str
         Which gradients: "x", "weight", "bias", "residual".
     threads : int, optional
-        Of this call.
+        Number of threads of this call.
     out : ndarray of the shape and dtype of x, optional
         Where to write dx; may be dy or x.
 
@@ -286,7 +287,7 @@ def instance_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        If `saved` is of another call, an array is not like x, or wrt names something else.
+        If `saved` belongs to another call, an array does not match x, or `wrt` has another name.
 
     Examples
     --------
@@ -381,7 +382,7 @@ def group_norm(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
     num_groups : int
-        Into how many groups the channels of an image are divided; each has statistics of its own.
+        Number of groups into which the channels of an image are divided; each group has its own statistics.
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     eps : float
@@ -389,7 +390,7 @@ def group_norm(
     layout, axis, activation, residual, out
         As in `batch_norm_forward`.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -400,8 +401,8 @@ def group_norm(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, `num_groups` does not divide the channels, a number is out of range, `out` overlaps
-        another argument in part, or x is one image whose groups have a single value each. Nothing is modified then.
+        If a shape does not fit, `num_groups` does not divide the number of channels, a number is out of range, `out` partly
+        overlaps another argument, or x is one image whose groups have a single value each. Nothing is modified in this case.
 
     Notes
     -----
@@ -520,7 +521,7 @@ def layer_norm(
     x : ndarray of shape (*rows, *normalized_shape)
         float32, float64, float16 or bfloat16, with any strides.
     normalized_shape : int or sequence of int
-        The last axes of x, over which a row has its statistics.
+        The sizes of the last axes of x, over which the statistics of a row are computed.
     weight, bias : array_like of shape normalized_shape, optional
         Scale and shift of each element of a row; None means 1 and 0.
     eps : float
@@ -528,7 +529,7 @@ def layer_norm(
     activation, residual, out
         As in `batch_norm_forward`.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -539,8 +540,8 @@ def layer_norm(
     TypeError
         If an argument has the wrong type or dtype.
     ValueError
-        If a shape does not fit, a number is out of range, or `out` overlaps another argument in part. Nothing is
-        modified then.
+        If a shape does not fit, a number is out of range, or `out` partly overlaps another argument. Nothing is
+        modified in this case.
 
     Notes
     -----
@@ -657,15 +658,15 @@ def rms_norm(
     x : ndarray of shape (*rows, *normalized_shape)
         float32, float64, float16 or bfloat16, with any strides.
     normalized_shape : int or sequence of int
-        The last axes of x, over which a row has its mean square.
+        The sizes of the last axes of x, over which the mean square of a row is computed.
     weight : array_like of shape normalized_shape, optional
         Scale of each element of a row; None means 1.
     eps : float, optional
-        Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32, as in PyTorch.
+        Added to the mean square. None means the machine epsilon of float64 for float64, else that of float32, as in PyTorch.
     activation, residual, out
         As in `batch_norm_forward`.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------

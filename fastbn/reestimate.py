@@ -1,7 +1,7 @@
-"""Running statistics found anew: those of a whole data set, in one pass.
+"""Re-estimate running statistics: those of a whole data set, in one pass.
 
-What a layer's running statistics hold after training is an average that forgets, of batches seen while the weights moved.
-Pruning, quantization, averaging of weights, another domain: each leaves statistics behind that are not those of the model.
+After training, running statistics are a decaying average of batches that were seen while the weights moved. Pruning,
+quantization, averaging of weights, or another domain leave statistics that do not belong to the model.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Finished(BaseException):
 
 @dataclass(frozen=True)
 class Estimate:
-    """Statistics of the layers of a model over a data set, or over a part of it. It can be pickled, and merged with others.
+    """Statistics of a model's layers over a data set, or a part of it. It can be pickled, and merged with others.
 
     Attributes
     ----------
     layers : dict of str to Stats
-        Of what came into each layer.
+        Statistics of the inputs of each layer.
     batches : int
-        How many were seen.
+        Number of batches seen.
 
     Examples
     --------
@@ -66,12 +66,12 @@ class Estimate:
         return hash((frozenset(self.layers.items()), self.batches))
 
     def merge(self, *others: Estimate) -> Estimate:
-        """Statistics of all the data together, as `Stats.merge` finds them.
+        """Merge the statistics of all the data, as by `Stats.merge`.
 
         Parameters
         ----------
         *others : Estimate
-            Of other parts of the data, with the same model.
+            Estimates of other parts of the data, with the same model.
 
         Returns
         -------
@@ -203,7 +203,7 @@ def collect(
                 break
     found = recorder.total if communicator is None else recorder.together(communicator)
     if not found.layers:
-        raise ValueError("there was no batch that came to a batch norm, and no start to go on from")
+        raise ValueError("no batch reached a batch norm, and there is no start to continue from")
     return found
 
 
@@ -217,31 +217,32 @@ def update_bn(
     communicator: Communicator | None = None,
     progress: bool | Callable[[Estimate], object] = False,
 ) -> Estimate:
-    """Find the running statistics of a model's layers anew: exactly those of a data set, in one pass.
+    """Set the running statistics of a model's layers to the exact statistics of a data set, in one pass.
 
-    Each batch runs through the model with the layers in training, so that each is normalized by its own statistics; what
-    each layer normalizes is merged, weighted by the number of values. A layer that is frozen, or has no running
-    statistics, is left alone; one with `skip_nonfinite` passes over what is not finite.
+    Each batch runs through the model with the layers in training mode, so that its own statistics normalize it. The statistics
+    of each layer's inputs are merged, weighted by the number of values. A layer that is frozen, or has no running statistics,
+    does not change; a layer with `skip_nonfinite` skips batches that are not finite.
 
     Parameters
     ----------
     layers : sequence or mapping of str to BatchNorm1d, BatchNorm2d, BatchNorm3d
         The batch norms of the model; in a sequence, their names are "0", "1", ...
     batches : iterable
-        Read once. It may be empty where there is a `start`, whose statistics are then taken over.
+        Read once. It may be empty if there is a `start`, whose statistics are then written to the layers.
     forward : callable
-        Runs the model on one batch. Where one batch called every layer once, others leave it as soon as they have, too, by an
-        exception that is no `Exception`.
+        Runs the model on one batch. Once a batch has called every layer exactly once, later batches leave the model as soon
+        as they have done so, too, by a BaseException that is not an `Exception`.
     start : Estimate, optional
-        What was seen before: to go on where a run ended, or from the merged estimates of several machines.
+        What was seen before: continue an interrupted run, or start from the merged estimates of several machines.
     tolerance : float, optional
-        Stop when every mean is known to within so many standard deviations of its channel: the standard error, by the
-        spread of the means of at least eight batches.
+        Stop as soon as the standard error of every mean is at most this many standard deviations of its channel, judged by
+        the spread of the means of at least eight batches.
     communicator : Communicator, optional
-        Merge with what other processes find, at the end; all get the same bits. They may have different numbers of batches.
+        At the end, merge with the estimates of other processes; all get the same bits. They may have different numbers of
+        batches.
     progress : bool or callable
-        True: a line on the standard error. A function is called after each batch with the Estimate so far, which it may
-        keep, to go on from after an interruption.
+        True prints a line to the standard error. A function is called after each batch with the Estimate so far; it may
+        store it, to continue after an interruption.
 
     Returns
     -------
@@ -250,8 +251,8 @@ def update_bn(
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as it must be, if there was no batch at all, or too few values. What `forward` or the batches
-        raise goes through. The layers are as before then.
+        If an argument is invalid, if there was no batch at all, or if there were too few values. Exceptions of `forward` or
+        the batches are passed on. The layers are unchanged in all these cases.
 
     Examples
     --------

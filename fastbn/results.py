@@ -1,4 +1,4 @@
-"""What calls return: statistics, what a backward needs, and gradients."""
+"""The results of calls: statistics, what a backward needs, and gradients."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _LARGEST = 10**30  # count: far from where a float overflows
 class Stats:
     """Statistics of a batch, mergeable with those of other batches.
 
-    A value: its arrays are its own and read-only, two of one dtype are equal where all their numbers are, and it can be hashed.
-    `merge` has the empty batch as its zero and gives the same whatever the order or the grouping, up to rounding;
-    in the same order and grouping, the same bits.
+    A `Stats` is immutable and hashable: its arrays are its own and read-only. Two of the same dtype are equal if all their
+    numbers are. `merge` gives the same result in any order and grouping, up to rounding; in the same order and grouping, it
+    gives the same bits. Merging the empty batch changes nothing.
 
     Parameters
     ----------
     count : int
         Number of values per channel.
     mean, var : array_like of shape (C,)
-        Mean and population variance. They are kept in float32 where both have no more digits, else in float64.
+        Mean and population variance. They are stored in float32 if that holds all digits of both, else in float64.
     mean_lo, var_lo : array_like of shape (C,), optional
         What `mean` and `var` round away; None means zero.
 
@@ -45,14 +45,15 @@ class Stats:
     count : int
         A Python int, which does not overflow.
     mean, var, mean_lo, var_lo : ndarray of shape (C,)
-        float64 for float64 input, else float32. With the low parts, a million merges in a row stay within 1e-6.
+        float64 for float64 input, else float32. The low parts keep a million merges in a row within 1e-6.
 
     Raises
     ------
     TypeError
-        If the count is no int, or a vector holds no real numbers.
+        If the count is not an int, or a vector does not contain real numbers.
     ValueError
-        If the count or a variance is negative, the count is above 1e30, or the vectors are not of one shape (C,).
+        If the count or a variance is negative, if the count is above 1e30, or if the vectors do not have the same shape
+        (C,).
 
     Examples
     --------
@@ -141,13 +142,13 @@ class Stats:
 
     @classmethod
     def identity(cls, channels: int, dtype: DTypeLike = np.float32) -> Stats:
-        """Statistics of no values, which change nothing that they are merged with.
+        """Statistics of no values; merging them changes nothing.
 
         Parameters
         ----------
         channels : int
         dtype : dtype
-            Of the input; the statistics are float64 for float64, else float32.
+            The dtype of the input. The statistics are float64 for float64 inputs, else float32.
 
         Returns
         -------
@@ -156,7 +157,7 @@ class Stats:
         Raises
         ------
         TypeError, ValueError
-            If `channels` is no int or negative, or the dtype is none that fastbn computes with.
+            If `channels` is not an int or is negative, or if fastbn does not compute with the dtype.
 
         Examples
         --------
@@ -178,7 +179,7 @@ class Stats:
         Returns
         -------
         Stats
-            In float64 if any batch with values is, else in float32.
+            In float64 if any non-empty batch is in float64, else in float32.
 
         Raises
         ------
@@ -263,15 +264,16 @@ class Stats:
     @classmethod
     @default_mode
     def running(cls, mean: ArrayLike, var: ArrayLike, count: int, *, unbiased: bool = True) -> Stats:
-        """Running statistics as those of a batch.
+        """Turn running statistics into the statistics of a batch.
 
         Parameters
         ----------
         mean, var : array_like of shape (C,)
         count : int
-            As how many values per channel they are to weigh in a merge. With 0, they say nothing.
+            Their weight in a merge: as many values per channel. With 0, they have no influence.
         unbiased : bool
-            Whether `var` is the unbiased variance, as in PyTorch; the population's is that times (count - 1) / count.
+            Whether `var` is the unbiased variance, as in PyTorch. The population variance is (count - 1) / count times
+            that.
 
         Returns
         -------
@@ -298,17 +300,17 @@ class Stats:
 
     @default_mode
     def to_running(self, *, unbiased: bool = True) -> tuple[Array, Array]:
-        """Mean and variance as running statistics hold them.
+        """Return mean and variance as running statistics.
 
         Parameters
         ----------
         unbiased : bool
-            Whether the variance is to be the unbiased one, as in PyTorch, or the population's, as in ONNX, Keras and Flax.
+            Whether to return the unbiased variance, as in PyTorch, or the population variance, as in ONNX, Keras and Flax.
 
         Returns
         -------
         mean, var : ndarray of shape (C,)
-            New arrays, which may be written.
+            New arrays, which you may modify.
 
         Raises
         ------
@@ -335,7 +337,9 @@ class Stats:
     @property
     @default_mode
     def standard_error(self) -> Array:
-        """Of the mean, of shape (C,): the root of the unbiased variance over the count; infinite for fewer than two values.
+        """Standard error of the mean, of shape (C,): the root of the unbiased variance over the count.
+
+        It is infinite for fewer than two values.
 
         Examples
         --------
@@ -347,18 +351,18 @@ class Stats:
         return np.sqrt(variance(self) / float(self.count - 1)).astype(self.mean.dtype)
 
     def to_arrays(self) -> tuple[Array, Array, Array, Array, Array]:
-        """Everything as plain arrays, as MPI, Flower and Arrow carry them.
+        """Return everything as plain arrays, to send them by MPI, Flower or Arrow.
 
         Returns
         -------
         count : ndarray of int64, shape (1,)
         mean, var, mean_lo, var_lo : ndarray of shape (C,)
-            New arrays, which may be written.
+            New arrays, which you may modify.
 
         Raises
         ------
         OverflowError
-            If the count is larger than an int64 holds.
+            If the count does not fit an int64.
 
         Examples
         --------
@@ -371,12 +375,12 @@ class Stats:
 
     @classmethod
     def from_arrays(cls, arrays: Iterable[ArrayLike]) -> Stats:
-        """Statistics from what `to_arrays` gives.
+        """Make a `Stats` of the arrays of `to_arrays`.
 
         Parameters
         ----------
         arrays : iterable of array_like
-            count, of one element, mean, var, and if they are known mean_lo and var_lo.
+            count (one element), mean, var and, if known, mean_lo and var_lo.
 
         Returns
         -------
@@ -453,12 +457,12 @@ _OTHERS = ("count", "training", "shape", "dtype", "axis", "activation", "residua
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What the forward keeps for the backward. It is equal to nothing but itself.
+    """What a forward saves for its backward. It is equal only to itself.
 
     Attributes
     ----------
     mean, invstd : ndarray of shape (C,)
-        The statistics the forward used: the mean, and one over the standard deviation.
+        The statistics that the forward used: the mean, and one over the standard deviation.
     mean_lo : ndarray of shape (C,) or None
         What `mean` rounds away; None means zero.
     count : int
@@ -466,14 +470,14 @@ class Saved:
     training : bool
         Whether the statistics are the batch's own, so that the gradient flows through them.
     scale, shift : ndarray of shape (C,)
-        Of the normalization: ``(x - mean) * scale + shift``.
+        The factors of the normalization ``(x - mean) * scale + shift``.
     shape, dtype, axis
-        Of the forward's x: its shape, its dtype, and the axis of its channels.
+        Shape, dtype and channel axis of the forward's x.
     mask : ndarray of bool or None
         A copy.
     activation : Builtin, Activation or None
     residual : ndarray of the shape of x, or None
-        A copy, where the activation's derivative needs it.
+        A copy, if the derivative of the activation needs it.
     has_residual : bool
         Whether the forward added a residual.
     """
@@ -509,24 +513,24 @@ class Saved:
 
     @property
     def invertible(self) -> bool:
-        """Whether the input of the forward can be had from its output."""
+        """Whether the input of the forward can be recomputed from its output."""
         return not self.has_residual and (self.activation is None or self.activation.invertible)
 
 
 @dataclass(frozen=True, eq=False)
 class SavedParts:
-    """What a forward over parts of images keeps for its backward. It is equal to nothing but itself.
+    """What a forward over parts of images saves for its backward. It is equal only to itself.
 
     Attributes
     ----------
     kind : str
-        Of the normalization: "instance_norm", "group_norm", "layer_norm" or "rms_norm".
+        The normalization: "instance_norm", "group_norm", "layer_norm" or "rms_norm".
     shape, dtype
-        Of the forward's x.
+        Shape and dtype of the forward's x.
     axis : int
-        Of the channels; of a row, the first of its axes.
+        The channel axis; for rows, the first axis of a row.
     group : int
-        Channels that share statistics.
+        Number of channels that share statistics.
     mean, invstd : ndarray of shape (batch, parts)
         The statistics: the mean, and one over the deviation.
     mean_lo : ndarray of shape (batch, parts)
@@ -535,7 +539,7 @@ class SavedParts:
         Copies, one number for each channel.
     activation : Builtin, Activation or None
     residual : ndarray of the shape of x, or None
-        A copy, where the activation's derivative needs it.
+        A copy, if the derivative of the activation needs it.
     has_residual : bool
         Whether the forward added a residual.
     """
@@ -556,14 +560,14 @@ class SavedParts:
 
 
 class Gradients(NamedTuple):
-    """Gradients of one backward pass; None where not asked for.
+    """Gradients of one backward pass; None if not requested.
 
     Attributes
     ----------
     dx : ndarray, shape and memory order of x
     dweight, dbias : ndarray of shape (C,)
     dresidual : ndarray, shape of x
-        Where there is no activation, dy itself, unless dx was written over it.
+        Without an activation, dy itself, unless dx was written over it.
     """
 
     dx: Array | None
@@ -573,7 +577,7 @@ class Gradients(NamedTuple):
 
 
 class MixedGradients(Gradients):
-    """Gradients of `batch_channel_norm_forward`: those that all have, and that of the mix.
+    """Gradients of `batch_channel_norm_forward`, including the gradient of the mix.
 
     Attributes
     ----------

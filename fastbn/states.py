@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 # What each array of a layer holds at first.
 FIRST = {"weight": 1.0, "bias": 0.0, "mix": 0.5, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
-NO_FORWARD = "backward needs a forward before it: call the layer first (a copy, or what was unpickled, remembers none)"
-OVERWRITTEN = "backward needs the input of the forward before it, over which the output was written: give out= memory of its own"
+NO_FORWARD = "backward needs a forward before it: call the layer first (a copied or unpickled layer remembers none)"
+OVERWRITTEN = "backward needs the input of the forward before it, which the output has overwritten: pass separate memory as out="
 
 
 class LoadedKeys(NamedTuple):
-    """What `load_state_dict` did not find, and what it did not use.
+    """The keys that `load_state_dict` did not find, and those that it did not use.
 
     Attributes
     ----------
@@ -116,7 +116,7 @@ class Layer:
         return f"{type(self).__name__}({arguments}){'' if self.training else '.eval()'}"
 
     def reset_parameters(self) -> None:
-        """Set the weight to 1, the bias to 0 and a mix to 0.5, and forget the running statistics, where there are any."""
+        """Set the weight to 1, the bias to 0 and a mix to 0.5, and reset the running statistics, if there are any."""
         self._reset(*self._keys)
 
     def _reset(self, *names: str) -> None:
@@ -127,7 +127,7 @@ class Layer:
             a[...] = FIRST[name]
 
     def train(self, mode: bool = True) -> Self:
-        """Use the statistics of the input from now on, where there is a choice; a frozen layer stays frozen.
+        """From now on, use the statistics of the input, if the layer has a choice; a frozen layer stays frozen.
 
         Parameters
         ----------
@@ -142,7 +142,7 @@ class Layer:
         return self
 
     def eval(self) -> Self:
-        """Use running statistics from now on, where there are any.
+        """From now on, use the running statistics, if there are any.
 
         Returns
         -------
@@ -151,7 +151,7 @@ class Layer:
         return self.train(False)
 
     def state_dict(self) -> dict[str, Array]:
-        """Copies of the parameters and running statistics, under PyTorch's names.
+        """Return copies of the parameters and running statistics, under PyTorch's names.
 
         Returns
         -------
@@ -179,9 +179,10 @@ class Layer:
         Raises
         ------
         KeyError
-            If a key is missing or unknown, and strict.
+            If a key is missing or unknown and `strict` is True.
         TypeError, ValueError
-            If a shape does not fit, a value is no number, or an array of the layer is read-only. Nothing is loaded then.
+            If a shape does not fit, a value is not a number, or an array of the layer is read-only. Nothing is loaded in
+            this case.
         """
         return loaded({key: value for key in self._keys if (value := getattr(self, key)) is not None}, state_dict, strict)
 
@@ -194,7 +195,7 @@ class Tracking(Layer):
     num_batches_tracked: Array | None
 
     def reset_running_stats(self) -> None:
-        """Forget the running statistics: mean 0, variance 1, no batches."""
+        """Reset the running statistics: mean 0, variance 1, no batches."""
         self._reset("running_mean", "running_var", "num_batches_tracked")
 
     def _check_count(self) -> None:

@@ -1,14 +1,16 @@
-"""Batch normalization of a batch that lies on several processes: each has a part, and all use the statistics of the whole.
+"""Batch normalization over several processes: each has a part of the batch, and all use the statistics of the whole.
 
-What carries the numbers is a `Communicator`, two methods: `fastbn.mpi.Communicator` over MPI, `fastbn.torch.Communicator`
-over torch.distributed, or one of your own. A forward sends one message and a backward another, each packed.
+A `Communicator`, an object with two methods, carries the numbers: `fastbn.mpi.Communicator` over MPI,
+`fastbn.torch.Communicator` over torch.distributed, or one of your own. A forward sends one message and a backward another.
 
-a) The forward gathers everybody's statistics and merges them in the order of the ranks: the same bits on every process.
-b) The backward adds up two sums per channel. Gradients of weight and bias are of the process's own part: whoever adds up
-   or averages the gradients of all other parameters does it for these, too.
-c) What is sent is a variance, as one float64: float64 inputs may have deviations from 1e-150 to 1e150, where one process takes
-   all that there are. Inputs of the other dtypes may have any.
-d) A process without data sends the empty batch and sums of zero. All must call, in the same order, or the others wait.
+a) The forward gathers the statistics of all processes and merges them in the order of the ranks: the same bits on every
+   process.
+b) The backward adds up two sums per channel. Gradients of weight and bias belong to the process's own part: whatever adds
+   up or averages the gradients of all other parameters must do it for these, too.
+c) A variance is sent as one float64. So float64 inputs may have standard deviations from 1e-150 to 1e150 only, without the
+   full range that one process takes. Inputs of the other dtypes may have any.
+d) A process without data sends the empty batch and sums of zero. All processes must call, in the same order; otherwise the
+   others wait.
 """
 
 from __future__ import annotations
@@ -27,17 +29,17 @@ from fastbn.results import Gradients, Saved, Stats, of_rows
 
 
 class Communicator(Protocol):
-    """What carries numbers between the processes that share a batch.
+    """Carries numbers between the processes that share a batch.
 
-    Both methods are called by all processes, in the same order, with a contiguous float64 array whose shape is the same
-    on all of them. They may return an array that is read-only, and should raise where a process is gone.
+    All processes call both methods, in the same order, with a contiguous float64 array of the same shape. The methods may
+    return a read-only array, and should raise if a process is gone.
     """
 
     def all_gather(self, array: Array) -> Array:
-        """Everybody's array, in the order of the ranks: of shape (ranks, *array.shape), with the same bits."""
+        """Return the arrays of all processes, in the order of the ranks, with the same bits: of shape (ranks, *array.shape)."""
 
     def all_reduce(self, array: Array) -> Array:
-        """The sum of everybody's arrays, of the same shape."""
+        """Return the sum of the arrays of all processes, of the same shape."""
 
 
 class OfProcess:
@@ -54,7 +56,7 @@ class OfProcess:
 
 
 class Alone(OfProcess):
-    """The communicator of one process that has all of the batch: what runs on many runs on one, too.
+    """The communicator of a single process, which has the whole batch: code for many processes then runs on one, too.
 
     Examples
     --------
@@ -153,12 +155,12 @@ def batch_norm_stats(
     x: Array, communicator: Communicator, *, layout: LayoutName | None = None, axis: int | None = None, mask: Array | None = None,
     threads: int | None = None,
 ) -> Stats:  # fmt: skip
-    """Statistics of the whole batch, of which each process has a part, in one message.
+    """Compute the statistics of the whole batch, of which each process has a part, with one message.
 
     Parameters
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
-        The part of this process; N may be 0. All have the same channels and dtype.
+        The part of this process; N may be 0. All processes have the same channels and dtype.
     communicator : Communicator
     layout, axis, mask, threads
         As in `fastbn.batch_norm_stats`.
@@ -171,7 +173,7 @@ def batch_norm_stats(
     Raises
     ------
     TypeError, ValueError
-        As `fastbn.batch_norm_stats`, or if the communicator is none. What it raises itself goes through.
+        As `fastbn.batch_norm_stats`, or if the communicator lacks a method. Exceptions of the communicator are passed on.
 
     Examples
     --------
@@ -204,14 +206,15 @@ def batch_norm_forward(
     threads: int | None = None,
     out: Array | None = None,
 ) -> tuple[Array, Saved]:
-    """Training's forward of a part of a batch, with the statistics of the whole.
+    """Compute the training forward of a part of a batch, with the statistics of the whole batch.
 
     Parameters
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
-        The part of this process; N may be 0. All have the same channels and dtype.
+        The part of this process; N may be 0. All processes have the same channels and dtype.
     weight, bias, running_mean, running_var, momentum, eps, layout, axis, activation, residual, mask, correction, threads, out
-        As in `fastbn.batch_norm_forward`. Running statistics move by the whole batch, to the same bits on every process.
+        As in `fastbn.batch_norm_forward`. The whole batch updates the running statistics, to the same bits on every
+        process.
     communicator : Communicator
 
     Returns
@@ -223,7 +226,7 @@ def batch_norm_forward(
     Raises
     ------
     TypeError, ValueError
-        As `fastbn.batch_norm_forward`, or if the communicator is none. What it raises itself goes through.
+        As `fastbn.batch_norm_forward`, or if the communicator lacks a method. Exceptions of the communicator are passed on.
 
     Examples
     --------
@@ -257,19 +260,20 @@ def batch_norm_backward(
     Parameters
     ----------
     dy, x, saved, wrt, from_output, threads, out
-        As in `fastbn.batch_norm_backward`; `wrt` is the same on every process. Without "x" in it, nothing is sent.
+        As in `fastbn.batch_norm_backward`; `wrt` must be the same on every process. Without "x" in it, nothing is sent.
     communicator : Communicator
 
     Returns
     -------
     Gradients
-        dx goes through the statistics of the whole batch. dweight and dbias are sums over this part alone, and zero where
-        it is empty: those of the whole are their sum over all processes.
+        dx goes through the statistics of the whole batch. dweight and dbias are sums over this part alone, and zero if it
+        is empty; the gradients of the whole batch are their sums over all processes.
 
     Raises
     ------
     TypeError, ValueError
-        As `fastbn.batch_norm_backward`, or if the communicator is none. What it raises itself goes through.
+        As `fastbn.batch_norm_backward`, or if the communicator lacks a method. Exceptions of the communicator are passed
+        on.
 
     Examples
     --------

@@ -101,7 +101,7 @@ def set_num_threads(n: SupportsIndex) -> None:
     Raises
     ------
     TypeError, ValueError
-        If n is no such number.
+        If n is not such a number.
 
     Examples
     --------
@@ -113,14 +113,14 @@ def set_num_threads(n: SupportsIndex) -> None:
 
 
 def get_num_threads() -> int:
-    """Number of threads a large call made here would use.
+    """Return the number of threads that a large call made here would use.
 
     Returns
     -------
     int
-        From `num_threads` if inside such a block, else from `set_num_threads`, else the default: the smallest of
-        the CPU affinity, the cgroup's CPU quota rounded up, and FASTBN_NUM_THREADS or else OMP_NUM_THREADS. The
-        default is looked up once in a process, and again after a fork.
+        Inside a `num_threads` block, the number of the block; else that of `set_num_threads`; else the default: the minimum
+        of the CPU affinity, the cgroup's CPU quota rounded up, and FASTBN_NUM_THREADS or else OMP_NUM_THREADS. The default
+        is determined once in a process, and again after a fork.
 
     Examples
     --------
@@ -160,7 +160,7 @@ def num_threads(n: SupportsIndex) -> Iterator[None]:
     Raises
     ------
     TypeError, ValueError
-        If n is no such number.
+        If n is not such a number.
 
     Examples
     --------

@@ -1,6 +1,6 @@
-"""Batch normalizations for small batches: with a part of layer normalization, with running statistics, in virtual batches.
+"""Variants of batch normalization for small and large batches: batch-channel norm, batch renorm, ghost batch norm.
 
-Each is made of `batch_norm_forward`, or of `parts`, and of algebra on vectors of channels.
+Each consists of `batch_norm_forward` or `parts`, and of algebra on vectors of channels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastbn.results import Function, Gradients, MixedGradients, Saved, variance
 
 @dataclass(frozen=True, eq=False)
 class SavedMix:
-    """What `batch_channel_norm_forward` keeps. It is equal to nothing but itself.
+    """What `batch_channel_norm_forward` saves. It is equal only to itself.
 
     Attributes
     ----------
@@ -223,18 +223,18 @@ def batch_channel_norm(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var : ndarray of shape (C,) or None
-        As in `batch_norm`, of the part that is batch normalization.
+        As in `batch_norm`, for the batch-normalization part.
     mix : array_like of shape (C,)
-        How much of the batch's statistics each channel has: 1 is batch normalization, 0 is layer normalization over
-        the channels and the space of an image.
+        Share of the batch's statistics for each channel: 1 is batch normalization, 0 is layer normalization over the
+        channels and positions of an image.
     weight, bias : array_like of shape (C,), optional
         Scale and shift of each channel; None means 1 and 0.
     training : bool
-        Whether to use the batch's own statistics. Those of an image are always its own.
+        Whether to use the batch's own statistics. Each image always uses its own.
     momentum, eps, layout, axis, activation, residual, correction, out
         As in `batch_norm`.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -246,7 +246,7 @@ def batch_channel_norm(
         If an argument has the wrong type or dtype.
     ValueError
         If a shape does not fit, a number is out of range, `out` overlaps another argument, or training has too few values
-        per channel. Nothing is modified then.
+        per channel. Nothing is modified in this case.
 
     Notes
     -----
@@ -277,7 +277,7 @@ def batch_channel_norm_backward(
     dy, x, threads, out
         As in `instance_norm_backward`.
     saved : SavedMix
-        What `batch_channel_norm_forward` returned.
+        The second result of `batch_channel_norm_forward`.
     wrt : sequence of str
         Which gradients: "x", "weight", "bias", "residual", "mix".
 
@@ -359,7 +359,7 @@ def _mixed_gradients(
 
 @dataclass(frozen=True, eq=False)
 class SavedRenorm:
-    """What `batch_renorm_forward` keeps. It is equal to nothing but itself.
+    """What `batch_renorm_forward` saves. It is equal only to itself.
 
     Attributes
     ----------
@@ -480,21 +480,21 @@ def batch_renorm(
     threads: int | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Batch renormalization: the batch's statistics, corrected towards the running ones.
+    """Batch renormalization: the batch's statistics, corrected towards the running statistics.
 
     Parameters
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var : ndarray of shape (C,)
-        Running statistics, the second a variance; moved in training, after they were used.
+        Running statistics; `running_var` is a variance. In training they are used first and then updated.
     weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
         As in `batch_norm`.
     rmax, dmax : float
-        Bounds of the correction: of the factor, at least 1, and of the offset, at least 0. With 1 and 0 it is batch
-        normalization, with which training should begin.
+        Bounds of the correction: of its factor, at least 1, and of its offset, at least 0. 1 and 0 give batch
+        normalization; training should begin with these.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -508,7 +508,7 @@ def batch_renorm(
     Notes
     -----
     ``r = clip(batch deviation / running deviation, 1 / rmax, rmax)`` and ``d = clip((batch mean - running mean) / running
-    deviation, -dmax, dmax)``, which are constants to the gradient; ``y = weight * (normalized * r + d) + bias``. Ioffe,
+    deviation, -dmax, dmax)``, which the gradient treats as constants; ``y = weight * (normalized * r + d) + bias``. Ioffe,
     "Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models", NeurIPS 2017.
 
     Examples
@@ -527,14 +527,14 @@ def batch_renorm(
 def batch_renorm_backward(
     dy: Array, x: Array, saved: SavedRenorm, *, wrt: Sequence[str] = USUAL, threads: int | None = None, out: Array | None = None
 ) -> Gradients:
-    """Gradients of `batch_renorm_forward`; the correction is a constant.
+    """Gradients of `batch_renorm_forward`; they treat the correction as a constant.
 
     Parameters
     ----------
     dy, x, wrt, threads, out
         As in `instance_norm_backward`.
     saved : SavedRenorm
-        What `batch_renorm_forward` returned.
+        The second result of `batch_renorm_forward`.
 
     Returns
     -------
@@ -572,7 +572,7 @@ def batch_renorm_backward(
 
 @dataclass(frozen=True, eq=False)
 class SavedGhosts:
-    """What `ghost_batch_norm_forward` keeps. It is equal to nothing but itself.
+    """What `ghost_batch_norm_forward` saves. It is equal only to itself.
 
     Attributes
     ----------
@@ -696,11 +696,12 @@ def ghost_batch_norm(
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var, weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
-        As in `batch_norm`; the running statistics are moved once for each virtual batch, in their order.
+        As in `batch_norm`; each virtual batch updates the running statistics, in order.
     virtual_batch_size : int
-        Images of a virtual batch, at most. All are about as large: their number is N divided by it, rounded up.
+        The most images of a virtual batch. The number of virtual batches is N / `virtual_batch_size`, rounded up; all have
+        about the same size.
     threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
+        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -742,7 +743,7 @@ def ghost_batch_norm_backward(
     dy, x, wrt, threads, out
         As in `instance_norm_backward`.
     saved : SavedGhosts
-        What `ghost_batch_norm_forward` returned.
+        The second result of `ghost_batch_norm_forward`.
 
     Returns
     -------

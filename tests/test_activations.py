@@ -502,7 +502,7 @@ def test_layers_in_place() -> None:
         within(a, b.astype(np.float64), 1e-4)
     lost = fastbn.BatchNorm2d(3, activation="relu")
     lost(x, out=x)
-    with pytest.raises(RuntimeError, match="over which the output was written"):
+    with pytest.raises(RuntimeError, match="which the output has overwritten"):
         lost.backward(p.dy)
 
 

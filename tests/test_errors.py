@@ -447,7 +447,7 @@ def test_why_there_is_no_backward(make: Callable[[], Any]) -> None:
         copy.deepcopy(bn).backward(X)
     bn.activation = "relu"
     bn(x, out=x)
-    with pytest.raises(RuntimeError, match="over which the output was written: give out= memory of its own"):
+    with pytest.raises(RuntimeError, match="which the output has overwritten: pass separate memory as out="):
         bn.backward(X)
 
 

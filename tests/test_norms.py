@@ -1211,8 +1211,8 @@ def test_names_of_gradients_may_be_such_as_can_be_read_once(norm: str) -> None:
         ({"layout": "HWCN"}, ValueError, "layout must be one of"),
         ({"layout": "NCHW", "axis": 1}, ValueError, "give axis or layout, not both"),
         ({"axis": 1.5}, TypeError, "axis must be an int"),
-        ({"axis": 0}, ValueError, "axis must not be 0, which is the images'"),
-        ({"axis": -4}, ValueError, "axis must not be 0, which is the images'"),
+        ({"axis": 0}, ValueError, "axis must not be 0, the axis of the images"),
+        ({"axis": -4}, ValueError, "axis must not be 0, the axis of the images"),
     ],
 )
 @pytest.mark.parametrize("norm", ["instance_norm", "group_norm", "batch_channel_norm", "batch_renorm"])

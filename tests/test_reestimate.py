@@ -226,8 +226,8 @@ ERRORS: dict[str, tuple[type[Exception], str, Callable[[Net], object]]] = {
     "tolerance": (ValueError, "tolerance must be a finite number of at least 0", lambda n: fastbn.update_bn(n.layers, [], n, tolerance=-1)),
     "progress": (TypeError, "progress must be True or False", lambda n: fastbn.update_bn(n.layers, [], n, progress="yes")),  # type: ignore[arg-type]
     "communicator": (TypeError, "communicator must have", lambda n: fastbn.update_bn(n.layers, [], n, communicator=3)),  # type: ignore[arg-type]
-    "none": (ValueError, "there was no batch", lambda n: fastbn.update_bn(n.layers, [], n)),
-    "nowhere": (ValueError, "there was no batch", lambda n: fastbn.update_bn(n.layers, [], n, communicator=sync.Alone())),
+    "none": (ValueError, "no batch reached a batch norm", lambda n: fastbn.update_bn(n.layers, [], n)),
+    "nowhere": (ValueError, "no batch reached a batch norm", lambda n: fastbn.update_bn(n.layers, [], n, communicator=sync.Alone())),
     "stranger": (ValueError, "start has a layer 'c', which is none of the model's",
                  lambda n: fastbn.update_bn(n.layers, [], n, start=Estimate({"c": Stats.identity(3)}))),
     "channels": (ValueError, "layer 'a' has 5 channels, but those of start are 3",

@@ -768,7 +768,7 @@ def test_without_what_is_compiled_there_is_a_clear_error() -> None:
         "except RuntimeError as e: print(e, t.is_enabled())\n"
     )
     assert done.stderr == ""
-    assert done.stdout.startswith("fastbn.torch needs what fastbn compiles, which this installation lacks (")
+    assert done.stdout.startswith("fastbn.torch needs fastbn's compiled part, which this installation lacks (")
     assert done.stdout.endswith(" False\n")
 
 

@@ -1640,9 +1640,9 @@ def test_what_convert_and_fold_return_says_that_it_is_no_model() -> None:
     """``model = convert(model)`` is how others are written."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     x = torch.ones(2, 3, 5, 5)
-    with pytest.raises(TypeError, match="the table that convert has returned: the model was converted where it is"):
+    with pytest.raises(TypeError, match="the table that convert returned, not the model: convert changes the model in place"):
         fastbn.torch.convert(model)(x)
-    with pytest.raises(TypeError, match="the folded model is its attribute model"):
+    with pytest.raises(TypeError, match="the result of fold, not a model: call its attribute model"):
         fastbn.torch.fold(model.eval())(x)
 
 

@@ -490,10 +490,10 @@ def test_the_verdict_of_a_benchmark() -> None:
 def test_benchmark_refuses_what_it_cannot_time() -> None:
     with pytest.raises(ValueError, match="seconds must be a finite number of at least 0, got -1"):
         fastbn.torch.benchmark(nn.ReLU(), seconds=-1)
-    with pytest.raises(ValueError, match="returns no tensor of floating-point numbers"):
+    with pytest.raises(ValueError, match="returns no floating-point tensor that requires a gradient"):
         fastbn.torch.benchmark(nn.Identity(), torch.ones(2, dtype=torch.long), seconds=0)
     frozen = nn.BatchNorm1d(3).requires_grad_(False)
-    with pytest.raises(ValueError, match=r"that requires a gradient, .* model\.eval\(\) is timed without one"):
+    with pytest.raises(ValueError, match=r"that requires a gradient, .* after model\.eval\(\) it is timed without a backward"):
         fastbn.torch.benchmark(frozen, torch.ones(2, 3), seconds=0)
     assert fastbn.torch.benchmark(frozen.eval(), torch.ones(2, 3), seconds=0).steps
     assert not fastbn.torch.is_enabled()

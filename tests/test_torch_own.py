@@ -156,7 +156,7 @@ def test_running_statistics_that_require_gradients_are_refused_as_by_torch(train
     v.requires_grad_()
     with pytest.raises(RuntimeError, match="running_var"):
         F.batch_norm(x, m, v, w, b, training)
-    with pytest.raises(ValueError, match=r"running_var requires a gradient, .*: give running_var.detach\(\)"):
+    with pytest.raises(ValueError, match=r"running_var requires a gradient, .*: pass running_var.detach\(\)"):
         fastbn.torch.batch_norm(x, m, v, w, b, training, activation=SWISH)
     assert torch.equal(m, given()[4])
 

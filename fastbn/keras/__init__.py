@@ -1,7 +1,7 @@
 """fastbn in Keras 3, on its torch, tensorflow, jax and numpy backends.
 
-`BatchNormalization` is Keras' layer, computed by fastbn's kernels; `convert` puts it in place of those of a model. See
-docs/keras.md.
+`BatchNormalization` is Keras' layer, computed by fastbn's kernels; `convert` replaces Keras' layers in a copy of a model by
+it. See docs/keras.md.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Putting the layer in place of Keras' own, in a copy of a model."""
+"""Replace Keras' batch norms by fastbn's, in a copy of a model."""
 
 from __future__ import annotations
 
@@ -219,33 +219,34 @@ def _clone(model: Any, clone: Any) -> Any:
 
 
 def convert(model: Any, *, fuse: bool = False) -> Any:
-    """Copy a model, with fastbn's `BatchNormalization` in place of Keras' own.
+    """Copy a model, and replace Keras' batch norms by fastbn's `BatchNormalization`.
 
     Parameters
     ----------
     model : keras.Model
-        Sequential or Functional, also with other such models, shared layers and wrappers in it.
+        A Sequential or Functional model; it may contain other such models, shared layers and wrappers.
     fuse : bool
-        Whether an activation layer that alone follows a batch norm becomes part of it. What stays in its place does nothing.
+        Whether to move an activation layer into a batch norm if it is the only layer that follows. A layer that does
+        nothing remains in its place.
 
     Returns
     -------
     keras.Model
-        From ``keras.models.clone_model``: with the same names, with copies of the weights, compiled as the model was, without
-        what its optimizer had. The model itself is not touched.
+        Made by ``keras.models.clone_model``, with the same names and copies of the weights, compiled as the model was, but
+        without the state of its optimizer. The model itself is not changed.
 
     Raises
     ------
     TypeError
-        If model is no keras.Model, or fuse is neither True nor False.
+        If model is not a keras.Model, or fuse is neither True nor False.
     ValueError
-        If it is of a class of its own, whose layers only its code knows, or is not built.
+        If the model is a class of its own, whose layers only its code knows, or if it is not built.
 
     Notes
     -----
-    Batch norms that a layer of another class makes in its own code stay as they are, as do classes derived from Keras'
-    `BatchNormalization`; `summary` shows them. Of a class derived from Sequential, or from Model with a constructor of its own, the
-    copy is a plain Sequential or Functional model, as ``clone_model`` makes it.
+    Batch norms that a layer of another class creates in its own code are not replaced, nor are classes derived from Keras'
+    `BatchNormalization`; `summary` shows them. If the model's class is derived from Sequential, or from Model with a
+    constructor of its own, the copy is a plain Sequential or Functional model, as ``clone_model`` makes it.
 
     Examples
     --------

@@ -61,30 +61,30 @@ def known(activation: Any) -> bool:
 class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     """``keras.layers.BatchNormalization``, computed by fastbn, with an activation in the same pass.
 
-    Arguments, weights, configuration and results are Keras'; the variance is that of centered data on every backend.
+    Its arguments, weights, configuration and results are those of Keras. On every backend, the variance is computed from centered data.
 
     Parameters
     ----------
     *args, **kwargs
         As ``keras.layers.BatchNormalization``.
     activation : str, function or tuple, optional
-        What follows the normalization: anything that ``keras.layers.Activation`` takes, ``("leaky_relu", slope)``,
-        ``("gelu", "tanh")``. relu, relu6, leaky_relu, hard_silu, sigmoid, silu, tanh and gelu cost no pass of their own where
-        the kernels run. It is in the configuration only where it was given.
+        Applied after the normalization: anything that ``keras.layers.Activation`` takes, ``("leaky_relu", slope)`` or
+        ``("gelu", "tanh")``. The kernels compute relu, relu6, leaky_relu, hard_silu, sigmoid, silu, tanh and gelu in the
+        same pass. The configuration has it only if it was given.
 
     Raises
     ------
     TypeError, ValueError
-        As Keras' layer, and if there is no such activation.
+        As Keras' layer, and if the activation is unknown.
     RuntimeError
         If Keras runs on a backend that fastbn does not know.
 
     Notes
     -----
-    The kernels take training on the backends torch, tensorflow and jax, also inference on torch, and everything but renorm
-    on numpy. The rest is composed of the backend's own operations, centered as well: masks, renorm, one value per channel,
-    inference in the graphs of TensorFlow and JAX (which can so be exported), what XLA compiles for TensorFlow, other devices
-    than the CPU. With ``synchronized=True`` and several replicas it is Keras' own computation.
+    The kernels compute training on all backends, and inference on torch and numpy. The rest is composed of the backend's
+    own operations, also from centered data: masks, renorm, one value per channel on torch, inference in the graphs of
+    TensorFlow and JAX (so that these can be exported), what XLA compiles for TensorFlow, and devices other than the CPU.
+    With ``synchronized=True`` and several replicas, Keras' own code computes it.
 
     Examples
     --------

@@ -20,24 +20,24 @@ class Layer(NamedTuple):
     Attributes
     ----------
     path : str
-        Its name, after those of the models and layers that hold it.
+        Its name, after the names of the models and layers that contain it.
     kind : str
-        Its class, with "fastbn." before that of `fastbn.keras`.
+        Its class; "fastbn." stands before that of `fastbn.keras`.
     channels : int or None
-        None where it is not built.
+        None if it is not built.
     axis : int
     epsilon, momentum : float
-        As Keras has them: momentum is the weight of the old value.
+        As in Keras: momentum is the weight of the old value.
     mode : str
-        "train", or "frozen" where it is not trainable, and so uses the moving statistics in training, too.
+        "train", or "frozen" if it is not trainable and so uses the moving statistics in training, too.
     variance : tuple of float, or None
         The smallest and the largest moving variance.
     dead : int
-        Channels whose gamma is nearly 0.
+        Number of channels whose gamma is nearly 0.
     activation : str
-        What it computes in the same pass, or "-".
+        The activation in the same pass, or "-".
     before, after : str
-        Classes of the layers or operations there, "several", "input", "output" or "unknown".
+        Classes of the neighboring layers or operations, "several", "input", "output" or "unknown".
     """
 
     path: str
@@ -77,7 +77,7 @@ class Summary(tuple[Layer, ...]):
 
 
 def summary(model: Any) -> Summary:
-    """List the batch norms of a model: what they are, what they hold, and what stands beside them.
+    """List the batch norms of a model: their settings, their values and their neighbors.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def summary(model: Any) -> Summary:
     Raises
     ------
     TypeError
-        If model is no keras.Model.
+        If model is not a keras.Model.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""fastbn for ONNX models: what their batch norms cost, models without them, and fastbn where they stay.
+"""fastbn for ONNX models: list the batch norms and their cost, fold them, or run them with fastbn.
 
 ``print(fastbn.onnx.check("model.onnx"))`` lists the normalization nodes, ``fastbn.onnx.fold(model)`` folds batch norms into
-what stands beside them, ``ReferenceEvaluator(model, new_ops=fastbn.onnx.ops)`` runs them by fastbn. See docs/onnx.md.
+their neighbors, and ``ReferenceEvaluator(model, new_ops=fastbn.onnx.ops)`` runs them with fastbn. See docs/onnx.md.
 """
 
 try:

@@ -240,20 +240,19 @@ def fold_all(model: Model) -> dict[Node, Outcome]:
 
 
 def fold(model: ModelProto | str | os.PathLike[str], rewrite: bool = False) -> ModelProto:
-    """Fold the batch norms of inference into the operators beside them.
+    """Fold the batch norms of inference into neighboring operators, exactly as `check` lists them.
 
-    Conv, ConvTranspose, Gemm, MatMul and norms with a scale and a bias take a batch norm that follows them, with an Add of a
-    constant between, too; Conv, Gemm and MatMul take one before them, and so does ConvTranspose where the shift is 0. It is
-    computed in float64 and stored in the dtype of what it is folded into, or of that one's input where that is wider. What `check`
-    says of the model is what is done.
+    Conv, ConvTranspose, Gemm, MatMul and norms with a scale and a bias absorb a batch norm after them, even with an Add of a constant
+    in between. Conv, Gemm and MatMul absorb one before them, and so does ConvTranspose if the shift is 0. The new constants are computed
+    in float64, and stored in the dtype of the absorbing operator's constants, or of its input if that is wider.
 
     Parameters
     ----------
     model : ModelProto or path
-        Stays as it is. Of a path, external data are loaded.
+        It is not changed. With a path, external data are loaded.
     rewrite : bool
-        Whether batch norms of inference that cannot be folded, of float32 or float64, become a Mul and an Add, or a depthwise
-        convolution.
+        Whether to replace float32 and float64 batch norms of inference that cannot be folded by a Mul and an Add, or by a
+        depthwise convolution.
 
     Returns
     -------
@@ -263,7 +262,7 @@ def fold(model: ModelProto | str | os.PathLike[str], rewrite: bool = False) -> M
     Raises
     ------
     TypeError
-        If model is no ModelProto and no path, or rewrite is neither True nor False.
+        If model is neither a ModelProto nor a path, or rewrite is neither True nor False.
     ValueError
         If there is no such file, it is not a model, or onnx.checker refuses the model.
 

@@ -1,4 +1,4 @@
-"""The normalization nodes of a model as a table: what each is, what could take it, and what it costs."""
+"""The normalization nodes of a model as a table: what each is, which neighbor could absorb it, and what it costs."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ class Norm(NamedTuple):
     Attributes
     ----------
     name : str
-        Its name, if it is the only one that has it; else one that tells it from the others. In a subgraph or a function it
-        begins with the names of what it lies in.
+        The node's name if that is unique, else a unique one. In a subgraph or a function, it begins with the names of the
+        enclosing nodes.
     op : str
         Its operator.
     shape : tuple of int, str or None; or None
-        Of what it normalizes, by shape inference: a name or None for what is not fixed.
+        Shape of the input, by shape inference: a name or None for axes that are not fixed.
     channels : int or None
     epsilon : float or None
     before, after : str
-        What feeds it and what follows: operators, "the input", "the output".
+        The neighbors: operators, "the input", "the output".
     into : str
-        What takes it by `fold`, with the same results but for rounding; empty where nothing does.
+        The node into which `fold` folds it, with the same results except for rounding; empty if there is none.
     why : str
-        Why nothing does, or that it changes nothing.
+        Why there is none, or that the node changes nothing.
     share : float or None
-        Of the run time, where it was measured. 0 where ONNX Runtime does not run it by itself, as it folds it into another
-        node, or fuses it with one, when it loads.
+        Its share of the run time, if measured. 0 if ONNX Runtime does not run it by itself, because it folds or fuses it
+        into another node when it loads the model.
     """
 
     name: str
@@ -113,18 +113,18 @@ class Report(tuple[Norm, ...]):
 
 
 def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, inputs: Mapping[str, Array] | None = None) -> Report:
-    """List the normalization nodes of a model: what they are, what could become of them, and what they cost.
+    """List the normalization nodes of a model: what they are, whether they can be folded, and what they cost.
 
-    Nodes in the bodies of If, Loop and Scan and in local functions are among them. Nothing is changed.
+    The list includes nodes in the bodies of If, Loop and Scan and in local functions. The model is not changed.
 
     Parameters
     ----------
     model : ModelProto or path
     seconds : float
-        How long to run the model by ONNX Runtime, to measure each node's share of the time; 0 runs nothing.
+        How long to run the model in ONNX Runtime, to measure each node's share of the time; 0 runs nothing.
     inputs : mapping of str to ndarray, optional
-        What to run it with, where seconds are given. None means numbers by chance, for axes that are not fixed 1 (the first) or
-        224; 64, 48 or 32 where the model takes no 224.
+        The inputs of this run. None means random numbers; axes that are not fixed get the length 1 (the first axis) or 224,
+        or 64, 48 or 32 if the model does not accept 224.
 
     Returns
     -------
@@ -134,14 +134,14 @@ def check(model: ModelProto | str | os.PathLike[str], *, seconds: float = 0.0, i
     Raises
     ------
     TypeError
-        If model is no ModelProto and no path, seconds is no number, or inputs is no mapping.
+        If model is neither a ModelProto nor a path, seconds is not a number, or inputs is not a mapping.
     ValueError
         If there is no such file, it is not a model, onnx.checker refuses the model, seconds is negative or not
         finite, or there are inputs and no seconds.
 
     See Also
     --------
-    fold : do what the last column says.
+    fold : fold the nodes, as the last column says.
 
     Examples
     --------
@@ -206,7 +206,7 @@ def _epsilon(node: Node) -> float | None:
 
 
 def extract(model: ModelProto | str | os.PathLike[str]) -> dict[str, FrozenBatchNorm]:
-    """The batch norms of a model, for use on NumPy arrays.
+    """Make layers of a model's batch norms, for NumPy arrays.
 
     Parameters
     ----------
@@ -215,7 +215,7 @@ def extract(model: ModelProto | str | os.PathLike[str]) -> dict[str, FrozenBatch
     Returns
     -------
     dict of str to FrozenBatchNorm
-        By the names that `check` gives the nodes. Nodes that train, or whose parameters are no constants, are not there.
+        By the names that `check` gives the nodes, without nodes that train or whose parameters are not constants.
 
     Raises
     ------

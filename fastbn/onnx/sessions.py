@@ -101,17 +101,18 @@ def _session_class() -> Any:
 
 
 def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions | None = None) -> InferenceSession:
-    """A session of ONNX Runtime in which fastbn computes the batch norms of inference.
+    """Make a session of ONNX Runtime in which fastbn computes the batch norms of inference.
 
     It is slower than ONNX Runtime's own, by two orders of magnitude for large arrays: onnxruntime-extensions, which carries the
-    arrays to Python and back, turns each element into a Python object. It is for the comparison of results.
+    arrays to Python and back, turns each element into a Python object. Use it to compare results.
 
     Parameters
     ----------
     model : ModelProto or path
-        Its batch norms of float32 and float64 in inference become a custom operator, those in local functions do not.
+        Its float32 and float64 batch norms of inference become a custom operator, except those in local functions.
     options : onnxruntime.SessionOptions, optional
-        The operator is registered there, where onnxruntime-extensions is not yet. Nodes must run one after another, as they do by default.
+        The custom operator is registered in it, unless onnxruntime-extensions already is. Nodes must run one after another,
+        which is the default.
 
     Returns
     -------
@@ -122,7 +123,8 @@ def session(model: ModelProto | str | os.PathLike[str], options: SessionOptions 
     ImportError
         If onnxruntime or onnxruntime-extensions is not installed.
     TypeError, ValueError
-        As `check`; or if options are none, or run nodes at the same time. What runs the session raises what fastbn raises, too.
+        As `check`; or if options has the wrong type, or runs nodes at the same time. Running the session also raises the
+        exceptions of fastbn.
 
     Examples
     --------

@@ -214,7 +214,7 @@ def _before_conv(node: Node, data: int, scale: Array, shift: Array) -> Change:
     weight, wide, groups = _kernel(node)
     _matches(wide.shape[1] * groups, scale, node)
     if shift.any() and _pads(node, wide.shape[2:]):
-        raise Stays(f"{node.own_name} after it pads with zeros, which its shift would have to leave out")
+        raise Stays(f"{node.own_name} after it pads with zeros, to which its shift must not apply")
     bias, dtype = _bias(node, 2, len(wide), weight)
     grouped = wide.reshape(groups, -1, *wide.shape[1:])
     along = (groups, 1, -1, *[1] * (wide.ndim - 2))

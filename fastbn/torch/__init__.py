@@ -1,8 +1,8 @@
 """fastbn behind PyTorch's normalizations.
 
-``fastbn.torch.enable()`` puts fastbn's kernels where ATen's normalizations run on the CPU: `nn.BatchNorm1d`, `2d`, `3d`,
-`LayerNorm`, `GroupNorm`, instance norm, the functions behind them, and whatever else calls them. Models, state_dict, autograd
-and hooks stay torch's own. See docs/pytorch.md.
+After ``fastbn.torch.enable()``, ATen's normalizations on the CPU run on fastbn's kernels: `nn.BatchNorm1d`, `2d`, `3d`,
+`LayerNorm`, `GroupNorm`, instance norm, the functions behind them, and everything else that calls them. Models, state_dict,
+autograd and hooks stay torch's own. See docs/pytorch.md.
 """
 
 try:

@@ -1,7 +1,7 @@
-"""Adaptation at test time, without gradients: statistics follow the data that a model meets.
+"""Adaptation at test time, without gradients: statistics follow the data that a model gets.
 
-A layer that adapts is of a subclass made for it, so that its parameters, buffers, hooks and state_dict are what they were:
-its running statistics are read and never written. What it learns lies beside them, and goes with copies and pickles.
+A layer that adapts gets a subclass of its own class, so its parameters, buffers, hooks and state_dict do not change: it reads
+its running statistics and never writes them. What it learns is stored beside them, and is part of copies and pickles.
 """
 
 from __future__ import annotations
@@ -117,12 +117,12 @@ def _empty(kind: type, mixin: type[Derived] | None = None) -> Any:
 
 
 class Adaptation:
-    """The layers of a model that adapt, as `adapt` made them. As a context manager it reverts at the end.
+    """The layers of a model that adapt. As a context manager, it reverts them at the end.
 
     Parameters
     ----------
     model : Module
-        One with layers that adapt, or a copy of one.
+        A model on which `adapt` was called, or a copy of one.
 
     Attributes
     ----------
@@ -161,7 +161,7 @@ class Adaptation:
 
     @property
     def skipped(self) -> int:
-        """How many times a layer met data that were not finite, and did not learn from them."""
+        """How many times a layer got data that were not finite, and did not learn from them."""
         return sum(memory.skipped for memory in self._memories.values())
 
     def reset(self) -> None:
@@ -171,7 +171,7 @@ class Adaptation:
                 memory.known, memory.skipped = None, 0
 
     def revert(self) -> None:
-        """Make the layers what they were, but for those that adapt anew since. It may be called again."""
+        """Undo `adapt`, except for layers on which `adapt` was called again since. You may call this more than once."""
         for path, layer in self.layers.items():
             if layer.__dict__.get(STATE, self._memories[path]) is self._memories[path]:
                 if _is_ours(type(layer)):
@@ -181,42 +181,42 @@ class Adaptation:
 
 
 def adapt(model: nn.Module, *, prior: int = 8, memory: float | None = None) -> Adaptation:
-    """Let the batch norms of a model follow the data they meet in evaluation mode, without gradients.
+    """Let the batch norms of a model follow the data in evaluation mode, without gradients.
 
-    Each layer normalizes by the running statistics merged with those of its input, where the former count as those of
-    `prior` samples. Weights, running statistics and the state_dict stay as they are.
+    Each layer merges its running statistics with those of its input, and normalizes by the result; the running statistics
+    count as those of `prior` samples. Weights, running statistics and the state_dict do not change.
 
     Parameters
     ----------
     model : Module
-        In evaluation mode, where this matters; in training mode nothing is different.
+        It adapts in evaluation mode only; training mode works as before.
     prior : int
-        How many samples the running statistics are worth. 0: the batch alone counts.
+        How many samples the running statistics are worth. 0: only the batch counts.
     memory : int or math.inf, optional
-        None: each call is by itself. Else all calls are one stream: what a layer has seen goes on counting, as at most so
-        many samples; older data fade exponentially, with the weight of N / (N + memory) for a new batch of N.
+        None: each call stands alone. Otherwise all calls are one stream: what a layer has seen keeps counting, as at most this
+        many samples. Older data fade exponentially; a new batch of N samples has the weight N / (N + memory).
 
     Returns
     -------
     Adaptation
-        To `revert`, or as a context manager; `reset` forgets a stream.
+        Call its `revert`, or use it as a context manager; `reset` forgets a stream.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as it must be, if a layer adapts already, has another forward than batch norm's, or if there is
-        no batch norm with running statistics. Nothing is changed then.
+        If an argument is invalid; if a layer adapts already, or has a forward other than batch norm's; or if there is no batch
+        norm with running statistics. Nothing is changed in this case.
 
     Notes
     -----
-    In the terms of the literature: ``prior=0`` is prediction-time batch norm (Nado et al. 2020), and the first half of TENT
-    (Wang et al., "Tent: Fully test-time adaptation by entropy minimization", ICLR 2021), whose other half trains weight and
-    bias by gradients; that is not done here. A prior of n samples is Schneider et al., "Improving robustness against common
+    In the literature, ``prior=0`` is prediction-time batch norm (Nado et al. 2020), and the first half of TENT (Wang et al.,
+    "Tent: Fully test-time adaptation by entropy minimization", ICLR 2021). TENT's other half, which trains weight and bias by
+    gradients, is not done here. A prior of n samples is Schneider et al., "Improving robustness against common
     corruptions by covariate shift adaptation", NeurIPS 2020, except that variances are merged with the distance between the
     means, as for one batch of both. ``prior=0, memory=math.inf`` finds AdaBN's statistics (Li et al. 2017) as data come in;
-    `update_bn` finds them at once, where the data are there.
+    `update_bn` finds them at once, if all data are available.
 
-    A batch must be a fair sample for this: many images of one class are no other domain. Data that are not finite are
+    A batch must be a fair sample: many images of one class are not another domain. Batches with values that are not finite are
     normalized by what was known before, and not remembered.
 
     Examples

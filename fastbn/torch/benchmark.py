@@ -1,4 +1,4 @@
-"""What `enable` and `convert` bring to one's own model."""
+"""How much `enable` and `convert` speed up a model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Benchmark(NamedTuple):
     step : dict of str to float
         Milliseconds of a step by "torch" and by "fastbn": the median.
     batch_norm : dict of str to float
-        Milliseconds of a step that batch norm takes: its share by torch's profiler, of the median; instance, group and layer norm
-        are in it, and RMS norm, but for the backward of torch's own, which is that of sums and products.
+        Milliseconds of a step that batch norm takes: its share according to torch's profiler, times the median. It includes
+        instance, group, layer and RMS norm, except the backward of torch's own RMS norm, which consists of sums and products.
     noise : float
-        Half of what lies between the quartiles of a step, over the median; of the noisier side.
+        Half the interquartile range of a step over its median, of the noisier side.
     steps : int
-        How many of each side were timed.
+        Number of timed steps of each side.
     declined : dict
-        (operation, reason) -> number of calls of a step that fastbn left to torch.
+        (operation, reason) -> number of calls in a step that fastbn left to torch.
     """
 
     step: dict[str, float]
@@ -55,7 +55,7 @@ class Benchmark(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times as fast a step is with fastbn."""
+        """The speedup of a step with fastbn."""
         return self.step["torch"] / self.step["fastbn"]
 
     @property
@@ -86,32 +86,32 @@ class Benchmark(NamedTuple):
 def benchmark(model: nn.Module, *inputs: Any, seconds: float = 10.0, fuse: bool = False, **named: Any) -> Benchmark:
     """Time a model without fastbn and with it, in turns.
 
-    Copies of the model run, on copies of the inputs: in training mode a step is a forward and a backward from the mean of what it
-    returns, in evaluation mode a call without gradients. While it runs, batch norm in other threads changes between the two, too.
+    It runs copies of the model on copies of the inputs. In training mode, a step is a forward, and a backward from the mean of the
+    output; in evaluation mode, it is a call without gradients. Meanwhile, batch norm in other threads switches, too.
 
     Parameters
     ----------
     model : Module
     *inputs, **named
-        What the model is called with.
+        The arguments of the model.
     seconds : float
-        For the timing; a few steps are taken in any case.
+        How long to measure; a few steps are timed in any case.
     fuse : bool
-        The copy that runs with fastbn is converted, too, as by `convert`. What batch norm takes then has the sums and
-        activations that run with it; compare the steps.
+        Also convert the copy that runs with fastbn (`convert`). Then its time of batch norm includes the fused sums and
+        activations, so compare the times of the steps.
 
     Returns
     -------
     Benchmark
-        Printed, it has a verdict.
+        Printed, it shows the times and a verdict.
 
     Raises
     ------
     TypeError
-        If model is no Module, or seconds are no number.
+        If model is not a Module, or seconds is not a number.
     ValueError
-        If seconds are negative, the model has lazy layers that were never called, or in training mode it returns no tensor of
-        floating-point numbers that requires a gradient.
+        If seconds is negative, if the model has lazy layers that were never called, or if, in training mode, it returns no
+        floating-point tensor that requires a gradient.
     RuntimeError
         As `enable`.
 
@@ -179,8 +179,8 @@ def _step(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> C
         means = [tensor.mean() for tensor in _tensors(model(*inputs, **named)) if tensor.requires_grad]
         if not means:
             raise ValueError(
-                "the model returns no tensor of floating-point numbers that requires a gradient, of which a backward could start; "
-                "model.eval() is timed without one"
+                "the model returns no floating-point tensor that requires a gradient, so no backward can start from its output; "
+                "after model.eval() it is timed without a backward"
             )
         torch.stack(means).sum().backward()  # type: ignore[no-untyped-call, unused-ignore]
 

@@ -247,7 +247,7 @@ class Conversion(Listed[Layer]):
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """It is no model."""
-        raise TypeError("this is the table that convert has returned: the model was converted where it is, and is to be called")
+        raise TypeError("this is the table that convert returned, not the model: convert changes the model in place; call the model")
 
     def __str__(self) -> str:
         """A table of columns, and what it counts in all."""
@@ -260,29 +260,29 @@ class Conversion(Listed[Layer]):
 
 
 def convert(model: nn.Module, *, fuse: bool = True, inplace_abn: bool = False) -> Conversion:
-    """Make the batch norms of a model run by fastbn, each with the sum and the activation after it in one operation.
+    """Run the batch norms of a model with fastbn, and fuse each with the sum and the activation after it.
 
-    Norms of parts (instance, group, layer and RMS norm) run with an activation after them; RMS norm also alone.
+    Instance, group, layer and RMS norm are fused with an activation after them; RMS norm also runs alone.
 
-    The model stays what it is: the same modules, parameters, buffers and names; only the class of a batch norm is one derived
-    from its own. It can be trained, saved, copied and compiled as before, and changed: where something else follows a layer
-    than was found, it is computed as the model says. It needs no `enable`, which is for batch norms that nothing follows
-    (and for all models of a process) the shorter way.
+    The model keeps its modules, parameters, buffers and names; only the class of a converted layer becomes a class derived from
+    its own. You can train, save, copy and compile it as before, and change it: the result is always what the model's code
+    says, even if something else follows a layer than was found here. `convert` does not need `enable`. But `enable` is faster
+    for batch norms that nothing follows, and applies to all models of a process.
 
     Parameters
     ----------
     model : Module
     fuse : bool
-        False: layers run alone.
+        False: layers run with fastbn, but are fused with nothing.
     inplace_abn : bool
-        In training, keep a layer's output in place of its input, which the backward then computes from the output. That is done
-        where nothing follows the layer, or a leaky_relu with a slope above 0. As a rule the next layer keeps that output anyway, so
-        half of the memory of both is saved. Layers with weights that are nearly 0 keep the input; there are no second derivatives.
+        In training, keep a layer's output instead of its input; the backward recomputes the input from it. This applies to layers
+        that are followed by nothing, or by a leaky_relu with a slope above 0. Usually the next layer keeps that output anyway, so
+        half of the memory of both is saved. Layers with weights near 0 keep the input; there are no second derivatives.
 
     Returns
     -------
     Conversion
-        What became of each layer, a tuple of `Layer`. Printed, it is a table.
+        A tuple of `Layer`: what each layer is fused with, or why it is not. Printed, it is a table.
 
     Raises
     ------
@@ -355,7 +355,7 @@ def _convert(model: nn.Module, fuse: bool, inplace_abn: bool) -> Conversion:
 
 
 def revert(model: nn.Module) -> int:
-    """Undo `convert`: batch norms are of their own classes again.
+    """Undo `convert`: give converted layers their own classes back.
 
     Parameters
     ----------

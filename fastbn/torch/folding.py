@@ -1,4 +1,4 @@
-"""Batch norm of inference, folded into the convolution or linear layer beside it: one multiplication less for each element."""
+"""Fold batch norms into neighboring convolutions and linear layers for inference, which saves a pass over each output."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ OWN_DIMENSIONS: dict[Any, int] = {nn.BatchNorm2d._check_input_dim: 4, nn.BatchNo
 
 
 class Folded(NamedTuple):
-    """What `fold` returns.
+    """The result of `fold`.
 
     Attributes
     ----------
     model : Module
-        A copy, in which an `nn.Identity` stands for each batch norm that was folded. It has the layer's numbers, as `num_features`
-        and `eps`, and none of its tensors.
+        A copy, in which an `nn.Identity` replaces each folded batch norm. It has the layer's numbers, such as `num_features`
+        and `eps`, but none of its tensors.
     folded : dict of str to str
-        Path of a batch norm -> path of the layer that took it.
+        Path of a batch norm -> path of the layer into which it was folded.
     left : dict of str to str
-        Path of a normalization layer that is still there -> why; of a part whose normalizations are no layers -> what they are.
+        Path of a normalization layer that stays -> why; path of a part whose normalizations are not layers -> what they are.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Folded(NamedTuple):
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """It is no model."""
-        raise TypeError("this is what fold has returned: the folded model is its attribute model, and is to be called")
+        raise TypeError("this is the result of fold, not a model: call its attribute model")
 
     def __str__(self) -> str:
         """A line for each layer."""
@@ -211,22 +211,22 @@ def _take(layer: Any, other: Any, backwards: bool) -> None:
 
 
 def fold(model: nn.Module) -> Folded:
-    """Fold the batch norms of a model in evaluation mode into the convolutions and linear layers beside them.
+    """Fold the batch norms of a model in evaluation mode into neighboring convolutions and linear layers.
 
-    The layer before a batch norm takes it; where that is none, a convolution after it that pads nothing. The model itself
-    stays as it is. What stands beside a batch norm is what torch.fx finds, in the parts of a model that it can trace. Such a part
-    must be called as a whole by code that could not be traced: what calls its layers one by one, or reads their weights, is not seen.
+    A batch norm goes into the convolution or linear layer before it, else into a convolution after it that has no padding. The model
+    itself does not change. torch.fx finds the neighbors, in the parts of a model that it can trace. Untraceable code must call
+    such a part as a whole: `fold` does not notice code that calls its layers one by one, or reads their weights.
 
     Parameters
     ----------
     model : Module
-        In evaluation mode: `model.eval()`. Of a DistributedDataParallel, the model inside is folded: it shares buffers between
-        processes, of which none may be left.
+        In evaluation mode: `model.eval()`. If it is a DistributedDataParallel, the model inside it is folded, because the wrapper
+        shares buffers between processes, and none may be left after folding.
 
     Returns
     -------
     Folded
-        A copy of the model, what was folded into what, and what was not, with the reason. Printed, it is a list.
+        A copy of the model; what was folded into what; what was not folded, and why. Printed, it is a list.
 
     Raises
     ------

@@ -36,22 +36,22 @@ def _affine(layer: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze(model: nn.Module, *, parameters: bool = True) -> int:
-    """Keep the batch norms of a model in evaluation mode, whatever `model.train()` says.
+    """Keep the batch norms of a model in evaluation mode, even after `model.train()`.
 
-    For fine-tuning with small batches: running statistics do not move, and normalize. Layers stay what they are, with the
-    same parameters and names; copies and pickles of the model are frozen, too. What is no layer, as torch.jit's scripts and
-    graphs of torch.export, stays as it is: `summary` names it.
+    Use it for fine-tuning with small batches: layers normalize by the running statistics, and do not change them. The layers
+    keep their parameters and names. Copies and pickles of the model are frozen, too. Code that is not a layer, such as scripts
+    of torch.jit and graphs of torch.export, is not frozen; `summary` names it.
 
     Parameters
     ----------
     model : Module
     parameters : bool
-        Freeze weight and bias, too: they require no gradients.
+        Also freeze weight and bias, so that they require no gradients.
 
     Returns
     -------
     int
-        How many layers were frozen that were not.
+        How many layers were newly frozen.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
 
 
 def unfreeze(model: nn.Module) -> int:
-    """Undo `freeze`: batch norms follow `model.train()` again, and parameters require gradients as they did.
+    """Undo `freeze`: batch norms follow `model.train()` again, and parameters require gradients as before.
 
     Parameters
     ----------

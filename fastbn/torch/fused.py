@@ -1,6 +1,6 @@
-"""Batch norm with what follows it, in one operation: no tensor between, and none to keep for the backward.
+"""Batch norm with a sum and an activation in one operation: no tensor in between, and none to keep for the backward.
 
-What the operators do not take, and double backward, is the composition of torch's own operators.
+Calls that the operators do not take, and double backward, are composed of torch's own operators.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def batch_norm(
     training: bool = False, momentum: float = 0.1, eps: float = 1e-5, *,
     activation: ActivationLike = None, residual: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `torch.nn.functional.batch_norm`, with a sum and an activation in the same pass over memory.
+    """Compute `torch.nn.functional.batch_norm` with a sum and an activation in the same pass over memory.
 
     Parameters
     ----------
@@ -108,22 +108,22 @@ def batch_norm(
     training : bool
     momentum, eps : float
     activation : str, tuple, fastbn.Activation or function compiled by Numba, optional
-        "relu", "relu6", "leaky_relu" or ("leaky_relu", slope), "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"; or one of
-        your own, as `fastbn.batch_norm` takes it.
+        "relu", "relu6", "leaky_relu" or ("leaky_relu", slope), "hardswish", "sigmoid", "silu", "tanh", "gelu", "gelu_tanh"; or your
+        own, as in `fastbn.batch_norm`.
     residual : Tensor of the shape of input, optional
         Added before the activation.
 
     Returns
     -------
     Tensor
-        ``activation(batch_norm(input) + residual)``. Small tensors, and what fastbn does not take, are computed like that.
-        A function of your own has no such way: it runs in the Numba kernels alone, and has no second derivative.
+        ``activation(batch_norm(input) + residual)``. For small tensors, and calls that fastbn does not take, torch's operators
+        compute it in these steps. A function of your own runs in the Numba kernels only, and has no second derivative.
 
     Raises
     ------
     TypeError, ValueError
-        If there is no such activation, or the residual has another shape or dtype than the input. With a function of your own,
-        also for what is no strided tensor in the CPU's memory, and where a gradient needs a derivative that was not given.
+        If the activation is unknown, or the residual does not have the shape and dtype of the input. With a function of your own,
+        also if a tensor is not a strided one on the CPU, or if a gradient needs a derivative that was not given.
     RuntimeError
         As `torch.nn.functional.batch_norm`.
 

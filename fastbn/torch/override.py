@@ -1,8 +1,8 @@
-"""Switching ATen's normalizations to fastbn and back, and what became of the calls.
+"""Switch ATen's normalizations to fastbn and back, and count the calls.
 
-The state is the process's. Kernels are registered by the first `enable` and withdrawn by a `disable` that no other Python
-thread can see; between, a flag in C decides. A kernel that is withdrawn while another thread is on its way to it would be
-called when it is no more: then it stays, and passes all calls on.
+The state belongs to the process. The first `enable` registers the kernels; a `disable` withdraws them if no other Python
+thread exists. In between, a flag in C decides. If another thread exists, it may be on its way to a kernel, so the kernel
+must not be withdrawn: it stays, and passes all calls on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _door() -> Any:
         import fastbn.torch._door as door
     except ImportError as error:
         raise RuntimeError(
-            f"fastbn.torch needs what fastbn compiles, which this installation lacks ({error}): install fastbn again, with a C++ compiler; "
+            f"fastbn.torch needs fastbn's compiled part, which this installation lacks ({error}): reinstall fastbn with a C++ compiler; "
             "`python -m fastbn` says what runs"
         ) from error
     return door
@@ -120,11 +120,11 @@ def either() -> Iterator[Callable[[bool], None]]:
 
 
 def enable() -> None:
-    """Run ATen's batch, layer and group norm on the CPU by fastbn's kernels, in the whole process, until `disable`.
+    """Run ATen's batch, layer and group norm on the CPU with fastbn's kernels, in the whole process, until `disable`.
 
-    It holds for every model and call: `torch.nn.BatchNorm2d` and its siblings, `LayerNorm`, `GroupNorm`, the functions behind
-    them, instance norm, training, inference and backward. Calls that fastbn does not take run as before; `report` counts them.
-    Work runs on torch's own threads (`torch.set_num_threads`). It may be called again, from any thread.
+    This applies to every model and call: `torch.nn.BatchNorm2d` and its siblings, `LayerNorm`, `GroupNorm`, instance norm, the
+    functions behind them; in training, inference and backward. Calls that fastbn does not take run as before; `report` counts
+    them. The kernels run on torch's own threads (`torch.set_num_threads`). You may call it again, from any thread.
 
     Raises
     ------
@@ -154,10 +154,10 @@ def enable() -> None:
 
 
 def disable() -> None:
-    """Give ATen's normalizations back to torch: undo `enable`. Blocks of `enabled` last to their end.
+    """Give ATen's normalizations back to torch: undo `enable`. Blocks of `enabled` stay in force until they end.
 
-    Where no other Python thread exists, torch's kernels are called at once, as if fastbn had never been enabled. Else the
-    calls still come to fastbn, which passes them on.
+    If no other Python thread exists, torch calls its own kernels directly, as if fastbn had never been enabled. Otherwise the
+    calls still go to fastbn, which passes them on.
 
     Examples
     --------
@@ -174,7 +174,7 @@ def disable() -> None:
 
 @contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` inside the ``with`` block, in the whole process; blocks may overlap.
+    """Do the same as `enable` for a ``with`` block, in the whole process; blocks may overlap.
 
     Raises
     ------
@@ -205,7 +205,7 @@ def enabled() -> Iterator[None]:
 
 
 def is_enabled() -> bool:
-    """Whether ATen's normalizations run by fastbn.
+    """Whether fastbn runs ATen's normalizations.
 
     Returns
     -------
@@ -221,7 +221,7 @@ def is_enabled() -> bool:
 
 
 class Report(NamedTuple):
-    """What became of the calls since the last reset.
+    """Who computed the calls since the last reset.
 
     Attributes
     ----------
@@ -289,14 +289,14 @@ def explain(x: torch.Tensor | torch.nn.Module) -> str:
     Returns
     -------
     str
-        A line, or a line for each normalization layer of the model: whether fastbn takes it, or why not.
+        One line for a tensor, or one for each normalization layer of a model: whether fastbn takes it, or why not.
 
     Raises
     ------
     TypeError
-        If x is neither.
+        If x is neither a Tensor nor a Module.
     RuntimeError
-        If a layer or group norm is asked for where `enable` would fail.
+        If x has a layer norm or group norm, and `enable` would fail here.
 
     Examples
     --------

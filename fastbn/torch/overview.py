@@ -26,21 +26,21 @@ class Layer(NamedTuple):
     kind : str
         Its class.
     channels : int
-        Of a layer norm, the values of a row.
+        Number of channels; for a layer norm, the number of values of a row.
     eps : float or None
-        None is that of an RMSNorm which depends on the input's dtype.
+        None for an RMSNorm whose eps depends on the input's dtype.
     momentum : float or None
-        Weight of the new value; None is the cumulative average, or a layer without one.
+        Weight of the new value; None means the cumulative average, or a layer without momentum.
     mode : str
-        "train", "eval" or "frozen"; "-" where all are the same.
+        "train", "eval" or "frozen"; "-" for layers that compute the same in all modes.
     variance : tuple of float, or None
         The smallest and the largest running variance.
     dead : int
-        Channels whose weight is nearly 0.
+        Number of channels whose weight is nearly 0.
     before, after : str
-        What torch.fx finds there: a class, a function, "several" or "unknown".
+        The neighbor that torch.fx finds: a class, a function, "several" or "unknown".
     fold : str
-        What can take it in inference, or why nothing can.
+        Which neighbor can absorb it in inference, or why none can.
     """
 
     path: str
@@ -70,7 +70,7 @@ class Summary(Listed[Layer]):
     Attributes
     ----------
     unseen : dict of str to str
-        Parts of the model whose normalizations are no layers, by path: what they are.
+        By path, the parts of the model whose normalizations are not layers, and what these parts are.
     """
 
     def __str__(self) -> str:
@@ -83,7 +83,7 @@ class Summary(Listed[Layer]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """List the normalization layers of a model: what they are, what they hold, and what could become of them in inference.
+    """List the normalization layers of a model: their settings, their values, and whether they can be folded in inference.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def summary(model: nn.Module) -> Summary:
 
     See Also
     --------
-    fold : do in inference what the last column says.
+    fold : fold the layers, as the last column says.
 
     Examples
     --------

@@ -112,5 +112,5 @@ def _checked(activation: Activation, a: Arguments) -> Tensor:
         raise ValueError(f"input must have at least 2 dimensions, (N, C, ...), got {tuple(a.x.shape)}")
     for name in ("mean", "var"):
         if (running := getattr(a, name)) is not None and running.requires_grad:
-            raise ValueError(f"running_{name} requires a gradient, and batch norm has none of it: give running_{name}.detach()")
+            raise ValueError(f"running_{name} requires a gradient, but batch norm computes none for it: pass running_{name}.detach()")
     return _run(activation, a)

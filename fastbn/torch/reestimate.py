@@ -1,4 +1,4 @@
-"""Running statistics of a PyTorch model found anew, over a whole data set."""
+"""Re-estimate the running statistics of a PyTorch model over a whole data set."""
 
 from __future__ import annotations
 
@@ -32,44 +32,44 @@ def update_bn(
     communicator: Communicator | None = None,
     progress: bool | Callable[[Estimate], object] = False,
 ) -> Estimate | None:
-    """Find the running statistics of a model's batch norms anew: exactly those of a data set, in one pass.
+    """Set the running statistics of a model's batch norms to the exact statistics of a data set, in one pass.
 
-    Each batch runs through the model with the batch norms in training mode, so that each is normalized by its own
-    statistics, and everything else in evaluation mode, as in inference: dropout does not change what is measured. What each
-    layer normalizes is merged, weighted by the number of values: batches may have any sizes. Layers that are frozen, or
-    have no running statistics, are left alone.
+    Each batch runs through the model with the batch norms in training mode, so that its own statistics normalize it.
+    Everything else is in evaluation mode, as in inference, so dropout does not change the result. The statistics of each
+    layer's inputs are merged, weighted by the number of values, so batches may have any size. Layers that are frozen, or
+    have no running statistics, do not change.
 
     Parameters
     ----------
     model : Module
-        It runs without torch.compile meanwhile, and without gradients.
+        Meanwhile, it runs without torch.compile and without gradients.
     loader : iterable
-        Of tensors; of lists or tuples, whose first element the model is called with; or of dicts, whose values it gets under
-        their names, as far as its forward has them. It may be empty where there is a `start`, which is then taken over.
+        Of tensors; of lists or tuples, whose first element is passed to the model; or of dicts, whose values are passed by name,
+        as far as the model's forward has these names. It may be empty if there is a `start`, which is then written to the layers.
     exact : bool
         False calls ``torch.optim.swa_utils.update_bn``, which gives all batches the same weight and averages their
-        variances; none of the other options can be given then.
+        variances, and takes none of the other options.
     forward : callable, optional
-        ``forward(model, batch)``, for batches that are called otherwise.
+        ``forward(model, batch)``, for batches of another kind.
     start, tolerance, communicator, progress
-        As in `fastbn.update_bn`: to go on from an earlier Estimate, to stop early, to merge over processes, to be told.
+        As in `fastbn.update_bn`: continue from an earlier Estimate, stop early, merge over processes, report progress.
 
     Returns
     -------
-    Estimate, or None where not `exact`
-        By the layers' names in the model. Estimates of several machines merge:
+    Estimate, or None if not `exact`
+        By the layers' names in the model. Estimates of several machines can be merged:
         ``update_bn(model, [], start=a.merge(b))``.
 
     Raises
     ------
     TypeError, ValueError
-        If an argument is not as it must be, if there was no batch at all, or too few values. What the model or the loader
-        raises goes through. The model is as before then.
+        If an argument is invalid, if there was no batch at all, or if there were too few values. Exceptions of the model or the
+        loader are passed on. The model is unchanged in all these cases.
 
     Notes
     -----
-    Where one batch came to every batch norm once, others leave the model behind the last of them, by an exception that is no
-    `Exception`; the layers after it are not run.
+    Once a batch has reached every batch norm exactly once, later batches leave the model after the last batch norm, by a
+    BaseException that is not an `Exception`; the layers after it do not run.
 
     Examples
     --------

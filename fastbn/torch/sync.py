@@ -1,7 +1,7 @@
 """Batch norm over the processes of torch.distributed, on the CPU.
 
-The layer is none of `torch.nn.SyncBatchNorm`, which computes on GPUs alone, and which DistributedDataParallel refuses in
-models on the CPU.
+The layer is not derived from `torch.nn.SyncBatchNorm`, which computes on GPUs only, and which DistributedDataParallel refuses
+in models on the CPU.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ distributed: Any = torch.distributed  # it is typed in part only
 
 
 class Communicator(sync.OfProcess):
-    """Carries numbers between the processes of torch.distributed, for NumPy's layers and functions too.
+    """Sends arrays between the processes of torch.distributed; also for fastbn's NumPy layers and functions.
 
     Parameters
     ----------
     process_group : ProcessGroup, optional
-        One that works on CPU tensors, as gloo does; None is the default group.
+        A group that works on CPU tensors, as gloo does; None means the default group.
 
     Raises
     ------
     RuntimeError
-        If torch.distributed is not initialized, or this process is not in the group. Its methods raise what torch does,
-        where a process is gone, at the latest after the group's time-out.
+        If torch.distributed is not initialized, or this process is not in the group. If another process dies, the methods
+        raise torch's error, at the latest after the group's timeout.
 
     See Also
     --------
-    fastbn.sync : what takes it.
+    fastbn.sync : the functions that take it.
 
     Examples
     --------
@@ -63,10 +63,10 @@ class Communicator(sync.OfProcess):
         self._agreed: set[int] = set()
 
     def all_gather(self, array: Array) -> Array:
-        """Everybody's array, in the order of the ranks.
+        """Return the arrays of all processes, in the order of the ranks.
 
-        Where one process sends more numbers than another, gloo ends the program. So what is as long as nothing before it is
-        announced, once.
+        If one process sends more numbers than another, gloo ends the program. So each new length is announced once, in a message
+        of its own.
         """
         if array.size not in self._agreed:
             sizes = [int(size) for (size,) in self._gathered(np.array([float(array.size)]))]
@@ -84,7 +84,7 @@ class Communicator(sync.OfProcess):
         return found
 
     def all_reduce(self, array: Array) -> Array:
-        """The sum of everybody's arrays."""
+        """Return the sum of the arrays of all processes."""
         found = np.array(array)
         distributed.all_reduce(torch.from_numpy(found), group=self.group)
         return found
@@ -138,35 +138,35 @@ def _synchronized(*arguments: Any) -> Any:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch norm whose statistics in training are those of all processes of a group, on the CPU.
+    """Batch norm on the CPU that, in training, uses the statistics of all processes of a group.
 
-    As ``torch.nn.SyncBatchNorm``, which is for GPUs: parameters, buffers and names are the same. It works inside
+    It has the parameters, buffers and names of ``torch.nn.SyncBatchNorm``, which is for GPUs. It works inside
     `torch.nn.parallel.DistributedDataParallel`. Processes may have batches of different sizes, or empty ones; all must call.
-    In evaluation, and where torch.distributed is not initialized, it is plain batch norm.
+    In evaluation, and if torch.distributed is not initialized, it is plain batch norm.
 
     Parameters
     ----------
     num_features, eps, momentum, affine, track_running_stats, device, dtype
         As in ``torch.nn.BatchNorm2d``.
     process_group : ProcessGroup, optional
-        The processes that share a batch; None is all of them. It must work on CPU tensors, as gloo does.
+        The processes that share a batch; None means all. It must work on CPU tensors, as gloo does.
 
     Attributes
     ----------
     process_group : ProcessGroup or None
     synchronize : bool
-        False makes it a plain batch norm, for a while.
+        False makes the layer plain batch norm, until it is True again.
 
     Notes
     -----
-    A forward sends one message, of 2 C + 1 float64 numbers (4 C + 1 for float64 inputs), and a backward another, of 2 C.
-    Gradients of weight and bias are sums over the process's own part of the batch: DistributedDataParallel averages them,
-    as those of all other parameters. Running statistics have the same bits on every process.
+    A forward sends one message of 2 C + 1 float64 numbers (4 C + 1 for float64 inputs); a backward sends one of 2 C.
+    Gradients of weight and bias are sums over the process's own part of the batch; DistributedDataParallel averages them,
+    like those of all other parameters. Running statistics have the same bits on every process.
     There is no double backward.
 
     See Also
     --------
-    convert_sync_batchnorm : of a model's batch norms.
+    convert_sync_batchnorm : convert all batch norms of a model.
 
     Examples
     --------
@@ -234,7 +234,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """As the function `convert_sync_batchnorm`, where torch's layer has it, too."""
+        """Call the function `convert_sync_batchnorm`; torch's layer has this method, too."""
         return convert_sync_batchnorm(module, process_group)
 
 
@@ -249,28 +249,28 @@ def unusual(layer: nn.Module) -> str:
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Make every batch norm of a model a `SyncBatchNorm`.
+    """Replace every batch norm of a model by a `SyncBatchNorm`.
 
     Parameters
     ----------
     model : Module
-        It is changed: the new layers have the parameters, buffers, hooks and mode of the old ones, which are the same
-        objects, so that optimizers need not be made anew.
+        It is changed in place. The new layers keep the parameters, buffers, hooks and mode of the old ones; these are the same
+        objects, so existing optimizers still work.
     process_group : ProcessGroup, optional
-        The processes that share a batch; None is all of them.
+        The processes that share a batch; None means all.
 
     Returns
     -------
     Module
-        The model itself, or the new layer where it is a batch norm.
+        The model itself, or the new layer if the model is a batch norm.
 
     Raises
     ------
     TypeError
         If model is no Module.
     ValueError
-        If a lazy batch norm was never called, or a layer is parametrized or of a class whose forward is another than batch norm's. Nothing
-        is changed then.
+        If a lazy batch norm was never called, or if a layer is parametrized or has a forward other than batch norm's. Nothing is
+        changed in this case.
 
     Examples
     --------
