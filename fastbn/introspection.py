@@ -38,7 +38,7 @@ def explain(op: str, x: Array, layout: LayoutName | None = None, *, axis: int | 
         - the head: operation, memory (ncsp: channels first, nspc: channels last), dtype, and the chosen kernel;
         - memory: the array as runs of channels; "copied first" if it has gaps;
         - threads: how many a call of this size uses, and for how much work a sleeping thread is woken (`show_config`:
-        waking);
+          waking);
         - tiles: pieces in which sums are added up; they, and so the bits of the result, depend only on the shape;
         - units: pieces of work for the threads; "on resident data" where the map of a piece finds in the cache what its sums
           have read;
