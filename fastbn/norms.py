@@ -85,7 +85,7 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
 def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...], out: Array | None) -> Gradients:
     """Run a checked backward."""
     shape, compute = call.shape, call.dtype.compute
-    dx, written, dresidual, written_residual = targets(call, dy, wanted, out, call.activation is not None)
+    dx, written, dresidual, written_residual = targets(call, dy, wanted, out)
     zero = np.zeros(shape.channels, compute)
     sums = parts.Sums(zero, zero.copy())
     if call.x.size:

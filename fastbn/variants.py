@@ -305,13 +305,12 @@ def batch_channel_norm_backward(
     call, given, target = norm_calls.on_backward("batch_channel_norm", dy, x, saved, wanted, out, threads, 1)
     checks.switch("saved.training", saved.training)
     images, channels, wide = len(call.x), checks.channels_of(call.x, call.axis), np.dtype(np.float64)
-    for name in ("mean", "mean_lo", "invstd", "weight", "bias", "mix"):
+    of_channels, of_images = ("mean", "mean_lo", "invstd", "weight", "bias", "mix"), ("layer_mean", "layer_mean_lo", "layer_invstd")
+    for name in of_channels:
         checks.saved_vector(name, getattr(saved, name), (channels.number,), channels.words, wide)
-    for name in ("layer_mean", "layer_mean_lo", "layer_invstd"):
+    for name in of_images:
         checks.saved_vector(name, getattr(saved, name), (images, 1), f"x has {images} images", wide)
-    vectors = ("mean", "mean_lo", "invstd", "weight", "bias", "mix", "layer_mean", "layer_mean_lo", "layer_invstd")
-    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in vectors})
-    call = call._replace(shape=call.shape._replace(group=1))
+    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in of_channels + of_images})
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
     compute = call.dtype.compute
     named = zip(("weight", "bias", "mix"), sums, strict=True)
@@ -326,7 +325,7 @@ def _mixed_gradients(
 ) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
     """Gradients of x and of the residual; and of weight, bias and mix."""
     shape, compute = call.shape, call.dtype.compute
-    dx, written, dresidual, written_residual = norm_calls.targets(call, dy, wanted, out, saved.activation is not None)
+    dx, written, dresidual, written_residual = norm_calls.targets(call, dy, wanted, out)
     if not call.x.size:
         zero = np.zeros(shape.channels)
         return (dx if "x" in wanted else None), dresidual, (zero, zero, zero)
