@@ -353,8 +353,7 @@ def gradients(
     """As `batch_norm_backward`; `total` adds up sums over all parts of the batch, of which x is one."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    r, saved = _of_saved(x, saved)
-    r = r._replace(threads=checks.threads(threads))
+    r = _of_saved(x, saved)._replace(threads=checks.threads(threads))
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
     held = _held(r.x, r.axis, saved.mask)
@@ -372,7 +371,7 @@ def gradients(
     return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output), total)
 
 
-def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
+def _of_saved(x: object, saved: Saved) -> Request:
     """Check x against what a forward saved, and that itself: kernels read it without looking."""
     array, dtype = checks.array(x)
     checks.like_saved(array, saved.shape, saved.dtype)
@@ -387,13 +386,11 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
     checks.integer("saved.count", saved.count, 0, MOST_VALUES)
     checks.saved_after(saved, array)
     mask = checks.mask(saved.mask, array, axis)
-    if not saved.training:
-        mask = None
-    elif mask is not None and saved.count < _held(array, axis, mask):
-        raise ValueError(f"saved.mask has {np.count_nonzero(mask)} True positions, but saved.count is {saved.count}")
-    elif mask is None and saved.count < _held(array, axis):
-        raise ValueError(f"saved.count is {saved.count}, but x has {_held(array, axis)} values per channel")
-    return Request(array, axis, dtype, view(array, axis)), saved
+    if saved.training and saved.count < (held := _held(array, axis, mask)):
+        if mask is not None:
+            raise ValueError(f"saved.mask has {held} True positions, but saved.count is {saved.count}")
+        raise ValueError(f"saved.count is {saved.count}, but x has {held} values per channel")
+    return Request(array, axis, dtype, view(array, axis))
 
 
 def _held(x: Array, axis: int, mask: Array | None = None) -> int:
