@@ -92,15 +92,9 @@ class BatchNorm(Tracking, FromOthers):
         layer = cls(sizes[0][0], **taken | dict(found.options) | found.where(options) | options)
         own = ("running_mean", "running_var", "weight", "bias")
         channels = Channels(layer.num_features, f"the layer has {layer.num_features} channels")
-        loaded: dict[str, Array | None] = {}
         for key, (name, value) in zip(own, given.items(), strict=True):
-            vector = getattr(layer, key)
-            if value is None or vector is None:
-                loaded[key] = None
-                continue
-            loaded[key] = checks.vector(name, value, channels, vector.dtype)
-        for key, value in loaded.items():
-            setattr(layer, key, None if value is None else value.copy())
+            first = getattr(layer, key)
+            setattr(layer, key, None if value is None or first is None else checks.vector(name, value, channels, first.dtype).copy())
         layer.track_running_stats &= found.tracks or "track_running_stats" in options
         if layer.num_batches_tracked is not None and found.batches is not None:
             layer.num_batches_tracked = loaded_array("num_batches_tracked", found.batches, layer.num_batches_tracked)
