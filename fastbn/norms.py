@@ -226,10 +226,8 @@ def instance_norm(
         Weight of the new values in the running statistics, as in PyTorch.
     eps : float
         Added to the variance; not negative.
-    layout, axis, activation, residual, out
+    layout, axis, activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------
@@ -386,10 +384,8 @@ def group_norm(
         Scale and shift of each channel; None means 1 and 0.
     eps : float
         Added to the variance; not negative.
-    layout, axis, activation, residual, out
+    layout, axis, activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------
@@ -525,10 +521,8 @@ def layer_norm(
         Scale and shift of each element of a row; None means 1 and 0.
     eps : float
         Added to the variance; not negative.
-    activation, residual, out
+    activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------
@@ -662,10 +656,8 @@ def rms_norm(
         Scale of each element of a row; None means 1.
     eps : float, optional
         Added to the mean square; None means the distance from 1 to the next float64 for float64, else float32, as in PyTorch.
-    activation, residual, out
+    activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------

@@ -231,10 +231,8 @@ def batch_channel_norm(
         Scale and shift of each channel; None means 1 and 0.
     training : bool
         Whether to use the batch's own statistics. Those of an image are always its own.
-    momentum, eps, layout, axis, activation, residual, correction, out
+    momentum, eps, layout, axis, activation, residual, correction, threads, out
         As in `batch_norm`.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------
@@ -487,13 +485,11 @@ def batch_renorm(
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var : ndarray of shape (C,)
         Running statistics, the second a variance; moved in training, after they were used.
-    weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
+    weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, threads, out
         As in `batch_norm`.
     rmax, dmax : float
         Bounds of the correction: of the factor, at least 1, and of the offset, at least 0. With 1 and 0 it is batch
         normalization, with which training should begin.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------
@@ -694,12 +690,10 @@ def ghost_batch_norm(
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
-    running_mean, running_var, weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
+    running_mean, running_var, weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, threads, out
         As in `batch_norm`; the running statistics are moved once for each virtual batch, in their order.
     virtual_batch_size : int
         Images of a virtual batch, at most. All are about as large: their number is N divided by it, rounded up.
-    threads : int, optional
-        Of this call; None means as many as `num_threads` says, where they are worth it.
 
     Returns
     -------
