@@ -76,7 +76,7 @@ def _of_batch(stats: object, r: Request, channels: Channels, correction: int) ->
 def _forward(
     r: Request, channels: Channels, vectors: tuple[object, object, object, object], numbers: tuple[object, object, object],
     training: object, stats: object, out: object, keep: bool,
-) -> tuple[Array, Saved | None]:  # fmt: skip
+) -> tuple[Array, Any]:  # fmt: skip
     """Check what `batch_norm` and `batch_norm_forward` are given, then run; `vectors` in the order of the latter."""
     weight, bias, running_mean, running_var = vectors
     momentum, eps = checks.number("momentum", numbers[0]), checks.number("eps", numbers[2], 0.0)
@@ -209,9 +209,7 @@ def batch_norm_forward(
     """
     r, channels = _request(x, layout, axis, threads, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
-    y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _forward(r, channels, *given, training, stats, out, keep=True)
 
 
 @core.direct

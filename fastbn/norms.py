@@ -42,8 +42,8 @@ class _Given(NamedTuple):
     out: Any
 
 
-def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: object) -> tuple[Array, SavedParts | None]:
-    """Run a checked call; weight and bias are what was given, of which `norm` may have copies."""
+def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: object) -> tuple[Array, Any]:
+    """Run a checked call, and keep SavedParts or None; weight and bias are what was given, of which `norm` may have copies."""
     if call.out is not None:
         checks.apart({"out": call.out}, {"weight": weight, "bias": bias})
     y, memory_of_y = call.target(call.out)
@@ -152,15 +152,11 @@ def instance_norm_forward(
     array([4.])
     """
     given = _Given("instance_norm", x, (None, layout, axis), weight, bias, eps, activation, residual, threads, out)
-    y, saved = _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, True)
 
 
 @default_mode
-def _instance_norm(
-    given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
-) -> tuple[Array, SavedParts | Saved | None]:
+def _instance_norm(given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool) -> tuple[Array, Any]:
     """Check, run, and move the running statistics."""
     running_mean, running_var = running
     kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
@@ -340,12 +336,10 @@ def group_norm_forward(
     >>> fastbn.group_norm_backward(y, x, saved).dweight
     array([1., 1., 1., 1.])
     """
-    y, saved = _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), True)
 
 
-def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
+def _group_norm(given: _Given, keep: bool) -> tuple[Array, Any]:
     if given.divided[0] is None:
         raise TypeError("num_groups must be an int, got None")
     kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
@@ -482,12 +476,10 @@ def layer_norm_forward(
     >>> fastbn.layer_norm_backward(y, x, saved).dweight
     array([2., 2.])
     """
-    y, saved = _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), True)
 
 
-def _layer_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
+def _layer_norm(given: _Given, keep: bool) -> tuple[Array, Any]:
     kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out = given
     call, shape = on_rows(kind, x, normalized_shape, activation, residual, out, threads)
     compute = call.dtype.compute
@@ -626,10 +618,7 @@ def rms_norm_forward(
     >>> fastbn.rms_norm_backward(y, x, saved).dweight
     array([1., 1.])
     """
-    given = _Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out)
-    y, saved = _layer_norm(given, True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _layer_norm(_Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out), True)
 
 
 @core.direct
