@@ -174,7 +174,8 @@ class BatchNorm(Tracking, FromOthers):
             names = ("running_mean", "running_var", "weight", "bias")
             fixed: dict[str, Any] = {name: None if v is None else np.array(v) for name, v in zip(names, given, strict=True)}
             again = partial(functional.batch_norm_forward, **fixed, training=False, eps=self.eps, **options)
-            self._context = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True, is_written_over(out, x))
+            kept = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True)
+            self._context = OVERWRITTEN if is_written_over(out, x) else kept  # nothing with a residual is had from its output
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
@@ -237,8 +238,6 @@ class BatchNorm(Tracking, FromOthers):
         context = self._remembered()
         x, saved = context.found()
         from_output, communicator = context.from_output, context.communicator
-        if from_output and not saved.invertible:
-            raise RuntimeError(OVERWRITTEN)
         if wrt is None:
             wrt = context.gradients(() if self.frozen else ("weight", "bias"), self)
         if communicator is not None:
