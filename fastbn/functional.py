@@ -38,7 +38,7 @@ def _request(
     return Request(array, channels, dtype, view(array, channels), None, f, r, m, n), checks.channels_of(array, channels)
 
 
-def _into(r: Request, out: object, dy: Array | None = None, **used: object) -> Request:
+def _into(r: Request, out: object, dy: Array | None = None, /, **used: object) -> Request:
     """Check where the result goes, against all that the call uses."""
     if out is None:
         return r
@@ -86,7 +86,7 @@ def _forward(
     if checks.switch("training", training):
         w, b = checks.optional("weight", weight, channels, compute), checks.optional("bias", bias, channels, compute)
         mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
-        r = r if out is None else _into(r, out, None, **used)
+        r = _into(r, out, **used)
         checks.apart({"running_mean": mean, "running_var": var}, {"x": r.x, "residual": r.residual, "mask": r.mask})
         running = Running(mean, var, momentum, correction)
         if keep and r.mask is not None:
@@ -103,7 +103,7 @@ def _forward(
     var = checks.precise("running_var", running_var, channels, compute)
     w = None if weight is None else checks.precise("weight", weight, channels, compute)
     b = None if bias is None else checks.precise("bias", bias, channels, compute)
-    r = r if out is None else _into(r, out, None, **used)
+    r = _into(r, out, **used)
     r = r if r.mask is None else r._replace(mask=None)
     saved = core.fixed(r, mean, var, w, b, eps) if keep else None
     return core.inference(r, mean, var, w, b, eps), saved

@@ -150,20 +150,19 @@ def batch_channel_norm_forward(
     elif mean is None or var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     checks.apart({"out": call.out}, {"mix": mix, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var})
-    saved = _mixed(call, (mean, var), (w, b, m), e, trained)
-    stats = saved[1]
+    saved, stats = _mixed(call, (mean, var), (w, b, m), e, trained)
     y, written = call.target(call.out)
     if call.x.size:
         r = None if call.residual is None else call.dense(call.residual)
         after = None if r is None and call.activation is None else Epilogue(call.activation, r)
-        kernels, vectors = core.calls_of(call.dtype, call.activation), saved[0].vectors(compute)
+        kernels, vectors = core.calls_of(call.dtype, call.activation), saved.vectors(compute)
         parts.normalize(kernels, call.dense(call.x), written, call.shape, vectors, call.threads, after)
     y = call.deliver(y, written, call.out)
     if stats is not None and stats.count:
         for old, found in ((mean, stats.mean + stats.mean_lo), (var, variance(stats, unbiased))):
             if isinstance(old, np.ndarray):
                 update_running(old, new * found, new)
-    return y, saved[0]
+    return y, saved
 
 
 def _mixed(
@@ -428,8 +427,8 @@ def batch_renorm_forward(
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
     options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "threads": threads, "out": out}
     if not checks.switch("training", training):
-        _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
-        return found[0], SavedRenorm(saved, None, None)
+        y, saved = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
+        return y, SavedRenorm(saved, None, None)
     options["stats"] = stats = functional.wide_stats(x, layout, axis, None, threads)
     array, dtype = checks.array(x)
     channels = checks.channels_of(array, checks.channel(array, layout, axis))
