@@ -85,9 +85,9 @@ class Found(NamedTuple):
         return {} if options.keys() & {"layout", "axis"} else {"layout": self.layout, "axis": self.axis}
 
 
-def old_weight(name: str, value: object) -> float:
+def _weight_of_new(momentum: object) -> float:
     """The weight of the new value, where a library gives that of the old one."""
-    return 1.0 - checks.number(name, value)
+    return 1.0 - checks.number("momentum", momentum)
 
 
 def _dtype(*vectors: Any) -> str:
@@ -113,7 +113,7 @@ def array_of(value: Any) -> Any:
     return value if not hasattr(value, "__array__") else np.asarray(value)
 
 
-def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
+def torch(source: Any) -> Found:
     """A layer of PyTorch, of fastbn, or its state_dict."""
     names = ("running_mean", "running_var", "weight", "bias")
     if isinstance(source, Mapping):
@@ -132,12 +132,10 @@ def torch(source: Any, eps: Any = None, momentum: Any = ...) -> Found:
         found = {name: getattr(source, name, None) for name in (*names, "num_batches_tracked")}
         numbers = {name: getattr(source, name) for name in ("eps", "momentum", "training", "correction") if hasattr(source, name)}
     mean, var, weight, bias = (array_of(found.get(name)) for name in names)
-    eps = numbers.get("eps", 1e-5) if eps is None else eps
-    momentum = numbers.get("momentum", 0.1) if momentum is ... else momentum
-    correction = numbers.get("correction", 1)
     made = Found(
-        names, (mean, var, weight, bias), eps, momentum, correction, training=bool(numbers.get("training", True)),
-        dtype=_dtype(mean, var, weight, bias), batches=array_of(found.get("num_batches_tracked")), trained=_trained(source),
+        names, (mean, var, weight, bias), numbers.get("eps", 1e-5), numbers.get("momentum", 0.1), numbers.get("correction", 1),
+        training=bool(numbers.get("training", True)), dtype=_dtype(mean, var, weight, bias),
+        batches=array_of(found.get("num_batches_tracked")), trained=_trained(source),
         tracks=bool(getattr(source, "track_running_stats", True)),
     )  # fmt: skip
     of_fastbn = all(hasattr(source, name) for name in ("layout", "axis", "activation", "dtype"))
@@ -189,7 +187,7 @@ def keras(
             f"(*layer.get_weights(); None for a gamma or beta that it lacks), got {type(layer).__name__}"
         )
     vectors = moving_mean, moving_variance, gamma, beta
-    new = old_weight("momentum", 0.99 if momentum is None else momentum)
+    new = _weight_of_new(0.99 if momentum is None else momentum)
     axis = -1 if axis is None else axis
     return Found(
         names, vectors, 1e-3 if epsilon is None else epsilon, new, 0, axis=axis, activation=activation, dtype=dtype or _dtype(*vectors),
@@ -225,7 +223,7 @@ def flax(source: Any, epsilon: Any, momentum: Any, axis: Any) -> Found:
         own = {name: getattr(source, name) for name in ("epsilon", "momentum", "axis") if hasattr(source, name)}
     mean, var, scale, bias = (array_of(found.get(name)) for name in names)
     eps = own.get("epsilon", 1e-5) if epsilon is None else epsilon
-    new = old_weight("momentum", own.get("momentum", 0.99) if momentum is None else momentum)
+    new = _weight_of_new(own.get("momentum", 0.99) if momentum is None else momentum)
     where = own.get("axis", -1) if axis is None else axis
     return Found(names, (mean, var, scale, bias), eps, new, 0, where, dtype=_dtype(mean, var, scale, bias))
 
@@ -259,7 +257,7 @@ def onnx(node: Any, given: Any, input_mean: Any, input_var: Any, epsilon: Any, m
                 f"a node, got {type(node).__name__}"
             )
     vectors = input_mean, input_var, scale, bias
-    new = old_weight("momentum", 0.9 if momentum is None else momentum)
+    new = _weight_of_new(0.9 if momentum is None else momentum)
     return Found(names, vectors, 1e-5 if epsilon is None else epsilon, new, 0, training=training, dtype=_dtype(*vectors))
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from fastbn import caller, checks, cpu
-from fastbn.activations import lookup
 from fastbn.dtypes import DTYPES
 from fastbn.environment import settings
 from fastbn.layout import LAYOUTS, pattern
@@ -26,6 +26,7 @@ ALL = frozenset(DTYPES)
 NOT_BUILT = "it was not built"
 
 
+@dataclass(eq=False)
 class Kernel:
     """One row of the table: a module that holds the four operations.
 
@@ -45,16 +46,13 @@ class Kernel:
         Whether it takes activations that are functions of the user's.
     """
 
-    def __init__(
-        self, name: str, path: str, *, level: str | None = None, package: str | None = None, dtypes: frozenset[str] = ALL,
-        custom: bool = False,
-    ):  # fmt: skip
-        self.name = name
-        self.path = path
-        self.level = level
-        self.package = package
-        self.dtypes = dtypes
-        self.custom = custom
+    name: str
+    path: str
+    _: KW_ONLY
+    level: str | None = None
+    package: str | None = None
+    dtypes: frozenset[str] = ALL
+    custom: bool = False
 
     @cache  # noqa: B019  the table's rows live as long as the process
     def unusable(self) -> str | None:
@@ -301,7 +299,7 @@ def warmup(
     names = _names("dtypes", dtypes, tuple(DTYPES))
     if isinstance(activations, str) or not checks.is_iterable(activations):
         activations = (activations,)
-    chosen = [None if activation is None else lookup(activation) for activation in activations]
+    chosen = [checks.activation(activation) for activation in activations]
     for dtype in names:
         for activation in chosen:
             module: Any = select(dtype, activation is not None and activation.custom).module()

@@ -38,7 +38,7 @@ def _request(
     return Request(array, channels, dtype, view(array, channels), None, f, r, m, n), checks.channels_of(array, channels)
 
 
-def _into(r: Request, out: object, dy: Array | None = None, **used: object) -> Request:
+def _into(r: Request, out: object, dy: Array | None = None, /, **used: object) -> Request:
     """Check where the result goes, against all that the call uses."""
     if out is None:
         return r
@@ -76,7 +76,7 @@ def _of_batch(stats: object, r: Request, channels: Channels, correction: int) ->
 def _forward(
     r: Request, channels: Channels, vectors: tuple[object, object, object, object], numbers: tuple[object, object, object],
     training: object, stats: object, out: object, keep: bool,
-) -> tuple[Array, Saved | None]:  # fmt: skip
+) -> tuple[Array, Any]:  # fmt: skip
     """Check what `batch_norm` and `batch_norm_forward` are given, then run; `vectors` in the order of the latter."""
     weight, bias, running_mean, running_var = vectors
     momentum, eps = checks.number("momentum", numbers[0]), checks.number("eps", numbers[2], 0.0)
@@ -86,7 +86,7 @@ def _forward(
     if checks.switch("training", training):
         w, b = checks.optional("weight", weight, channels, compute), checks.optional("bias", bias, channels, compute)
         mean, var = checks.running("running_mean", running_mean, channels), checks.running("running_var", running_var, channels)
-        r = r if out is None else _into(r, out, None, **used)
+        r = _into(r, out, **used)
         checks.apart({"running_mean": mean, "running_var": var}, {"x": r.x, "residual": r.residual, "mask": r.mask})
         running = Running(mean, var, momentum, correction)
         if keep and r.mask is not None:
@@ -103,7 +103,7 @@ def _forward(
     var = checks.precise("running_var", running_var, channels, compute)
     w = None if weight is None else checks.precise("weight", weight, channels, compute)
     b = None if bias is None else checks.precise("bias", bias, channels, compute)
-    r = r if out is None else _into(r, out, None, **used)
+    r = _into(r, out, **used)
     r = r if r.mask is None else r._replace(mask=None)
     saved = core.fixed(r, mean, var, w, b, eps) if keep else None
     return core.inference(r, mean, var, w, b, eps), saved
@@ -210,9 +210,7 @@ def batch_norm_forward(
     """
     r, channels = _request(x, layout, axis, threads, activation, residual, mask)
     given = (weight, bias, running_mean, running_var), (momentum, correction, eps)
-    y, saved = _forward(r, channels, *given, training, stats, out, keep=True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _forward(r, channels, *given, training, stats, out, keep=True)
 
 
 @core.direct
@@ -354,8 +352,7 @@ def gradients(
     """As `batch_norm_backward`; `total` adds up sums over all parts of the batch, of which x is one."""
     if not isinstance(saved, Saved):
         raise TypeError(f"saved must be what batch_norm_forward returned, got {type(saved).__name__}")
-    r, saved = _of_saved(x, saved)
-    r = r._replace(threads=checks.threads(threads))
+    r = _of_saved(x, saved)._replace(threads=checks.threads(threads))
     dy = checks.same("dy", dy, r.x)
     wanted = checks.names("wrt", wrt, GRADIENTS)
     held = _held(r.x, r.axis, saved.mask)
@@ -373,7 +370,7 @@ def gradients(
     return core.backward(_into(r, out, dy, **kept), dy, saved, wanted, bool(from_output), total)
 
 
-def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
+def _of_saved(x: object, saved: Saved) -> Request:
     """Check x against what a forward saved, and that itself: kernels read it without looking."""
     array, dtype = checks.array(x)
     checks.like_saved(array, saved.shape, saved.dtype)
@@ -388,13 +385,11 @@ def _of_saved(x: object, saved: Saved) -> tuple[Request, Saved]:
     checks.integer("saved.count", saved.count, 0, MOST_VALUES)
     checks.saved_after(saved, array)
     mask = checks.mask(saved.mask, array, axis)
-    if not saved.training:
-        mask = None
-    elif mask is not None and saved.count < _held(array, axis, mask):
-        raise ValueError(f"saved.mask has {np.count_nonzero(mask)} True positions, but saved.count is {saved.count}")
-    elif mask is None and saved.count < _held(array, axis):
-        raise ValueError(f"saved.count is {saved.count}, but x has {_held(array, axis)} values per channel")
-    return Request(array, axis, dtype, view(array, axis)), saved
+    if saved.training and saved.count < (held := _held(array, axis, mask)):
+        if mask is not None:
+            raise ValueError(f"saved.mask has {held} True positions, but saved.count is {saved.count}")
+        raise ValueError(f"saved.count is {saved.count}, but x has {held} values per channel")
+    return Request(array, axis, dtype, view(array, axis))
 
 
 def _held(x: Array, axis: int, mask: Array | None = None) -> int:

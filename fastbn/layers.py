@@ -92,15 +92,9 @@ class BatchNorm(Tracking, FromOthers):
         layer = cls(sizes[0][0], **taken | dict(found.options) | found.where(options) | options)
         own = ("running_mean", "running_var", "weight", "bias")
         channels = Channels(layer.num_features, f"the layer has {layer.num_features} channels")
-        loaded: dict[str, Array | None] = {}
         for key, (name, value) in zip(own, given.items(), strict=True):
-            vector = getattr(layer, key)
-            if value is None or vector is None:
-                loaded[key] = None
-                continue
-            loaded[key] = checks.vector(name, value, channels, vector.dtype)
-        for key, value in loaded.items():
-            setattr(layer, key, None if value is None else value.copy())
+            first = getattr(layer, key)
+            setattr(layer, key, None if value is None or first is None else checks.vector(name, value, channels, first.dtype).copy())
         layer.track_running_stats &= found.tracks or "track_running_stats" in options
         if layer.num_batches_tracked is not None and found.batches is not None:
             layer.num_batches_tracked = loaded_array("num_batches_tracked", found.batches, layer.num_batches_tracked)
@@ -180,7 +174,8 @@ class BatchNorm(Tracking, FromOthers):
             names = ("running_mean", "running_var", "weight", "bias")
             fixed: dict[str, Any] = {name: None if v is None else np.array(v) for name, v in zip(names, given, strict=True)}
             again = partial(functional.batch_norm_forward, **fixed, training=False, eps=self.eps, **options)
-            self._context = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True, is_written_over(out, x))
+            kept = Context(weakref.ref(x), weakref.ref(cast("Array", residual)), again, True)
+            self._context = OVERWRITTEN if is_written_over(out, x) else kept  # nothing with a residual is had from its output
             return y
         asked = self.communicator if batch and self.training else None
         if asked is not None and stats is None:
@@ -243,8 +238,6 @@ class BatchNorm(Tracking, FromOthers):
         context = self._remembered()
         x, saved = context.found()
         from_output, communicator = context.from_output, context.communicator
-        if from_output and not saved.invertible:
-            raise RuntimeError(OVERWRITTEN)
         if wrt is None:
             wrt = context.gradients(() if self.frozen else ("weight", "bias"), self)
         if communicator is not None:

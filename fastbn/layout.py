@@ -100,9 +100,7 @@ def _shown(layout: object) -> str:
 
 
 def pattern(layout: str) -> str:
-    """Name of the pattern of a contiguous array in a layout; ValueError if the layout is unknown."""
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {_shown(layout)}")
+    """Name of the pattern of a contiguous array in a layout, which is one of `LAYOUTS`."""
     return "nspc" if layout in _CHANNELS_LAST or layout in ("NC", "channels_last") else "ncsp"
 
 

@@ -170,10 +170,11 @@ def on_backward(
 
 
 def targets(
-    call: Call, dy: Array, wanted: tuple[str, ...], out: Array | None, active: bool
+    call: Call, dy: Array, wanted: tuple[str, ...], out: Array | None
 ) -> tuple[Array | None, Array | None, Array | None, Array | None]:
     """Where dx and the residual's gradient go: each array, and the same as the kernel sees it, or None."""
     dx = written = dresidual = written_residual = None
+    active = call.activation is not None
     if "x" in wanted or ("residual" in wanted and active):
         dx, written = call.target(out)
     if "residual" in wanted and active:

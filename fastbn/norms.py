@@ -43,8 +43,8 @@ class _Given(NamedTuple):
     out: Any
 
 
-def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: object) -> tuple[Array, SavedParts | None]:
-    """Run a checked call; weight and bias are what was given, of which `norm` may have copies."""
+def _forward(call: Call, norm: parts.Norm, keep: bool, weight: object, bias: object) -> tuple[Array, Any]:
+    """Run a checked call, and keep SavedParts or None; weight and bias are what was given, of which `norm` may have copies."""
     if call.out is not None:
         checks.apart({"out": call.out}, {"weight": weight, "bias": bias})
     y, memory_of_y = call.target(call.out)
@@ -86,7 +86,7 @@ def _backward(kind: str, dy: object, x: object, saved: object, wrt: object, out:
 def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...], out: Array | None) -> Gradients:
     """Run a checked backward."""
     shape, compute = call.shape, call.dtype.compute
-    dx, written, dresidual, written_residual = targets(call, dy, wanted, out, call.activation is not None)
+    dx, written, dresidual, written_residual = targets(call, dy, wanted, out)
     zero = np.zeros(shape.channels, compute)
     sums = parts.Sums(zero, zero.copy())
     if call.x.size:
@@ -153,15 +153,11 @@ def instance_norm_forward(
     array([4.])
     """
     given = _Given("instance_norm", x, (None, layout, axis), weight, bias, eps, activation, residual, threads, out)
-    y, saved = _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _instance_norm(given, (running_mean, running_var), use_input_stats, momentum, True)
 
 
 @default_mode
-def _instance_norm(
-    given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool
-) -> tuple[Array, SavedParts | Saved | None]:
+def _instance_norm(given: _Given, running: tuple[Any, Any], use_input_stats: Any, momentum: Any, keep: bool) -> tuple[Array, Any]:
     """Check, run, and move the running statistics."""
     running_mean, running_var = running
     kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
@@ -227,10 +223,8 @@ def instance_norm(
         Weight of the new values in the update of the running statistics, as in PyTorch.
     eps : float
         Added to the variance; not negative.
-    layout, axis, activation, residual, out
+    layout, axis, activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -343,12 +337,10 @@ def group_norm_forward(
     >>> fastbn.group_norm_backward(y, x, saved).dweight
     array([1., 1., 1., 1.])
     """
-    y, saved = _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _group_norm(_Given("group_norm", x, (num_groups, layout, axis), weight, bias, eps, activation, residual, threads, out), True)
 
 
-def _group_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
+def _group_norm(given: _Given, keep: bool) -> tuple[Array, Any]:
     if given.divided[0] is None:
         raise TypeError("num_groups must be an int, got None")
     kind, x, divided, weight, bias, eps, activation, residual, threads, out = given
@@ -387,10 +379,8 @@ def group_norm(
         Scale and shift of each channel; None means 1 and 0.
     eps : float
         Added to the variance; not negative.
-    layout, axis, activation, residual, out
+    layout, axis, activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -487,12 +477,10 @@ def layer_norm_forward(
     >>> fastbn.layer_norm_backward(y, x, saved).dweight
     array([2., 2.])
     """
-    y, saved = _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _layer_norm(_Given("layer_norm", x, normalized_shape, weight, bias, eps, activation, residual, threads, out), True)
 
 
-def _layer_norm(given: _Given, keep: bool) -> tuple[Array, SavedParts | None]:
+def _layer_norm(given: _Given, keep: bool) -> tuple[Array, Any]:
     kind, x, normalized_shape, weight, bias, eps, activation, residual, threads, out = given
     call, shape = on_rows(kind, x, normalized_shape, activation, residual, out, threads)
     compute = call.dtype.compute
@@ -526,10 +514,8 @@ def layer_norm(
         Scale and shift of each element of a row; None means 1 and 0.
     eps : float
         Added to the variance; not negative.
-    activation, residual, out
+    activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -633,10 +619,7 @@ def rms_norm_forward(
     >>> fastbn.rms_norm_backward(y, x, saved).dweight
     array([1., 1.])
     """
-    given = _Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out)
-    y, saved = _layer_norm(given, True)
-    assert saved is not None  # noqa: S101  it was asked for
-    return y, saved
+    return _layer_norm(_Given("rms_norm", x, normalized_shape, weight, None, _eps(eps, x), activation, residual, threads, out), True)
 
 
 @core.direct
@@ -663,10 +646,8 @@ def rms_norm(
         Scale of each element of a row; None means 1.
     eps : float, optional
         Added to the mean square. None means the machine epsilon of float64 for float64, else that of float32, as in PyTorch.
-    activation, residual, out
+    activation, residual, threads, out
         As in `batch_norm_forward`.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------

@@ -339,7 +339,7 @@ def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
 
 
 class Sums(NamedTuple):
-    """Gradients of weight and bias; None where not asked for."""
+    """Gradients of weight and bias."""
 
     dweight: Array
     dbias: Array

@@ -150,20 +150,19 @@ def batch_channel_norm_forward(
     elif mean is None or var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     checks.apart({"out": call.out}, {"mix": mix, "weight": weight, "bias": bias, "running_mean": mean, "running_var": var})
-    saved = _mixed(call, (mean, var), (w, b, m), e, trained)
-    stats = saved[1]
+    saved, stats = _mixed(call, (mean, var), (w, b, m), e, trained)
     y, written = call.target(call.out)
     if call.x.size:
         r = None if call.residual is None else call.dense(call.residual)
         after = None if r is None and call.activation is None else Epilogue(call.activation, r)
-        kernels, vectors = core.calls_of(call.dtype, call.activation), saved[0].vectors(compute)
+        kernels, vectors = core.calls_of(call.dtype, call.activation), saved.vectors(compute)
         parts.normalize(kernels, call.dense(call.x), written, call.shape, vectors, call.threads, after)
     y = call.deliver(y, written, call.out)
     if stats is not None and stats.count:
         for old, found in ((mean, stats.mean + stats.mean_lo), (var, variance(stats, unbiased))):
             if isinstance(old, np.ndarray):
                 update_running(old, new * found, new)
-    return y, saved[0]
+    return y, saved
 
 
 def _mixed(
@@ -231,10 +230,8 @@ def batch_channel_norm(
         Scale and shift of each channel; None means 1 and 0.
     training : bool
         Whether to use the batch's own statistics. Each image always uses its own.
-    momentum, eps, layout, axis, activation, residual, correction, out
+    momentum, eps, layout, axis, activation, residual, correction, threads, out
         As in `batch_norm`.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -305,13 +302,12 @@ def batch_channel_norm_backward(
     call, given, target = norm_calls.on_backward("batch_channel_norm", dy, x, saved, wanted, out, threads, 1)
     checks.switch("saved.training", saved.training)
     images, channels, wide = len(call.x), checks.channels_of(call.x, call.axis), np.dtype(np.float64)
-    for name in ("mean", "mean_lo", "invstd", "weight", "bias", "mix"):
+    of_channels, of_images = ("mean", "mean_lo", "invstd", "weight", "bias", "mix"), ("layer_mean", "layer_mean_lo", "layer_invstd")
+    for name in of_channels:
         checks.saved_vector(name, getattr(saved, name), (channels.number,), channels.words, wide)
-    for name in ("layer_mean", "layer_mean_lo", "layer_invstd"):
+    for name in of_images:
         checks.saved_vector(name, getattr(saved, name), (images, 1), f"x has {images} images", wide)
-    vectors = ("mean", "mean_lo", "invstd", "weight", "bias", "mix", "layer_mean", "layer_mean_lo", "layer_invstd")
-    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in vectors})
-    call = call._replace(shape=call.shape._replace(group=1))
+    checks.apart({"out": target}, {f"saved.{name}": getattr(saved, name) for name in of_channels + of_images})
     dx, dresidual, sums = _mixed_gradients(call, given, saved, wanted, target)
     compute = call.dtype.compute
     named = zip(("weight", "bias", "mix"), sums, strict=True)
@@ -326,7 +322,7 @@ def _mixed_gradients(
 ) -> tuple[Array | None, Array | None, tuple[Array, Array, Array]]:
     """Gradients of x and of the residual; and of weight, bias and mix."""
     shape, compute = call.shape, call.dtype.compute
-    dx, written, dresidual, written_residual = norm_calls.targets(call, dy, wanted, out, saved.activation is not None)
+    dx, written, dresidual, written_residual = norm_calls.targets(call, dy, wanted, out)
     if not call.x.size:
         zero = np.zeros(shape.channels)
         return (dx if "x" in wanted else None), dresidual, (zero, zero, zero)
@@ -431,8 +427,8 @@ def batch_renorm_forward(
     options: dict[str, Any] = {"momentum": momentum, "eps": eps, "training": training, "correction": correction}
     options |= {"layout": layout, "axis": axis, "activation": activation, "residual": residual, "threads": threads, "out": out}
     if not checks.switch("training", training):
-        _, saved = found = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
-        return found[0], SavedRenorm(saved, None, None)
+        y, saved = functional.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
+        return y, SavedRenorm(saved, None, None)
     options["stats"] = stats = functional.wide_stats(x, layout, axis, None, threads)
     array, dtype = checks.array(x)
     channels = checks.channels_of(array, checks.channel(array, layout, axis))
@@ -488,13 +484,11 @@ def batch_renorm(
         float32, float64, float16 or bfloat16, with any strides.
     running_mean, running_var : ndarray of shape (C,)
         Running statistics; `running_var` is a variance. In training they are used first and then updated.
-    weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
+    weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, threads, out
         As in `batch_norm`.
     rmax, dmax : float
         Bounds of the correction: of its factor, at least 1, and of its offset, at least 0. 1 and 0 give batch
         normalization; training should begin with these.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------
@@ -695,13 +689,11 @@ def ghost_batch_norm(
     ----------
     x : ndarray of shape (N, C, *spatial), or (N, *spatial, C)
         float32, float64, float16 or bfloat16, with any strides.
-    running_mean, running_var, weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, out
+    running_mean, running_var, weight, bias, training, momentum, eps, layout, axis, activation, residual, correction, threads, out
         As in `batch_norm`; each virtual batch updates the running statistics, in order.
     virtual_batch_size : int
         The most images of a virtual batch. The number of virtual batches is N / `virtual_batch_size`, rounded up; all have
         about the same size.
-    threads : int, optional
-        Number of threads of this call. None means as many as `num_threads` allows, if the call is large enough.
 
     Returns
     -------

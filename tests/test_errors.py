@@ -451,6 +451,13 @@ def test_why_there_is_no_backward(make: Callable[[], Any]) -> None:
         bn.backward(X)
 
 
+def test_a_layer_in_eval_has_no_backward_where_its_sum_was_written_over_the_input() -> None:
+    bn, x = layer(activation="relu").eval(), X.copy()
+    bn(x, X, out=x)
+    with pytest.raises(RuntimeError, match="over which the output was written: give out= memory of its own"):
+        bn.backward(X)
+
+
 def test_merge_takes_nothing_but_statistics() -> None:
     with pytest.raises(TypeError, match="merge takes Stats, got int"):
         fastbn.Stats.merge(1)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastbn.torch  # noqa: F401  which says what is wrong with this PyTorch
 from fastbn.keras.arrays import Plan
+from fastbn.torch.arrays import is_channels_last
 from fastbn.torch.fused import is_ours, run
 from fastbn.torch.operators import IDENTITY, Arguments, is_compiled
 
@@ -26,8 +27,7 @@ def _run(plan: Plan, x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, var: 
         return None
     rest = training, 1.0, plan.eps, plan.activation or IDENTITY
     z = x.movedim(plan.axis, 1)
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(z.dim())
-    if z.is_contiguous() or (last is not None and z.is_contiguous(memory_format=last)):
+    if z.is_contiguous() or is_channels_last(z):
         return run(Arguments(z, None, gamma, beta, mean, var, *rest)).movedim(1, plan.axis)
     # The same memory with fewer axes, in an order that the kernels take; a copy where x itself is in none.
     before, after = prod(x.shape[: plan.axis]), prod(x.shape[plan.axis + 1 :])

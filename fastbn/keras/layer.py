@@ -10,14 +10,12 @@ import keras
 from fastbn import checks
 from fastbn.activations import Builtin
 from fastbn.conventions import KERAS
+from fastbn.dtypes import DTYPES
 from fastbn.keras import composed
 from fastbn.keras.arrays import Plan, computed
 
 ops = keras.ops
 BACKENDS = ("numpy", "torch", "tensorflow", "jax")
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
-
-
 _loaded: dict[str, Any] = {}  # no functools.cache: torch.compile warns of it, and looks through it
 
 
@@ -149,7 +147,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if self.synchronized and backend().replicas() > 1:
             return self._after(super().call(inputs, training=training, mask=mask))
         dtype = keras.backend.standardize_dtype(inputs.dtype)
-        x = inputs if dtype in _DTYPES else ops.cast(inputs, "float32")
+        x = inputs if dtype in DTYPES else ops.cast(inputs, "float32")
         plan = Plan(self.axis % len(x.shape), self.epsilon, self._builtin)
         wide = computed(dtype)
         y = self._train(plan, x, wide, mask) if training and self.trainable else self._infer(plan, x, wide)

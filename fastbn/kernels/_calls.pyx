@@ -176,14 +176,61 @@ cdef class Calls:
         Mean, what it rounds away, and invstd of each part, one below the other; invstd is -1 where the caller must do it.
         None where this takes no such shape.
         """
-        return forward_of_parts(self, x, y, affine, eps, grouping, threads, epilogue)
+        cdef Call call
+        cdef Py_ssize_t group
+        cdef bint centered
+        group, centered = grouping
+        cdef int number = bind_parts(&call, x, group, threads)
+        cdef cnp.npy_intp[2] shape = [3, call.batch * (call.channels // group)]
+        cdef cnp.ndarray made
+        cdef bint rows = call.outer == 1 and call.inner == 1
+        if not are_parts(call.outer, call.inner, group) or (not rows and not centered):
+            return None
+        bind_epilogue(&call, x, epilogue)
+        call.out = target(x, y)
+        enter_affine(&call, number, affine)
+        call.eps, call.uncentered = eps, not centered
+        made = cnp.PyArray_EMPTY(2, shape, number, 0)
+        call.mean, call.mean_lo, call.invstd = row(made, 0), row(made, 1), row(made, 2)
+        left = run(self.table.parts_forward, &call) == LEFT
+        if left:
+            end_scratch()
+        return made, left
 
     def parts_backward(
         self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, kept, affine, grouping,
         threads, epilogue=None
     ):
         """Gradients through the statistics of parts; as `parts.backward`: those of weight and bias, or None where this cannot."""
-        return backward_of_parts(self, (dy, x, dx), kept, affine, grouping, threads, epilogue)
+        cdef Call call
+        cdef Py_ssize_t group
+        cdef bint centered
+        group, centered = grouping
+        mean, mean_lo, invstd = kept[:3]
+        cdef int number = bind_parts(&call, x, group, threads)
+        cdef Py_ssize_t parts = call.batch * (call.channels // group)
+        cdef bint rows = call.outer == 1 and call.inner == 1
+        cdef cnp.npy_intp[2] planes = [2, 0 if rows else call.batch * call.channels]
+        cdef cnp.ndarray sums, made
+        if not are_parts(call.outer, call.inner, group):
+            return None
+        bind_epilogue(&call, x, epilogue)
+        call.dy = like(x, dy)
+        call.out = NULL if dx is None else target(x, dx)
+        call.uncentered = not centered
+        enter_affine(&call, number, affine)
+        for v in (mean, mean_lo, invstd):
+            if not is_plain(v, number) or cnp.PyArray_SIZE(v) != parts:
+                raise ValueError(f"statistics must be vectors of {parts} parts, in the type of the arithmetic")
+        call.mean, call.mean_lo = cnp.PyArray_DATA(<cnp.ndarray> mean), cnp.PyArray_DATA(<cnp.ndarray> mean_lo)
+        call.invstd = cnp.PyArray_DATA(<cnp.ndarray> invstd)
+        sums, made = cnp.PyArray_EMPTY(2, planes, cnp.NPY_DOUBLE, 0), new_vectors(&call, 2, number)
+        call.sum_dy, call.sum_dy_xmu = <double*> row(sums, 0), <double*> row(sums, 1)
+        call.dweight, call.dbias = row(made, 0), row(made, 1)
+        if run(self.table.parts_backward, &call) == LEFT:
+            end_scratch()
+            return None
+        return tuple(made)
 
 
 cdef Status run(call_fn function, Call* call) except *:
@@ -265,7 +312,6 @@ cdef object in_memory(cnp.ndarray a, tuple dims):
     return a.transpose(order).reshape(dims)
 
 
-include "parts_door.pxi"
 include "plain.pxi"
 include "plain_parts.pxi"
 include "prepared.pxi"

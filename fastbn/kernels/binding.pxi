@@ -51,6 +51,24 @@ cdef int bind(Call* call, cnp.ndarray x, threads) except -1:
     return arithmetic(call.dtype)
 
 
+cdef int bind_parts(Call* call, cnp.ndarray x, Py_ssize_t group, threads) except -1:
+    """The same for a call over parts; return NumPy's number of the type of the arithmetic."""
+    if (
+        cnp.PyArray_NDIM(x) != 4 or not is_dense(x) or cnp.PyArray_SIZE(x) == 0 or group < 1
+        or cnp.PyArray_DIM(x, 2) % group != 0 or (cnp.PyArray_DIM(x, 1) > 1 and cnp.PyArray_DIM(x, 3) > 1)
+    ):
+        raise ValueError(
+            "a call over parts needs a C-contiguous and aligned (batch, outer, channels, inner) array, not empty, of which outer or "
+            f"inner is 1, and groups of channels, got shape {(<object> x).shape}, strides {(<object> x).strides}, groups of {group}"
+        )
+    memset(call, 0, sizeof(Call))
+    call.dtype = <Dtype> dtype_of(x)
+    call.x = cnp.PyArray_DATA(x)
+    call.batch, call.outer, call.channels, call.inner = (<object> x).shape
+    call.group, call.threads = group, thread_count(threads)
+    return arithmetic(call.dtype)
+
+
 cdef void* like(cnp.ndarray x, cnp.ndarray a) except NULL:
     """Memory of an array that is laid out as the input."""
     if not cnp.PyArray_SAMESHAPE(a, x) or not is_dense(a) or dtype_of(a) != dtype_of(x):

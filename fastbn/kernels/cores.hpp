@@ -96,7 +96,7 @@ public:
 
     // Whether the caller may use one core only.
     bool bound() const noexcept { return works_ && allowed_.count() == 1; }
-    
+
     // Send a worker there, or give it all cores of the caller's. `given` is what it was given last, by the pool or by
     // whoever made it.
     void apply(int worker, Cores& given) const noexcept { move(worker, given, wanted_); }

@@ -52,7 +52,6 @@ from fastbn.kernels.numba_lanes import (
     BLOCK,
     MEMORY,
     NUMBERS,
-    STORAGE,
     call1,
     call2,
     call3,
@@ -222,7 +221,7 @@ def _evaluator(loop: Loop) -> Any:
 
         return evaluate
 
-    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    own = MEMORY[str(m.number)]
     lanes, store, fill = m.lanes, own.store, own.fill
 
     @_helper(loop.name)
@@ -450,7 +449,7 @@ def _sum_columns(loop: Loop) -> Any:
     terms, unsure = _terms(loop), _unsure(loop)
     is_near, out_of_range = _judge(loop)
     m, number = MEMORY[loop.storage], NUMBERS[MEMORY[loop.storage].number]
-    own = MEMORY["float64" if m.number is types.float64 else "float32"]
+    own = MEMORY[str(m.number)]
     read, element, splat, fma, coarse, finite = m.read, m.element, m.splat, m.fma, m.coarse, m.finite
     load, store, get, put, lanes = own.load, own.store, number.get, number.put, m.lanes
     statistics, shifted = loop.operation == "stats", loop.activation is not None and not loop.undone
@@ -574,7 +573,7 @@ def _map_planes(loop: Loop) -> Any:
 def _map_columns(loop: Loop) -> Any:
     map_block = _map_block(loop)
     m = MEMORY[loop.storage]
-    load, splat, lanes, size = MEMORY["float64" if m.number is types.float64 else "float32"].load, m.splat, m.lanes, m.size
+    load, splat, lanes, size = MEMORY[str(m.number)].load, m.splat, m.lanes, m.size
     gradient, shifted = loop.operation == "grad_input", loop.activation is not None and not loop.undone
 
     def map_columns(job: int, first: int, last: int, start: int, stop: int) -> None:
@@ -647,7 +646,7 @@ def _fold(number: Any) -> tuple[Any, Any]:
 
 
 def _largest(number: Any) -> float:
-    return float(np.finfo(np.float32 if number is types.float32 else np.float64).max)
+    return float(np.finfo(str(number)).max)
 
 
 @_helper("of_tiles")
@@ -917,7 +916,7 @@ def _loop(loop: Loop) -> int:
     """The address of a loop."""
     sums = loop.operation in ("stats", "grad_sums")
     custom = loop.activation is not None and not isinstance(loop.activation, str)
-    number = STORAGE[loop.storage].number
+    number = MEMORY[loop.storage].number
     if custom:
         _check(loop.activation, "derivative" if loop.operation.startswith("grad") else "forward", number)
     try:
@@ -1054,7 +1053,7 @@ def _template(
     kind: int, shape: tuple[int, int, int], storage: str, threads: int, fresh: bool, kept: bool,
     activation: Any, residual: bool, dresidual: bool, undone: bool,
 ) -> _Template:  # fmt: skip
-    job, m = Job(), STORAGE[storage]
+    job, m = Job(), MEMORY[storage]
     gradient, sums, maps = kind >= GRAD_SUMS, kind in _SUMMING, kind not in (STATS, GRAD_SUMS)
     reads = (1 + gradient + (residual and gradient)) if sums else 0
     arrays = (2 + gradient + residual + dresidual) if maps else 0
@@ -1315,13 +1314,13 @@ def warmup(storage: str, patterns: Iterable[str], activation: Any = None) -> Non
     activation : Builtin, Activation or None
     """
     for kind in _SETTLE:
-        _around(STORAGE[storage].number, kind, True)
+        _around(MEMORY[storage].number, kind, True)
     loops = {"ncsp": ("planes", "columns"), "nspc": ("columns",)}  # small planes of many images are columns
     known = _known(activation)
     for pattern in sorted({p for given in patterns for p in loops[given]}):
         _loop(Loop(pattern, "stats", storage))
         _loop(Loop(pattern, "normalize", storage, known))
         if activation is None or not activation.custom or activation.derivative is not None:
-            keeps = activation is not None and activation.costly and STORAGE[storage].size >= 4
+            keeps = activation is not None and activation.costly and MEMORY[storage].size >= 4
             _loop(Loop(pattern, "grad_sums", storage, known, second=keeps))
             _loop(Loop(pattern, "grad_input", storage, None if keeps else known))

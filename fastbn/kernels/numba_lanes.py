@@ -87,21 +87,26 @@ class Storage(NamedTuple):
     name: str
     size: int
     number: Any
+    kind: Any  # LLVM's type of an element
 
 
 STORAGE = {
-    "float32": Storage("float32", 4, types.float32),
-    "float64": Storage("float64", 8, types.float64),
-    "bfloat16": Storage("bfloat16", 2, types.float32),
-    "float16": Storage("float16", 2, types.float32),
+    "float32": Storage("float32", 4, types.float32, ir.FloatType()),
+    "float64": Storage("float64", 8, types.float64, ir.DoubleType()),
+    "bfloat16": Storage("bfloat16", 2, types.float32, _SHORT),
+    "float16": Storage("float16", 2, types.float32, ir.HalfType()),
 }
 
 
 def _emit(result: Any, arguments: tuple[Any, ...], body: Callable[..., Any]) -> Any:
     """An intrinsic of fixed types, from what writes its instructions: body(builder, *values)."""
 
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        found = body(builder, *values)
+        return context.get_dummy_value() if result is types.none else found
+
     def typed(typingctx: Any, *_: Any) -> Any:
-        return result(*arguments), lambda context, builder, signature, values: body(builder, *values)
+        return result(*arguments), generate
 
     names = ", ".join(f"a{i}" for i in range(len(arguments)))
     scope: dict[str, Any] = {"typed": typed}
@@ -139,10 +144,6 @@ def local(builder: Any, kind: Any) -> Any:
         room = builder.alloca(kind)
         room.align = BLOCK
         return room
-
-
-def _memory_type(storage: Storage) -> Any:
-    return {"float32": ir.FloatType(), "float64": ir.DoubleType(), "bfloat16": _SHORT, "float16": ir.HalfType()}[storage.name]
 
 
 def _vector(kind: Any, count: int) -> Any:
@@ -215,30 +216,16 @@ def _narrowed_half(builder: Any, v: Any, count: int) -> Any:
 
 
 class Memory:
-    """Loads and stores of one storage type, and the arithmetic of its type: functions for compiled code.
-
-    Attributes
-    ----------
-    load, store
-        A block at an address and an index of elements.
-    read, write
-        The first n elements of one, if it has more; the other lanes are read as zero. `write` is told whether to write past the
-        caches, which needs whole cache lines.
-    element
-        One element, as float64.
-    splat, fma, first, fill, total, through, counted, activation_inverse, coarse, finite
-        A block of one number; a * b + c; a block's first n lanes, the others zero, or like its first one; the sum of all lanes, as float64;
-        dy times a slope, and 0 where that is 0; a block, and 0 where a slope is 0; x, or x / slope where it is not positive; a block of
-        few digits; zero where a block is infinite or NaN.
-    """
+    """Loads and stores of one storage type, and the arithmetic of its type: functions for compiled code, as the end of `__init__` says."""
 
     def __init__(self, name: str):
         storage = STORAGE[name]
         number = storage.number
         block = BLOCKS[number]
-        count, size, kind = block.count, storage.size, _memory_type(storage)
+        count, size, kind = block.count, storage.size, storage.kind
         raw = ir.VectorType(kind, count)
         lanes = block.vector
+        zero = ir.Constant(lanes, None)
         i64 = types.intp
         masked = size >= 4 or (bool(FEATURES.get("avx512bw", False)) and bool(FEATURES.get("avx512vl", False)))
         # Masks know integers of 16 bits, and half precision not everywhere.
@@ -248,15 +235,13 @@ class Memory:
         def load(builder: Any, address: Any, index: Any) -> Any:
             return _widened(builder, storage, builder.load(_at(builder, address, index, raw, size), align=size), count)
 
-        def store(builder: Any, address: Any, index: Any, v: Any) -> Any:
+        def store(builder: Any, address: Any, index: Any, v: Any) -> None:
             builder.store(_narrowed(builder, storage, v, count), _at(builder, address, index, raw, size), align=size)
-            return ir.Constant(ir.IntType(8).as_pointer(), None)
 
-        def stream(builder: Any, address: Any, index: Any, v: Any) -> Any:
+        def stream(builder: Any, address: Any, index: Any, v: Any) -> None:
             pointer = _at(builder, address, index, raw, size)
             done = builder.store(_narrowed(builder, storage, v, count), pointer, align=64)
             done.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
-            return ir.Constant(ir.IntType(8).as_pointer(), None)
 
         def read(builder: Any, address: Any, index: Any, n: Any) -> Any:
             room = local(builder, lanes)
@@ -267,7 +252,7 @@ class Memory:
                     builder.store(load_part(builder, address, index, n), room)
             return builder.load(room)
 
-        def write(builder: Any, address: Any, index: Any, v: Any, n: Any, nontemporal: Any) -> Any:
+        def write(builder: Any, address: Any, index: Any, v: Any, n: Any, nontemporal: Any) -> None:
             with builder.if_else(builder.icmp_signed(">=", n, WORD(count)), likely=True) as (whole, part):
                 with whole, builder.if_else(builder.icmp_signed("!=", nontemporal, WORD(0))) as (past, through):
                     with past:
@@ -276,7 +261,6 @@ class Memory:
                         store(builder, address, index, v)
                 with part:
                     store_part(builder, address, index, v, n)
-            return ir.Constant(ir.IntType(8).as_pointer(), None)
 
         def copy(builder: Any, to: Any, source: Any, n: Any) -> None:
             nbytes = builder.mul(n, WORD(size))
@@ -293,7 +277,7 @@ class Memory:
             copy(builder, room, _at(builder, address, index, raw, size), n)
             return _widened(builder, storage, builder.load(room), count)
 
-        def store_part(builder: Any, address: Any, index: Any, v: Any, n: Any) -> Any:
+        def store_part(builder: Any, address: Any, index: Any, v: Any, n: Any) -> None:
             v = _narrowed(builder, storage, v, count)
             if masked:
                 pointer = _at(builder, address, index, plain, size)
@@ -303,7 +287,6 @@ class Memory:
                 room = local(builder, raw)
                 builder.store(v, room)
                 copy(builder, _at(builder, address, index, raw, size), room, n)
-            return ir.Constant(ir.IntType(8).as_pointer(), None)
 
         def element(builder: Any, address: Any, index: Any) -> Any:
             v = _widened(builder, storage, builder.load(_at(builder, address, index, kind, size), align=size), 0)
@@ -320,7 +303,7 @@ class Memory:
             return builder.fadd(builder.fmul(a, b), c)
 
         def first(builder: Any, v: Any, n: Any) -> Any:
-            return builder.select(_first(builder, n, count), v, ir.Constant(lanes, None))
+            return builder.select(_first(builder, n, count), v, zero)
 
         def fill(builder: Any, v: Any, n: Any) -> Any:
             words = ir.VectorType(ir.IntType(32), count)
@@ -336,15 +319,13 @@ class Memory:
             return value if number is types.float64 else builder.fpext(value, ir.DoubleType())
 
         def through(builder: Any, dy: Any, slope: Any) -> Any:
-            zero = ir.Constant(lanes, None)
             return builder.select(builder.fcmp_ordered("==", slope, zero), zero, builder.fmul(dy, slope))
 
         def counted(builder: Any, v: Any, slope: Any) -> Any:
-            zero = ir.Constant(lanes, None)
             return builder.select(builder.fcmp_ordered("==", slope, zero), zero, v)
 
         def activation_inverse(builder: Any, v: Any, slope: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", v, ir.Constant(lanes, None)), v, builder.fdiv(v, slope))
+            return builder.select(builder.fcmp_ordered(">", v, zero), v, builder.fdiv(v, slope))
 
         def coarse(builder: Any, v: Any) -> Any:
             bits, dropped = number.bitwidth, 16 if number is types.float32 else 45
@@ -353,27 +334,28 @@ class Memory:
             return builder.bitcast(kept, lanes)
 
         def finite(builder: Any, v: Any) -> Any:
-            zero = ir.Constant(lanes, None)
             return builder.select(builder.fcmp_ordered("==", builder.fsub(v, v), zero), v, zero)
 
         self.lanes = count
-        self.size = size
+        self.size = size  # bytes of an element
         self.number = number
+        # A block at an address and an index of elements; the same of n elements, if it has more: its other lanes are read as zero.
+        # `write` is told whether to write past the caches, which needs whole cache lines.
         self.load = _emit(block, (i64, i64), load)
         self.store = _emit(types.none, (i64, i64, block), store)
         self.read = _emit(block, (i64, i64, i64), read)
         self.write = _emit(types.none, (i64, i64, block, i64, i64), write)
-        self.element = _emit(types.float64, (i64, i64), element)
-        self.splat = _emit(block, (types.float64,), splat)
-        self.fma = _emit(block, (block, block, block), fma)
-        self.first = _emit(block, (block, i64), first)
-        self.fill = _emit(block, (block, i64), fill)
-        self.total = _emit(types.float64, (block,), total)
-        self.through = _emit(block, (block, block), through)
-        self.counted = _emit(block, (block, block), counted)
-        self.activation_inverse = _emit(block, (block, block), activation_inverse)
-        self.coarse = _emit(block, (block,), coarse)
-        self.finite = _emit(block, (block,), finite)
+        self.element = _emit(types.float64, (i64, i64), element)  # one element
+        self.splat = _emit(block, (types.float64,), splat)  # a block of one number
+        self.fma = _emit(block, (block, block, block), fma)  # a * b + c
+        self.first = _emit(block, (block, i64), first)  # the first n lanes; the others are zero
+        self.fill = _emit(block, (block, i64), fill)  # the same; the others are as the first one
+        self.total = _emit(types.float64, (block,), total)  # the sum of all lanes
+        self.through = _emit(block, (block, block), through)  # dy times a slope, and 0 where that is 0
+        self.counted = _emit(block, (block, block), counted)  # a block, and 0 where a slope is 0
+        self.activation_inverse = _emit(block, (block, block), activation_inverse)  # x, or x / slope where it is not positive
+        self.coarse = _emit(block, (block,), coarse)  # a block of few digits
+        self.finite = _emit(block, (block,), finite)  # zero where a block is infinite or NaN
 
 
 MEMORY = {name: Memory(name) for name in STORAGE}
@@ -391,9 +373,8 @@ class Numbers:
         def get(builder: Any, address: Any, index: Any) -> Any:
             return builder.load(_at(builder, address, index, kind, size), align=size)
 
-        def put(builder: Any, address: Any, index: Any, value: Any) -> Any:
+        def put(builder: Any, address: Any, index: Any, value: Any) -> None:
             builder.store(value, _at(builder, address, index, kind, size), align=size)
-            return ir.Constant(ir.IntType(8).as_pointer(), None)
 
         self.get = _emit(number, (types.intp, types.intp), get)
         self.put = _emit(types.none, (types.intp, types.intp, number), put)
@@ -414,15 +395,14 @@ def fields_of(record: Any) -> Any:
     return intrinsic(typed)
 
 
-def _invoke(builder: Any, function: Any, *arguments: Any) -> Any:
+def _invoke(builder: Any, function: Any, *arguments: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
     builder.call(builder.inttoptr(function, kind.as_pointer()), arguments)
-    return ir.Constant(ir.IntType(8).as_pointer(), None)
 
 
-def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, threads: Any, reverse: Any, nbytes: Any) -> Any:
+def _parallel(builder: Any, function: Any, unit: Any, job: Any, units: Any, threads: Any, reverse: Any, nbytes: Any) -> None:
     threads, reverse = builder.trunc(threads, ir.IntType(32)), builder.trunc(reverse, ir.IntType(32))
-    return _invoke(builder, function, unit, job, units, threads, reverse, nbytes, WORD(0))
+    _invoke(builder, function, unit, job, units, threads, reverse, nbytes, WORD(0))
 
 
 def _least(builder: Any, a: Any, b: Any) -> Any:
@@ -440,9 +420,8 @@ def _next(builder: Any, address: Any) -> Any:
     return builder.atomic_rmw("add", builder.inttoptr(address, WORD.as_pointer()), WORD(1), "monotonic")
 
 
-def _fence(builder: Any) -> Any:
+def _fence(builder: Any) -> None:
     builder.fence("seq_cst")
-    return ir.Constant(ir.IntType(8).as_pointer(), None)
 
 
 STACK = 8192  # bytes of the buffer that `stack` gives, for as long as the function runs

@@ -76,13 +76,13 @@ def _matches(count: int, vector: Array, node: Node) -> None:
         raise Stays(f"{node.own_name} has {count} channels, and it has {vector.size}")
 
 
-def _bias(node: Node, index: int, count: int, like: Array) -> tuple[Array, np.dtype[Any]]:
+def _bias(node: Node, count: int, like: Array) -> tuple[Array, np.dtype[Any]]:
     """The bias of a node, of zeros where it has none, and the dtype that it is stored in."""
-    if not node.input(index):
+    if not node.input(2):
         return np.zeros(count), like.dtype
-    value, wide = weights(node, index, 1)
+    value, wide = weights(node, 2, 1)
     if len(wide) != count:
-        raise Stays(f"{node.input(index)} has {len(wide)} numbers, and {node.own_name} {count} channels")
+        raise Stays(f"{node.input(2)} has {len(wide)} numbers, and {node.own_name} {count} channels")
     return wide, value.dtype
 
 
@@ -106,7 +106,7 @@ def _kernel(node: Node) -> tuple[Array, Array, int]:
 def _conv(node: Node, scale: Array, shift: Array) -> Change:
     weight, wide, _ = _kernel(node)
     _matches(len(wide), scale, node)
-    bias, dtype = _bias(node, 2, scale.size, weight)
+    bias, dtype = _bias(node, scale.size, weight)
     new = stored(wide * shaped(scale, 0, wide.ndim), weight.dtype, 0)
     return _with_bias(node, (1, new), bias * scale + shift, dtype)
 
@@ -114,7 +114,7 @@ def _conv(node: Node, scale: Array, shift: Array) -> Change:
 def _conv_transpose(node: Node, scale: Array, shift: Array) -> Change:
     weight, wide, groups = _kernel(node)
     _matches(wide.shape[1] * groups, scale, node)
-    bias, dtype = _bias(node, 2, scale.size, weight)
+    bias, dtype = _bias(node, scale.size, weight)
     # Weights are (inputs, outputs of a group, ...), and the inputs of a group lie one behind the other.
     grouped = wide.reshape(groups, -1, *wide.shape[1:])
     new = stored((grouped * scale.reshape(groups, 1, -1, *[1] * (wide.ndim - 2))).reshape(wide.shape), weight.dtype, 1)
@@ -167,7 +167,7 @@ def _norm(node: Node, scale: Array, shift: Array) -> Change:
             raise Stays(f"{node.own_name} before it cannot take it: {reason}") from None
     weight, wide = weights(node, 1, 1)
     _matches(wide.size, scale, node)
-    bias, dtype = _bias(node, 2, scale.size, weight)
+    bias, dtype = _bias(node, scale.size, weight)
     known = node.scope.type_of(node.input(0))
     if known is not None and known.dtype.name in DTYPES:  # from opset 15 on, it may be wider than both
         dtype = min(dtype, known.dtype, key=lambda one: DTYPES[one.name].step)
@@ -215,7 +215,7 @@ def _before_conv(node: Node, data: int, scale: Array, shift: Array) -> Change:
     _matches(wide.shape[1] * groups, scale, node)
     if shift.any() and _pads(node, wide.shape[2:]):
         raise Stays(f"{node.own_name} after it pads with zeros, to which its shift must not apply")
-    bias, dtype = _bias(node, 2, len(wide), weight)
+    bias, dtype = _bias(node, len(wide), weight)
     grouped = wide.reshape(groups, -1, *wide.shape[1:])
     along = (groups, 1, -1, *[1] * (wide.ndim - 2))
     bias = bias + (grouped * shift.reshape(along)).reshape(len(wide), -1).sum(1)

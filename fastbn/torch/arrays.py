@@ -22,6 +22,11 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # the orders of memo
 TYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.float16: "<f2", torch.bfloat16: "<V2"}
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor lies in one of these orders; one may be contiguous, too."""
+    return tensor.dim() in LAST and tensor.is_contiguous(memory_format=LAST[tensor.dim()])
+
+
 class _Memory:
     """What NumPy reads an array from; it keeps the tensor alive."""
 

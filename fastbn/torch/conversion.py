@@ -128,13 +128,13 @@ class Converted(Derived):
 
     def extra_repr(self) -> str:
         """As the layer's own, and what is expected to follow."""
-        of_layer: str = super().extra_repr()  # type: ignore[misc]
-        state: Steps | None = self.__dict__.get(STEPS)
-        if state is None:
-            return of_layer
-        names = [name for name, expected in (("add", state.sum), ("activation", state.activation)) if expected]
+        own: str = super().extra_repr()  # type: ignore[misc]
+        steps: Steps | None = self.__dict__.get(STEPS)
+        if steps is None:
+            return own
+        names = [name for name, expected in (("add", steps.sum), ("activation", steps.activation)) if expected]
         kind = kind_of(self) if isinstance(self, ConvertedParts) else "batch_norm"
-        return f"{of_layer}, fastbn={' + '.join([kind, *names])}"
+        return f"{own}, fastbn={' + '.join([kind, *names])}"
 
 
 class ConvertedParts(Converted):

@@ -29,7 +29,7 @@ from torch import Tensor, fx, nn
 from torch.nn import Module, Parameter, Sequential
 
 from fastbn.activations import BUILTINS, Builtin
-from fastbn.torch.arrays import LAST
+from fastbn.torch.arrays import is_channels_last
 from fastbn.torch.derived import Derived, own_class
 from fastbn.torch.freezing import stay_frozen
 from fastbn.torch.fused import is_ours, run
@@ -476,7 +476,7 @@ class Pending(Standing):
             return False
         if first.is_contiguous() and x.is_contiguous():
             return True
-        return x.dim() in LAST and all(t.is_contiguous(memory_format=LAST[x.dim()]) for t in (first, x))
+        return is_channels_last(first) and is_channels_last(x)
 
     def plus(self, other: Any, in_place: bool) -> Any:
         """The sum with a residual, or None if it must be computed apart."""

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrize import is_parametrized
 
-from fastbn.torch.arrays import LAST
+from fastbn.torch.arrays import LAST, is_channels_last
 from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import is_frozen
 from fastbn.torch.graph import OF_ROWS, Graph, check, check_called, copied, is_batch_norm, norms, trace, unseen
@@ -182,9 +182,7 @@ def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
 
 
 def _format(like: Tensor) -> torch.memory_format:
-    known = LAST.get(like.dim())
-    last = known is not None and not like.is_contiguous() and like.is_contiguous(memory_format=known)
-    return known if last and known is not None else torch.contiguous_format
+    return LAST[like.dim()] if is_channels_last(like) and not like.is_contiguous() else torch.contiguous_format
 
 
 def _take(layer: Any, other: Any, backwards: bool) -> None:

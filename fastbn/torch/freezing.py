@@ -22,9 +22,9 @@ def is_frozen(layer: nn.Module) -> bool:
     return stay_frozen in layer._forward_pre_hooks.values()
 
 
-def _layers(model: nn.Module) -> list[Any]:
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     check(model)
-    return [layer for _, layer in norms(model) if is_batch_norm(layer)]
+    return [(path, layer) for path, layer in norms(model) if is_batch_norm(layer)]
 
 
 def _affine(layer: nn.Module) -> list[nn.Parameter]:
@@ -76,10 +76,9 @@ def freeze(model: nn.Module, *, parameters: bool = True) -> int:
     """
     count = 0
     layers = _layers(model)
-    for path, layer in norms(model):
-        if is_batch_norm(layer):
-            check_called(layer, path)
-    for layer in layers:
+    for path, layer in layers:
+        check_called(layer, path)
+    for _, layer in layers:
         if is_frozen(layer) or layer.running_mean is None:  # without statistics of its own it needs the batch's
             continue
         affine = _affine(layer)
@@ -117,7 +116,7 @@ def unfreeze(model: nn.Module) -> int:
     (1, 1, True)
     """
     count = 0
-    for layer in _layers(model):
+    for _, layer in _layers(model):
         if not is_frozen(layer):
             continue
         for p, required in zip(_affine(layer), layer.__dict__[STATE], strict=False):

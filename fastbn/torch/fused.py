@@ -17,10 +17,10 @@ from fastbn import checks
 from fastbn.activations import Activation
 from fastbn.functional import ActivationLike
 from fastbn.torch import own
+from fastbn.torch.arrays import TYPES
 from fastbn.torch.operators import IDENTITY, Arguments, attempt, gradients, gradients_from_output, in_graph, keep, kept
 from fastbn.torch.override import is_enabled
 
-DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
 # Bytes of x below which the way through Python takes longer than the passes over memory that it saves.
 SMALLEST = 512 << 10
 
@@ -50,7 +50,7 @@ def is_ours(x: Tensor, least: int | None = None) -> bool:
     least = SMALLEST if least is None else least
     if not isinstance(x, Tensor) or x.is_nested or not x.is_cpu or x.layout is not torch.strided:
         return False
-    if x.dtype not in DTYPES or not 2 <= x.dim() <= 16:
+    if x.dtype not in TYPES or not 2 <= x.dim() <= 16:
         return False
     # An autograd.Function has no rule for functorch and forward mode.
     if torch._C._are_functorch_transforms_active():

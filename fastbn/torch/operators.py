@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbn.activations import BUILTINS, Builtin
-from fastbn.torch.arrays import LAST
+from fastbn.torch.arrays import LAST, is_channels_last
 from fastbn.torch.override import ready
 
 F = torch.nn.functional
@@ -138,9 +138,8 @@ def compiled() -> Any:
 
 def _order(x: Tensor) -> Any:
     """The order of memory that torch gives the output of batch norm."""
-    last = LAST.get(x.dim())
-    kept = last is not None and not x.is_contiguous() and (x.is_contiguous(memory_format=last) or _has_gaps(x))
-    return last if kept else torch.contiguous_format
+    kept = x.dim() in LAST and not x.is_contiguous() and (is_channels_last(x) or _has_gaps(x))
+    return LAST[x.dim()] if kept else torch.contiguous_format
 
 
 def _like(x: Tensor) -> Tensor:

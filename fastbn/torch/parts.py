@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbn import norms
 from fastbn.activations import Builtin
 from fastbn.results import SavedParts
-from fastbn.torch.arrays import LAST, array_of, computable, new_like, on_torchs_threads, vector
+from fastbn.torch.arrays import array_of, computable, is_channels_last, new_like, on_torchs_threads, vector
 from fastbn.torch.fused import is_ours, is_overridden
 from fastbn.torch.operators import IDENTITY, LIBRARY, NUMBERS, after, builtin_named, gradients_of, in_words, keep_bias, kept_bias
 
@@ -98,7 +98,7 @@ class Parts(NamedTuple):
 
     def _has_groups(self) -> bool:
         x, groups = self.x, self.parts
-        if not (x.is_contiguous() or (x.dim() in LAST and x.is_contiguous(memory_format=LAST[x.dim()]))):
+        if not (x.is_contiguous() or is_channels_last(x)):
             return False  # torch's output is in another order
         if type(groups) is not int or groups < 1 or x.shape[1] % groups:
             return False

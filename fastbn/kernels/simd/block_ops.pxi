@@ -220,7 +220,8 @@ cdef inline bint out_of_range(TypedCall[Sum, T]* job, Py_ssize_t index) noexcept
     """Whether the sums at an index left the range in which they keep their digits."""
     if Sum is Stats:
         return not Block[T].in_range(job.dots[index], job.sums[index], job.pivots[index])
-    return not Block[T].in_range(job.dots[index], 0, 1)
+    else:
+        return not Block[T].in_range(job.dots[index], 0, 1)
 
 
 cdef void sum_in_double(

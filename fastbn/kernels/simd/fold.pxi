@@ -74,6 +74,11 @@ cdef inline void put_vector(void* vector, Py_ssize_t first, Py_ssize_t n, const 
         Block[T].set_value(vector, first + i, values[i])
 
 
+cdef inline double narrow(double scale, double most) noexcept nogil:
+    """A scale that is finite stays so in the type of the arithmetic: where x is the mean, 0 times it must be 0."""
+    return min(max(scale, -most), most) if isfinite(scale) else scale
+
+
 cdef void fold_few(
     Work* job, Py_ssize_t first, Py_ssize_t n, const double* low, const double* invstd, double* scale, T* tag
 ) noexcept nogil:
@@ -86,8 +91,7 @@ cdef void fold_few(
     get_vector(shift, job.bias, first, n, 0, tag)
     for i in range(n):
         scale[i] = invstd[i] * scale[i]
-        # Where x is the mean, 0 times the scale must be 0: a finite one is none too large for the type.
-        kept[i] = min(max(scale[i], -most), most) if isfinite(scale[i]) else scale[i]
+        kept[i] = narrow(scale[i], most)
         shift[i] -= lost(low[i], scale[i])
     put_vector(job.scale, first, n, kept, tag)
     put_vector(job.shift, first, n, shift, tag)

@@ -23,11 +23,6 @@ cdef inline void fold_part(TypedCall[Forward, T]* job, Py_ssize_t c, double* low
     Block[T].set_value(job.invstd, c, invstd[0])
 
 
-cdef inline double narrow(double scale, double most) noexcept nogil:
-    """A scale that is finite stays so in the type of the arithmetic."""
-    return min(max(scale, -most), most) if isfinite(scale) else scale
-
-
 cdef double set_planes(Work* job, Py_ssize_t part, Py_ssize_t at, double mean, double low, double invstd, T* tag) noexcept nogil:
     """Set the parameters of the planes of a part, the first of which has weight number `at`; the largest of their scales."""
     cdef double scale, shift, largest = 0, most = Block[T].largest()
@@ -269,13 +264,6 @@ cdef void fold_parts_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_
         start = at if at < job.period else 0
 
 
-cdef void sum_planes_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
-    if Backward is GradInput:
-        sum_channels(<TypedCall[GradSums, T]*> job, first, last)
-    else:
-        sum_channels(<TypedCall[FusedGradSums, T]*> job, first, last)
-
-
 cdef void backward_parts_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noexcept nogil:
     """Several parts: sums, then, while they are in the cache, the map."""
     cdef Py_ssize_t first = unit * job.channels_per_unit, last = min(first + job.channels_per_unit, job.channels), end
@@ -285,7 +273,7 @@ cdef void backward_parts_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noex
     while first < last:
         end = min(first + job.channels_per_pass, last)
         expect_outputs(job, first, end)
-        sum_planes_gradient(job, first, end)
+        sum_gradient(job, first, end)
         merge_sums(job, first, end)
         fold_parts_gradient(job, first, end)
         if job.dz != NULL:
@@ -299,17 +287,10 @@ cdef void backward_parts_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noex
 
 cdef void sum_and_map_gradient(TypedCall[Backward, T]* job, const Plan* p) noexcept nogil:
     """A gradient whose map waits for all sums."""
-    if Backward is GradInput:
-        run_sums(<TypedCall[GradSums, T]*> job)
-    else:
-        run_sums(<TypedCall[FusedGradSums, T]*> job)
+    run_gradient_sums(job)
     fold_parts_gradient(job, 0, job.channels)
     if job.out != NULL:
         run_backward_map(job, p)
-
-
-cdef inline int reads_of(const Call* job) noexcept nogil:
-    return 2 + (job.residual != NULL)
 
 
 cdef inline int arrays_of(const Work* job) noexcept nogil:

@@ -20,7 +20,7 @@ cdef void map_unit(TypedCall[Map, T]* job, Py_ssize_t unit) noexcept nogil:
     cdef Py_ssize_t pieces, first, groups
     cdef Arrays[T] a = job.arrays()
     if job.by_columns:
-        groups = (job.columns + job.channels_per_unit - 1) // job.channels_per_unit
+        groups = div_up(job.columns, job.channels_per_unit)
         first = unit % groups * job.channels_per_unit
         if unit == 0 and job.peel > 0:
             map_rows(job, &a, job.peel, 1, -job.peel, job.peel, False)
@@ -33,7 +33,7 @@ cdef void map_unit(TypedCall[Map, T]* job, Py_ssize_t unit) noexcept nogil:
         first = unit * (job.elements_per_unit // job.inner)
         map_whole(job, first, min(job.elements_per_unit // job.inner, job.outer * job.channels - first))
     else:
-        pieces = (job.inner + job.elements_per_unit - 1) // job.elements_per_unit
+        pieces = div_up(job.inner, job.elements_per_unit)
         first = unit % pieces * job.elements_per_unit
         map_planes(job, unit // pieces, 1, first, min(job.elements_per_unit, job.inner - first))
     if job.nontemporal:
@@ -50,6 +50,14 @@ cdef void sum_channels(TypedCall[Sum, T]* job, Py_ssize_t first, Py_ssize_t last
         for tile in range(job.tiles):
             sum_planes(job, first, min(first + PLANES, last), tile)
         first += PLANES
+
+
+cdef inline void sum_gradient(TypedCall[Backward, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
+    """The same for a gradient, of which a call of both is known by its map."""
+    if Backward is GradInput:
+        sum_channels(<TypedCall[GradSums, T]*> job, first, last)
+    else:
+        sum_channels(<TypedCall[FusedGradSums, T]*> job, first, last)
 
 
 cdef void map_group(TypedCall[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -136,10 +144,7 @@ cdef void backward_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noexcept n
         if job.folds:
             fold_given(job, first, end, <T*> NULL)
         expect_outputs(job, first, end)
-        if Backward is GradInput:
-            sum_channels(<TypedCall[GradSums, T]*> job, first, end)
-        else:
-            sum_channels(<TypedCall[FusedGradSums, T]*> job, first, end)
+        sum_gradient(job, first, end)
         merge_sums(job, first, end)
         fold_gradient(<TypedCall[GradSums, T]*> job, first, end)
         if only_scales(job):
@@ -151,6 +156,11 @@ cdef void backward_unit(TypedCall[Backward, T]* job, Py_ssize_t unit) noexcept n
         first = end
     if job.nontemporal:
         fence()
+
+
+cdef inline int reads_of(const Call* call) noexcept nogil:
+    """Arrays that a gradient reads."""
+    return 2 + (call.residual != NULL)
 
 
 cdef inline bint is_fused(const Call* call) noexcept nogil:
@@ -257,6 +267,14 @@ cdef void run_sums(TypedCall[Sum, T]* job) noexcept nogil:
         merge_stats(job, 0, job.channels)
     else:
         merge_sums(job, 0, job.channels)
+
+
+cdef inline void run_gradient_sums(TypedCall[Backward, T]* job) noexcept nogil:
+    """The same for a gradient, of which a call of both is known by its map."""
+    if Backward is GradInput:
+        run_sums(<TypedCall[GradSums, T]*> job)
+    else:
+        run_sums(<TypedCall[FusedGradSums, T]*> job)
 
 
 cdef void set_parameters(TypedCall[Map, T]* job, bint as_they_are) noexcept nogil:
@@ -368,7 +386,7 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
     cdef Py_ssize_t c
     cdef bint sums = not job.frozen or job.dweight != NULL or job.dbias != NULL or job.sum_dy != NULL
     cdef bint given = job.scale != NULL
-    cdef int reads = 2 + (job.residual != NULL), touched = reads + 1 + (job.dresidual != NULL), arrays = touched
+    cdef int reads = reads_of(job), touched = reads + 1 + (job.dresidual != NULL), arrays = touched
     if sums and job.invstd != NULL and is_far(job):
         return LEFT
     if Backward is FusedGradInput and sums and job.out != NULL:
@@ -391,10 +409,7 @@ cdef Status backward_call(TypedCall[Backward, T]* job) noexcept nogil:
         parallel(<unit_fn> backward_unit[Backward, T], job, job.units, job.threads, False, job.bytes, job.host)
         return DONE
     if sums:
-        if Backward is GradInput:
-            run_sums(<TypedCall[GradSums, T]*> job)
-        else:
-            run_sums(<TypedCall[FusedGradSums, T]*> job)
+        run_gradient_sums(job)
         fold_gradient(<TypedCall[GradSums, T]*> job, 0, job.channels)
     if job.out != NULL:
         run_backward_map(job, &p)
