@@ -38,7 +38,8 @@ class Layer(NamedTuple):
     dead : int
         Channels whose weight is nearly 0.
     before, after : str
-        What torch.fx finds there: a class, a function, "several" or "unknown".
+        What torch.fx finds there: a class, a function, "several", "unknown", or "the input" and "the output": those "of" a part, where
+        that was traced by itself.
     fold : str
         What can take it in inference, or why nothing can.
     """
