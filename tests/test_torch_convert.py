@@ -190,6 +190,10 @@ LEFT = {
     "hooks around": (lambda: hooked(nn.Sequential(sequential(nn.BatchNorm2d(4)), nn.ReLU()), "0"), "0 has hooks"),
     "synchronized": (lambda: sequential(nn.SyncBatchNorm(4), nn.ReLU()).eval(), "it is synchronized"),
     "running statistics": (lambda: sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU()), "it has running statistics"),
+    "a part by itself": (
+        lambda: Body(lambda m, x: m.bn(m.conv(x)).relu() if x.sum() < 1e9 else x, bn=nn.Sequential(nn.BatchNorm2d(4))),
+        "the output of bn follows",
+    ),
     "untraceable": (lambda: Body(lambda m, x: m.bn(m.conv(x)).relu() if x.sum() < 1e9 else x), "what calls it cannot be traced"),
 }  # fmt: skip
 

@@ -154,6 +154,15 @@ class Parts(nn.Module):
         return self.bn(self.part(x)) if x.shape[0] > 0 and bool(x.sum() < 1e9) else x
 
 
+class PartAlone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.BatchNorm2d(3))
+
+    def forward(self, x: Any) -> Any:
+        return self.part(x).relu() if bool(x.sum() < 1e9) else x
+
+
 def hooked() -> Any:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     model[0].register_forward_hook(lambda *_: None)
@@ -201,6 +210,7 @@ LEFT = {
         "it stands between ParametrizedConv2d and the output",
     ),
     "alone": (lambda: nn.BatchNorm2d(3), "", "it stands between the input and the output"),
+    "a part by itself": (PartAlone, "part.0", "it stands between the input of part and the output of part"),
 }
 
 

@@ -208,6 +208,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "options": (ValueError, "takes no other options", lambda m: fastbn.torch.update_bn(m, [], exact=False, tolerance=0.1)),
     "no layer": (ValueError, "no batch norm with running", lambda m: fastbn.torch.update_bn(nn.ReLU(), [])),
     "lazy": (ValueError, "the model is a lazy batch norm", lambda m: fastbn.torch.update_bn(nn.LazyBatchNorm1d(), [])),
+    "meta": (ValueError, "bn lies on the meta device", lambda m: fastbn.torch.update_bn(copy.deepcopy(m).to("meta"), batches())),
     "nothing": (ValueError, "no batch reached a batch norm", lambda m: fastbn.torch.update_bn(m, [])),
     "one": (ValueError, "Expected more than 1 value", lambda m: fastbn.torch.update_bn(m, [batches()[0][:1]])),
     "empty": (ValueError, "layer 'bn' needs at least 2 values per channel, and 0", lambda m: fastbn.torch.update_bn(m, [batches()[0][:0]])),

@@ -82,7 +82,7 @@ class Place(NamedTuple):
     apart : bool
         Whether nothing else reads what the module before it returns.
     before_is, after_is : str
-        What they are called: a class, a function, "several", or "the input" and "the output".
+        What they are called: a class, a function, "several", or "the input" and "the output", "of" a part that was traced by itself.
     """
 
     calls: int = 0
@@ -136,6 +136,10 @@ class Piece(NamedTuple):
     nodes: list[fx.Node]
     stored: set[fx.Node]
     read: set[str]
+
+    def edge(self, which: str) -> str:
+        """What its "input" or "output" is called: that of a part of the model is not the model's."""
+        return f"the {which} of {self.prefix[:-1]}" if self.prefix else f"the {which}"
 
 
 class _Reads(TorchFunctionMode):
@@ -413,26 +417,26 @@ def _read(piece: Piece, whole: Graph, names: dict[int, list[str]]) -> None:
     for node in piece.nodes:
         if node.op == "call_module" and isinstance(piece.module.get_submodule(str(node.target)), NORMS):
             path = piece.prefix + str(node.target)
-            whole.places[path] = _place(piece.module, node, piece.prefix, whole.calls[path])
+            whole.places[path] = _place(piece, node, whole.calls[path])
 
 
-def _place(piece: nn.Module, node: fx.Node, prefix: str, calls: int) -> Place:
+def _place(piece: Piece, node: fx.Node, calls: int) -> Place:
     sources, users = node.all_input_nodes, list(node.users)
-    before, before_is = _one(piece, sources, prefix, "the input")
-    after, after_is = _one(piece, users, prefix, "the output")
+    before, before_is = _one(piece, sources, "input")
+    after, after_is = _one(piece, users, "output")
     apart = len(sources) == 1 and len(sources[0].users) == 1
     return Place(calls, before, after, apart, before_is, after_is)
 
 
-def _one(piece: nn.Module, nodes: list[fx.Node], prefix: str, edge: str) -> tuple[str, str]:
+def _one(piece: Piece, nodes: list[fx.Node], edge: str) -> tuple[str, str]:
     """Path and name of what one node calls."""
     if len(nodes) != 1:
         return "", "several" if nodes else "nothing"
     (node,) = nodes
     if node.op == "call_module":
-        return prefix + str(node.target), type(piece.get_submodule(str(node.target))).__name__
+        return piece.prefix + str(node.target), type(piece.module.get_submodule(str(node.target))).__name__
     if node.op in {"placeholder", "output"}:
-        return "", edge
+        return "", piece.edge(edge)
     return "", str(getattr(node.target, "__name__", node.target))
 
 

@@ -38,7 +38,8 @@ class Layer(NamedTuple):
     dead : int
         Number of channels whose weight is nearly 0.
     before, after : str
-        The neighbor that torch.fx finds: a class, a function, "several" or "unknown".
+        The neighbor that torch.fx finds: a class, a function, "several" or "unknown"; "the input" and "the output" of the model, or
+        of a part that was traced by itself.
     fold : str
         Which neighbor can absorb it in inference, or why none can.
     """

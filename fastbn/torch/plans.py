@@ -215,6 +215,13 @@ def _within(piece: Piece, nodes: list[fx.Node]) -> dict[str, Any]:
 _OUTPUT = "the model's output follows"
 
 
+def _beyond(piece: Piece) -> str:
+    """Why nothing follows where a piece ends."""
+    if not piece.prefix:
+        return _OUTPUT
+    return f"{piece.prefix[:-1]} has hooks" if has_hooks(piece.module) else f"{piece.edge('output')} follows"
+
+
 def _follow(piece: Piece, start: fx.Node, taken: set[fx.Node], *, sums: bool = True) -> Plan:
     """What follows a node, and can be computed with it."""
     names: list[str] = []
@@ -236,7 +243,7 @@ def _follow(piece: Piece, start: fx.Node, taken: set[fx.Node], *, sums: bool = T
         kind = _activation(piece, user)
         is_sum = sums and _is_sum(user, node) and not steps.sum
         if user.op == "output":
-            why = f"{piece.prefix[:-1]} has hooks" if piece.prefix and has_hooks(piece.module) else _OUTPUT
+            why = _beyond(piece)
         elif not is_sum and (kind is None or (steps.sum and kind not in MASKED)):
             why = f"{_name(piece, user)} follows"
         elif steps.sum and kind in INPUT_KEPT and any(_is_in_place(piece, reader, user, set()) for reader in user.users):

@@ -95,6 +95,8 @@ def update_bn(
             continue
         if nn.parameter.is_lazy(layer.running_mean):
             raise ValueError(f"{path or 'the model'} is a lazy batch norm: call the model once")
+        if layer.running_mean.is_meta:
+            raise ValueError(f"{path or 'the model'} lies on the meta device, which holds no values to find statistics of")
         moving[path] = layer
     if not moving:
         raise ValueError("the model has no batch norm with running statistics that is not frozen")
