@@ -220,12 +220,13 @@ def flax(source: Any, epsilon: Any, momentum: Any, axis: Any) -> Found:
             kind = type(source).__name__
             raise TypeError(f"variables must be a flax.nnx.BatchNorm, or variables of one flax.linen.BatchNorm, got {kind}")
         found = {name: getattr(source, name, None) for name in names}
-        own = {name: getattr(source, name) for name in ("epsilon", "momentum", "axis") if hasattr(source, name)}
+        own = {name: getattr(source, name) for name in ("epsilon", "momentum", "axis", "use_running_average") if hasattr(source, name)}
     mean, var, scale, bias = (array_of(found.get(name)) for name in names)
     eps = own.get("epsilon", 1e-5) if epsilon is None else epsilon
     new = _weight_of_new(own.get("momentum", 0.99) if momentum is None else momentum)
     where = own.get("axis", -1) if axis is None else axis
-    return Found(names, (mean, var, scale, bias), eps, new, 0, where, dtype=_dtype(mean, var, scale, bias))
+    training = not own.get("use_running_average")
+    return Found(names, (mean, var, scale, bias), eps, new, 0, where, training, dtype=_dtype(mean, var, scale, bias))
 
 
 def onnx(node: Any, given: Any, input_mean: Any, input_var: Any, epsilon: Any, momentum: Any) -> Found:
@@ -414,7 +415,8 @@ class FromOthers:
 
         Returns
         -------
-        The layer, with copies of the vectors. Its running variance is the population variance (``correction=0``).
+        The layer, with copies of the vectors. Its running variance is the population variance (``correction=0``). A layer that
+        can be trained is in evaluation if the source is (``use_running_average``).
 
         Raises
         ------

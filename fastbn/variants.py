@@ -439,8 +439,9 @@ def batch_renorm_forward(
     of_batch = variance(stats)
     r, d = correct((stats.mean, stats.mean_lo, of_batch), (mean, var), e, (most_r, most_d))
     scale, shift = w * r, b + w * d
-    if not extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute).all():
-        options["stats"] = None  # it finds them itself, in units
+    usual = extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute)
+    if stats.count < 2 or not usual.all():
+        options["stats"] = None  # it finds them itself: in units, or it says what x lacks
     y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
     return y, SavedRenorm(saved, r, d)
 

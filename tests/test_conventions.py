@@ -82,6 +82,13 @@ def test_what_a_layer_lacks_it_lacks_here_too() -> None:
     assert fastbn.BatchNorm2d.from_keras(keras_layer(compute_dtype="float16")).dtype == np.float16
 
 
+def test_a_layer_of_flax_in_evaluation_is_so_here() -> None:
+    layer = SimpleNamespace(**vars(NNX), use_running_average=True)  # which `eval` of a model of nnx sets
+    np.testing.assert_allclose(fastbn.BatchNorm2d.from_flax(layer)(X), inference(X, NNX.epsilon), rtol=1e-12)
+    layer.use_running_average = False
+    assert fastbn.BatchNorm2d.from_flax(layer).training
+
+
 def test_options_count_for_more_than_what_was_found() -> None:
     layer = fastbn.BatchNorm2d.from_keras(keras_layer(), layout="NCHW", dtype="float32", momentum=0.5)
     assert (layer.layout, layer.axis, layer.dtype, layer.momentum) == ("NCHW", None, np.float32, 0.5)

@@ -678,6 +678,17 @@ def test_batch_renorm_is_the_papers_formula(kernel: Kernel) -> None:
     np.testing.assert_allclose(var, 0.9 * old[1] + 0.1 * x.var((0, 2, 3), ddof=1))
 
 
+def test_one_value_per_channel_is_said_of_x_by_all_variants() -> None:
+    x, moved = np.ones((1, 3, 1, 1)), (np.zeros(3), np.ones(3))
+    message = r"^Expected more than 1 value per channel when training, got .*x of shape \(1, 3, 1, 1\)$"
+    for function in (fastbn.batch_renorm_forward, fastbn.batch_renorm, fastbn.ghost_batch_norm):
+        with pytest.raises(ValueError, match=message):
+            function(x, *moved, training=True)
+    with pytest.raises(ValueError, match=message):
+        fastbn.batch_channel_norm(x, *moved, np.zeros(3), training=True)
+    np.testing.assert_array_equal(moved, ([0, 0, 0], [1, 1, 1]))
+
+
 def test_ghost_batch_norm_is_batch_norm_of_each_virtual_batch(kernel: Kernel) -> None:
     x, dy, weight, bias, _, mean, var = _small_batch()
     moved = mean.copy(), var.copy()

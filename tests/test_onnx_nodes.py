@@ -225,3 +225,19 @@ def test_an_empty_batch_has_parameters_for_each_position(opset: int) -> None:
     held = {name: array(3, 4) ** 2 for name in "sbmv"}
     model = net(f"y = {BN} <spatial = 0> (x, s, b, m, v)", (0, 3, 4), held, opset=opset)
     assert evaluate(model, array(0, 3, 4))[0].shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "shape", "message"),
+    [
+        ("y = LayerNormalization <axis = 5> (x, s)", (2, 3, 4), r"axis must be one of x, of shape \(2, 3, 4\), got 5"),
+        ("y = LayerNormalization <axis = -4> (x, s)", (2, 3, 4), r"axis must be one of x, of shape \(2, 3, 4\), got -4"),
+        ("y = GroupNormalization <num_groups = 3> (x, s, s)", (2, 4, 3), "num_groups must divide the 4 channels of x, got 3"),
+        ("y = GroupNormalization <num_groups = 0> (x, s, s)", (2, 4, 3), "num_groups must divide the 4 channels of x, got 0"),
+        ("y = GroupNormalization <num_groups = 1> (x, s, s)", (4,), r"x must have an axis of images and one of channels, got shape \(4,\)"),
+        ("y = InstanceNormalization (x, s, s)", (4,), r"x must have an axis of images and one of channels, got shape \(4,\)"),
+    ],
+)
+def test_what_no_node_can_mean_is_an_error_that_says_so(nodes: str, shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        evaluate(net(nodes, shape, {"s": array(4)}, opset=21), array(*shape))

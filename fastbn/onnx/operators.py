@@ -31,6 +31,12 @@ def _opset(op: OpRun) -> int:
     return max((version for domain, version in op.run_params["opsets"].items() if domain in DEFAULT), default=1)
 
 
+def _images_and_channels(x: Array) -> tuple[int, int]:
+    if x.ndim < 2:
+        raise ValueError(f"x must have an axis of images and one of channels, got shape {x.shape}")
+    return x.shape[0], x.shape[1]
+
+
 class BatchNormalization(OpRun):
     """BatchNormalization of every opset, in inference and in training.
 
@@ -68,7 +74,7 @@ class InstanceNormalization(OpRun):
     """InstanceNormalization: each channel of each image is a channel of one image."""
 
     def _run(self, x: Array, scale: Array, bias: Array, **attributes: Any) -> tuple[Array]:
-        images, channels = x.shape[:2]
+        images, channels = _images_and_channels(x)
         one = x.reshape(1, images * channels, prod(x.shape[2:]))
         parameters = np.tile(scale, images), np.tile(bias, images)
         y = functional.batch_norm(one, None, None, *parameters, training=True, eps=float(attributes["epsilon"]), correction=0)
@@ -79,8 +85,10 @@ class GroupNormalization(OpRun):
     """GroupNormalization; a scale for each channel from opset 21 on, for each group before."""
 
     def _run(self, x: Array, scale: Array, bias: Array, **attributes: Any) -> tuple[Array]:
-        images, channels = x.shape[:2]
+        images, channels = _images_and_channels(x)
         groups = int(attributes["num_groups"])
+        if groups < 1 or channels % groups:
+            raise ValueError(f"num_groups must divide the {channels} channels of x, got {groups}")
         size, spatial = channels // groups, prod(x.shape[2:])
         mean, var = _exact(functional.batch_norm_stats(x.reshape(1, images * groups, size * spatial)))
         invstd = 1 / np.sqrt(var + float(attributes["epsilon"]))
@@ -94,7 +102,10 @@ class LayerNormalization(OpRun):
     """LayerNormalization: what comes before the axis are the channels of one image."""
 
     def _run(self, x: Array, scale: Array, bias: Array | None = None, **attributes: Any) -> tuple[Array, ...]:
-        axis = int(attributes["axis"]) % x.ndim
+        axis = int(attributes["axis"])
+        if not -x.ndim <= axis < x.ndim:
+            raise ValueError(f"axis must be one of x, of shape {x.shape}, got {axis}")
+        axis %= x.ndim
         rows = prod(x.shape[:axis])
         one = x.reshape(1, rows, prod(x.shape[axis:]))
         mean, var = _exact(functional.batch_norm_stats(one))
