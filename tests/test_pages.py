@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fastbn
 from fastbn import cpu, memory
+from fastbn.dispatch import Kernel
 
 plans = pytest.importorskip("fastbn.kernels._plan", reason="built without a compiler")
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are looked at on Linux alone")
@@ -67,6 +69,17 @@ def test_new_memory_is_not_written_past_the_caches(op: str, dims: tuple[int, int
 def test_rows_are_mapped_from_the_first_cache_line_of_an_output() -> None:
     peels = [plans.plan("normalize", (1000, 64, 1), 4, 1, place=4096 + 4 * k)["map"]["peel"] for k in range(18)]
     assert peels == [0, *range(15, -1, -1), 15]
+
+
+@pytest.mark.only(lambda kernel: kernel.name != "reference")
+def test_results_are_the_same_in_new_memory(kernel: Kernel) -> None:
+    x = np.random.default_rng(0).normal(size=(SIZE // 4 // 64, 64)).astype(np.float32)
+    new, old = (np.frombuffer(mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.float32).reshape(x.shape) for _ in "ab")
+    old[:] = np.nan
+    for out in (new, old):
+        fastbn.batch_norm(x, np.zeros(64, np.float32), np.ones(64, np.float32), out=out)
+    np.testing.assert_array_equal(new, old)
+    np.testing.assert_allclose(new, x, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("large_pages")

@@ -8,13 +8,16 @@ a call; then it is copied. No Python runs in the calls that follow.
 from cpython.exc cimport PyErr_SetObject
 from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport sqrt
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
-from fastbn.kernels._call cimport DONE, FLOAT64, LEFT, NO_MEMORY, Call, Kernels, Status
+from fastbn.kernels._call cimport DONE, FLOAT32, FLOAT64, LEFT, NO_MEMORY, Call, Kernels, Status
 from fastbn.kernels._pool cimport (
     end_scratch, enter_default_mode, leave_default_mode, restore_scratch, scratch, withdraw_scratch,
 )
+
+cdef extern from "pages.hpp" namespace "fastbn" nogil:
+    bint has_pages(uintptr_t begin, Py_ssize_t nbytes) noexcept
 
 cdef extern from "jobs.hpp" namespace "fastbn" nogil:
     enum:
@@ -51,6 +54,7 @@ cdef struct Head:
 
 # How each job ends.
 cdef struct Tail:
+    int64_t nontemporal, raised
     double eps, momentum, correction, parameter
 
 ctypedef fused C:
@@ -130,6 +134,11 @@ cdef bint is_fresh(const Call* call, int64_t dy) noexcept nogil:
     return second == 0 or ((second - out) % 64 == 0 and second != x and second != dy and second != residual)
 
 
+cdef inline Py_ssize_t size_of(const Call* call) noexcept nogil:
+    """Bytes of x, and of the output."""
+    return call.outer * call.channels * call.inner * (8 if call.dtype == FLOAT64 else 4 if call.dtype == FLOAT32 else 2)
+
+
 cdef void enter(const Call* call, int kind, int64_t kept, Head* head) noexcept nogil:
     """What differs from call to call; what the call does not bring stays in scratch memory."""
     cdef int64_t dy = at(call.dy) if kind >= GRAD_SUMS else 0
@@ -184,6 +193,8 @@ cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noe
         set_constants(call, kind, <Head*> job, memory + t.scratch_bytes)
     tail = <Tail*> (job + t.job_bytes - sizeof(Tail))
     tail.eps, tail.momentum, tail.correction, tail.parameter = call.eps, call.momentum, call.correction, call.activation.parameter
+    if tail.nontemporal and not has_pages(<uintptr_t> call.out, size_of(call)):
+        tail.nontemporal = 0
     block = memory + t.scratch_bytes - BLOCK
     mode = enter_default_mode()
     if key.activation >= CUSTOM:  # a function of the user's may call fastbn itself: from here on `t` may be another's, too
@@ -195,7 +206,7 @@ cdef Status run(Call* call, int kind, Head* found, size_t room, char** more) noe
     leave_default_mode(mode)
     if found != NULL:
         found[0] = (<Head*> job)[0]
-    if key.activation >= CUSTOM and (<int64_t*> tail - 1)[0]:  # `raised` is the last of the integers
+    if key.activation >= CUSTOM and tail.raised:
         tell(&key, block)
         return NO_MEMORY
     return LEFT if (<Head*> job).unusual else DONE

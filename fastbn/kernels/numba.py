@@ -108,8 +108,8 @@ _INTEGERS = (
     # The shape, the tiles, and the units of work.
     "outer", "channels", "inner", "images", "pieces", "piece", "tiles", "columns", "repeats", "run", "width", "rows", "tail_columns",
     "group", "sum_units", "sum_bytes", "map_group", "map_piece", "map_units", "map_bytes", "threads",
-    # What to do, and whether a function raised.
-    "kind", "phase", "by_columns", "together", "nontemporal", "wide", "raised",
+    # What to do, and whether a function raised; _jobs.pyx knows the last two, too.
+    "kind", "phase", "by_columns", "together", "wide", "nontemporal", "raised",
 )  # fmt: skip
 FAILURES = 8 + BLOCK  # bytes
 _NUMBERS = ("eps", "momentum", "correction", "parameter")
