@@ -454,7 +454,7 @@ def test_why_there_is_no_backward(make: Callable[[], Any]) -> None:
 def test_a_layer_in_eval_has_no_backward_where_its_sum_was_written_over_the_input() -> None:
     bn, x = layer(activation="relu").eval(), X.copy()
     bn(x, X, out=x)
-    with pytest.raises(RuntimeError, match="over which the output was written: give out= memory of its own"):
+    with pytest.raises(RuntimeError, match="which the output has overwritten: pass separate memory as out="):
         bn.backward(X)
 
 
