@@ -1,7 +1,8 @@
 """What fastbn brings to whole networks in PyTorch: ``python -m bench.in_torch``.
 
 A step of training (or a call in eval) runs by torch alone, with `fastbn.torch.enable()`, converted, and both, in turns; if
-asked for, compiled by torch and with batch norms in place, too. torch's profiler says in other steps what batch norm takes,
+asked for, compiled by torch, with batch norms in place, and with batch norms that only move memory, too: no kernel that leaves
+memory to torch is much faster than these are. torch's profiler says in other steps what batch norm takes,
 and what it takes with the sums and activations after it, in all and for each shape. First-step gradients are held against
 those of float64.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ NORMS = {  # operator: forward or backward, and which of its inputs is x
     "aten::native_group_norm": ("forward", 0), "aten::native_group_norm_backward": ("backward", 1),
 }  # fmt: skip
 ACTIVATIONS = ("hardtanh", "leaky_relu", "silu", "hardswish")
+LEAST = {"aten::clone": ("forward", 0), "aten::maximum": ("backward", 0)}
 AFTER = {f"aten::{name}{end}": ("forward", 0) for name in ("add", "relu", *ACTIVATIONS) for end in ("", "_")}
 AFTER |= {f"aten::{name}_backward": ("backward", 0) for name in ("threshold", *ACTIVATIONS)}
 PROFILED = 3  # steps of each side, taken twice
@@ -64,6 +66,26 @@ def _converted(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+class _Least(torch.autograd.Function):
+    """What reads and writes the bytes that a batch norm must, by operators that nothing else in a network calls."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+        return torch.maximum(dy, *ctx.saved_tensors)
+
+
+def _least(model: torch.nn.Module) -> torch.nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.forward = _Least.apply  # type: ignore[assignment]
+    return model
+
+
 def _in_place(model: torch.nn.Module) -> torch.nn.Module:
     fastbn.torch.convert(model, inplace_abn=True)
     return model
@@ -76,6 +98,7 @@ SIDES: dict[str, Side] = {
     "both": Side(True, _converted),
     "inplace_abn": Side(False, _in_place),
     "compile": Side(False, torch.compile),
+    "least": Side(False, _least),
 }
 USUAL = ("torch", "enable", "convert", "both")
 
@@ -112,7 +135,7 @@ class Row(NamedTuple):
 
         Where it runs with what follows it, all of that is meant.
         """
-        found = self.norms if side == "enable" else self.shapes
+        found = self.norms if side in ("enable", "least") else self.shapes
         whole, ours = found["torch"], found[side]
         spent = sum(ours.values())
         if side == "compile" or not spent:
@@ -142,7 +165,7 @@ def stepper(model: torch.nn.Module, x: torch.Tensor, training: bool) -> Callable
     return train
 
 
-def profile(step: Callable[[], None], steps: int) -> tuple[dict[str, float], dict[str, float]]:
+def profile(step: Callable[[], None], steps: int, norms_are: Mapping[str, tuple[str, int]]) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds of batch norm in one step by direction and shape of x, and of all that may run with it."""
     with torch.profiler.profile(record_shapes=True, activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as found:
         for _ in range(steps):
@@ -150,11 +173,11 @@ def profile(step: Callable[[], None], steps: int) -> tuple[dict[str, float], dic
     norms: dict[str, float] = defaultdict(float)
     spent: dict[str, float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):
-        way, which = (NORMS | AFTER).get(event.key, ("", 0))
+        way, which = norms_are.get(event.key) or AFTER.get(event.key, ("", 0))
         shape = event.input_shapes[which] if way else ()
         if len(shape) < 2:
             continue
-        for table in (norms, spent) if event.key in NORMS else (spent,):
+        for table in (norms, spent) if event.key in norms_are else (spent,):
             table[f"{way} {'x'.join(map(str, shape))}"] += event.cpu_time_total / 1000 / steps
     seen = {shape.split()[1] for shape in norms}  # sums of others are of weights
     return dict(norms), {shape: ms for shape, ms in spent.items() if shape.split()[1] in seen}
@@ -191,7 +214,7 @@ def measure(network: str, order: str, args: argparse.Namespace) -> Row:
             choose(side)
             twin: Any = SIDES[side].prepare(copy.deepcopy(model))
             steps[side] = stepper(twin, x, not args.eval)
-            if side != "compile":  # which would begin anew
+            if side not in ("compile", "least"):  # the one would begin anew, the other computes something else
                 fastbn.torch.report(reset=True)
                 distance[side] = float((gradients(twin, x) - exact).norm() / exact.norm())
                 declined[side] = sum(fastbn.torch.report().declined.values())
@@ -212,7 +235,7 @@ def measure(network: str, order: str, args: argparse.Namespace) -> Row:
             for side in args.sides:
                 choose(side)
                 steps[side]()
-                again = profile(steps[side], PROFILED)
+                again = profile(steps[side], PROFILED, LEAST if side == "least" else NORMS)
                 norms[side] = _smaller(again[0], norms.get(side, {}))
                 shapes[side] = _smaller(again[1], shapes.get(side, {}))
     finally:
@@ -230,6 +253,7 @@ def parts(rows: Sequence[Row], args: argparse.Namespace) -> list[text.Part]:
         "- ratios above 1: faster than torch; by torch's profiler, the best of two times three steps: batch norm where fastbn is "
         "enabled, and with the sums and activations after it where a network was converted",
         "- distance: of the first step's gradients from float64, over torch's",
+        *["- least: batch norms only move the bytes that they must, by torch's operators"] * ("least" in args.sides),
     ]
     header = ["network", "memory", "side", "torch ms", "step ratio", "spread", "bn torch ms", "bn ratio", "worst", "shape", "distance"]
     header += ["declined"]

@@ -31,17 +31,19 @@ def test_networks_have_the_parameters_of_their_papers(name: str, millions: float
 @pytest.mark.parametrize("name", torch_models.MODELS)
 def test_networks_train(name: str) -> None:
     model = torch_models.MODELS[name](8)
-    y = model(torch_models.example(name, 2, 64))
+    y = model(torch_models.example(name, 2, 32))
     y.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+FEW = ["--networks", "resnet18", "--width", "8", "--pixels", "32", "--batch", "4", "--turns", "1", "--steps", "1"]
 
 
 @pytest.mark.parametrize("more", [[], ["--eval"]], ids=["training", "eval"])
 def test_each_network_and_order_of_memory_has_a_line(more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads, path = torch.get_num_threads(), tmp_path / "found.json"
-    few = ["--networks", "resnet18", "--width", "8", "--pixels", "32", "--batch", "4", "--threads", "1", "--turns", "1", "--steps", "1"]
     try:
-        assert in_torch.main([*few, *more, "--json", str(path)]) == 0
+        assert in_torch.main([*FEW, "--threads", "1", *more, "--json", str(path)]) == 0
     finally:
         torch.set_num_threads(threads)
     assert not fastbn.torch.is_enabled()
@@ -56,6 +58,15 @@ def test_each_network_and_order_of_memory_has_a_line(more: list[str], tmp_path: 
         assert any(shape.startswith("backward") for shape in row["shapes"]["torch"]) == (not more)
         assert all(max(row["norms"][side].values()) > 0 for side in in_torch.USUAL)
         assert all(row["distance"][side] < 1e-2 for side in in_torch.USUAL)
+
+
+def test_batch_norms_that_only_move_memory_are_a_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_torch.main([*FEW, "--formats", "contiguous", "--sides", "least", "--json", str(tmp_path / "found.json")]) == 0
+    assert "- least: batch norms only move" in (printed := capsys.readouterr().out)
+    assert "| resnet18 | contiguous | least |" in printed
+    (row,) = json.loads((tmp_path / "found.json").read_text())
+    assert row["norms"]["least"].keys() == row["norms"]["torch"].keys()
+    assert min(row["norms"]["least"].values()) > 0
 
 
 def test_a_network_that_fails_leaves_others(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
