@@ -9,8 +9,8 @@
 #include <new>
 #include <utility>
 
-#include "pages.hpp"
 #include "door.hpp"
+#include "pages.hpp"
 #include "tensors.hpp"
 
 namespace fastbn::torch {
