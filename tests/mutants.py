@@ -36,6 +36,7 @@ class Mutant(NamedTuple):
 SURVIVORS = "test_survivors.py"
 ERRORS = "test_errors.py test_survivors.py"
 STATS = "test_stats.py test_survivors.py"
+PAGES = "test_pages.py"
 MUTANTS = [
     # Those that survived once, in the words of today's code.
     Mutant("functional.py", '{"dy": dy, "x": r.x, "residual": r.residual}', '{"dy": dy, "x": r.x}', SURVIVORS),
@@ -148,6 +149,13 @@ NATIVE = [
     Mutant("kernels/direct.pxi", "        pin = self.pinned()\n", "        pin = None\n", SURVIVORS),
     Mutant("kernels/simd/block.hpp", "(z.r[i] >= 6)", "(z.r[i] > 6)", "test_activations.py"),
     Mutant("kernels/pool.cpp", "wanted > MOST_WORKERS", "false", SURVIVORS),
+    Mutant("kernels/pages.hpp", "bytes < LARGE || has_pages(begin, bytes)", "bytes < LARGE", PAGES),
+    Mutant("kernels/pages.hpp", "bytes < LARGE || has_pages(begin, bytes)", "has_pages(begin, bytes)", PAGES),
+    Mutant("kernels/pages.hpp", "static_cast<std::uintptr_t>(bytes) / 2)", "0)", PAGES),
+    Mutant("kernels/_plan.pyx", " or not has_pages(t.place, size_of(t))", "", PAGES),
+    Mutant("kernels/_plan.pyx", "(0 - t.place) % LINE", "t.place % LINE", PAGES),
+    Mutant("torch/arguments.hpp", "        ask_for_large_pages(writable_memory_of(made.tensor), bytes());\n", "", PAGES),
+    Mutant("torch/arrays.py", "    ask_for_large_pages(made.data_ptr(), array.nbytes)\n", "", PAGES),
     Mutant("kernels/simd/run.pxi", "            take_back(job)\n", "            pass\n", "test_extremes.py"),
 ]
 
