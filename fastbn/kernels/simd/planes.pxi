@@ -138,7 +138,7 @@ cdef void map_planes(
     elif Map is GradInput:  # which has more parameters to join, and fewer stores for each load
         short = LINED * W
     broadcast_parameters(job, channel, &p)
-    if job.inner < short and not job.nontemporal:
+    if job.inner < (W if job.nontemporal else short):  # of those below a block, more than two could meet in one
         while True:
             map_alone(job, &a, at, length, &p)
             at += length
@@ -159,7 +159,7 @@ cdef void map_planes(
         if n == 0:
             n = min(W, end - at)
         joined = p
-        while meeting < at + n:
+        if meeting < at + n:
             next_plane(job, &channel, &p)
             join_parameters(job, &joined, &p, Block[T].behind(meeting - at))
             meeting += job.inner
