@@ -108,6 +108,9 @@ def test_large_outputs_are_streamed(op: str) -> None:
         for outer, streamed in ((1 << 20, True), (2, False)):
             plan = plans.plan(op, (outer, 64, inner), 4, 2)
             assert (plan["map"] or plan["sums"])["nontemporal"] is streamed
+    for inner in (31, 32):  # elements of a plane, and of a block
+        plan = plans.plan(op, (8, 1 << 20, inner), 4, 2)
+        assert (plan["map"] or plan["sums"])["nontemporal"] is (inner >= 32)
 
 
 @pytest.mark.parametrize("op", ["forward", "backward"])

@@ -16,6 +16,7 @@ from ways import take_the_checked_way
 
 import fastbn
 from fastbn import core, sync, threads
+from fastbn.activations import Epilogue, lookup
 from fastbn.dispatch import TABLE, Kernel
 from fastbn.kernels.protocol import Affine, Calls, Running, Statistics
 
@@ -75,7 +76,7 @@ def test_same_bits(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("shape", [(3, 48, 40, 44), (1, 24, 40, 44), (5, 48, 13, 15), (33, 48, 3, 7)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("shape", [(3, 48, 40, 44), (1, 24, 40, 44), (5, 48, 13, 15), (5, 48, 3, 5), (33, 48, 3, 7)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
 def test_same_bits_for_other_caches(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str) -> None:
     """Caches change the units of work, not the result: tiny ones, which also turn on streaming stores, and huge ones."""
@@ -88,6 +89,61 @@ def test_same_bits_for_other_caches(kernel: Kernel, shape: tuple[int, ...], layo
             assert everything(kernel, shape, layout, dtype, 3) == expected
     finally:
         plans.set_caches(*fastbn.cpu.caches())
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("dims", [(5, 48, 195), (5, 48, 15), (3, 40, 49), (7, 30, 2), (60, 48, 1)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_same_bits_for_other_caches_with_an_activation(kernel: Kernel, dims: tuple[int, int, int], dtype: str, activation: str) -> None:
+    """And with a residual: the whole calls, and a gradient with two outputs, in rows and in planes of a part of a block and of many."""
+    from fastbn.kernels import _plan as plans
+
+    rng = np.random.default_rng(0)
+    compute = np.dtype("float64" if dtype == "float64" else "float32")
+    kind: Any = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    x, dy, residual = (rng.normal(0.1, 1, dims).astype(kind) for _ in range(3))
+    weight, bias = (rng.normal(1, 0.2, dims[1]).astype(compute) for _ in range(2))
+    module: Any = kernel.module()
+
+    def results(n: int) -> list[bytes]:
+        y, dx, dresidual = (np.full_like(x, 7) for _ in range(3))
+        after = Epilogue(lookup(activation), residual)
+        saved = module.forward(x, y, Affine(weight, bias), 1e-5, Running(None, None, 0.1, 1), compute, n, after)
+        after = after._replace(scale=saved[3], shift=saved[4], dresidual=dresidual)
+        totals = module.backward(dy, x, dx, Statistics(*saved[:3]), saved[3], n, after)
+        return [a.tobytes() for a in (*saved, y, *totals, dx, dresidual)]
+
+    expected = results(1)
+    try:
+        for caches in ((1 << 10, 4 << 10, 16 << 10), (1 << 20, 1 << 26, 1 << 30)):
+            plans.set_caches(*caches)
+            assert results(3) == expected
+    finally:
+        plans.set_caches(*fastbn.cpu.caches())
+
+
+@pytest.mark.parametrize("groups", [1, 3, 24])
+@pytest.mark.parametrize("shape", [(20, 24, 2, 2), (13, 24, 5, 7), (2, 24, 16, 13)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
+def test_same_bits_for_other_caches_of_norms_of_parts(kernel: Kernel, shape: tuple[int, ...], groups: int) -> None:
+    from fastbn.kernels import _plan as plans
+
+    x, dy = arrays(shape, "NCHW", "float32")
+    weight, bias = (np.linspace(low, low + 2, shape[1], dtype=np.float32) for low in (0.5, -1))
+
+    def results(n: int) -> list[bytes]:
+        y, saved = fastbn.group_norm_forward(x, groups, weight, bias, threads=n)
+        gradients = fastbn.group_norm_backward(dy, x, saved, threads=n)
+        return [a.tobytes() for a in (y, *gradients) if a is not None]
+
+    with fastbn.use_kernel(kernel.name):
+        expected = results(1)
+        try:
+            plans.set_caches(1 << 8, 1 << 9, 1 << 10)
+            assert results(3) == expected
+        finally:
+            plans.set_caches(*fastbn.cpu.caches())
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])

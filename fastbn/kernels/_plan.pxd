@@ -3,7 +3,7 @@
 from libc.stdint cimport uintptr_t
 
 cdef extern from "plan.hpp" namespace "fastbn" nogil:
-    const Py_ssize_t LINE, BLOCK, COLUMNS, PLANES, STAGE, CHAIN, TILE_ROWS, MAP_ROWS, TILE, FEW_ROWS
+    const Py_ssize_t LINE, BLOCK, COLUMNS, PLANES, CHAIN, TILE_ROWS, MAP_ROWS, TILE, FEW_ROWS
 
     enum:
         MOST_TILES
@@ -11,7 +11,7 @@ cdef extern from "plan.hpp" namespace "fastbn" nogil:
     cdef cppclass Task:
         Py_ssize_t outer, channels, inner, item
         int threads, reads, arrays, touched
-        bint two_outputs, streamable
+        bint streamable
         uintptr_t place
         Py_ssize_t together
         bint apart, hosted
@@ -36,8 +36,3 @@ cdef int thread_count(threads) except -1
 cdef inline Py_ssize_t div_up(Py_ssize_t n, Py_ssize_t step) noexcept nogil:
     """Number of steps that cover n."""
     return (n + step - 1) // step
-
-
-cdef inline bint is_staged(Py_ssize_t inner, Py_ssize_t item) noexcept nogil:
-    """Whether planes that are streamed are too short to be so one by one: their first and last lines would not be."""
-    return inner * item <= STAGE - LINE

@@ -141,7 +141,7 @@ cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays)
     """Whether the output is written past the caches: when it is far too large for them, in long aligned runs, and no new memory."""
     if not t.streamable or not exceeds(L3, t, arrays) or not has_pages(t.place, size_of(t)):
         return False
-    return p.columns * t.item % LINE == 0 if u.by_columns else not is_staged(t.inner, t.item) or not t.two_outputs
+    return p.columns * t.item % LINE == 0 if u.by_columns else t.inner >= lanes(t)
 
 
 cdef bint plan_resident(Units* u, const Tiles* p, const Task* t) noexcept nogil:

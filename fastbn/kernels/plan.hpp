@@ -11,7 +11,6 @@ constexpr std::ptrdiff_t LINE = 64;        // bytes of a cache line
 constexpr std::ptrdiff_t BLOCK = 128;      // bytes of arithmetic that a loop takes at once
 constexpr std::ptrdiff_t COLUMNS = 4096;   // bytes of the accumulators of one unit's columns
 constexpr std::ptrdiff_t PLANES = 32;      // channels of a unit whose planes are summed
-constexpr std::ptrdiff_t STAGE = 2048;     // bytes of short planes that are gathered before they are streamed
 constexpr std::ptrdiff_t CHAIN = 64;       // additions to one accumulator, before it is added to another: long chains lose digits
 constexpr std::ptrdiff_t TILE = 16384;     // elements of a tile of planes
 constexpr std::ptrdiff_t TILE_ROWS = 256;  // rows of a tile of columns
@@ -27,7 +26,6 @@ struct Task {
     int reads;         // arrays that the sums read; 0 for a map alone
     int arrays;        // arrays that the map reads and writes; 0 for sums alone
     int touched;       // arrays that the whole call reads and writes
-    bool two_outputs;  // of the map
     bool streamable;   // the output is memory of its own; that of two has its cache lines at the same elements
     std::uintptr_t place;  // the address of the output; 0 is the begin of a cache line, of memory that was written before
     std::ptrdiff_t together; // such tasks that follow each other, as to what stays in the caches; 0 is 1

@@ -60,7 +60,7 @@ from libc.string cimport memchr, memcpy, memset
 
 from fastbn.kernels._call cimport DONE, DTYPES, LEFT, NO_MEMORY, Activation, Call, Dtype, Kernels, Running, Status
 from fastbn.kernels._plan cimport (
-    BLOCK, CHAIN, COLUMNS, LINE, MAP_ROWS, MOST_TILES, PLANES, TILE_ROWS, Plan, Task, Tiles, Units, div_up, is_staged, make_plan
+    BLOCK, CHAIN, COLUMNS, LINE, MAP_ROWS, MOST_TILES, PLANES, TILE_ROWS, Plan, Task, Tiles, Units, div_up, make_plan
 )
 from fastbn.kernels._pool cimport end_scratch, enter_default_mode, leave_default_mode, parallel, scratch, unit_fn
 

@@ -37,6 +37,8 @@ template <class T> struct Block {
     R r[registers];
 
     static constexpr ptrdiff_t width() { return BLOCK / sizeof(C); }
+    // Elements of a plane from which blocks in which planes meet are worth it: they have as much to join as a block has registers.
+    static constexpr ptrdiff_t worth_joining() { return BLOCK * registers / 2 / (ptrdiff_t)sizeof(T); }
     static constexpr ptrdiff_t item() { return sizeof(C); }  // bytes of one number of a vector of channels
 
     Block operator+(Block b) const {
@@ -196,14 +198,17 @@ template <class T> struct Block {
         return fill;
     }
 
-    // All ones in the last n < width lanes, zeros in the others.
-    CALL_ON_SSE static Block tail_mask(ptrdiff_t n) {
-        const R none = R{}, ones = (R)~(u32r)none;
+    // All ones in the lanes from n on, zeros in those before.
+    static Block behind(ptrdiff_t n) {
+        static constexpr Counted<C> numbers;
         Block a;
-        FOR_REGISTERS {
-            const ptrdiff_t others = width() - n - i * lanes;
-            a.r[i] = blend_first(none, ones, others < 0 ? 0 : others < lanes ? others : lanes);
-        }
+        FOR_REGISTERS a.r[i] = (R)(read<R>(numbers.from_0 + i * lanes) >= (C)n);
+        return a;
+    }
+
+    // Where a mask is all ones, b, which is the same in all lanes; and a elsewhere.
+    INLINE static Block joined(Block a, Block b, Block mask) {
+        FOR_REGISTERS a.r[i] = select_equal(mask.r[i], b.r[i], a.r[i]);
         return a;
     }
 
@@ -310,11 +315,8 @@ template <class T> struct Block {
 
     // The first n <= width lanes, and zeros.
     CALL_ON_SSE static Block get_first(const void* p, ptrdiff_t j, ptrdiff_t n) {
-        Block a = get(p, j);
-        FOR_REGISTERS {
-            const ptrdiff_t left = n - i * lanes;
-            a.r[i] = blend_first(a.r[i], R{}, left < 0 ? 0 : left < lanes ? left : lanes);
-        }
+        Block a = get(p, j), mask = behind(n);
+        FOR_REGISTERS a.r[i] = select_bits(mask.r[i], R{}, a.r[i]);
         return a;
     }
 

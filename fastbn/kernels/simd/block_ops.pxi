@@ -194,6 +194,17 @@ cdef inline void load_parameters(TypedCall[Op, T]* job, Py_ssize_t j, Parameters
         p.bias = Block[T].get(job.at_bias, j)
 
 
+cdef inline void join_parameters(TypedCall[Map, T]* job, Parameters[T]* p, const Parameters[T]* next, Block[T] lanes) noexcept nogil:
+    """Set some lanes of the parameters to those of the next plane."""
+    p.mean = Block[T].joined(p.mean, next.mean, lanes)
+    p.scale = Block[T].joined(p.scale, next.scale, lanes)
+    p.shift = Block[T].joined(p.shift, next.shift, lanes)
+    if Map in Backward:
+        p.slope = Block[T].joined(p.slope, next.slope, lanes)
+    if Map is FusedGradInput:
+        p.bias = Block[T].joined(p.bias, next.bias, lanes)
+
+
 cdef inline double allowance(double n) noexcept nogil:
     """What (sum)^2 / dot may be, so that the pivot is within a deviation of the mean, or sqrt(2) for few values.
 

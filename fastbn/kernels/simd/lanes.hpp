@@ -63,6 +63,14 @@ inline u32r rounded_upper(f32r r) {
     return select(r != r, bits | 0x400000, bits + 0x7fff + ((bits >> 16) & 1));
 }
 
+// Lanes of a block by number.
+template <class C> struct Counted {
+    alignas(LINE) C from_0[BLOCK / sizeof(C)] = {};
+    constexpr Counted() {
+        for (ptrdiff_t i = 0; i < (ptrdiff_t)(BLOCK / sizeof(C)); ++i) from_0[i] = (C)i;
+    }
+};
+
 // The first n of 16 lanes are all ones where reading starts at index 16 - n.
 alignas(64) constexpr int32_t ALL_THEN_NONE[32] = {-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
 

@@ -93,7 +93,7 @@ cdef void forward_parts_unit(TypedCall[Forward, T]* job, Py_ssize_t unit) noexce
         elif k == 1:
             map_group(&maps, first, end)
         else:
-            map_whole(&maps, first * k, (end - first) * k)
+            map_planes(&maps, first * k, (end - first) * k, 0, maps.inner)
         first = end
     if own.nontemporal:
         fence()

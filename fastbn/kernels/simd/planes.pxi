@@ -49,7 +49,7 @@ cdef void add_planes(TypedCall[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, 
     cdef Arrays[T] a = job.arrays()
     cdef Accumulators[T] acc
     cdef Parameters[T] p
-    cdef Block[T] sum, dot, zero = Block[T].constant(0), rest = Block[T].tail_mask(length % W)
+    cdef Block[T] sum, dot, zero = Block[T].constant(0), rest = Block[T].behind(W - length % W)
     # Image by image, so that memory is read in long runs; small planes of a few images together, so that the
     # accumulators are loaded and stored less often.
     while images > 0:
@@ -102,71 +102,67 @@ cdef void sum_planes(TypedCall[Sum, T]* job, Py_ssize_t first, Py_ssize_t last, 
             sum_in_double(job, tile * job.channels + c, n0 * stride + c * job.inner + start, runs, stride, length, &p)
 
 
+cdef inline void next_plane(TypedCall[Map, T]* job, Py_ssize_t* channel, Parameters[T]* p) noexcept nogil:
+    channel[0] = channel[0] + 1 if channel[0] + 1 < job.channels else 0
+    broadcast_parameters(job, channel[0], p)
+
+
+cdef inline void map_alone(TypedCall[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t length, Parameters[T]* p) noexcept nogil:
+    """Map a plane by itself."""
+    cdef Py_ssize_t W = Block[T].width()
+    cdef Outputs[T] tail
+    if length < W:
+        map_blocks(job, a, at, 0, 1, length, False, p)
+    elif Map is Normalize or Map is GradInput:
+        # The tail overlaps what is before it. It is computed first, because the output may be the input.
+        tail = mapped_block(job, a, at + length - W, W, p)
+        map_blocks(job, a, at, W, length // W, W, False, p)
+        if length % W != 0:
+            store_outputs(job, a, at + length - W, W, False, tail)
+
+
 cdef void map_planes(
     TypedCall[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes, Py_ssize_t start, Py_ssize_t length
 ) noexcept nogil:
-    """Map elements start ... start + length of several planes that lie one behind the other."""
-    cdef Py_ssize_t W = Block[T].width(), channel = plane % job.channels, at = plane * job.inner + start, n, i
+    """Map elements start ... start + length of several planes that lie one behind the other.
+
+    They are one run of blocks, of which those where planes meet have the parameters of each in its lanes: so but for both ends of
+    the run whole cache lines are written, and none twice. In short planes that costs more than to take each by itself.
+    """
+    cdef Py_ssize_t W = Block[T].width(), at = plane * job.inner + start, channel = plane % job.channels
+    cdef Py_ssize_t meeting = at + length, end = meeting + (planes - 1) * job.inner, short = W, blocks, n = 0
     cdef Arrays[T] a = job.arrays()
-    cdef Parameters[T] p
-    cdef Outputs[T] tail
-    for n in range(planes):
-        broadcast_parameters(job, channel, &p)
-        if length < W:
-            map_blocks(job, &a, at, 0, 1, length, False, &p)
-        elif length % W == 0 and length < LINED * W and not job.nontemporal and not ON_SSE:  # where it would be long, for what it saves
-            map_blocks(job, &a, at, W, length // W, W, False, &p)
-        else:
-            # The tail overlaps what is before it. It is computed first, because the output may be the input.
-            tail = mapped_block(job, &a, at + length - W, W, &p)
-            i = Block[T].to_line(a.out + at, length) if job.nontemporal or length >= LINED * W else 0
-            if i > 0:
-                store_outputs(job, &a, at, i, False, mapped_block(job, &a, at, W, &p))
-            if job.nontemporal:
-                map_blocks(job, &a, at + i, W, (length - i) // W, W, True, &p)
-                i += (length - i) // W * W
-                if i < length:  # never write a streamed line again
-                    store_outputs(job, &a, at + i, length - i, False, mapped_block(job, &a, at + i, length - i, &p))
-            else:
-                map_blocks(job, &a, at + i, W, (length - i) // W, W, False, &p)
-                if i + (length - i) // W * W < length:
-                    store_outputs(job, &a, at + length - W, W, False, tail)
-        at += job.inner
-        channel = channel + 1 if channel + 1 < job.channels else 0
-
-
-cdef void stream_planes(TypedCall[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) noexcept nogil:
-    """Map several planes to lines in the cache, which are streamed when they are full."""
-    cdef Py_ssize_t item = sizeof(T), line = LINE // item, at = plane * job.inner, end = at + planes * job.inner
-    cdef Py_ssize_t given = at, full, first, few  # elements before `given` are in the output
-    cdef T* out = job.arrays().out
-    cdef Stage stage
-    cdef char* lines = stage.bytes
-    cdef TypedCall[Map, T] staged = job[0]
-    staged.nontemporal = False
-    first = at - (line - Block[T].to_line(out + at, line)) % line
+    cdef Parameters[T] p, joined
+    if Map is Normalize:
+        short = Block[T].worth_joining()
+    elif Map is GradInput:  # which has more parameters to join, and fewer stores for each load
+        short = LINED * W
+    broadcast_parameters(job, channel, &p)
+    if job.inner < (W if job.nontemporal else short):  # of those below a block, more than two could meet in one
+        while True:
+            map_alone(job, &a, at, length, &p)
+            at += length
+            if at == end:
+                return
+            next_plane(job, &channel, &p)
+    if job.nontemporal or end - at >= LINED * W:
+        n = Block[T].to_line(a.out + at, end - at)
     while at < end:
-        few = min(planes, (<Py_ssize_t> sizeof(Stage) // item - (at - first)) // job.inner)
-        staged.out = lines - first * item  # of the element at index 0
-        map_planes(&staged, plane, few, 0, job.inner)
-        plane += few
-        planes -= few
-        at += few * job.inner
-        full = at - (at - first) % line
-        if first < given and first < full:  # what is before is another's, and may be written at this time
-            memcpy(out + given, lines + (given - first) * item, (first + line - given) * item)
-            given = first + line
-        while given < full:
-            stream_line(out + given, lines + (given - first) * item)
-            given += line
-        memcpy(lines, lines + (full - first) * item, (at - full) * item)
-        first = full
-    memcpy(out + given, lines + (given - first) * item, (end - given) * item)
-
-
-cdef inline void map_whole(TypedCall[Map, T]* job, Py_ssize_t plane, Py_ssize_t planes) noexcept nogil:
-    """Map several planes that lie one behind the other."""
-    if job.nontemporal and is_staged(job.inner, sizeof(T)):
-        stream_planes(job, plane, planes)
-    else:
-        map_planes(job, plane, planes, 0, job.inner)
+        if at == meeting:
+            next_plane(job, &channel, &p)
+            meeting += job.inner
+        blocks = (meeting - at) // W if n == 0 else 0
+        if blocks > 0:
+            map_blocks(job, &a, at, W, blocks, W, job.nontemporal, &p)
+            at += blocks * W
+            continue
+        if n == 0:
+            n = min(W, end - at)
+        joined = p
+        if meeting < at + n:
+            next_plane(job, &channel, &p)
+            join_parameters(job, &joined, &p, Block[T].behind(meeting - at))
+            meeting += job.inner
+        map_blocks(job, &a, at, 0, 1, n, job.nontemporal, &joined)
+        at += n
+        n = 0

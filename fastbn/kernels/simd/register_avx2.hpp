@@ -87,6 +87,14 @@ template <class R> inline R select_bits(R mask, R a, R b) {
     return (R)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)mask);
 }
 
+// The same of registers whose lanes are equal: one instruction instead of three, after one for all registers of a block.
+inline f32r select_equal(f32r mask, f32r a, f32r b) {
+    return (f32r)_mm256_permutevar_ps(_mm256_unpacklo_ps((__m256)b, (__m256)a), (__m256i)mask);
+}
+inline f64r select_equal(f64r mask, f64r a, f64r b) {
+    return (f64r)_mm256_permutevar_pd(_mm256_unpacklo_pd((__m256d)b, (__m256d)a), (__m256i)mask);
+}
+
 // -- the first n lanes of a register, 0 < n < lanes; of other types by storage.hpp
 
 // Masked loads are fast everywhere; masked stores are not on AMD, so those go in pieces.

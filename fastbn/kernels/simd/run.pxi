@@ -31,7 +31,7 @@ cdef void map_unit(TypedCall[Map, T]* job, Py_ssize_t unit) noexcept nogil:
             map_columns(job, job.rows, 1, first, min(first + job.channels_per_unit, job.tail_columns))
     elif job.elements_per_unit >= job.inner:
         first = unit * (job.elements_per_unit // job.inner)
-        map_whole(job, first, min(job.elements_per_unit // job.inner, job.outer * job.channels - first))
+        map_planes(job, first, min(job.elements_per_unit // job.inner, job.outer * job.channels - first), 0, job.inner)
     else:
         pieces = div_up(job.inner, job.elements_per_unit)
         first = unit % pieces * job.elements_per_unit
@@ -71,7 +71,7 @@ cdef void map_group(TypedCall[Map, T]* job, Py_ssize_t first, Py_ssize_t last) n
             map_planes(job, first, 1, n * piece, min(piece, job.inner - n * piece))
         return
     for n in range(job.outer - 1, -1, -1):
-        map_whole(job, n * job.channels + first, last - first)
+        map_planes(job, n * job.channels + first, last - first, 0, job.inner)
 
 
 cdef inline void expect_outputs(TypedCall[Map, T]* job, Py_ssize_t first, Py_ssize_t last) noexcept nogil:
@@ -221,7 +221,6 @@ cdef Task task(TypedCall[Op, T]* job, int reads, int arrays, int touched) noexce
     memset(&t, 0, sizeof(Task))
     t.outer, t.channels, t.inner, t.item, t.threads = job.outer, job.channels, job.inner, sizeof(T), job.threads
     t.reads, t.arrays, t.touched = reads, arrays, touched
-    t.two_outputs = job.dresidual != NULL and job.dz == NULL
     t.streamable = is_fresh(job) and (job.dz == NULL or job.dz != job.out)
     t.place = <uintptr_t> job.out
     t.together, t.apart, t.hosted = job.batch, job.apart, job.host != NULL

@@ -20,11 +20,6 @@ inline f64r widen(const double* p) { return read<f64r>(p); }
 inline void narrow(float* p, f32r r) { write(p, r); }
 inline void narrow(double* p, f64r r) { write(p, r); }
 
-// A whole line, as it is.
-inline void stream_line(void* to, const void* from) {
-    for (int i = 0; i < LINE; i += REGISTER) write_stream(static_cast<char*>(to) + i, read<f32r>(static_cast<const char*>(from) + i));
-}
-
 // -- halves, of either kind
 
 inline f32r widen(const bf16* p) { return widen_half(read_half(p), bf16()); }
@@ -32,6 +27,7 @@ inline f32r widen(const f16* p) { return widen_half(read_half(p), f16()); }
 inline void narrow(bf16* p, f32r r) { write_half(p, narrow_half(r, bf16())); }
 inline void narrow(f16* p, f32r r) { write_half(p, narrow_half(r, f16())); }
 
+template <class R> inline R select_equal(R mask, R a, R b) { return select_bits(mask, a, b); }
 inline f64r blend_first(f64r a, f64r b, ptrdiff_t n) { return (f64r)blend_first((f32r)a, (f32r)b, 2 * n); }
 
 // -- the first n lanes of a register, 0 < n < lanes; the others are read as anything and not written;

@@ -9,7 +9,6 @@ namespace {
 
 using fastbn::COLUMNS;
 using fastbn::PLANES;
-using fastbn::STAGE;
 
 struct Stats {};
 struct GradSums {};
@@ -43,11 +42,6 @@ struct Work : fastbn::Call, fastbn::Tiles, fastbn::Units {
 // The accumulators of one unit's columns.
 struct alignas(LINE) Columns {
     char bytes[COLUMNS + BLOCK];
-};
-
-// Lines before they are streamed, in one page of memory: a store across two would wait for all streaming stores before.
-struct alignas(STAGE) Stage {
-    char bytes[STAGE];
 };
 
 // The sums of a few channels while their planes are read.

@@ -18,6 +18,8 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         Py_ssize_t width()
         @staticmethod
+        Py_ssize_t worth_joining()
+        @staticmethod
         Py_ssize_t item()
         @staticmethod
         Block[T] fma(Block[T], Block[T], Block[T])
@@ -38,7 +40,9 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         Block[T] load_part(const T*, Py_ssize_t, Block[T])
         @staticmethod
-        Block[T] tail_mask(Py_ssize_t)
+        Block[T] behind(Py_ssize_t)
+        @staticmethod
+        Block[T] joined(Block[T], Block[T], Block[T])
         @staticmethod
         Block[T] load_end(const T*, Block[T], Block[T])
         @staticmethod
@@ -80,7 +84,6 @@ cdef extern from "simd/block.hpp" nogil:
 
     const bint ON_SSE
     void fence()
-    void stream_line(void*, const void*)
 
 cdef extern from "simd/types.hpp" nogil:
     ctypedef struct Stats:
@@ -122,9 +125,6 @@ cdef extern from "simd/types.hpp" nogil:
 
     cdef cppclass Columns:
         pass
-
-    cdef cppclass Stage:
-        char *bytes
 
     cdef cppclass Accumulators[T]:
         Block[T] *sum
