@@ -354,7 +354,7 @@ def group_limit(root: str = cgroup.ROOT, membership: str = cgroup.MEMBERSHIP) ->
 
 def _bytes(file: Path) -> int | None:
     try:
-        return int(file.read_text())
+        return int(file.read_text("utf-8"))
     except (OSError, ValueError):  # no such file, or "max"
         return None
 

@@ -131,6 +131,13 @@ def test_a_warning_is_at_the_callers_line_where_fastbn_is_packed_without_its_sou
     assert f"{script}:4: RuntimeWarning: fastbn runs its slower 'reference' kernel" in said
 
 
+def test_no_text_is_read_in_the_encoding_of_the_locale() -> None:
+    """Python warns of that if it is asked to, and where warnings are errors, no kernel can then be imported; nor can Numba."""
+    code = "import sys; sys.modules['numba'] = None; import fastbn; print(fastbn.show_config()['kernels'])"
+    done = python("-X", "warn_default_encoding", "-W", "error", "-c", code)
+    assert (done.stdout, done.stderr) == (python("-c", code).stdout, "")
+
+
 @pytest.mark.parametrize("arguments", [("-m", "fastbn", "--help"), ("-mfastbn", "--help"), ("-W", "error", "-m", "fastbn", "--help")])
 def test_the_command_starts_all_the_same(arguments: tuple[str, ...]) -> None:
     done = python(*arguments, FASTBN_NUM_THREADS="0", FASTBN_POOL_BYTES="1GX", FASTBN_KERNEL="avx2", FASTBN_THREADS="4")
