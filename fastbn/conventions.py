@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks
 from fastbn.functional import ActivationLike, Number
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from fastbn.hints import Self
 
 # Keras' activations by name, with Keras' defaults.
 KERAS: dict[str, str | tuple[str, float]] = {

@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
@@ -16,9 +17,6 @@ from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
 from fastbn.states import FIRST, OVERWRITTEN, Context, Layer, Tracking, is_written_over, without_copy
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
 
 
 class _Functions(NamedTuple):

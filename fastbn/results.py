@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import checks
 from fastbn.activations import Activation, Builtin
 from fastbn.dtypes import lookup, resolve
 from fastbn.floating import default_mode
 from fastbn.layout import Array
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
 
 Function = Builtin | Activation | None  # an activation
 

@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
-    {"kernels", "tables", "caller", "shown"},
+    {"kernels", "tables", "caller", "shown", "hints"},
     {"environment", "floating", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
     {"memory", "threads", "checks", "extremes"},
     {"results"},
