@@ -505,6 +505,9 @@ class Saved:
         self.__dict__.update(zip(_VECTORS, made[0], strict=True), mask=None)
         return self.__dict__[name]
 
+    def __dir__(self) -> list[str]:
+        return [*{*super().__dir__(), *self.__dataclass_fields__}]
+
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # not what these were made from
 
