@@ -595,3 +595,5 @@ class MixedGradients(Gradients):
         made = type(self)(*super()._replace(**given))
         made.dmix = dmix
         return made
+
+    __replace__ = _replace  # for copy.replace
