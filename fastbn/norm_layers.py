@@ -225,7 +225,7 @@ class InstanceNorm(_Tracked):
 
     _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
     _counts = False  # as in PyTorch
-    _usual: ClassVar = _Tracked._usual | {"track_running_stats": False}
+    _usual: ClassVar[dict[str, Any]] = _Tracked._usual | {"track_running_stats": False}
 
     def __init__(
         self,
@@ -544,7 +544,7 @@ class BatchRenorm2d(_Tracked):
 
     _ranks = (4,)
     _of_images = False
-    _usual: ClassVar = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
+    _usual: ClassVar[dict[str, Any]] = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
 
     _functions = _Functions(variants.batch_renorm, variants.batch_renorm_forward, variants.batch_renorm_backward)
 
