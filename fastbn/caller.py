@@ -6,7 +6,7 @@ import sys
 import warnings
 from types import FrameType
 
-IMPORTERS = ("importlib", "_frozen_importlib", "_frozen_importlib_external", "runpy")
+IMPORTERS = ("importlib", "_frozen_importlib", "_frozen_importlib_external", "runpy", "pyimod02_importers")  # the last: PyInstaller's
 
 
 def warn(message: str) -> None:

@@ -106,8 +106,12 @@ def test_an_unknown_name_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["import fastbn", "from fastbn.layers import BatchNorm1d", "import importlib; importlib.import_module('fastbn.nn')"]
-)
+    "line",
+    [
+        "import fastbn", "from fastbn.layers import BatchNorm1d", "import importlib; importlib.import_module('fastbn.nn')",
+        "exec('import fastbn', {'__name__': 'pyimod02_importers'})  # as in an application of PyInstaller's",
+    ],
+)  # fmt: skip
 def test_the_warning_is_at_the_line_that_imports(tmp_path: Path, line: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"# a service\nimport sys\n{line}\n")
