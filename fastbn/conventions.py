@@ -7,16 +7,15 @@ those who have such objects.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks
 from fastbn.functional import ActivationLike, Number
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from fastbn.hints import Self
 
 # Keras' activations by name, with Keras' defaults.
 KERAS: dict[str, str | tuple[str, float]] = {
@@ -276,8 +275,7 @@ def _tensors(given: Any) -> dict[str, Any]:
 def _tensor(value: Any) -> Any:
     if not hasattr(value, "data_type"):
         return value
-    from onnx import numpy_helper  # who has a TensorProto has it
-
+    numpy_helper = import_module("onnx.numpy_helper")  # who has a TensorProto has it, and packers need not take it along for others
     try:
         return numpy_helper.to_array(value)
     except Exception as error:  # they lie in another file, or are more or fewer than the shape says

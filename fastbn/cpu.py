@@ -42,7 +42,7 @@ def family_of(level: str) -> str:
 def model() -> str | None:
     """The processor's name as Linux knows it, or None."""
     try:
-        found = re.search(r"^model name\s*:\s*(.*\S)", Path("/proc/cpuinfo").read_text(errors="replace"), re.MULTILINE)
+        found = re.search(r"^model name\s*:\s*(.*\S)", Path("/proc/cpuinfo").read_text("utf-8", "replace"), re.MULTILINE)
     except OSError:
         return None
     return found and found[1]
@@ -82,11 +82,12 @@ def caches() -> Caches:
     found = {1: 0, 2: 0, 3: 0}
     for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
-            level, kind, size = (int((index / "level").read_text()), (index / "type").read_text().strip(), (index / "size").read_text())
+            kind, *numbers = ((index / name).read_text("utf-8").strip() for name in ("type", "level", "size"))
+            level, size = (int(number.removesuffix("K")) for number in numbers)
         except (OSError, ValueError):
             continue
         if kind != "Instruction" and level in found:
-            found[level] = int(size.strip().removesuffix("K")) * 1024
+            found[level] = size * 1024
     names = {1: "SC_LEVEL1_DCACHE_SIZE", 2: "SC_LEVEL2_CACHE_SIZE", 3: "SC_LEVEL3_CACHE_SIZE"}
     defaults = {1: 32 << 10, 2: 512 << 10, 3: 8 << 20}
     for level, name in names.items():

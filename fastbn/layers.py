@@ -5,10 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import checks, core, functional, sync
 from fastbn import layout as layouts
@@ -18,14 +18,11 @@ from fastbn.conventions import Found, FromOthers
 from fastbn.core import Request
 from fastbn.dtypes import DTYPES, resolve
 from fastbn.functional import ActivationLike, Number
+from fastbn.hints import Self
 from fastbn.layout import Array, LayoutName, channel_axis, view
 from fastbn.results import Gradients, Stats
 from fastbn.states import OVERWRITTEN, Context, Tracking, is_written_over, loaded_array, without_copy
 from fastbn.sync import Communicator
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
-    from typing_extensions import Self
 
 
 class BatchNorm(Tracking, FromOthers):

@@ -10,7 +10,8 @@ b) The buffers that come back, idle and lent ones together, take `FASTBN_POOL_BY
    that are so for longest go first. What is lent beyond that is not recycled. By default it is a 32nd of the memory, so
    that the 8 workers of a service together hold no more than a quarter, and at most 1 GiB.
 c) What was idle for `PERIOD` seconds goes back to the system. A thread sees to it, in a process that makes no more calls
-   too; it is there only while there are buffers, sleeps all but a few microseconds, and ends with the process.
+   too; it is there only while there are buffers, sleeps all but a few microseconds, and ends with the process. Where there
+   can be none, calls see to it.
 d) No Python code runs where a loan dies: an interrupt that arrives there would be lost, because Python ignores what a
    finalizer raises. The ticket of the loan is put on a list, by a method of that list, and the next call looks there.
 e) There is no lock. A loan may die anywhere, in a garbage collection or a signal handler in the middle of this
@@ -63,6 +64,8 @@ _lent: dict[int, _Ticket] = {}  # by identity
 _returned: deque[_Ticket] = deque()
 _next_look = 0.0  # when the thread that looks will have done so; 0 where there is none
 _looker: object = None  # which thread that is
+# The end of a subinterpreter aborts the process where a thread is left.
+_has_threads: bool = _pool is None or _pool.in_main_interpreter()
 _hits = 0
 _misses = 0
 _ALONE = 2  # references to a buffer: the ticket's, and that of who counts
@@ -192,11 +195,12 @@ def _start_to_look() -> None:
     global _next_look, _looker
     _next_look = time.monotonic() + 2 * PERIOD
     _looker = me = object()
-    try:
-        # Not a threading.Thread, which takes locks: a signal handler may be here because it interrupted one.
-        _thread.start_new_thread(_keep_looking, (me,))
-    except (RuntimeError, MemoryError):
-        _look()
+    with suppress(RuntimeError, MemoryError):
+        if _has_threads:
+            # Not a threading.Thread, which takes locks: a signal handler may be here because it interrupted one.
+            _thread.start_new_thread(_keep_looking, (me,))
+            return
+    _look()
 
 
 def ask_for_large_pages(address: int, nbytes: int) -> None:
@@ -354,7 +358,7 @@ def group_limit(root: str = cgroup.ROOT, membership: str = cgroup.MEMBERSHIP) ->
 
 def _bytes(file: Path) -> int | None:
     try:
-        return int(file.read_text())
+        return int(file.read_text("utf-8"))
     except (OSError, ValueError):  # no such file, or "max"
         return None
 

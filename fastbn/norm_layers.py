@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from fastbn import checks, norm_calls, norms, variants
 from fastbn import layout as layouts
@@ -16,9 +17,6 @@ from fastbn.functional import ActivationLike, Number
 from fastbn.layout import Array, LayoutName, channel_axis
 from fastbn.results import Gradients
 from fastbn.states import FIRST, OVERWRITTEN, Context, Layer, Tracking, is_written_over, without_copy
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
 
 
 class _Functions(NamedTuple):
@@ -227,7 +225,7 @@ class InstanceNorm(_Tracked):
 
     _functions = _Functions(norms.instance_norm, norms.instance_norm_forward, norms.instance_norm_backward)
     _counts = False  # as in PyTorch
-    _usual: ClassVar = _Tracked._usual | {"track_running_stats": False}
+    _usual: ClassVar[dict[str, Any]] = _Tracked._usual | {"track_running_stats": False}
 
     def __init__(
         self,
@@ -546,7 +544,7 @@ class BatchRenorm2d(_Tracked):
 
     _ranks = (4,)
     _of_images = False
-    _usual: ClassVar = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
+    _usual: ClassVar[dict[str, Any]] = _Tracked._usual | {"rmax": 3.0, "dmax": 5.0}
 
     _functions = _Functions(variants.batch_renorm, variants.batch_renorm_forward, variants.batch_renorm_backward)
 

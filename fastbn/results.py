@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from fastbn import checks
 from fastbn.activations import Activation, Builtin
 from fastbn.dtypes import lookup, resolve
 from fastbn.floating import default_mode
 from fastbn.layout import Array
-
-if TYPE_CHECKING:
-    from numpy.typing import DTypeLike
 
 Function = Builtin | Activation | None  # an activation
 
@@ -508,6 +505,9 @@ class Saved:
         self.__dict__.update(zip(_VECTORS, made[0], strict=True), mask=None)
         return self.__dict__[name]
 
+    def __dir__(self) -> list[str]:
+        return [*{*super().__dir__(), *self.__dataclass_fields__}]
+
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # not what these were made from
 
@@ -595,3 +595,5 @@ class MixedGradients(Gradients):
         made = type(self)(*super()._replace(**given))
         made.dmix = dmix
         return made
+
+    __replace__ = _replace  # for copy.replace

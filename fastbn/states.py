@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,11 +13,9 @@ from fastbn import checks
 from fastbn import layout as layouts
 from fastbn.checks import Channels
 from fastbn.floating import default_mode
+from fastbn.hints import Self
 from fastbn.layout import Array
 from fastbn.sync import Communicator
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 # What each array of a layer holds at first.
 FIRST = {"weight": 1.0, "bias": 0.0, "mix": 0.5, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}

@@ -43,10 +43,10 @@ def quota(root: str = cgroup.ROOT, membership: str = cgroup.MEMBERSHIP) -> float
 
 def _quota_of(folder: Path) -> float | None:
     try:
-        maximum, period = (folder / "cpu.max").read_text().split()  # v2
+        maximum, period = (folder / "cpu.max").read_text("utf-8").split()  # v2
     except (OSError, ValueError):
         try:
-            maximum, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))  # v1
+            maximum, period = ((folder / f"cpu.cfs_{name}_us").read_text("utf-8").strip() for name in ("quota", "period"))  # v1
         except (OSError, ValueError):
             return None
     try:

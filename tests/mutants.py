@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant("states.py", 'return self.__dict__ | {"_context": None}', "return self.__dict__", "test_layers.py test_survivors.py"),
     # The machine:
     Mutant("threads.py", "return 1 if nbytes < WORTH_THREADS[op]", "return 1 if nbytes <= WORTH_THREADS[op]", SURVIVORS),
-    Mutant("cpu.py", 'removesuffix("K")) * 1024', 'removesuffix("K"))', SURVIVORS),
+    Mutant("cpu.py", "found[level] = size * 1024", "found[level] = size", SURVIVORS),
     Mutant("cpu.py", 'if kind != "Instruction" and level in found:', "if level in found:", SURVIVORS),
     Mutant("cpu.py", "found[level] = os.sysconf(name)", "pass", SURVIVORS),
     Mutant("layout.py", "dense = aligned and _contiguous(", "dense = _contiguous(", SURVIVORS),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import doctest
+import inspect
 import pkgutil
 import re
+import typing
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -56,6 +59,21 @@ def test_docstring(example: doctest.DocTest) -> None:
 def test_public_functions_have_examples() -> None:
     shown = {example.name.rpartition(".")[2] for example in EXAMPLES}
     assert {"batch_norm", "batch_norm_forward", "BatchNorm2d", "use_kernel", "explain"} <= shown
+
+
+def _public() -> Iterator[Any]:
+    """Functions that users call, classes that they make objects of, and the methods of these."""
+    for value in (getattr(fastbn, name) for name in fastbn.__all__):
+        if inspect.isclass(value):
+            yield from (m for name, m in inspect.getmembers(value, inspect.isroutine) if name == "__init__" or not name.startswith("_"))
+        if callable(value):
+            yield value
+
+
+@pytest.mark.parametrize("value", [*_public()], ids=lambda value: value.__qualname__)
+def test_hints_are_there_at_run_time(value: Any) -> None:
+    """Some programs make command lines, configurations or documentation of them."""
+    typing.get_type_hints(value)
 
 
 def test_deploying_names_every_variable_and_no_other() -> None:

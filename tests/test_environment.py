@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import re
 import subprocess
 import sys
@@ -105,8 +106,12 @@ def test_an_unknown_name_is_a_warning() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["import fastbn", "from fastbn.layers import BatchNorm1d", "import importlib; importlib.import_module('fastbn.nn')"]
-)
+    "line",
+    [
+        "import fastbn", "from fastbn.layers import BatchNorm1d", "import importlib; importlib.import_module('fastbn.nn')",
+        "exec('import fastbn', {'__name__': 'pyimod02_importers'})  # as in an application of PyInstaller's",
+    ],
+)  # fmt: skip
 def test_the_warning_is_at_the_line_that_imports(tmp_path: Path, line: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"# a service\nimport sys\n{line}\n")
@@ -115,6 +120,26 @@ def test_the_warning_is_at_the_line_that_imports(tmp_path: Path, line: str) -> N
     assert done.stderr.startswith(f"{script}:3: RuntimeWarning: fastbn knows no environment variable 'FASTBN_THREADS'"), done.stderr
     done = python("-W", "error::RuntimeWarning:__main__", str(script), FASTBN_THREADS="4", PYTHONPATH=root)
     assert (done.returncode, done.stderr.splitlines()[-1][:21]) == (1, "RuntimeWarning: fastb")
+
+
+def test_a_warning_is_at_the_callers_line_where_fastbn_is_packed_without_its_sources(tmp_path: Path) -> None:
+    """The code then names no files, as with PyInstaller, or those of another machine."""
+    package = Path(environment.__file__).parent
+    for path in (*package.glob("*.py"), *package.glob("kernels/*.py")):
+        short = path.relative_to(package.parent)
+        py_compile.compile(str(path), str(tmp_path / short.with_suffix(".pyc")), str(short), doraise=True)
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nsys.modules['numba'] = None\nimport fastbn\nfastbn.batch_norm_stats(fastbn.nn.np.ones((2, 1)))\n")
+    said = python(str(script), FASTBN_THREADS="4").stderr
+    assert f"{script}:3: RuntimeWarning: fastbn knows no environment variable 'FASTBN_THREADS'" in said
+    assert f"{script}:4: RuntimeWarning: fastbn runs its slower 'reference' kernel" in said
+
+
+def test_no_text_is_read_in_the_encoding_of_the_locale() -> None:
+    """Python warns of that if it is asked to, and where warnings are errors, no kernel can then be imported; nor can Numba."""
+    code = "import sys; sys.modules['numba'] = None; import fastbn; print(fastbn.show_config()['kernels'])"
+    done = python("-X", "warn_default_encoding", "-W", "error", "-c", code)
+    assert (done.stdout, done.stderr) == (python("-c", code).stdout, "")
 
 
 @pytest.mark.parametrize("arguments", [("-m", "fastbn", "--help"), ("-mfastbn", "--help"), ("-W", "error", "-m", "fastbn", "--help")])

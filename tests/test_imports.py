@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # A module imports only what stands on an earlier line. Kernels know nothing of the library.
 ORDER = (
-    {"kernels", "tables", "caller", "shown"},
+    {"kernels", "tables", "caller", "shown", "hints"},
     {"environment", "floating", "reference", "activations", "dtypes", "cpu", "cgroup", "layout"},
     {"memory", "threads", "checks", "extremes"},
     {"results"},
@@ -48,7 +48,6 @@ RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 OPTIONAL = {
     "torch": {"torch"},
     "onnx": {"onnx", "onnxruntime", "onnxruntime_extensions"},
-    "conventions": {"onnx"},
     "keras": {"keras"},
     "keras.in_jax": {"keras", "jax"},
     "keras.in_tensorflow": {"tensorflow"},
@@ -78,17 +77,21 @@ def _for_checking_only(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
+def _base(node: ast.ImportFrom, path: Path) -> str:
+    """What a file imports from."""
+    return resolve_name("." * node.level + (node.module or ""), ".".join(("fastbn", *path.relative_to(PACKAGE).parent.parts)))
+
+
 def _imports(path: Path) -> Iterator[str]:
     """Every module a file imports, inside of functions too, but not under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
-    package = ".".join(("fastbn", *path.relative_to(PACKAGE).parent.parts))
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = resolve_name("." * node.level + (node.module or ""), package)
+            base = _base(node, path)
             yield from (f"{base}.{alias.name}" for alias in node.names) if base == "fastbn" else (base,)
         elif not (isinstance(node, ast.stmt) and _for_checking_only(node)):
             waiting.extend(ast.iter_child_nodes(node))
@@ -131,6 +134,29 @@ def test_importing_imports_no_framework() -> None:
     unwanted = {"numba", "torch", "onnx", "keras", "tensorflow", "mpi4py", "ml_dtypes", "rich", "threadpoolctl"}
     assert not unwanted & {module.split(".")[0] for module in loaded}
     assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.mpi", "fastbn.kernels.numba"} & set(loaded)
+
+
+def _seen_by_packers(path: Path) -> Iterator[str]:
+    """What PyInstaller and others take along for a file: whatever an import statement may mean, under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = _base(node, path)
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+
+
+def test_an_application_is_packed_without_numba_and_frameworks() -> None:
+    """Unless it asks for these; they would make it larger by hundreds of megabytes."""
+    files = {name if name == "fastbn" else f"fastbn.{name}": path for path in MODULES for name in [_name(path)]}
+    waiting, found = ["fastbn"], set[str]()
+    while waiting:
+        found.add(name := waiting.pop())
+        if name in files:
+            waiting += set(_seen_by_packers(files[name])) - found
+    assert {"fastbn.dispatch", "fastbn.kernels.protocol"} <= found
+    assert {name.split(".")[0] for name in found} <= {"fastbn", "numpy", "typing_extensions", "threadpoolctl", *sys.stdlib_module_names}
+    assert not {"fastbn.torch", "fastbn.onnx", "fastbn.keras", "fastbn.mpi", "fastbn.kernels.numba"} & found
 
 
 def test_a_framework_is_asked_for_by_its_own_import() -> None:

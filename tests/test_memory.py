@@ -471,6 +471,30 @@ def test_a_burst_is_given_back_though_no_call_follows() -> None:
     run(PEAK + script, FASTBN_POOL_BYTES=str(64 * MIB))
 
 
+IN_SUBINTERPRETER = """
+    import sys
+    if sys.version_info < (3, 13):
+        import _xxsubinterpreters as interpreters
+        one, execute = interpreters.create(isolated=False), interpreters.run_string
+    else:
+        import _interpreters as interpreters
+        one, execute = interpreters.create("legacy"), interpreters.exec
+    work = "y = memory.empty_like(np.empty((1 << 20), np.float32)); memory._look(); y = None; memory._look()"
+    error = execute(one, f"import numpy as np; from fastbn import memory; {work}")
+    interpreters.destroy(one)
+    print("destroyed", error)
+"""
+
+
+@pytest.mark.skipif(memory._pool is None, reason="needs the compiled pool, which knows the interpreters")
+def test_a_subinterpreter_can_end() -> None:
+    """A thread that is left there would abort the process."""
+    # NumPy warns that it is in one.
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(IN_SUBINTERPRETER)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "destroyed None\n"), done.stderr
+
+
 def test_where_no_thread_can_start_calls_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("can't start new thread")

@@ -7,6 +7,11 @@ from libc.string cimport memcpy
 
 cnp.import_array()
 
+cdef extern from "Python.h":
+    ctypedef struct PyInterpreterState
+    PyInterpreterState* PyInterpreterState_Get()
+    PyInterpreterState* PyInterpreterState_Main()
+
 cdef extern from "pool.hpp" namespace "fastbn" nogil:
     void run_units "fastbn::parallel"(
         unit_fn unit, void* job, Py_ssize_t units, int threads, bint reverse, Py_ssize_t nbytes, const Host* host
@@ -72,6 +77,11 @@ def release_scratch():
 def ask_for_large_pages(uintptr_t address, Py_ssize_t nbytes):
     """Let an output have large pages, if it is large, and its memory new."""
     want_large_pages(<void*> address, nbytes)
+
+
+def in_main_interpreter():
+    """Whether Python runs here as usual, and not in a subinterpreter, as in mod_wsgi."""
+    return PyInterpreterState_Get() == PyInterpreterState_Main()
 
 
 def set_float_mode(mode=None):

@@ -1324,3 +1324,11 @@ def warmup(storage: str, patterns: Iterable[str], activation: Any = None) -> Non
             keeps = activation is not None and activation.costly and MEMORY[storage].size >= 4
             _loop(Loop(pattern, "grad_sums", storage, known, second=keeps))
             _loop(Loop(pattern, "grad_input", storage, None if keeps else known))
+
+
+if TYPE_CHECKING:  # not in protocol.py: packers follow every import, and would take Numba into each application
+    from fastbn.kernels import numba, protocol
+
+    _as_operations: protocol.Operations = numba
+    _as_whole_calls: protocol.WholeCalls = numba
+    _as_warmable: protocol.Warmable = numba

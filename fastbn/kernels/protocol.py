@@ -126,11 +126,8 @@ class Warmable(Protocol):
 
 if TYPE_CHECKING:
     from fastbn import composed, reference
-    from fastbn.kernels import numba
 
-    _operations: tuple[Operations, ...] = (reference, numba)
-    _calls_of_numba: WholeCalls = numba
-    _warmable: Warmable = numba
+    _operations: Operations = reference
 
     def _calls(made: composed.ComposedKernel) -> Calls:
         return made

@@ -84,7 +84,7 @@ def _run(model: bytes, names: list[tuple[str, str]], seconds: float, inputs: Map
         while runs < LEAST or perf_counter() < end:
             session.run(None, feed)
             runs += 1
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_text("utf-8"))
     whole = [event for event in events if event.get("cat") == "Session" and event["name"] == "model_run"][-runs:]
     since, total = whole[0]["ts"], sum(event["dur"] for event in whole)
     spent: dict[str, float] = {}

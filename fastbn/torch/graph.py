@@ -189,7 +189,7 @@ def _is_parallel(module: nn.Module) -> bool:
 
 def in_function(frame: Any, codes: set[Any]) -> Any:
     """The innermost frame of an autograd.Function or a checkpoint, from a frame on outwards; None if there is none."""
-    while frame is not None and frame.f_code not in codes and frame.f_code.co_filename != checkpoint.__file__:
+    while frame is not None and frame.f_code not in codes and frame.f_globals is not vars(checkpoint):
         frame = frame.f_back
     return frame
 
