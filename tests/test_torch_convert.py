@@ -586,6 +586,24 @@ def test_a_subclass_with_numbers_that_are_computed_is_fused(graph: bool) -> None
     torch.testing.assert_close(model.state_dict(), own.state_dict())
 
 
+def test_a_subclass_that_computes_every_attribute_is_fused() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            return 2 * found if name == "momentum" else found
+
+    class Shifted(nn.BatchNorm2d):
+        def __getattr__(self, name: str) -> Any:
+            found = super().__getattr__(name)
+            return found + self.shift if name == "weight" and "shift" in vars(self) else found
+
+    for kind in (Doubled, Shifted):
+        model = nn.Sequential(kind(3), nn.ReLU())
+        model[0].shift = 1
+        found = same(model, image())
+        assert found[0].fused == ("ReLU",)
+
+
 def test_parts_of_a_model_that_cannot_be_traced_are_fused() -> None:
     model = Body(lambda m, x: m.part(x) if x.sum() < 1e9 else x, part=sequential(nn.BatchNorm2d(4), nn.ReLU()))
     found = same(model, image())

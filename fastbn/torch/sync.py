@@ -24,6 +24,8 @@ from fastbn.torch.derived import own_method, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
+# What a layer holds, and a class may compute.
+STATE = ("training", "momentum", "eps", "track_running_stats", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class Communicator(sync.OfProcess):
@@ -248,6 +250,20 @@ def unusual(layer: nn.Module) -> str:
     return f"{type(layer).__name__} has a __call__ of its own" if own_method(layer, "__call__") is not nn.Module.__call__ else ""
 
 
+def computes(layer: nn.Module) -> bool:
+    """Whether torch's own code may find something else in a layer than what it holds, by a property or a `__getattr__` of its class."""
+    kind: Any = type(layer)
+    usual = kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__
+    return not usual or any(hasattr(kind, name) for name in STATE)
+
+
+def _computed(layer: nn.Module) -> str:
+    """Why a layer is not what it holds, or nothing."""
+    if is_parametrized(layer):
+        return "it is parametrized"
+    return f"{type(layer).__name__} has attributes that are computed" if computes(layer) else ""
+
+
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
     """Replace every batch norm of a model by a `SyncBatchNorm`.
 
@@ -269,8 +285,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     TypeError
         If model is no Module.
     ValueError
-        If a lazy batch norm was never called, or if a layer is parametrized or has a forward other than batch norm's. Nothing is
-        changed in this case.
+        If a lazy batch norm was never called, if a layer is parametrized or has a forward other than batch norm's, or if its class
+        computes what batch norms hold, such as `eps`. Nothing is changed in this case.
 
     Examples
     --------
@@ -281,7 +297,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     """
     check(model)
     for path, layer in model.named_modules():
-        if is_batch_norm(layer) and (why := unusual(layer) or ("it is parametrized" if is_parametrized(layer) else "")):
+        if is_batch_norm(layer) and (why := unusual(layer) or _computed(layer)):
             raise ValueError(f"{path or 'the model'} cannot be converted: {why}")
     made: dict[nn.Module, SyncBatchNorm] = {}
 
