@@ -13,6 +13,7 @@ from math import prod
 from sys import float_info
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -154,8 +155,10 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
     if torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(dy) or functorch.is_functorch_wrapped_tensor(dy):
         return gradients_of(a, dy, wanted)
     x = array_of(a.x)
-    mean, mean_lo, invstd = (t.numpy() for t in saved)
-    weight, bias = (None if v is None else v.reshape(-1) for v in (vector(a.weight), vector(a.bias)))
+    # A weight may be a view, and a hook for saved tensors may give views back.
+    given: Any = (None if t is None else np.ascontiguousarray(vector(t)) for t in (*saved, a.weight, a.bias))
+    mean, mean_lo, invstd, *vectors = given
+    weight, bias = (None if v is None else v.reshape(-1) for v in vectors)
     groups = a.kind == "group_norm"
     axis, group = (1, x.shape[1] // a.parts) if groups else (x.ndim - len(a.parts), prod(a.parts))
     activation = a.activation if a.activation.code else None
