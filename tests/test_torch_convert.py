@@ -1026,6 +1026,24 @@ def test_compiled_models_hold_one_node_for_each(early: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("budget", [0.0, 0.5])
+def test_a_compiler_may_compute_a_node_again_in_the_backward(budget: float) -> None:
+    model, x, found = Small(), image(), []
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    torch.compiler.reset()
+    with torch._functorch.config.patch(activation_memory_budget=budget), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for m in (torch.compile(model, backend="aot_eager_decomp_partition"), own):
+            leaf = x.clone().requires_grad_()
+            y = m(leaf)
+            y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+            found.append([leaf.grad, *(p.grad for p in m.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
+    torch._dynamo.reset()
+
+
 def test_exported_models_hold_one_node_for_each() -> None:
     model, x = Small().eval(), image()
     fastbn.torch.convert(model)
