@@ -686,6 +686,19 @@ def test_errors_are_torchs() -> None:
         assert found[0] == found[1]
 
 
+def test_an_input_of_one_dimension_is_refused_by_torch() -> None:
+    """By a subclass that lets all dimensions come."""
+
+    class Any1d(nn.BatchNorm1d):
+        def _check_input_dim(self, input: Any) -> None:  # noqa: A002  torch's name
+            pass
+
+    model = nn.Sequential(Any1d(3), nn.ReLU())
+    fastbn.torch.convert(model)
+    with pytest.raises(RuntimeError, match="running_mean should contain 0 elements not 3"):
+        model(torch.randn(3))
+
+
 ORDERS: dict[str, Callable[[], Any]] = {
     "contiguous": lambda: image(2, 4, 5, 6),
     "channels last": lambda: image(2, 4, 5, 6).to(memory_format=torch.channels_last),
