@@ -395,6 +395,15 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
         assert torch.autograd.gradgradcheck(model, (x,))
 
 
+def test_an_instance_norm_has_second_derivatives_of_many_gradients_at_once() -> None:
+    """As torch's, which is a batch norm: torch's group norm has none."""
+    plain = nn.Sequential(nn.InstanceNorm1d(4, affine=True), nn.SiLU()).double()
+    model, x = copy.deepcopy(plain), torch.randn(2, 4, 3, dtype=torch.float64)
+    fastbn.torch.convert(model)
+    got, want = (torch.autograd.functional.hessian(lambda x, m=m: m(x).pow(2).sum(), x, vectorize=True) for m in (model, plain))
+    torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Identity()])
 def test_an_rms_norm_that_learns_keeps_no_input_that_needs_no_gradient(act: Any) -> None:
     """As torch's, so that an inference tensor can be its input, and one that is changed in place before the backward."""

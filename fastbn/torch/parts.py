@@ -46,9 +46,16 @@ def _norm(kind: str, composed: Callable[[Any], Tensor], schema: str) -> Norm:
     return Norm(getattr(norms, f"{kind}_forward"), getattr(norms, kind), getattr(norms, f"{kind}_backward"), composed, schema)
 
 
+def _of_groups(a: Parts) -> Tensor:
+    """By torch's own operators, of which instance norm has second derivatives of many gradients at once, and group norm has not."""
+    if a._is_instance():
+        return F.instance_norm(a.x, weight=a.weight, bias=a.bias, eps=a.eps)  # type: ignore[arg-type]
+    return F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps)  # type: ignore[arg-type]
+
+
 _ROW = "SymInt[] normalized_shape"  # a number of torch.export's, too
 NORMS = {
-    "group_norm": _norm("group_norm", lambda a: F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int num_groups, float eps"),
+    "group_norm": _norm("group_norm", _of_groups, "int num_groups, float eps"),
     "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), f"{_ROW}, float eps"),
     "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), f"{_ROW}, float? eps"),
 }
