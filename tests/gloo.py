@@ -315,6 +315,20 @@ def compiled_models_take_part(rank: int, ranks: int) -> None:
 
 
 @check
+def many_compiled_layers_are_few_graphs(rank: int, ranks: int) -> None:
+    """A graph that asked which layers have a communicator was another one after each layer's first call."""
+    if ranks > 2:
+        return
+    torch.compiler.reset()
+    layers = convert_sync_batchnorm(nn.ModuleList(nn.BatchNorm1d(3) for _ in range(6)))
+    x = torch.randn(5, 3)
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for layer in layers:
+            torch.compile(layer, backend="eager")(x)
+
+
+
+@check
 def arrays_of_numpy(rank: int, ranks: int) -> None:
     x = np.random.default_rng(0).standard_normal((9, 4))
     bn, whole = fastbn.BatchNorm1d(4, dtype="float64", communicator=fastbn.torch.Communicator()), fastbn.BatchNorm1d(4, dtype="float64")

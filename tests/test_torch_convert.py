@@ -586,6 +586,24 @@ def test_a_subclass_with_numbers_that_are_computed_is_fused(graph: bool) -> None
     torch.testing.assert_close(model.state_dict(), own.state_dict())
 
 
+def test_a_subclass_that_computes_every_attribute_is_fused() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def __getattribute__(self, name: str) -> Any:
+            found = super().__getattribute__(name)
+            return 2 * found if name == "momentum" else found
+
+    class Shifted(nn.BatchNorm2d):
+        def __getattr__(self, name: str) -> Any:
+            found = super().__getattr__(name)
+            return found + self.shift if name == "weight" and "shift" in vars(self) else found
+
+    for kind in (Doubled, Shifted):
+        model = nn.Sequential(kind(3), nn.ReLU())
+        model[0].shift = 1
+        found = same(model, image())
+        assert found[0].fused == ("ReLU",)
+
+
 def test_parts_of_a_model_that_cannot_be_traced_are_fused() -> None:
     model = Body(lambda m, x: m.part(x) if x.sum() < 1e9 else x, part=sequential(nn.BatchNorm2d(4), nn.ReLU()))
     found = same(model, image())
@@ -666,6 +684,19 @@ def test_errors_are_torchs() -> None:
                 m(x)
             found.append((error.type, str(error.value)))
         assert found[0] == found[1]
+
+
+def test_an_input_of_one_dimension_is_refused_by_torch() -> None:
+    """By a subclass that lets all dimensions come."""
+
+    class Any1d(nn.BatchNorm1d):
+        def _check_input_dim(self, input: Any) -> None:  # noqa: A002  torch's name
+            pass
+
+    model = nn.Sequential(Any1d(3), nn.ReLU())
+    fastbn.torch.convert(model)
+    with pytest.raises(RuntimeError, match="running_mean should contain 0 elements not 3"):
+        model(torch.randn(3))
 
 
 ORDERS: dict[str, Callable[[], Any]] = {
@@ -1005,6 +1036,24 @@ def test_compiled_models_hold_one_node_for_each(early: bool) -> None:
         assert taken() == before + 3
         fastbn.torch.revert(model)
         torch.testing.assert_close(compiled(x), own(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.5])
+def test_a_compiler_may_compute_a_node_again_in_the_backward(budget: float) -> None:
+    model, x, found = Small(), image(), []
+    own = copy.deepcopy(model)
+    fastbn.torch.convert(model)
+    torch.compiler.reset()
+    with torch._functorch.config.patch(activation_memory_budget=budget), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for m in (torch.compile(model, backend="aot_eager_decomp_partition"), own):
+            leaf = x.clone().requires_grad_()
+            y = m(leaf)
+            y.backward(torch.linspace(-1, 1, y.numel()).reshape(y.shape))
+            found.append([leaf.grad, *(p.grad for p in m.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.state_dict(), own.state_dict())
     torch._dynamo.reset()
 
 

@@ -169,6 +169,29 @@ def hooked() -> Any:
     return model
 
 
+class Scaled(torch.Tensor):
+    """Small integers and a scale, as packages keep weights that they have quantized."""
+
+    @staticmethod
+    def __new__(cls, integers: Any, scale: float) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=torch.float32)
+
+    def __init__(self, integers: Any, scale: float) -> None:
+        self.integers, self.scale = integers, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].integers, args[0].scale)
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda t: t.integers * t.scale, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def scaled(layer: Any) -> Any:
+    layer.weight = nn.Parameter(Scaled((layer.weight.detach() * 64).to(torch.int8), 1 / 64), requires_grad=False)
+    return layer
+
+
 LEFT = {
     "activation": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)), "2", "it stands between ReLU and the output"),
     "padding": (
@@ -208,6 +231,11 @@ LEFT = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
         "1",
         "it stands between ParametrizedConv2d and the output",
+    ),
+    "weights of a class": (
+        lambda: nn.Sequential(scaled(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)),
+        "1",
+        "the Conv2d beside it has a weight of class Scaled",
     ),
     "alone": (lambda: nn.BatchNorm2d(3), "", "it stands between the input and the output"),
     "a part by itself": (PartAlone, "part.0", "it stands between the input of part and the output of part"),

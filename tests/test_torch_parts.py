@@ -334,6 +334,28 @@ def test_what_is_unusual_is_what_torch_makes_of_it(ran: list[Any]) -> None:
     assert ran == []
 
 
+@pytest.mark.parametrize("name", ["affine InstanceNorm", "GroupNorm", "LayerNorm", "RMSNorm"])
+def test_parameters_and_what_is_saved_may_be_views(name: str, ran: list[Any]) -> None:
+    def spread(t: Any) -> Any:
+        """The same values, with gaps in between."""
+        return torch.stack([t, t + 1], -1)[..., 0]
+
+    make = {"LayerNorm": lambda: nn.LayerNorm(6), "RMSNorm": lambda: nn.RMSNorm(6)}.get(name) or LAYERS[name]
+    x, numbers, found = torch.randn(2, 6, 6, 6), [torch.rand_like(p) for p in make().parameters()], []
+    for arranged, saved in ((torch.clone, torch.clone), (spread, torch.clone), (torch.clone, spread)):
+        model = nn.Sequential(make(), nn.SiLU())
+        fastbn.torch.convert(model)
+        for p, values in zip(model.parameters(), numbers, strict=True):
+            p.data = arranged(values)
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(saved, lambda t: t):
+            y = model(leaf)
+        y.square().sum().backward()
+        found.append([y, leaf.grad, *(p.grad for p in model.parameters())])
+    assert len(ran) == 3
+    torch.testing.assert_close(found[1:], found[:1] * 2)
+
+
 @pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.GroupNorm(3, 6)])
 def test_parameters_of_two_dtypes_are_refused_by_torch(layer: Any, ran: list[Any]) -> None:
     dtypes = torch.float32, torch.float16, torch.bfloat16
@@ -371,6 +393,15 @@ def test_first_and_second_derivatives_are_those_of_finite_differences() -> None:
         x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(model, (x,))
         assert torch.autograd.gradgradcheck(model, (x,))
+
+
+def test_an_instance_norm_has_second_derivatives_of_many_gradients_at_once() -> None:
+    """As torch's, which is a batch norm: torch's group norm has none."""
+    plain = nn.Sequential(nn.InstanceNorm1d(4, affine=True), nn.SiLU()).double()
+    model, x = copy.deepcopy(plain), torch.randn(2, 4, 3, dtype=torch.float64)
+    fastbn.torch.convert(model)
+    got, want = (torch.autograd.functional.hessian(lambda x, m=m: m(x).pow(2).sum(), x, vectorize=True) for m in (model, plain))
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.Identity()])

@@ -161,6 +161,14 @@ def test_data_that_are_views_of_the_opposite_numbers() -> None:
     torch.testing.assert_close(model[0].running_mean, -x.mean((0, 2, 3)))
 
 
+def test_a_default_device_hinders_nothing() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(1))
+    data = [torch.tensor([[1.0], [3.0]])]
+    with torch.device("meta"):
+        fastbn.torch.update_bn(model, data)
+    assert (float(model[0].running_mean), int(model[0].num_batches_tracked)) == (2, 1)
+
+
 def test_a_compiled_model_is_run_uncompiled() -> None:
     model, want = network(), network()
     fastbn.torch.update_bn(want, batches())

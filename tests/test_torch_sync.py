@@ -111,8 +111,19 @@ class Active(nn.BatchNorm2d):
         return super().forward(input).relu()
 
 
+class Doubled(nn.BatchNorm2d):
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        return 2 * found if name == "momentum" else found
+
+
 @pytest.mark.parametrize(
-    ("layer", "message"), [(Active(3), "1 cannot be converted: Active has a forward of its own"), (nn.LazyBatchNorm2d(), "never called")]
+    ("layer", "message"),
+    [
+        (Active(3), "1 cannot be converted: Active has a forward of its own"),
+        (Doubled(3), "1 cannot be converted: Doubled has attributes that are computed"),
+        (nn.LazyBatchNorm2d(), "never called"),
+    ],
 )
 def test_what_is_no_plain_batch_norm_is_refused(layer: Any, message: str) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), layer)

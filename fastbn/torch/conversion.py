@@ -187,7 +187,7 @@ def _arguments(layer: Any, x: Tensor, from_output: bool) -> Arguments | None:
         return None
     if type(training) is not bool or type(eps) is not float or eps <= 0 or not (momentum is None or type(momentum) is float):
         return None
-    if x.layout is not torch.strided or not x.is_cpu or is_overridden((x, weight, bias, mean, var)) or jit.is_tracing():
+    if x.dim() < 2 or x.layout is not torch.strided or not x.is_cpu or is_overridden((x, weight, bias, mean, var)) or jit.is_tracing():
         return None
     for t in (weight, bias, mean, var):
         if t is not None and not (isinstance(t, Tensor) and t.is_cpu and t.layout is torch.strided):

@@ -93,6 +93,14 @@ def changed(layer: nn.Module) -> str:
     return "has a forward of its own" if "forward" in layer.__dict__ else ""
 
 
+def _overlaid(layer: nn.Module) -> str:
+    """Why new numbers in a layer would lose what the class of its tensors adds, such as quantization, or nothing."""
+    for name, t in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+        if type(t) not in (Tensor, nn.Parameter):
+            return f"has a {name} of class {type(t).__name__}"
+    return ""
+
+
 def _features(layer: Any) -> int:
     return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
 
@@ -133,7 +141,7 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
         return "", "it is shared by several calls"
     if graph.reads(path):
         return "", "the model's code reads its tensors"
-    if why := changed(layer):
+    if why := changed(layer) or _overlaid(layer):
         return "", f"it {why}"
     for other, backwards in ((place.before, False), (place.after, True)):
         if not other:
@@ -156,7 +164,7 @@ def _refuses(other: Any, path: str, layer: Any, graph: Graph, backwards: bool, a
         return f"the {kind} {'after' if backwards else 'before'} it is shared by several calls"
     if graph.reads(path):
         return f"the model's code reads the weights of the {kind} beside it"
-    if why := changed(other):
+    if why := changed(other) or _overlaid(other):
         return f"the {kind} beside it {why}"
     if backwards:
         if type(other) not in CONVOLUTIONS:

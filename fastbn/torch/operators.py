@@ -442,10 +442,17 @@ def in_words(activation: Builtin) -> tuple[str, float]:
 
 
 def in_graph(a: Arguments) -> Tensor:
-    """The same as one node of a graph."""
-    y, _, _, mean, var = torch.ops.fastbn.batch_norm(*a[:9], *in_words(a.activation))
-    if a.training:
-        for running, moved in ((a.mean, mean), (a.var, var)):
-            if running is not None:
-                running.copy_(moved)
+    """The same as one node of a graph.
+
+    In training, the node finds the statistics of the batch, from which the running ones move beside it: a compiler may have a backward
+    compute a node again, and then what the node reads must not have changed.
+    """
+    x, residual, weight, bias, *running, training, momentum, eps, activation, _ = a
+    batch = [torch.zeros(t.shape, dtype=t.dtype, device=t.device) if training and t is not None else t for t in running]
+    arguments = x, residual, weight, bias, *batch, training, 1.0 if training else momentum, eps
+    y, _, _, *found = torch.ops.fastbn.batch_norm(*arguments, *in_words(activation))
+    if training:
+        for old, new in zip(running, found, strict=True):
+            if old is not None:
+                old.copy_((1 - momentum) * old + momentum * new)
     return y  # type: ignore[no-any-return]

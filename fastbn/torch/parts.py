@@ -13,6 +13,7 @@ from math import prod
 from sys import float_info
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,9 +46,16 @@ def _norm(kind: str, composed: Callable[[Any], Tensor], schema: str) -> Norm:
     return Norm(getattr(norms, f"{kind}_forward"), getattr(norms, kind), getattr(norms, f"{kind}_backward"), composed, schema)
 
 
+def _of_groups(a: Parts) -> Tensor:
+    """By torch's own operators, of which instance norm has second derivatives of many gradients at once, and group norm has not."""
+    if a._is_instance():
+        return F.instance_norm(a.x, weight=a.weight, bias=a.bias, eps=a.eps)  # type: ignore[arg-type]
+    return F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps)  # type: ignore[arg-type]
+
+
 _ROW = "SymInt[] normalized_shape"  # a number of torch.export's, too
 NORMS = {
-    "group_norm": _norm("group_norm", lambda a: F.group_norm(a.x, a.parts, a.weight, a.bias, a.eps), "int num_groups, float eps"),
+    "group_norm": _norm("group_norm", _of_groups, "int num_groups, float eps"),
     "layer_norm": _norm("layer_norm", lambda a: F.layer_norm(a.x, a.parts, a.weight, a.bias, a.eps), f"{_ROW}, float eps"),
     "rms_norm": _norm("rms_norm", lambda a: F.rms_norm(a.x, a.parts, a.weight, a.eps), f"{_ROW}, float? eps"),
 }
@@ -154,8 +162,10 @@ def gradients(dy: Tensor, a: Parts, saved: tuple[Tensor, ...], wanted: tuple[boo
     if torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(dy) or functorch.is_functorch_wrapped_tensor(dy):
         return gradients_of(a, dy, wanted)
     x = array_of(a.x)
-    mean, mean_lo, invstd = (t.numpy() for t in saved)
-    weight, bias = (None if v is None else v.reshape(-1) for v in (vector(a.weight), vector(a.bias)))
+    # A weight may be a view, and a hook for saved tensors may give views back.
+    given: Any = (None if t is None else np.ascontiguousarray(vector(t)) for t in (*saved, a.weight, a.bias))
+    mean, mean_lo, invstd, *vectors = given
+    weight, bias = (None if v is None else v.reshape(-1) for v in vectors)
     groups = a.kind == "group_norm"
     axis, group = (1, x.shape[1] // a.parts) if groups else (x.ndim - len(a.parts), prod(a.parts))
     activation = a.activation if a.activation.code else None

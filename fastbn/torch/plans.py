@@ -22,6 +22,7 @@ from fastbn.torch.folding import LAYERS, changed
 from fastbn.torch.graph import AROUND, OUTSIDE, Piece, has_hooks, pieces, traced
 from fastbn.torch.parts import CALLS
 from fastbn.torch.parts import LAYERS as OF_PARTS
+from fastbn.torch.sync import computes
 
 F = torch.nn.functional
 PARTS: Any = tuple(OF_PARTS)
@@ -65,8 +66,6 @@ class Plan(NamedTuple):
     places: tuple[tuple[tuple[str, ...], type], ...] = ()  # of both: the way from there, and the class
 
 
-# What a layer holds, and a class may have a property for.
-STATE = ("training", "momentum", "eps", "track_running_stats", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 NOBODY = Plan(why="what calls it cannot be traced")
 
 
@@ -86,7 +85,7 @@ def refuses(layer: Any) -> tuple[str, Plan]:
     if why := changed(layer):
         return f"it {why}", NOBODY
     if type(layer).forward in FORWARDS:
-        return "", Plan(steps=Steps(plain=not any(hasattr(type(layer), name) for name in STATE)), fits_outside=True)
+        return "", Plan(steps=Steps(plain=not computes(layer)), fits_outside=True)
     piece, functions = traced(layer), {F.batch_norm} if isinstance(layer, _BatchNorm) else CALLS
     inside = [node for node in piece.nodes if node.target in functions] if piece else []
     if piece is None or len(inside) != 1 or _input(inside[0]) is not piece.nodes[0]:  # the layer's own first argument

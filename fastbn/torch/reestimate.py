@@ -113,7 +113,7 @@ def update_bn(
         if path in found.layers:
             statistics = map(torch.from_numpy, running_of(path, found, unbiased=True))
             buffers = layer.running_mean, layer.running_var, layer.num_batches_tracked
-            values = *statistics, torch.tensor(found.batches)
+            values = *statistics, torch.tensor(found.batches, device="cpu")
             new += [pair for pair in zip(buffers, values, strict=True) if pair[0] is not None]
     overwrite(new)
     return found

@@ -24,6 +24,8 @@ from fastbn.torch.derived import own_method, refuse_script
 from fastbn.torch.graph import STEPS, check, is_batch_norm
 
 distributed: Any = torch.distributed  # it is typed in part only
+# What a layer holds, and a class may compute.
+STATE = ("training", "momentum", "eps", "track_running_stats", "weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class Communicator(sync.OfProcess):
@@ -129,12 +131,38 @@ class _Synchronized(torch.autograd.Function):
 _communicators: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Communicator]] = weakref.WeakKeyDictionary()
 
 
-def _synchronized(*arguments: Any) -> Any:
+def _communicator(layer: SyncBatchNorm) -> Communicator:
+    """What carries numbers to others."""
+    key = id(distributed.group.WORLD), id(layer.process_group)
+    known = _communicators.get(layer)
+    if known is None or known[0] != key:
+        known = _communicators[layer] = key, Communicator(layer.process_group)
+    return known[1]
+
+
+def _synchronized(layer: SyncBatchNorm, x: Tensor) -> Any:
+    """Normalize with others."""
+    communicator = _communicator(layer)
+    if x.device.type != "cpu" or x.dtype not in TYPES or x.layout is not torch.strided:
+        raise ValueError(
+            f"fastbn.torch.SyncBatchNorm takes strided floating-point tensors on the CPU, got {x.dtype} on {x.device}"
+            f"{'' if x.device.type == 'cpu' else '; torch.nn.SyncBatchNorm is for GPUs'}"
+        )
+    if x.shape[1] != layer.num_features:
+        raise ValueError(f"input has {x.shape[1]} channels, but the layer has num_features={layer.num_features}")
     if why := unreadable({}):
         raise TypeError(
             f"fastbn.torch.SyncBatchNorm sends what it finds in its input to other processes, and not {why}; its eval() sends nothing"
         )
-    return _Synchronized.apply(*arguments)  # type: ignore[no-untyped-call, unused-ignore]
+    mean, var = (layer.running_mean, layer.running_var) if layer.track_running_stats else (None, None)
+    seen = layer.num_batches_tracked if layer.track_running_stats else None
+    momentum = layer.momentum
+    if momentum is None:  # the cumulative average
+        momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
+    found: Any = _Synchronized.apply(x, layer.weight, layer.bias, mean, var, momentum, layer.eps, communicator)  # type: ignore[no-untyped-call, unused-ignore]
+    if seen is not None:
+        seen.add_(1)
+    return found
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -198,38 +226,18 @@ class SyncBatchNorm(_BatchNorm):
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    def _communicator(self) -> Communicator | None:
-        """What carries numbers to others, where there are others."""
+    def _has_others(self) -> bool:
+        """Whether other processes share the batch, or this one is in no group, which is an error then."""
         if not (self.synchronize and self.training and distributed.is_available() and distributed.is_initialized()):
-            return None
-        key = id(distributed.group.WORLD), id(self.process_group)
-        known = _communicators.get(self)
-        if known is None or known[0] != key:
-            known = _communicators[self] = key, Communicator(self.process_group)
-        return known[1] if known[1].ranks > 1 else None
+            return False
+        return bool(distributed.get_world_size(self.process_group) != 1)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as torch's layers
         """Normalize; with others, where there are others."""
         self._check_input_dim(input)
-        communicator = self._communicator()
-        if communicator is None:
+        if not self._has_others():
             return super().forward(input)
-        if input.device.type != "cpu" or input.dtype not in TYPES or input.layout is not torch.strided:
-            raise ValueError(
-                f"fastbn.torch.SyncBatchNorm takes strided floating-point tensors on the CPU, got {input.dtype} on {input.device}"
-                f"{'' if input.device.type == 'cpu' else '; torch.nn.SyncBatchNorm is for GPUs'}"
-            )
-        if input.shape[1] != self.num_features:
-            raise ValueError(f"input has {input.shape[1]} channels, but the layer has num_features={self.num_features}")
-        mean, var = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
-        seen = self.num_batches_tracked if self.track_running_stats else None
-        momentum = self.momentum
-        if momentum is None:  # the cumulative average
-            momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
-        vectors = self.weight, self.bias, mean, var
-        found: Tensor = eagerly(_synchronized, input, *vectors, momentum, self.eps, communicator)
-        if seen is not None:
-            seen.add_(1)
+        found: Tensor = eagerly(_synchronized, self, input)
         return found
 
     @classmethod
@@ -246,6 +254,20 @@ def unusual(layer: nn.Module) -> str:
     if forward not in usual or "forward" in layer.__dict__:
         return f"{type(layer).__name__} has a forward of its own"
     return f"{type(layer).__name__} has a __call__ of its own" if own_method(layer, "__call__") is not nn.Module.__call__ else ""
+
+
+def computes(layer: nn.Module) -> bool:
+    """Whether torch's own code may find something else in a layer than what it holds, by a property or a `__getattr__` of its class."""
+    kind: Any = type(layer)
+    usual = kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__
+    return not usual or any(hasattr(kind, name) for name in STATE)
+
+
+def _computed(layer: nn.Module) -> str:
+    """Why a layer is not what it holds, or nothing."""
+    if is_parametrized(layer):
+        return "it is parametrized"
+    return f"{type(layer).__name__} has attributes that are computed" if computes(layer) else ""
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
@@ -269,8 +291,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     TypeError
         If model is no Module.
     ValueError
-        If a lazy batch norm was never called, or if a layer is parametrized or has a forward other than batch norm's. Nothing is
-        changed in this case.
+        If a lazy batch norm was never called, if a layer is parametrized or has a forward other than batch norm's, or if its class
+        computes what batch norms hold, such as `eps`. Nothing is changed in this case.
 
     Examples
     --------
@@ -281,7 +303,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     """
     check(model)
     for path, layer in model.named_modules():
-        if is_batch_norm(layer) and (why := unusual(layer) or ("it is parametrized" if is_parametrized(layer) else "")):
+        if is_batch_norm(layer) and (why := unusual(layer) or _computed(layer)):
             raise ValueError(f"{path or 'the model'} cannot be converted: {why}")
     made: dict[nn.Module, SyncBatchNorm] = {}
 
