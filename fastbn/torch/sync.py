@@ -159,7 +159,8 @@ def _synchronized(layer: SyncBatchNorm, x: Tensor) -> Any:
     momentum = layer.momentum
     if momentum is None:  # the cumulative average
         momentum = 0.0 if seen is None else 1.0 / (int(seen) + 1)
-    found: Any = _Synchronized.apply(x, layer.weight, layer.bias, mean, var, momentum, layer.eps, communicator)  # type: ignore[no-untyped-call, unused-ignore]
+    vectors = layer.weight, layer.bias, mean, var
+    found: Any = _Synchronized.apply(x, *vectors, momentum, layer.eps, communicator)  # type: ignore[no-untyped-call, unused-ignore]
     if seen is not None:
         seen.add_(1)
     return found
