@@ -76,7 +76,9 @@ def test_same_bits(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: s
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("shape", [(3, 48, 40, 44), (1, 24, 40, 44), (5, 48, 13, 15), (5, 48, 3, 5), (33, 48, 3, 7)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize(
+    "shape", [(3, 48, 40, 44), (1, 24, 40, 44), (5, 48, 13, 15), (5, 48, 3, 5), (33, 48, 3, 7)], ids=lambda s: "x".join(map(str, s))
+)
 @pytest.mark.parametrize("kernel", MODULES, ids=lambda k: k.name)
 def test_same_bits_for_other_caches(kernel: Kernel, shape: tuple[int, ...], layout: str, dtype: str) -> None:
     """Caches change the units of work, not the result: tiny ones, which also turn on streaming stores, and huge ones."""
