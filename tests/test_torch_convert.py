@@ -1721,3 +1721,27 @@ def test_a_model_that_cannot_be_converted_stays_as_it_was() -> None:
         fastbn.torch.convert(model)
     assert ([type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]) == (kinds, held)
     assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.ReLU(), torch.nn.LeakyReLU(0.1), torch.nn.SiLU(), torch.nn.Identity()], ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize(
+    "layer",
+    [torch.nn.BatchNorm2d(4), torch.nn.GroupNorm(2, 4), torch.nn.InstanceNorm2d(4, affine=True), torch.nn.LayerNorm([4, 80, 80])],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_gradient_penalty_reaches_the_parameters_that_it_reaches_in_torch(layer: Any, activation: Any) -> None:
+    """Where torch's gradient of a bias is zeros, None would be an error."""
+    model = torch.nn.Sequential(layer, activation).double()
+    converted = copy.deepcopy(model)
+    fastbn.torch.convert(converted)
+    x = torch.randn(48, 4, 80, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def penalty(net: Any) -> list[Any]:
+        given = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(net(given).sum(), given, create_graph=True)
+        return list(torch.autograd.grad(gradient.square().sum(), list(net.parameters()), allow_unused=True))
+
+    for ours, theirs in zip(penalty(converted), penalty(model), strict=True):
+        assert (ours is None) is (theirs is None)
+        if theirs is not None:
+            torch.testing.assert_close(ours, theirs)

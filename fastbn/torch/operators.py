@@ -402,13 +402,29 @@ def keep_bias(ctx: Any, bias: Tensor | None, activation: Builtin) -> Tensor | No
     Torch's own layers let it change before the backward. So do these, with a copy: but for curved functions, no derivative of a
     gradient depends on the bias.
     """
-    ctx.copied = bias is not None and (activation.code == 0 or activation.name in FROM_OUTPUT)
-    return bias.detach().clone() if bias is not None and ctx.copied else bias
+    ctx.copied = bias if activation.code == 0 or activation.name in FROM_OUTPUT else None
+    return bias if bias is None or ctx.copied is None else bias.detach().clone()
+
+
+class _Copy(torch.autograd.Function):
+    """A copy of what may have changed since, whose gradient is that of the original: zeros, where torch has zeros and not None."""
+
+    @staticmethod
+    def forward(ctx: Any, original: Tensor, copy: Tensor) -> Tensor:
+        return copy.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def kept_bias(ctx: Any, bias: Tensor | None, wanted: bool) -> Tensor | None:
     """What `keep_bias` kept, from which a gradient can be asked."""
-    return bias.detach().requires_grad_(wanted) if bias is not None and ctx.copied else bias
+    if bias is None or ctx.copied is None:
+        return bias
+    if torch.is_grad_enabled() and wanted:
+        return _Copy.apply(ctx.copied, bias)  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
+    return bias.detach().requires_grad_(wanted)
 
 
 def _derive(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
