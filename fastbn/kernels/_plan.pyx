@@ -138,7 +138,10 @@ cdef void plan_map(Units* u, const Tiles* p, const Task* t) noexcept nogil:
 
 
 cdef bint is_streamed(const Units* u, const Tiles* p, const Task* t, int arrays) noexcept nogil:
-    """Whether the output is written past the caches: when it is far too large for them, in long aligned runs, and no new memory."""
+    """Whether the output is written past the caches: when it is far too large for them, in long aligned runs, and no new memory.
+
+    A plane has a block at least: of smaller ones, more than two could meet in one.
+    """
     if not t.streamable or not exceeds(L3, t, arrays) or not has_pages(t.place, size_of(t)):
         return False
     return p.columns * t.item % LINE == 0 if u.by_columns else t.inner >= lanes(t)

@@ -20,10 +20,8 @@ namespace {
 // converted by integers, and for what is done once in a tile, a call is as good as its long code in every loop.
 #if defined(__SSE2__) && !defined(__AVX__)
 #define CALL_ON_SSE __attribute__((noinline))
-constexpr bool ON_SSE = true;
 #else
 #define CALL_ON_SSE
-constexpr bool ON_SSE = false;
 #endif
 
 #define FOR_REGISTERS _Pragma("GCC unroll 8") for (int i = 0; i < registers; ++i)

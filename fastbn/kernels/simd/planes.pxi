@@ -108,7 +108,7 @@ cdef inline void next_plane(TypedCall[Map, T]* job, Py_ssize_t* channel, Paramet
 
 
 cdef inline void map_alone(TypedCall[Map, T]* job, Arrays[T]* a, Py_ssize_t at, Py_ssize_t length, Parameters[T]* p) noexcept nogil:
-    """Map a plane by itself."""
+    """Map a plane by itself: of fused operations, whose code is long, only one below a block."""
     cdef Py_ssize_t W = Block[T].width()
     cdef Outputs[T] tail
     if length < W:

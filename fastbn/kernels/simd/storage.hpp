@@ -27,6 +27,7 @@ inline f32r widen(const f16* p) { return widen_half(read_half(p), f16()); }
 inline void narrow(bf16* p, f32r r) { write_half(p, narrow_half(r, bf16())); }
 inline void narrow(f16* p, f32r r) { write_half(p, narrow_half(r, f16())); }
 
+// Where two of them are not better joined by another instruction.
 template <class R> inline R select_equal(R mask, R a, R b) { return select_bits(mask, a, b); }
 inline f64r blend_first(f64r a, f64r b, ptrdiff_t n) { return (f64r)blend_first((f32r)a, (f32r)b, 2 * n); }
 

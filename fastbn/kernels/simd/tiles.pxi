@@ -5,7 +5,7 @@ cdef enum:
     REACH = 4096         # bytes of a plane up to which a gradient's sums ask for the next image's early
     TOGETHER = 4         # images summed together
     BATCH = 8            # rows summed before they are added to the accumulators
-    LINED = 16           # blocks of a plane from which its map begins at a cache line
+    LINED = 16           # blocks of a run of planes from which its map begins at a cache line, and of a plane from which gradients join it
     MAP_PIECE = 2048     # elements of a long plane mapped before those that lie before them
     FEW = 4              # blocks that a smooth activation takes at once
     FOLDED = 64          # channels whose parameters are made at once

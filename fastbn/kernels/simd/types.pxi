@@ -82,7 +82,6 @@ cdef extern from "simd/block.hpp" nogil:
         @staticmethod
         void smooth(Block[T]*, Py_ssize_t, const Activation&, bint)
 
-    const bint ON_SSE
     void fence()
 
 cdef extern from "simd/types.hpp" nogil:
