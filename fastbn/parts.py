@@ -410,46 +410,37 @@ class Maps(NamedTuple):
 
         A deviation far from 1 is in the slope and in the factor: their product may leave the range of a number.
         """
-        compute, n = self.norm.compute, self.norm.threads
-        dresidual = None if self.epilogue is None else self.epilogue.dresidual
-        offsets, slopes, factors = (_repeated(v, self.shape).ravel() for v in of_parts)
+        offset, slope, factor = (_repeated(v, self.shape)[:, None, :, None] for v in of_parts)
+        scale, mean = (v.reshape(offset.shape).astype(np.float64) for v in (self.scale, self.means))
         with np.errstate(all="ignore"):
-            share = factors / self.scale
-            g0, g1 = -offsets * share, -slopes * share
-        outside = (np.abs([g0, g1]) > np.finfo(compute).max).any()
-        one_sweep = bool((np.abs(weight) > 2.0**-40).all() and self.scale.all()) and not outside
-        if one_sweep:
-            for see, at in self._each():
-                line = g0[at].astype(compute), g1[at].astype(compute)
-                after = self._epilogue(see, at, dresidual)
-                self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], line, n, after)
+            share = factor / scale
+            line = -offset * share, -slope * share
+        epilogue, outside = self.epilogue, (np.abs(line) > np.finfo(self.norm.compute).max).any()
+        if (np.abs(weight) > 2.0**-40).all() and scale.all() and not outside:
+            self._map(dy, x, dx, line, None if epilogue is None else epilogue.dresidual)
             return
-        # A weight of nearly 0, or a scale that has become 0, cannot be divided by: two sweeps, of which the first has the scale and
-        # the second all the rest, in units of the larger of scale and offset, as a slope alone may leave the range.
-        zero, wide_scale = np.zeros_like(self.means), self.scale.astype(np.float64)
-        unit = np.ldexp(1.0, np.frexp(np.maximum(np.abs(wide_scale), np.abs(factors * offsets)))[1])
-        share = factors / unit
-        first, units, g0, g1 = (v.astype(compute) for v in (wide_scale / unit, unit, -offsets * share, -slopes * share))
-        narrow = dx.dtype != compute
-        kept = x.astype(compute) if narrow or np.may_share_memory(dx, x) else x
-        wide_dy = dy.astype(compute) if narrow else dy
-        out = np.empty(dx.shape, compute) if narrow else dx
-        maps, dz = self, wide_dy
-        if self.epilogue is not None:  # the argument of the activation needs the scale itself
-            residual = self.epilogue.residual
-            if narrow and residual is not None:
-                maps = self._replace(epilogue=self.epilogue._replace(residual=residual.astype(compute)))
-            dz = np.empty(dx.shape, compute) if narrow or dresidual is None else dresidual
-        for see, at in maps._each():
-            source, to, means, nothing = see(kept), see(out), self.means[at], (zero[at], zero[at])
-            if self.epilogue is not None:
-                self.module.grad_input(see(wide_dy), source, to, means, self.scale[at], nothing, n, maps._epilogue(see, at, dz))
-            self.module.grad_input(see(dz), source, to, means, first[at], nothing, n, None)
-            self.module.grad_input(to, source, to, means, units[at], (g0[at], g1[at]), n, None)
-        if narrow:
-            dx[...] = out
-            if dresidual is not None:
-                dresidual[...] = dz
+        # A kernel's line is in units of the scale: where that is nearly 0, kernels give dz alone.
+        dz = dy if epilogue is None else self._of_activation(dy, x, epilogue)
+        with np.errstate(all="ignore"):
+            dx[...] = scale * dz + factor * (offset + slope * (x - mean))
+        if epilogue is not None and epilogue.dresidual is not None:
+            epilogue.dresidual[...] = dz
+
+    def _map(self, dy: Array, x: Array, dx: Array, line: tuple[Array, Array], dresidual: Array | None) -> None:
+        """``dx = scale * (dz - line[0] - line[1] * (x - mean))``."""
+        g0, g1 = (v.ravel().astype(self.norm.compute) for v in line)
+        for see, at in self._each():
+            after = self._epilogue(see, at, dresidual)
+            self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], (g0[at], g1[at]), self.norm.threads, after)
+
+    def _of_activation(self, dy: Array, x: Array, epilogue: Epilogue) -> Array:
+        """The gradient of what the activation was given, in the type of the arithmetic."""
+        compute, zero = self.norm.compute, np.zeros_like(self.means)
+        residual = None if epilogue.residual is None else epilogue.residual.astype(compute, copy=False)
+        dz = np.empty(x.shape, compute)
+        wide = self._replace(epilogue=epilogue._replace(residual=residual))
+        wide._map(dy.astype(compute, copy=False), x.astype(compute, copy=False), np.empty_like(dz), (zero, zero), dz)
+        return dz
 
 
 def _backward_of_rows(

@@ -560,7 +560,7 @@ def test_elemt_and_zero_slope() -> None:
         (np.ones(2), TypeError, "activation must be None, a name"),
         (b"relu", TypeError, "activation must be None, a name"),
         (np.tanh, TypeError, "activation must be .* got <ufunc 'tanh'>; did you mean \"tanh\"\\?"),
-        (type("ReLU", (), {"__call__": abs})(), TypeError, 'activation must be .*; did you mean "relu"\\?'),
+        (type("ReLU", (), {"__call__": abs, "__repr__": lambda _: "it"})(), TypeError, 'activation must be .*; did you mean "relu"\\?'),
         (type("Hardswish", (), {}), TypeError, 'activation must be .*; did you mean "hardswish"\\?'),
     ],
     ids=str,

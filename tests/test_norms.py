@@ -456,7 +456,7 @@ def test_gradients_of_many_rows_and_an_activation_are_the_references(norm: str, 
 CHANGES: tuple[dict[str, Any], ...] = (
     {"group": 0}, {"group": 4}, {"group": None}, {"group": 2**70}, {"axis": 9}, {"axis": None}, {"axis": 2**70},
     {"mean": np.ones(1, "f")}, {"mean": None}, {"mean": np.ones((2, 3))}, {"mean_lo": "a"}, {"invstd": [[1.0] * 3] * 2},
-    {"weight": np.ones(5, "f")}, {"bias": object()}, {"shape": (1,)}, {"shape": None}, {"shape": np.ones(3)}, {"dtype": "a"},
+    {"weight": np.ones(5, "f")}, {"bias": object}, {"shape": (1,)}, {"shape": None}, {"shape": np.ones(3)}, {"dtype": "a"},
     {"activation": "silu"}, {"residual": None}, {"residual": np.ones((2, 6, 4))}, {"residual": 3}, {"axis": -1}, {"axis": True},
     {"activation": Builtin("relu", 0.0, 99)}, {"activation": Builtin("leaky_relu", float("nan"), 3)}, {"has_residual": 2},
     {"activation": Builtin("leaky_relu", 1, 3)}, {"mean": np.ones(6, "f")}, {"invstd": np.ones((3, 2), "f")},

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -451,14 +452,14 @@ def test_parameters_of_any_stride_are_taken_and_moved() -> None:
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        (lambda: torch.nn.BatchNorm1d(4), (6, 4)),
-        (lambda: torch.nn.BatchNorm1d(4, affine=False), (6, 4, 3)),
-        (lambda: torch.nn.BatchNorm2d(4, momentum=None), (2, 4, 3, 5)),
-        (lambda: torch.nn.BatchNorm2d(4, track_running_stats=False), (2, 4, 3, 5)),
-        (lambda: torch.nn.BatchNorm3d(4, eps=1e-3), (2, 4, 3, 2, 5)),
-        (lambda: torch.nn.LazyBatchNorm2d(), (2, 4, 3, 5)),
-        (lambda: torch.nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (2, 4, 3, 5)),
-        (lambda: torch.nn.InstanceNorm1d(4), (2, 4, 9)),
+        (partial(torch.nn.BatchNorm1d, 4), (6, 4)),
+        (partial(torch.nn.BatchNorm1d, 4, affine=False), (6, 4, 3)),
+        (partial(torch.nn.BatchNorm2d, 4, momentum=None), (2, 4, 3, 5)),
+        (partial(torch.nn.BatchNorm2d, 4, track_running_stats=False), (2, 4, 3, 5)),
+        (partial(torch.nn.BatchNorm3d, 4, eps=1e-3), (2, 4, 3, 2, 5)),
+        (torch.nn.LazyBatchNorm2d, (2, 4, 3, 5)),
+        (partial(torch.nn.InstanceNorm2d, 4, affine=True, track_running_stats=True), (2, 4, 3, 5)),
+        (partial(torch.nn.InstanceNorm1d, 4), (2, 4, 9)),
     ],
     ids=str,
 )
