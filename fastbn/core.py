@@ -372,6 +372,54 @@ def _statistics_of_output(saved: Saved) -> Statistics:
     return Statistics(saved.shift, None if low is None else (low * saved.scale).astype(dtype), invstd)
 
 
+class _Pass(NamedTuple):
+    """The backward of one call: its arrays as kernels take them, and the four things that a kernel can find of them.
+
+    Each method that has `dx` writes it, and the residual's gradient where that is wanted; `dx` may be x or dy.
+    """
+
+    r: Request
+    dy: Array
+    saved: Saved
+    module: Calls
+    arrays: tuple[Array, Array]  # views of dy and x
+    kept: Statistics
+    epilogue: Epilogue | None
+    threads: int
+
+    def whole(self, dx: Array) -> tuple[Array, Array]:
+        """The gradient, and both sums."""
+        return self.module.backward(*self.arrays, self.r.view.of(dx), self.kept, self.saved.scale, self.threads, self.epilogue)
+
+    def sums(self) -> tuple[Array, Array]:
+        """Over the positions that count."""
+        arrays, after, mask, axis = self.arrays, self.epilogue and self.epilogue._replace(dresidual=None), self.saved.mask, self.r.axis
+        if mask is not None:
+            if not mask.any():
+                return np.zeros(self.kept.mean.size), np.zeros(self.kept.mean.size)
+            arrays = _counted(self.dy, axis, mask), _counted(self.r.x, axis, mask)
+            if after is not None and self.saved.residual is not None:
+                after = after._replace(residual=_counted(self.saved.residual, axis, mask))
+        return self.module.backward(*arrays, None, self.kept, self.saved.scale, self.threads, after)
+
+    def through_constants(self, dx: Array) -> Array:
+        """The gradient where the statistics do not depend on x."""
+        to, scale, zero = self.r.view.of(dx), self.saved.scale, np.zeros_like(self.kept.mean)
+        if self.epilogue is None:
+            self.module.normalize(self.arrays[0], to, zero, scale, zero, self.threads)
+        else:
+            self.module.grad_input(*self.arrays, to, self.kept.mean, scale, (zero, zero), self.threads, self.epilogue)
+        return dx
+
+    def from_sums(self, dx: Array, sums: tuple[Array, Array]) -> None:
+        """The gradient where x is a part of the batch that the sums are of, or not all of x counts."""
+        mask, axis, arrays = self.saved.mask, self.r.axis, (*self.arrays, self.r.view.of(dx))
+        direct = None if mask is None else self.through_constants(memory.empty_like(self.r.x))
+        input_gradient(self.module, arrays, self.kept, self.saved.scale, sums, self.saved.count, self.threads, self.epilogue)
+        if mask is not None and direct is not None:
+            np.copyto(np.moveaxis(dx, axis, -1), np.moveaxis(direct, axis, -1), where=~mask[..., None])
+
+
 @default_mode
 def backward(
     r: Request, dy: Array, saved: Saved, wanted: Collection[str], from_output: bool, total: Total | None = None
@@ -381,8 +429,8 @@ def backward(
     Where x is a part of a batch, `total` is called exactly once for the gradient of x, whatever x holds: it may wait for
     other processes to do the same. The other gradients are of x alone.
     """
-    x, v, compute = r.x, r.view, r.dtype.compute
-    active, want_sums = saved.activation is not None, "weight" in wanted or "bias" in wanted
+    x, compute, active = r.x, r.dtype.compute, saved.activation is not None
+    want_sums = "weight" in wanted or "bias" in wanted
     dx = _target(r) if "x" in wanted or ("residual" in wanted and active) else None
     dresidual = None
     if "residual" in wanted:
@@ -394,46 +442,29 @@ def backward(
         if total is not None:
             total(nothing.astype(np.float64))
         return only(wanted, None if dx is None else deliver(dx, r.out), nothing[0], nothing[1], dresidual)
-    module = calls_of(r.dtype, saved.activation)
-    n = r.team("backward")
-    arrays = _like(dy, r), _dense(x, v)
     kept = _statistics_of_output(saved) if from_output else Statistics(saved.mean, saved.mean_lo, saved.invstd)
-    mean, scale = kept.mean, saved.scale
     epilogue = None
     if active:
         residual = None if saved.residual is None else _like(saved.residual, r)
-        target = None if dresidual is None else v.of(dresidual)
+        target = None if dresidual is None else r.view.of(dresidual)
         epilogue = Epilogue(saved.activation, residual, saved.scale, saved.shift, target, from_output)
+    arrays = _like(dy, r), _dense(x, r.view)
+    found = _Pass(r, dy, saved, calls_of(r.dtype, saved.activation), arrays, kept, epilogue, r.team("backward"))
 
-    totals = None
-    if saved.training and dx is not None and saved.mask is None and total is None:
-        totals = module.backward(*arrays, v.of(dx), kept, scale, n, epilogue)
-    elif want_sums or (saved.training and dx is not None):
-        counted, after = arrays, epilogue and epilogue._replace(dresidual=None)
-        if saved.mask is not None:
-            counted = _counted(dy, r.axis, saved.mask), _counted(x, r.axis, saved.mask)
-            if after is not None and saved.residual is not None:
-                after = after._replace(residual=_counted(saved.residual, r.axis, saved.mask))
-        counts = counted[0].size > 0
-        totals = module.backward(*counted, None, kept, scale, n, after) if counts else (np.zeros(mean.size), np.zeros(mean.size))
-    shared = totals if total is None or totals is None else total(np.array(totals, np.float64))
-    if dx is not None and (saved.mask is not None or not saved.training):
-        # Statistics that are constants, for all of dx or for the positions that do not count. These are found first,
-        # because dx may be x or dy.
-        direct = dx if not saved.training else memory.empty_like(x)
-        zero = np.zeros(x.shape[r.axis], compute)
-        if epilogue is None:
-            module.normalize(arrays[0], v.of(direct), zero, scale, zero, n)
-        else:
-            module.grad_input(*arrays, v.of(direct), mean, scale, (zero, zero), n, epilogue)
-        if saved.mask is not None and shared is not None:
-            input_gradient(module, (*arrays, v.of(dx)), kept, scale, (shared[0], shared[1]), saved.count, n, epilogue)
-            np.copyto(np.moveaxis(dx, r.axis, -1), np.moveaxis(direct, r.axis, -1), where=~saved.mask[..., None])
-    elif dx is not None and total is not None and shared is not None:
-        input_gradient(module, (*arrays, v.of(dx)), kept, scale, (shared[0], shared[1]), saved.count, n, epilogue)
+    sums = None
+    if dx is None or not saved.training:
+        sums = found.sums() if want_sums else None  # before dx, which may be x or dy
+        if dx is not None:
+            found.through_constants(dx)
+    elif saved.mask is None and total is None:
+        sums = found.whole(dx)
+    else:
+        sums = found.sums()
+        shared = sums if total is None else total(np.array(sums, np.float64))
+        found.from_sums(dx, (shared[0], shared[1]))
     dweight = dbias = None
-    if want_sums and totals is not None:
-        dbias, dweight = totals[0].astype(compute), (totals[1] * kept.spread).astype(compute)
+    if want_sums and sums is not None:
+        dbias, dweight = sums[0].astype(compute), (sums[1] * kept.spread).astype(compute)
     return only(wanted, deliver(dx, r.out) if "x" in wanted and dx is not None else None, dweight, dbias, dresidual)
 
 
