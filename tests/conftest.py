@@ -25,7 +25,6 @@ import fastbn  # noqa: E402
 from fastbn.dispatch import KERNELS, TABLE, Kernel  # noqa: E402
 from fastbn.dtypes import DTYPES  # noqa: E402
 
-ERRANDS = pytest.StashKey[Any]()
 PLACE = Path(fastbn.__file__).resolve().parents[1]
 
 hypothesis.settings.register_profile(
@@ -78,21 +77,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if is_one(item)]
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start what runs beside the tests."""
-    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):  # workers of pytest-xdist have cores enough
-        wanted = [mark.kwargs["errand"] for item in session.items for mark in item.iter_markers("beside")]
-        if wanted:
-            from beside import Errands
-
-            session.config.stash[ERRANDS] = Errands(wanted)
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run that skipped more than it may."""
-    if ERRANDS in session.config.stash:
-        session.config.stash[ERRANDS].end()
     budget = session.config.getoption("--skip-budget")
     if budget is not None and exitstatus == pytest.ExitCode.OK and _skipped(session) > budget:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -119,14 +106,6 @@ def _same_fastbn_in_other_processes(tmp_path_factory: pytest.TempPathFactory) ->
         if PLACE == ROOT:
             patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         yield
-
-
-@pytest.fixture
-def beside(request: pytest.FixtureRequest) -> Any:
-    """What the errand that a test is marked with has returned."""
-    (mark,) = request.node.iter_markers("beside")
-    errands = request.config.stash.get(ERRANDS, None)
-    return mark.kwargs["errand"]() if errands is None else errands.futures[mark.kwargs["errand"]].result()
 
 
 @pytest.fixture(params=[kernel for kernel in TABLE if not kernel.unusable()], ids=lambda kernel: kernel.name)

@@ -48,19 +48,3 @@ def test_parameters_that_are_not_wanted_make_no_test(tmp_path: Path) -> None:
     done = _pytest(tmp_path, "-o", "markers=only(function)", text=text)
     assert done.returncode == 0, done.stdout
     assert "1 passed" in done.stdout.splitlines()[-1]
-
-
-def test_an_errand_runs_once_and_what_it_raises_is_the_tests(tmp_path: Path) -> None:
-    text = (
-        "import pytest\n"
-        "ran = []\n"
-        "def errand():\n    ran.append(1)\n    return 7\n"
-        "def skips():\n    pytest.skip('nothing there')\n"
-        "@pytest.mark.beside(errand=errand)\n@pytest.mark.parametrize('n', range(2))\n"
-        "def test_n(n, beside):\n    assert beside == 7 and ran == [1]\n"
-        "@pytest.mark.beside(errand=skips)\ndef test_skip(beside):\n    pass\n"
-    )
-    shutil.copy(Path(__file__).with_name("beside.py"), tmp_path)
-    done = _pytest(tmp_path, "-o", "markers=beside(errand)", "-o", "pythonpath=.", text=text)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed, 1 skipped" in done.stdout.splitlines()[-1]

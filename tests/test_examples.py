@@ -2,12 +2,10 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from beside import run
+from other_process import run
 
 import fastbn
 
@@ -15,33 +13,20 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(fastbn.__file__).parent.parent)}  # the package that is tested, installed or not
 
 
-def example(name, *arguments, needs=("sklearn", "matplotlib"), plots=True):
-    """A test of what an example prints, beside other tests."""
-
-    def errand():
-        for package in needs:  # not imported: that is for the thread of the tests
-            if find_spec(package) is None:
-                pytest.skip(f"needs {package}")
-        with tempfile.TemporaryDirectory() as folder:
-            plot = Path(folder) / "plot.png"
-            # NumPy's warnings come from the example itself, and it should spill none when a run diverges
-            command = [sys.executable, "-W", "error::RuntimeWarning:__main__", EXAMPLES / f"{name}.py", *arguments]
-            done = run([*command, "--output", plot] if plots else command, ENVIRONMENT)
-            return done, plots and (plot.read_bytes() if plot.exists() else b"")
-
-    return pytest.mark.beside(errand=errand)
-
-
-def printed_by(ran):
-    done, plot = ran
+def printed_by(name, *arguments, needs=("sklearn", "matplotlib"), plot=None):
+    """What an example prints, and draws where the plot should be."""
+    for package in needs:
+        pytest.importorskip(package)
+    # NumPy's warnings come from the example itself, and it should spill none when a run diverges
+    command = [sys.executable, "-W", "error::RuntimeWarning:__main__", EXAMPLES / f"{name}.py", *arguments]
+    done = run(command if plot is None else [*command, "--output", plot], ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    assert plot is False or plot.startswith(b"\x89PNG")
+    assert plot is None or plot.read_bytes().startswith(b"\x89PNG")
     return done.stdout
 
 
-@example("train_digits", "--epochs", "1")
-def test_train_digits(beside):
-    printed = printed_by(beside)
+def test_train_digits(tmp_path):
+    printed = printed_by("train_digits", "--epochs", "1", plot=tmp_path / "plot.png")
     rows = re.findall(r"learning rate (\S+) +(with batch norm|without) +(\d+\.\d|diverged)", printed)
     results = {(float(rate), how): result for rate, how, result in rows}
     assert len(results) == 8
@@ -79,10 +64,9 @@ def test_numbers_of_examples_are_checked(name, wrong, needs):
     assert f"error: argument {wrong[0]}: must be at least " in done.stderr.splitlines()[-1]
 
 
-@example("torch_resnet", "--steps", "40", needs=("sklearn", "matplotlib", "torch"))
-def test_torch_resnet(beside):
+def test_torch_resnet(tmp_path):
     pytest.importorskip("torch", minversion="2.10")
-    printed = printed_by(beside)
+    printed = printed_by("torch_resnet", "--steps", "40", plot=tmp_path / "plot.png")
     found = dict(re.findall(r"^(torch|enable|convert) .* accuracy (\d+\.\d) %$", printed, re.MULTILINE))
     assert float(found["torch"]) > 60  # on another machine rounding takes another way
     assert all(abs(float(found["torch"]) - float(found[way])) < 20 for way in ("enable", "convert"))
@@ -93,10 +77,9 @@ def test_torch_resnet(beside):
     assert folded[1] == folded[2]
 
 
-@example("recalibrate", "--epochs", "3")
-def test_recalibrate(beside):
+def test_recalibrate(tmp_path):
     found, way = {}, ""
-    for line in printed_by(beside).splitlines():
+    for line in printed_by("recalibrate", "--epochs", "3", plot=tmp_path / "plot.png").splitlines():
         row = re.fullmatch(r" *(\S+): +(\S+) % -> +(\S+) %", line)
         way = way if row else line
         if row:
@@ -107,9 +90,9 @@ def test_recalibrate(beside):
     assert found["weights rounded to bits", "6"][1] > 80
 
 
-@example("small_batches", "--images", "1000")
-def test_small_batches(beside):
-    rows = re.findall(r"^two images of the same digit +(\S.*\S) +(\S+) % \(", printed_by(beside), re.M)
+def test_small_batches(tmp_path):
+    printed = printed_by("small_batches", "--images", "1000", plot=tmp_path / "plot.png")
+    rows = re.findall(r"^two images of the same digit +(\S.*\S) +(\S+) % \(", printed, re.M)
     found = {name: float(percent) for name, percent in rows}
     assert len(found) == 5
     assert found["group norm"] > found["batch norm"] + 10  # what the example is there to show, with room for other rounding
@@ -137,10 +120,10 @@ def test_federated_flower():
 
 
 @pytest.mark.slow
-@example("sync_gloo", "--steps", "30", "--each", "4", needs=("sklearn", "torch"), plots=False)
-def test_sync_gloo(beside):
+def test_sync_gloo():
     if not pytest.importorskip("torch", minversion="2.10").distributed.is_available():
         pytest.skip("needs a PyTorch with torch.distributed")
-    found = re.findall(r"^2 processes, statistics (.*): accuracy (\S+) %$", printed_by(beside), re.MULTILINE)
+    printed = printed_by("sync_gloo", "--steps", "30", "--each", "4", needs=("sklearn",))
+    found = re.findall(r"^2 processes, statistics (.*): accuracy (\S+) %$", printed, re.MULTILINE)
     assert [what for what, _ in found] == ["of the whole batch", "of each process's part"]
     assert float(found[0][1]) > 30

@@ -11,7 +11,7 @@ from typing import Any
 import fuzz
 import numpy as np
 import pytest
-from beside import run
+from other_process import run
 
 import fastbn
 from fastbn.dispatch import KERNELS
@@ -39,17 +39,13 @@ def test_random_calls_with_one_kernel(kernel: str) -> None:
     finds_nothing("--calls", "5000", "--kernel", kernel, "--caches", "512", "2048", "4096")
 
 
-def with_functions() -> subprocess.CompletedProcess[str]:
-    options = ["--seed", "20260101", "--calls", "400", "--functions", "--numba", "--patience", "600"]
-    return run([sys.executable, fuzz.__file__, *options])
-
-
 @pytest.mark.slow
-@pytest.mark.beside(errand=with_functions)
 @pytest.mark.skipif(bool(KERNELS["numba"].unusable()), reason="Numba compiles the functions")
-def test_random_calls_with_functions_of_a_user(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stdout + beside.stderr
-    assert re.search(r"\b400 numbers", beside.stdout)
+def test_random_calls_with_functions_of_a_user() -> None:
+    options = ["--seed", "20260101", "--calls", "400", "--functions", "--numba", "--patience", "600"]
+    done = run([sys.executable, fuzz.__file__, *options])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\b400 numbers", done.stdout)
 
 
 # A judge that never finds anything says nothing.
@@ -150,7 +146,9 @@ def test_a_crash_is_found_and_what_follows_is_run(tmp_path: Path) -> None:
     assert "99 numbers" in result.stdout
 
 
-def resident() -> subprocess.CompletedProcess[str]:
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
+def test_memory_stays_flat_over_20000_mixed_calls() -> None:
     script = (
         "import fuzz, fastbn\n"
         "def resident(): return int(open('/proc/self/statm').read().split()[1]) * 4096\n"
@@ -165,12 +163,6 @@ def resident() -> subprocess.CompletedProcess[str]:
         "print((max(sizes) - sizes[0]) / 2**20)\n"
     )
     folder = str(Path(fuzz.__file__).parent)
-    return run([sys.executable, "-W", "error", "-c", script], {"PYTHONPATH": ":".join([folder, *sys.path])})
-
-
-@pytest.mark.slow
-@pytest.mark.beside(errand=resident)
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc as Linux has it")
-def test_memory_stays_flat_over_20000_mixed_calls(beside: subprocess.CompletedProcess[str]) -> None:
-    assert beside.returncode == 0, beside.stderr
-    assert float(beside.stdout) < 4, f"{beside.stdout.strip()} MiB more after 20,000 calls than after 8,000"
+    done = run([sys.executable, "-W", "error", "-c", script], {"PYTHONPATH": ":".join([folder, *sys.path])})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4, f"{done.stdout.strip()} MiB more after 20,000 calls than after 8,000"

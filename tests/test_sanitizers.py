@@ -7,14 +7,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
-from beside import run
+from other_process import run
 
 from fastbn.dispatch import TABLE
 
@@ -144,24 +143,21 @@ def built() -> tuple[dict[str, str], str]:
     return found, build.stderr if build.returncode else ""
 
 
-def sanitized(*arguments: str) -> pytest.MarkDecorator:
-    """Python with these arguments and the sanitized modules, beside other tests."""
-
-    def errand() -> CompletedProcess[str]:
-        for module in ("fastbn.kernels._pool", "Cython", "setuptools"):  # not imported: that is for the thread of the tests
-            if find_spec(module) is None:
-                pytest.skip(f"needs {module}")
-        if shutil.which("gcc") is None or sys.platform != "linux":
-            pytest.skip("no gcc")
-        environment, wrong = built()
-        assert not wrong, wrong
-        return run([sys.executable, *arguments], environment)
-
-    return pytest.mark.beside(errand=errand)
+def sanitized(*arguments: str) -> CompletedProcess[str]:
+    """Python with these arguments and the sanitized modules."""
+    for module in ("fastbn.kernels._pool", "Cython", "setuptools"):
+        if find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+    if shutil.which("gcc") is None or sys.platform != "linux":
+        pytest.skip("no gcc")
+    environment, wrong = built()
+    assert not wrong, wrong
+    return run([sys.executable, *arguments], environment)
 
 
-def clean(result: CompletedProcess[str]) -> None:
+def clean(*arguments: str) -> None:
     """It must import the sanitized modules, say "done", and its sanitizers nothing."""
+    result = sanitized(*arguments)
     assert result.returncode == 0, result.stdout[-500:] + result.stderr[-5000:]
     assert "runtime error" not in result.stderr, result.stderr[-5000:]
     assert result.stdout.splitlines()[-1] == "done"
@@ -194,38 +190,32 @@ def random_calls(kernel: str) -> str:
     return f"import fuzz, sys; sys.exit(fuzz.main(['--seed', '1', '--calls', '1500', '--tight', *{pin!r}]) or print('done'))"
 
 
-def each(kernels: Sequence[str], *arguments: str) -> pytest.MarkDecorator:
-    """A test for each kernel, whose name follows the arguments."""
-    return pytest.mark.parametrize("kernel", [pytest.param(k, marks=sanitized(*arguments, k, DTYPES), id=k) for k in kernels])
+def test_every_kernel_of_this_machine_is_built_with_sanitizers() -> None:
+    clean("-c", IMPORT)
 
 
-@sanitized("-c", IMPORT)
-def test_every_kernel_of_this_machine_is_built_with_sanitizers(beside: CompletedProcess[str]) -> None:
-    clean(beside)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_operations(kernel: str) -> None:
+    clean("-c", OPERATIONS, kernel, DTYPES)
 
 
-@each(KERNELS, "-c", OPERATIONS)
-def test_operations(beside: CompletedProcess[str], kernel: str) -> None:
-    clean(beside)
+@pytest.mark.parametrize("kernel", [*KERNELS, ""])
+def test_calls_at_the_ends_of_memory(kernel: str) -> None:
+    clean(str(TESTS / "test_guard_pages.py"), kernel, DTYPES)
 
 
-@each([*KERNELS, ""], str(TESTS / "test_guard_pages.py"))
-def test_calls_at_the_ends_of_memory(beside: CompletedProcess[str], kernel: str) -> None:
-    clean(beside)
+def test_vectors_at_odd_addresses() -> None:
+    clean("-c", VECTORS)
 
 
-@sanitized("-c", VECTORS)
-def test_vectors_at_odd_addresses(beside: CompletedProcess[str]) -> None:
-    clean(beside)
+@pytest.mark.parametrize("kernel", [*KERNELS, ""])
+def test_random_calls(kernel: str) -> None:
+    clean("-c", random_calls(kernel))
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(k, marks=sanitized("-c", random_calls(k)), id=k) for k in [*KERNELS, ""]])
-def test_random_calls(beside: CompletedProcess[str], kernel: str) -> None:
-    clean(beside)
-
-
-@each(KERNELS, "-c", BEYOND)
-def test_a_read_beyond_an_array_would_be_seen(beside: CompletedProcess[str], kernel: str) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_read_beyond_an_array_would_be_seen(kernel: str) -> None:
     """Of whole vectors: GCC does not watch masked loads, as of AVX-512's tails. Guard pages do."""
-    assert beside.returncode != 0
-    assert "heap-buffer-overflow" in beside.stderr
+    result = sanitized("-c", BEYOND, kernel, DTYPES)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr

@@ -13,14 +13,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from subprocess import CompletedProcess
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from beside import run
 from hypothesis import given
 from hypothesis import strategies as st
+from other_process import run
 from truth import SHAPES, axis_of, backward, near, near_gradient, near_gradients, problem, rng, same_bits
 
 import fastbn
@@ -149,15 +148,11 @@ def test_ten_thousand_merges_in_a_row_lose_nothing(dtype: Any) -> None:
     in_a_row(10**4, dtype, 1e-9)
 
 
-def a_million() -> CompletedProcess[str]:
-    script = "import numpy; from test_stats import in_a_row; in_a_row(10**6, numpy.float32, 1e-6); print('done')"
-    return run([sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
-
-
 @pytest.mark.slow
-@pytest.mark.beside(errand=a_million)
-def test_a_million_merges_in_a_row_stay_within_1e_6(beside: CompletedProcess[str]) -> None:
-    assert beside.stdout == "done\n", beside.stderr
+def test_a_million_merges_in_a_row_stay_within_1e_6() -> None:
+    script = "import numpy; from test_stats import in_a_row; in_a_row(10**6, numpy.float32, 1e-6); print('done')"
+    done = run([sys.executable, "-c", script], {**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    assert done.stdout == "done\n", done.stderr
 
 
 def test_a_shift_of_all_values_leaves_the_variance_alone() -> None:
