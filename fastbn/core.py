@@ -402,21 +402,22 @@ class _Pass(NamedTuple):
                 after = after._replace(residual=_counted(self.saved.residual, axis, mask))
         return self.module.backward(*arrays, None, self.kept, self.saved.scale, self.threads, after)
 
-    def through_constants(self, dx: Array) -> Array:
+    def through_constants(self, dx: Array) -> None:
         """The gradient where the statistics do not depend on x."""
         to, scale, zero = self.r.view.of(dx), self.saved.scale, np.zeros_like(self.kept.mean)
         if self.epilogue is None:
             self.module.normalize(self.arrays[0], to, zero, scale, zero, self.threads)
         else:
             self.module.grad_input(*self.arrays, to, self.kept.mean, scale, (zero, zero), self.threads, self.epilogue)
-        return dx
 
     def from_sums(self, dx: Array, sums: tuple[Array, Array]) -> None:
         """The gradient where x is a part of the batch that the sums are of, or not all of x counts."""
         mask, axis, arrays = self.saved.mask, self.r.axis, (*self.arrays, self.r.view.of(dx))
-        direct = None if mask is None else self.through_constants(memory.empty_like(self.r.x))
+        if mask is not None:  # the positions that do not count are first, because dx may be x or dy
+            direct = memory.empty_like(self.r.x)
+            self.through_constants(direct)
         input_gradient(self.module, arrays, self.kept, self.saved.scale, sums, self.saved.count, self.threads, self.epilogue)
-        if mask is not None and direct is not None:
+        if mask is not None:
             np.copyto(np.moveaxis(dx, axis, -1), np.moveaxis(direct, axis, -1), where=~mask[..., None])
 
 

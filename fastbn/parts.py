@@ -412,17 +412,15 @@ class Maps(NamedTuple):
         """
         offset, slope, factor = (_repeated(v, self.shape)[:, None, :, None] for v in of_parts)
         scale, mean = (v.reshape(offset.shape).astype(np.float64) for v in (self.scale, self.means))
-        with np.errstate(all="ignore"):
-            share = factor / scale
-            line = -offset * share, -slope * share
+        share = factor / scale
+        line = -offset * share, -slope * share
         epilogue, outside = self.epilogue, (np.abs(line) > np.finfo(self.norm.compute).max).any()
         if (np.abs(weight) > 2.0**-40).all() and scale.all() and not outside:
             self._map(dy, x, dx, line, None if epilogue is None else epilogue.dresidual)
             return
         # A kernel's line is in units of the scale: where that is nearly 0, kernels give dz alone.
         dz = dy if epilogue is None else self._of_activation(dy, x, epilogue)
-        with np.errstate(all="ignore"):
-            dx[...] = scale * dz + factor * (offset + slope * (x - mean))
+        dx[...] = scale * dz + factor * (offset + slope * (x - mean))
         if epilogue is not None and epilogue.dresidual is not None:
             epilogue.dresidual[...] = dz
 
