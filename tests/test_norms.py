@@ -1275,3 +1275,12 @@ def test_what_is_not_finite_stays_in_its_image_and_channel_of_a_mix(value: float
         found.append([(np.moveaxis(a, -1, 1) if last else a)[apart] for a in (y, g.dx)])
     np.testing.assert_array_equal(found[1][0], found[0][0])
     np.testing.assert_allclose(found[1][1], found[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_weight_of_zero_leaves_the_residuals_gradient(kernel: Kernel) -> None:
+    x, dy, residual = (np.random.default_rng(i).integers(-4, 5, (3, 6, 5)).astype("f") for i in range(3))
+    zero, half = np.zeros(6, "f"), np.full(6, 0.5, "f")
+    _, saved = fastbn.group_norm_forward(x, 2, weight=zero, bias=half, activation="relu", residual=residual)
+    found = fastbn.group_norm_backward(dy, x, saved, wrt=("x", "residual"))
+    np.testing.assert_array_equal(found[-1], np.where(residual + 0.5 > 0, dy, 0))
+    np.testing.assert_array_equal(found[0], np.zeros_like(x))
