@@ -455,7 +455,7 @@ class FromOthers:
         Returns
         -------
         The layer, with copies of the vectors. Its running variance is the population variance (``correction=0``). A
-        layer that can be trained is in training mode if the node is.
+        layer that can be trained is in training mode if the node is; from vectors alone it is in evaluation mode.
 
         Raises
         ------

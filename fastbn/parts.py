@@ -185,16 +185,11 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
                 finish(module, x, y, shape, norm, found, epilogue)
             return found
     mean, low, m2 = statistics(module, x, shape, norm.threads)
-    var = m2 / shape.values
     if not norm.centered:
-        var = var + np.square(mean + low)
+        m2 = m2 + shape.values * np.square(mean + low)
         mean, low = np.zeros_like(mean), np.zeros_like(low)
     high, rest = split(mean, low, norm.compute)
-    invstd = 1.0 / np.sqrt(var + norm.eps)
-    scale = invstd
-    if norm.weight is not None:
-        scale = invstd * np.abs(norm.weight.reshape(shape.parts, shape.group).astype(np.float64)).max(1)
-    usual = extremes.are_usual(m2, var + norm.eps, scale, norm.compute)
+    invstd, usual = _deviations(m2, shape, norm)
     apart = None if usual.all() else _Apart.of(module, x, shape, norm, np.nonzero(~usual), epilogue)
     found = Vectors(high, rest.astype(norm.compute), invstd.astype(norm.compute))
     _normalize(module, x, y, shape, norm, (high, rest, invstd), epilogue)
@@ -203,25 +198,61 @@ def forward(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, activatio
     return found
 
 
+def _deviations(m2: Array, shape: Shape, norm: Norm) -> tuple[Array, Array]:
+    """One over the deviation of each part, and whether the part can do without units."""
+    spread = m2 / shape.values + norm.eps
+    invstd = scale = 1.0 / np.sqrt(spread)
+    if norm.weight is not None:  # of which one that is infinite makes none of its part unusual
+        weight = norm.weight.reshape(shape.parts, shape.group).astype(np.float64)
+        scale = invstd * np.where(np.isfinite(weight), np.abs(weight), 0.0).max(1)
+    return invstd, extremes.are_usual(m2, spread, scale, norm.compute)
+
+
 @default_mode
 def finish(module: Any, x: Array, y: Array, shape: Shape, norm: Norm, found: Vectors, epilogue: Epilogue | None) -> None:
     """Compute the parts that a kernel has left: their invstd is -1, and nothing of them was written.
 
-    Of planes, all that it had at once with one at the ends of the range are left; alone, the others are as they always are.
+    All that it had at once with one at the ends of the range are left: of planes, a few parts, which alone are as they always are;
+    of columns, an image, whose other parts are as they always are in a copy that has usual numbers in place of these.
     """
-    if shape.outer == 1 and not shape.is_rows:
+    if shape.outer > 1:
+        for b in np.flatnonzero((found.invstd == -1).any(1)):
+            _finish_image(module, int(b), (x, y), shape, norm, found, epilogue)
+    elif not shape.is_rows:
         for b, g in zip(*np.nonzero(found.invstd == -1), strict=True):
             own = slice(g * shape.group, (g + 1) * shape.group)
             part = x[b : b + 1, :, own].copy()
             affine = Affine(*(None if v is None else v[own] for v in (norm.weight, norm.bias)))
-            residual = None if epilogue is None or epilogue.residual is None else epilogue.residual[b : b + 1, :, own].copy()
-            after = None if epilogue is None else epilogue._replace(residual=residual)
+            after = _epilogue_of(epilogue, (slice(b, b + 1), slice(None), own))
             made, left = module.parts_forward(part, part, affine, norm.eps, Grouping(shape.group, norm.centered), 1, after)
             if not left:
                 y[b, :, own] = part[0]
                 for vector, value in zip(found, made, strict=True):
                     vector[b, g] = value[0]
     _Apart.of(module, x, shape, norm, np.nonzero(found.invstd == -1), epilogue).finish(y, found)
+
+
+def _finish_image(
+    module: Any, b: int, arrays: tuple[Array, Array], shape: Shape, norm: Norm, found: Vectors, epilogue: Epilogue | None
+) -> None:  # fmt: skip
+    """Compute those parts of an image of columns that are not at the ends of the range."""
+    (x, y), one = arrays, shape._replace(batch=1)
+    image, after = x[b : b + 1].copy(), _epilogue_of(epilogue, (slice(b, b + 1),))
+    usual = _deviations(statistics(module, image, one, 1)[2], one, norm)[1][0]
+    channels = np.repeat(usual, shape.group)
+    image[0][:, ~channels] = np.where(np.arange(shape.outer) % 2, -1.0, 1.0)[:, None, None]
+    made, left = module.parts_forward(image, image, norm.affine, norm.eps, Grouping(shape.group, norm.centered), 1, after)
+    if not left:
+        y[b][:, channels] = image[0][:, channels]
+        for vector, value in zip(found, made, strict=True):
+            vector[b, usual] = value[usual]
+
+
+def _epilogue_of(epilogue: Epilogue | None, at: tuple[slice, ...]) -> Epilogue | None:
+    """What follows the normalization, with a copy of a part of the residual."""
+    if epilogue is None or epilogue.residual is None:
+        return epilogue
+    return epilogue._replace(residual=epilogue.residual[at].copy())
 
 
 def _normalize(
@@ -414,8 +445,9 @@ class Maps(NamedTuple):
         scale, mean = (v.reshape(offset.shape).astype(np.float64) for v in (self.scale, self.means))
         share = factor / scale
         line = -offset * share, -slope * share
-        epilogue, outside = self.epilogue, (np.abs(line) > np.finfo(self.norm.compute).max).any()
-        if (np.abs(weight) > 2.0**-40).all() and scale.all() and not outside:
+        finite = np.isfinite(offset) & np.isfinite(slope) & np.isfinite(scale)  # what is not cannot be helped
+        epilogue, outside = self.epilogue, (finite & (np.abs(line) > np.finfo(self.norm.compute).max)).any()
+        if not (np.abs(weight) <= 2.0**-40).any() and scale.all() and not outside:
             self._map(dy, x, dx, line, None if epilogue is None else epilogue.dresidual)
             return
         # A kernel's line is in units of the scale: where that is nearly 0, kernels give dz alone.

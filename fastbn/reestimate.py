@@ -185,7 +185,9 @@ def collect(
         raise TypeError(f"the batches must be an iterable, got {type(batches).__name__}")
     if communicator is not None:
         sync.check(communicator)
-    bar = None if callable(progress) or not checks.switch("progress", progress) else _Bar(batches)
+    if not callable(progress) and not (isinstance(progress, (bool, np.bool_, int)) and progress in (0, 1)):
+        raise TypeError(f"progress must be True or False, or a function of an Estimate, got {checks.short(progress)}")
+    bar = _Bar(batches) if progress and not callable(progress) else None
     tell: Any = bar or (progress if callable(progress) else None)
     with nullcontext() if bar is None else closing(bar):  # an error begins on a line of its own
         for batch in batches:
@@ -226,7 +228,7 @@ def update_bn(
     Parameters
     ----------
     layers : sequence or mapping of str to BatchNorm1d, BatchNorm2d, BatchNorm3d
-        The batch norms of the model; in a sequence, their names are "0", "1", ...
+        The batch norms of the model; in a sequence, their names are "0", "1", ... One that is there several times has its first name.
     batches : iterable
         Read once. It may be empty if there is a `start`, whose statistics are then written to the layers.
     forward : callable
@@ -267,12 +269,16 @@ def update_bn(
     if not isinstance(layers, (Sequence, Mapping)):
         raise TypeError(f"layers must be a sequence or a mapping of layers, got {type(layers).__name__}")
     named: Mapping[str, Layer] = layers if isinstance(layers, Mapping) else {str(i): layer for i, layer in enumerate(layers)}
+    first = {id(layer): name for name, layer in reversed([*named.items()])}
+    named = {name: layer for name, layer in named.items() if first[id(layer)] == name}
     for name, layer in named.items():
         if not isinstance(layer, Layer):
             raise TypeError(f"layers must hold BatchNorm1d, BatchNorm2d or BatchNorm3d, got {type(layer).__name__} for {name!r}")
     if not callable(forward):
         raise TypeError(f"forward must be a function of a batch, got {type(forward).__name__}")
     moving = {name: layer for name, layer in named.items() if layer.running_mean is not None and not layer.frozen}
+    if not moving:
+        raise ValueError("layers have no batch norm with running statistics that is not frozen")
     for name, layer in moving.items():
         _check_own(name, layer)
     recorder = Recorder({name: layer.num_features for name, layer in moving.items()}, start, tolerance)

@@ -33,7 +33,7 @@ class Stats:
     count : int
         Number of values per channel.
     mean, var : array_like of shape (C,)
-        Mean and population variance. They are stored in float32 if that holds all digits of both, else in float64.
+        Mean and population variance. They are stored in float32 if both have a floating-point dtype of at most that, else in float64.
     mean_lo, var_lo : array_like of shape (C,), optional
         What `mean` and `var` round away; None means zero.
 

@@ -19,6 +19,7 @@ from fastbn.sync import Communicator
 
 # What each array of a layer holds at first.
 FIRST = {"weight": 1.0, "bias": 0.0, "mix": 0.5, "running_mean": 0.0, "running_var": 1.0, "num_batches_tracked": 0}
+LONG, LONGEST = np.dtype(np.int64), 2**63 - 1
 NO_FORWARD = "backward needs a forward before it: call the layer first (a copied or unpickled layer remembers none)"
 OVERWRITTEN = "backward needs the input of the forward before it, which the output has overwritten: pass separate memory as out="
 
@@ -198,9 +199,14 @@ class Tracking(Layer):
 
     def _check_count(self) -> None:
         """Check that a batch can be counted, before it moves the running statistics."""
-        n = self.num_batches_tracked
+        n: Any = self.num_batches_tracked
+        if n is None:
+            return
         if isinstance(n, np.ndarray) and not n.flags.writeable:
             raise ValueError("num_batches_tracked is updated in place but is read-only")
+        dtype = getattr(n, "dtype", LONG)
+        most = np.iinfo(dtype).max if dtype.kind in "iu" else LONGEST
+        checks.integer("num_batches_tracked", n, 0, most - 1)
 
     def _weight_of_new(self) -> float:
         """Momentum of the next batch; None is the cumulative average."""

@@ -312,6 +312,56 @@ def test_what_is_no_number_stays_in_its_part_and_what_is_large_is_computed(kerne
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("where", ["x", "dy", "residual", "weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_changes_no_bit_of_what_does_not_depend_on_it(
+    kernel: Kernel, dtype: np.dtype[Any], norm: str, where: str, value: float, last: bool
+) -> None:
+    rows = norm in ("layer_norm", "rms_norm")
+    own = {"instance_norm": 1, "group_norm": 4}.get(norm, 12)  # channels of a part
+    given = {}
+    for seed, name in enumerate(("x", "dy", "residual")):
+        a = _random((9, 12) if rows else (2, 8, 3, 5), dtype, seed=seed)
+        given[name] = np.moveaxis(np.ascontiguousarray(np.moveaxis(a, 1, -1)), -1, 1) if last else a
+    first, options, weight, bias = _arguments(norm, given["x"], 1)
+    given["weight"] = weight
+
+    def run(a: dict[str, Array]) -> dict[str, Array]:
+        affine = _affine(norm, a["weight"], bias)
+        y, saved = getattr(fastbn, f"{norm}_forward")(a["x"], *first, *affine, activation="relu", residual=a["residual"], **options)
+        found = getattr(fastbn, f"{norm}_backward")(a["dy"], a["x"], saved, wrt=("x", "weight", "residual"))
+        return {"y": y, "dx": found.dx, "dresidual": found.dresidual, "dweight": found.dweight}
+
+    before = run(given)
+    bad = given | {where: given[where].copy(order="K")}
+    bad[where][(0,) * bad[where].ndim] = value
+    with np.errstate(all="ignore"):
+        after = run(bad)
+    one, part = np.zeros((2, *given["x"].shape), bool)  # what may change
+    one[(0,) * one.ndim] = part[0, :own] = True
+    if where == "x":
+        one = part
+    elif where == "weight":
+        one[:, :1], part[:, :own] = True, True
+    may = {"y": one & (where != "dy"), "dx": part, "dresidual": one, "dweight": part.any(axis=(0, *range(2, part.ndim)))}
+    may["dweight"] &= one.any(axis=(0, *range(2, part.ndim)))
+    for name, fixed in may.items():
+        np.testing.assert_array_equal(after[name][~fixed], before[name][~fixed], err_msg=name, strict=True)
+
+
+@pytest.mark.parametrize("values", [1, 2, 64])
+def test_rms_norm_of_large_numbers_is_one_also_where_all_are_alike(kernel: Kernel, values: int) -> None:
+    x = np.full((3, values), 1e200)
+    x[1] *= -1
+    y, saved = fastbn.rms_norm_forward(x, values)
+    np.testing.assert_allclose(y, np.sign(x), rtol=1e-15)
+    dx, dweight, _, _ = fastbn.rms_norm_backward(np.ones_like(x), x, saved)
+    np.testing.assert_allclose(dweight, np.ones(values), rtol=1e-14)
+    np.testing.assert_allclose(dx, 0, atol=1e-214)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_part_at_the_end_of_the_range_changes_no_bit_of_others(norm: str, last: bool) -> None:
     """Threads have different parts at once, and what is left of these must not depend on that."""
     x = _random((4, 9, 9, 16) if last else (4, 16, 9, 9), "float32")
@@ -1040,6 +1090,17 @@ def test_a_batch_that_cannot_be_counted_moves_nothing(layer: Callable[[int], Any
     with pytest.raises(ValueError, match="num_batches_tracked is updated in place but is read-only"):
         bn(_random((2, 4, 3, 3), "float32"))
     assert not bn.running_mean.any()
+
+
+@each_layer
+@pytest.mark.only(lambda make: "num_batches_tracked" in make().state_dict() and not isinstance(make(), fastbn.InstanceNorm2d))
+@pytest.mark.parametrize("count", [np.array(True), np.array("one"), np.array([1, 2]), np.array(1.0), np.array(127, np.int8), 2**63 - 1])
+def test_what_cannot_count_batches_is_named_before_anything_moves(make: Callable[..., Any], count: Any) -> None:
+    layer = make()
+    layer.num_batches_tracked = count
+    with pytest.raises((TypeError, ValueError), match=r"num_batches_tracked must be (an int|at most)"):
+        layer(np.ones((2, 4, 5, 5), np.float32))
+    assert not layer.running_mean.any()
 
 
 def test_a_forward_that_fails_leaves_the_one_before_it() -> None:

@@ -251,6 +251,25 @@ def test_what_is_not_folded_has_a_reason(make: Callable[[], Any], path: str, why
     assert fastbn.torch.summary(model)[0].fold == why
 
 
+@pytest.mark.parametrize(("weight", "mean"), [(400.0, 0.0), (1.0, 500.0), (float("nan"), 0.0)])
+@pytest.mark.parametrize("first", [False, True])
+def test_what_a_dtype_cannot_hold_is_not_folded(weight: float, mean: float, first: bool) -> None:
+    bn = nn.BatchNorm2d(1)
+    layers = [bn, nn.Conv2d(1, 1, 1)] if first else [nn.Conv2d(1, 1, 1), bn]
+    model = nn.Sequential(*layers).eval().half()
+    with torch.no_grad():
+        layers[first].weight.fill_(1.0)  # type: ignore[operator, union-attr]
+        layers[not first].weight.fill_(weight)  # type: ignore[operator, union-attr]
+        bn.running_var.zero_()  # type: ignore[union-attr]
+        bn.running_mean.fill_(mean)  # type: ignore[union-attr]
+    found = fastbn.torch.fold(model)
+    why = "the Conv2d beside it cannot hold the folded numbers in float16"
+    assert (found.folded, found.left) == ({}, {str(int(not first)): why})
+    assert fastbn.torch.summary(model)[0].fold == why
+    x = torch.full((1, 1, 1, 1), mean or 1e-3).half()
+    torch.testing.assert_close(found.model(x), model(x), equal_nan=True)
+
+
 def test_a_model_in_training_mode_is_not_folded() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
     assert fastbn.torch.fold(model).left == {"1": "it is in training mode"}
@@ -555,7 +574,7 @@ def test_a_model_that_returns_a_dataclass_is_timed() -> None:
 @needs_kernels
 def test_benchmark_counts_what_is_left_to_torch() -> None:
     model = nn.BatchNorm2d(3).double()
-    found = fastbn.torch.benchmark(model, 1e200 * torch.randn(2, 3, 8, 8, dtype=torch.float64), seconds=0)
+    found = fastbn.torch.benchmark(model, 1e152 * torch.randn(2, 3, 8, 8, dtype=torch.float64), seconds=0)
     assert found.declined == {("forward", "values are at the ends of the range"): 1, ("backward", "values are at the ends of the range"): 1}
     assert str(found).splitlines()[-1] == "1 a step, backward, left to torch: values are at the ends of the range"
 

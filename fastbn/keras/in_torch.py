@@ -17,6 +17,8 @@ from fastbn.torch.operators import IDENTITY, Arguments, is_compiled
 
 def mean_of(x: Tensor, axes: tuple[int, ...], mask: Tensor | None) -> Tensor:
     """Mean over axes, which stay with a length of 1, of the positions in a mask; 0 of none."""
+    if not axes:  # to torch that would be all
+        return x if mask is None else torch.where(mask, x, 0)
     if mask is None:
         return x.mean(axes, keepdim=True)
     return torch.where(mask, x, 0).sum(axes, keepdim=True) / mask.sum(axes, keepdim=True).clamp(min=1)

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fastbn.torch.arrays import LAST, is_channels_last
 from fastbn.torch.deferred import hooks_of_others
 from fastbn.torch.freezing import is_frozen
-from fastbn.torch.graph import OF_ROWS, Graph, check, check_called, copied, is_batch_norm, norms, trace, unseen
+from fastbn.torch.graph import OF_ROWS, Graph, check, check_called, copied, dtype_name, is_batch_norm, norms, trace, unseen
 from fastbn.torch.sync import unusual
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -146,11 +146,13 @@ def target(model: nn.Module, graph: Graph, path: str, *, inference: bool = True)
     for other, backwards in ((place.before, False), (place.after, True)):
         if not other:
             continue
-        found = model.get_submodule(other)
+        found: Any = model.get_submodule(other)
         if type(found) not in LAYERS:
             continue
         if why := _refuses(found, other, layer, graph, backwards, place.apart):
             return "", why
+        if not _can_hold(layer, found, backwards):
+            return "", f"the {type(found).__name__} beside it cannot hold the folded numbers in {dtype_name(found.weight.dtype)}"
         return other, ""
     return "", f"it stands between {place.before_is} and {place.after_is}"
 
@@ -186,19 +188,20 @@ def _scale_and_shift(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(value.to(like.dtype).contiguous(memory_format=_format(like)), like.requires_grad)
+    return nn.Parameter(value.contiguous(memory_format=_format(like)), like.requires_grad)
 
 
 def _format(like: Tensor) -> torch.memory_format:
     return LAST[like.dim()] if is_channels_last(like) and not like.is_contiguous() else torch.contiguous_format
 
 
-def _take(layer: Any, other: Any, backwards: bool) -> None:
-    """Change the weights of a layer so that it does what a batch norm beside it does, too."""
+@torch.no_grad()
+def _together(layer: Any, other: Any, backwards: bool) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a layer that does what a batch norm beside it does, too."""
     scale, shift = _scale_and_shift(layer)
-    weight = other.weight.detach().double()
+    weight = other.weight.double()
     spatial = [1] * (weight.dim() - 2)
-    bias = weight.new_zeros(_features(other)) if other.bias is None else other.bias.detach().double()
+    bias = weight.new_zeros(_features(other)) if other.bias is None else other.bias.double()
     if backwards:
         inputs = weight.shape[1]
         scales = scale.reshape(other.groups, 1, inputs, *spatial)
@@ -213,7 +216,14 @@ def _take(layer: Any, other: Any, backwards: bool) -> None:
     else:
         weight = weight * scale.reshape(-1, 1, *spatial)
         bias = bias * scale + shift
-    other.weight, other.bias = _parameter(weight, other.weight), nn.Parameter(bias.to(other.weight.dtype), other.weight.requires_grad)
+    return weight.to(other.weight.dtype), bias.to(other.weight.dtype)
+
+
+def _can_hold(layer: Any, other: Any, backwards: bool) -> bool:
+    """Whether the dtype of a layer's weight has room for what it would be; what is elsewhere or nowhere is not looked at."""
+    if layer.running_var.is_meta or layer.running_var.device != other.weight.device:
+        return True
+    return all(bool(t.double().isfinite().all()) for t in _together(layer, other, backwards))
 
 
 def fold(model: nn.Module) -> Folded:
@@ -264,8 +274,8 @@ def fold(model: nn.Module) -> Folded:
             left[path] = why
             continue
         other = twin.get_submodule(into)
-        with torch.no_grad():
-            _take(layer, other, backwards=into == graph.places[path].after)
+        weight, bias = _together(layer, other, into == graph.places[path].after)
+        other.weight, other.bias = _parameter(weight, other.weight), nn.Parameter(bias, other.weight.requires_grad)
         stand_in = _stand_in(layer, other)
         for parent in list(twin.modules()):
             for name in [name for name, child in parent._modules.items() if child is layer]:

@@ -233,12 +233,12 @@ cdef void take_back(Work* job) noexcept nogil:
 
 
 cdef inline bint any_outside(const C* values, Py_ssize_t n, double limit) noexcept nogil:
-    """Whether any of several numbers is not between a limit and its reciprocal."""
+    """Whether any of several numbers is not between a limit and its reciprocal; 0 is one over infinity, which nothing helps."""
     cdef C high = <C> limit, low = <C> (0.5 / limit)
     cdef Py_ssize_t c
     cdef bint outside = False
     for c in range(n):
-        outside |= (values[c] >= high) | (values[c] < low)
+        outside |= (values[c] >= high) | ((values[c] < low) & (values[c] != 0))
     return outside
 
 

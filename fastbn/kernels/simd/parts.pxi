@@ -24,7 +24,10 @@ cdef inline void fold_part(TypedCall[Forward, T]* job, Py_ssize_t c, double* low
 
 
 cdef double set_planes(Work* job, Py_ssize_t part, Py_ssize_t at, double mean, double low, double invstd, T* tag) noexcept nogil:
-    """Set the parameters of the planes of a part, the first of which has weight number `at`; the largest of their scales."""
+    """Set the parameters of the planes of a part, the first of which has weight number `at`; the largest of their scales.
+
+    One that is infinite with its weight does not count: no unit would help it, and the others of the part need none.
+    """
     cdef double scale, shift, largest = 0, most = Block[T].largest()
     cdef Py_ssize_t plane
     for plane in range(part * job.group, (part + 1) * job.group):
@@ -33,7 +36,7 @@ cdef double set_planes(Work* job, Py_ssize_t part, Py_ssize_t at, double mean, d
         Block[T].set_value(job.plane_mean, plane, mean)
         Block[T].set_value(job.plane_scale, plane, narrow(scale, most))
         Block[T].set_value(job.plane_shift, plane, shift - lost(low, scale))
-        if fabs(scale) > largest:
+        if fabs(scale) > largest and (job.weight == NULL or isfinite(Block[T].value(job.weight, at))):
             largest = fabs(scale)
         at += 1
     return largest
@@ -350,7 +353,7 @@ cdef bint may_divide(TypedCall[Backward, T]* job) noexcept nogil:
     cdef bint fine = True
     if job.group > 1 and job.weight != NULL:
         for c in range(job.channels):
-            fine &= fabs(Block[T].value(job.weight, c)) > LEAST_WEIGHT
+            fine &= not fabs(Block[T].value(job.weight, c)) <= LEAST_WEIGHT
     return fine
 
 
