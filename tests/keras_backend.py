@@ -336,9 +336,52 @@ def test_one_value_and_none_per_channel(renorm: bool) -> None:
     before = [v.copy() for v in layer.get_weights()]
     assert layer(np.zeros((0, 3), np.float32), training=True).shape == (0, 3)
     assert layer(np.zeros((0, 3), np.float32), training=False).shape == (0, 3)
-    if BACKEND != "tensorflow":  # an empty constant's shape is known to a graph alone
-        for a, b in zip(before, layer.get_weights(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    for a, b in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_the_values_of_one_example_without_a_batch_are_normalized_to_zero(activation: str | None) -> None:
+    layer, x = Layer(activation=activation), data((3,))
+    near(layer(x, training=True), np.zeros(3), 1e-5)
+    near(layer.moving_mean, x * (1 - layer.momentum), 1e-5)
+
+
+@only("tensorflow")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_a_batch_that_is_found_empty_when_the_graph_runs_moves_nothing(masked: bool, compiled: bool, renorm: bool) -> None:
+    import tensorflow as tf
+
+    layer = made((1, 3), renorm=renorm)
+    before = [v.copy() for v in layer.get_weights()]
+
+    def step(x: Any) -> Any:
+        return layer(x, training=True, mask=x[:, 0] > -100 if masked else None)
+
+    graph = tf.function(step, input_signature=[tf.TensorSpec((None, 3))], jit_compile=compiled)
+    assert graph(np.zeros((0, 3), np.float32)).shape == (0, 3)
+    for a, b in zip(before, layer.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    graph(data((4, 3)))
+    assert (before[2] != layer.get_weights()[2]).any()
+
+
+@only("tensorflow")
+def test_forward_mode_and_ragged_tensors_train_as_in_keras() -> None:
+    import tensorflow as tf
+
+    found = []
+    for kind in (Layer, keras.layers.BatchNormalization):
+        layer, x, direction = kind(), tf.constant(data((5, 3))), tf.constant(data((5, 3), seed=1))
+        layer.build((None, 3))
+        with tf.autodiff.ForwardAccumulator(x, direction) as forward:
+            y = layer(x, training=True)
+        ragged = tf.RaggedTensor.from_row_lengths(x, [2, 3])
+        found.append((forward.jvp(y), kind()(ragged, training=True).flat_values))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -538,14 +581,36 @@ def test_what_cannot_be_cloned_is_said() -> None:
     class Own(keras.Model):  # type: ignore[misc]
         pass
 
+    class Graph(keras.Model):  # type: ignore[misc]
+        def call(self, inputs: Any) -> Any:
+            return super().call(inputs) + 100
+
     with pytest.raises(ValueError, match="Own is neither Sequential nor Functional"):
         fastbn.keras.convert(Own())
+    end = keras.layers.Input((3,))
+    graph = Graph(end, keras.layers.BatchNormalization()(end))
+    for model in (graph, keras.Sequential([keras.layers.Input((3,)), graph])):
+        with pytest.raises(ValueError, match="Graph has a call of its own, and only its own code knows"):
+            fastbn.keras.convert(model)
     with pytest.raises(TypeError, match=r"model must be a keras\.Model, got int"):
         fastbn.keras.convert(3)
     with pytest.raises(TypeError, match=r"model must be a keras\.Model, got int"):
         fastbn.keras.summary(3)
     with pytest.raises(TypeError, match="fuse must be True or False, got 'no'"):
         fastbn.keras.convert(keras.Sequential([keras.layers.Input((3,))]), fuse="no")
+
+
+def test_a_copy_is_not_compiled_where_a_metric_cannot_be_made_again() -> None:
+    class Mine(keras.metrics.Mean):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(name="mine")
+
+    model = keras.Sequential([keras.layers.Input((3,)), keras.layers.BatchNormalization()])
+    model.compile("sgd", "mse", metrics=[Mine()])
+    with pytest.warns(UserWarning, match="is not compiled, because an optimizer or a metric cannot be made again"):
+        converted = fastbn.keras.convert(model)
+    assert not converted.compiled
+    near(converted(data((4, 3))), values(model(data((4, 3)))), 1e-5)
 
 
 def test_a_summary_is_a_table_of_all_layers() -> None:

@@ -282,6 +282,14 @@ def test_a_session_runs_fastbn() -> None:
     assert np.abs(again.run(None, {"x": IMAGES, "s": s})[0] - session.run(None, {"x": IMAGES})[0]).max() > 0.01
 
 
+def test_a_session_takes_one_axis_which_is_of_one_channel() -> None:
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime_extensions")
+    model, x = net(f"y = {BN} (x, s, b, m, v)", ("N",), norm(1)), np.arange(4, dtype=np.float32)
+    (wanted,) = ort.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    np.testing.assert_allclose(fastbn.onnx.session(model).run(None, {"x": x})[0], wanted, rtol=1e-5)
+
+
 def test_a_session_of_a_path_has_its_external_data(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_extensions")
     model = net(f"c = Conv (x, w)  y = {BN} (c, s, b, m, v)", ("N", 3, "H", "W"), {"w": array(4, 3, 3, 3), **norm(4)})

@@ -451,6 +451,36 @@ def test_a_constant_that_is_not_finite_stays_without_a_warning() -> None:
             folded(model, ROWS)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+@pytest.mark.parametrize(
+    "nodes", [f"c = Gemm <beta = 0.0> (x, w, k) y = {BN} (c, s, b, m, v)", f"c = {BN} (x, s, b, m, v) y = Gemm <beta = 0.0> (c, w, k)"]
+)
+def test_an_input_that_is_not_read_stays_the_callers(nodes: str, shape: tuple[int, ...]) -> None:
+    model = net(nodes, ROWS.shape, {"w": array(3, 3), "k": np.zeros(shape, np.float32), **norm(3)}, overridable=("k",))
+    result = fastbn.onnx.fold(model)
+    assert operators(result) == ["Gemm"]
+    assert [value.name for value in result.graph.input] == ["x", "k"]
+    ort = pytest.importorskip("onnxruntime")
+    given = {"x": ROWS, "k": array(*shape)}
+    before, after = (ort.InferenceSession(one.SerializeToString()).run(None, given)[0] for one in (model, result))
+    near(after, before, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "c = Gemm (x, w, k) y = BN (c, s, b, m, v)", "c = BN (x, s, b, m, v) y = Gemm (c, w, k)",
+        "c = BN (x, s, b, m, v) z = MatMul (c, w) y = Add (z, k)", "z = MatMul (x, w) c = Add (z, k) y = BN (c, s, b, m, v)",
+    ],
+)  # fmt: skip
+def test_beside_a_constant_that_does_not_fit_it_stays(nodes: str) -> None:
+    model = net(nodes.replace("BN", BN), ROWS.shape, {"w": array(3, 3), "k": array(2), **norm(3)})
+    (row,) = fastbn.onnx.check(model)
+    assert row.state == "stays"
+    assert "constants beside it do not fit each other: operands could not be broadcast" in row.why
+    assert operators(fastbn.onnx.fold(model)) == [node.op_type for node in model.graph.node]
+
+
 @pytest.mark.parametrize("ir", [3, 8])
 @pytest.mark.parametrize(("x", "parameters"), [("float64", "float32"), ("float32", "float16"), ("float32", "float64")])
 def test_parameters_that_are_narrower_than_x_take_a_batch_norm_in_full(x: str, parameters: str, ir: int) -> None:

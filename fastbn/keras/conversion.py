@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from tempfile import TemporaryDirectory
@@ -15,6 +16,8 @@ from fastbn.keras.layer import BatchNormalization, known
 layers = keras.layers
 _REPLACED = (layers.BatchNormalization, BatchNormalization)
 _OURS = {"module": BatchNormalization.__module__, "class_name": "BatchNormalization", "registered_name": "fastbn>BatchNormalization"}
+
+_OWN_CODE = "and only its own code knows its layers: use fastbn.keras.BatchNormalization there in place of keras.layers.BatchNormalization"
 
 
 class Place(NamedTuple):
@@ -212,7 +215,13 @@ def _clone(model: Any, clone: Any) -> Any:
             one.compiled = True
     for old, new in zip(_models(model), _models(copy), strict=True) if compiled else ():
         if old in compiled:
-            new.compile(**_unused(old._compile_config.config))
+            try:
+                options = _unused(old._compile_config.config)
+            except Exception as error:  # of somebody else's class, whose configuration does not make it again
+                text = f"the copy of {old.name} is not compiled, because an optimizer or a metric cannot be made again: {error!r}"
+                warnings.warn(f"{text}; call its method compile", stacklevel=3)
+                continue
+            new.compile(**options)
             if new.optimizer is not None:
                 new.optimizer.build(new.trainable_variables)
     return copy
@@ -233,14 +242,15 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
     -------
     keras.Model
         Made by ``keras.models.clone_model``, with the same names and copies of the weights, compiled as the model was, but
-        without the state of its optimizer. The model itself is not changed.
+        without the state of its optimizer; not compiled, which a warning says, where the configuration of an optimizer or a
+        metric does not make it again. The model itself is not changed.
 
     Raises
     ------
     TypeError
         If model is not a keras.Model, or fuse is neither True nor False.
     ValueError
-        If the model is a class of its own, whose layers only its code knows, or if it is not built.
+        If the model, or one in it, is a class of its own, whose layers only its code knows, or if it is not built.
 
     Notes
     -----
@@ -259,10 +269,10 @@ def convert(model: Any, *, fuse: bool = False) -> Any:
     check(model)
     fuse = checks.switch("fuse", fuse)
     if not isinstance(model, keras.Sequential) and not is_functional(model):
-        raise ValueError(
-            f"{type(model).__name__} is neither Sequential nor Functional, and only its own code knows its layers: use "
-            "fastbn.keras.BatchNormalization there in place of keras.layers.BatchNormalization"
-        )
+        raise ValueError(f"{type(model).__name__} is neither Sequential nor Functional, {_OWN_CODE}")
+    for one in _models(model):
+        if (isinstance(one, keras.Sequential) or is_functional(one)) and not str(type(one).call.__module__).startswith("keras."):
+            raise ValueError(f"{type(one).__name__} has a call of its own, {_OWN_CODE}")
     if not model.built:
         raise ValueError("model must be built, so that it has weights to copy: call it, or give it an Input")
     pairs = _pairs(model) if fuse else {}

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager import forwardprop_util
 from tensorflow.python.ops import control_flow_util
 
 from fastbn.keras import arrays, composed
@@ -82,7 +83,9 @@ def _compiled_by_xla() -> bool:
 
 def train(plan: Plan, x: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any] | None:
     """Output, mean and variance; None where the kernels do not take it."""
-    if x.shape.rank is None or x.shape.rank < 2 or 0 in x.shape or not _on_cpu(x) or _compiled_by_xla():
+    if not isinstance(x, tf.Tensor) or x.shape.rank is None or x.shape.rank < 2 or 0 in x.shape:
+        return None
+    if not _on_cpu(x) or _compiled_by_xla() or forwardprop_util.pack_tangents([x, gamma, beta]).tangents:  # forward mode
         return None
     y, vectors = _forward(plan, x, gamma, beta)
     return y, vectors[0], vectors[5]

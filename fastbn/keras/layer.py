@@ -178,31 +178,35 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
     def _train(self, plan: Plan, x: Any, wide: str, mask: Any) -> Any:
         gamma, beta = self._scale_and_shift(x, wide)
         empty = 0 in x.shape  # statistics of no values say nothing
+        some = ops.size(x) > 0 if None in x.shape else True  # which only the program knows
         renorm = getattr(self, "renorm", False) and not empty  # older Keras has none
         found = None if renorm or mask is not None else backend().train(plan, x, gamma, beta)
         if found is not None:
             y, mean, var = found
-            self._move(self.moving_mean, mean, self.momentum)
-            self._move(self.moving_variance, var, self.momentum)
+            self._move(self.moving_mean, mean, self.momentum, some)
+            self._move(self.moving_variance, var, self.momentum, some)
             return y
         rank = len(x.shape)
         counts = None if mask is None else ops.broadcast_to(ops.cast(ops.expand_dims(mask, -1), "bool"), ops.shape(x))
         centered, broadcast_mean, broadcast_var = composed.center(backend(), plan, ops.cast(x, wide), counts)
         mean, var = ops.reshape(broadcast_mean, (-1,)), ops.reshape(broadcast_var, (-1,))
         if renorm:
-            gamma, beta = self._renormalize(mean, var, gamma, beta, wide)
+            gamma, beta = self._renormalize(mean, var, gamma, beta, wide, some)
         elif not empty:
-            self._move(self.moving_mean, mean, self.momentum)
-            self._move(self.moving_variance, var, self.momentum)
+            self._move(self.moving_mean, mean, self.momentum, some)
+            self._move(self.moving_variance, var, self.momentum, some)
         return composed.scaled(plan, centered, broadcast_var, composed.along(plan, gamma, rank), composed.along(plan, beta, rank))
 
-    def _move(self, variable: Any, new: Any, momentum: float) -> Any:
-        """Move a running statistic, in the type of the arithmetic; Keras' operations would cut 64 bits to 32."""
-        moved = ops.cast(variable, keras.backend.standardize_dtype(new.dtype)) * momentum + new * (1.0 - momentum)
-        variable.assign(moved)
-        return moved
+    def _move(self, variable: Any, new: Any, momentum: float, some: Any) -> Any:
+        """Move a running statistic, in the type of the arithmetic; Keras' operations would cut 64 bits to 32. By no values, it stays."""
+        old = ops.cast(variable, keras.backend.standardize_dtype(new.dtype))
+        return self._set(variable, old, old * momentum + new * (1.0 - momentum), some)
 
-    def _renormalize(self, mean: Any, var: Any, gamma: Any, beta: Any, wide: str) -> tuple[Any, Any]:
+    def _set(self, variable: Any, old: Any, new: Any, some: Any) -> Any:
+        variable.assign(new if some is True else ops.where(some, new, old))
+        return new
+
+    def _renormalize(self, mean: Any, var: Any, gamma: Any, beta: Any, wide: str, some: Any) -> tuple[Any, Any]:
         """Scale and shift of batch renormalization (Ioffe 2017, arXiv:1702.03275), whose statistics are moved."""
         deviation = (var + self.epsilon) ** 0.5
         least = self.epsilon**0.5
@@ -216,9 +220,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         if (far := bounds.get("dmax")) is not None:
             d = ops.clip(d, -far, far)
         r, d = ops.stop_gradient(r), ops.stop_gradient(d)
-        self._move(self.renorm_mean, mean, self.renorm_momentum)
-        self._move(self.renorm_stddev, deviation, self.renorm_momentum)
-        self._move(self.moving_mean, mean, self.momentum)
-        moved = self._move(self.moving_stddev, deviation, self.momentum)
-        self.moving_variance.assign(ops.relu(moved * moved - self.epsilon))
+        self._move(self.renorm_mean, mean, self.renorm_momentum, some)
+        self._move(self.renorm_stddev, deviation, self.renorm_momentum, some)
+        self._move(self.moving_mean, mean, self.momentum, some)
+        moved = self._move(self.moving_stddev, deviation, self.momentum, some)
+        self._set(self.moving_variance, ops.cast(self.moving_variance, wide), ops.relu(moved * moved - self.epsilon), some)
         return r * gamma, d * gamma + beta

@@ -20,7 +20,7 @@ from fastbn import checks
 from fastbn.layout import Array
 from fastbn.onnx.frozen import frozen
 from fastbn.onnx.graph import Model, Node, Stays
-from fastbn.onnx.protos import load, load_external
+from fastbn.onnx.protos import load, load_external, said
 from fastbn.onnx.takers import AFTER, BEFORE, Change, Write, shaped, stored, weights
 
 INNER = "its statistics are those of the input"
@@ -204,6 +204,8 @@ def _fold_one(node: Node) -> Outcome:
                 return Outcome(into)
         except Stays as reason:  # noqa: PERF203  two ways
             reasons.append(str(reason))
+        except ValueError as error:  # of NumPy's, before anything was written: what onnx.checker lets through need not run
+            reasons.append(f"constants beside it do not fit each other: {said(error)}")
     return Outcome(why="; ".join(reasons) or f"it stands between {before(node)} and {after(node)}")
 
 

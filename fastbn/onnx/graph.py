@@ -160,6 +160,10 @@ class Scope:
         known = self.type_of(name)
         return None if known is None or known.shape is None else len(known.shape)
 
+    def is_overridable(self, name: str) -> bool:
+        """Whether a value of this graph is an input: with an initializer, which is then what it is by default, from IR 4 on."""
+        return name in self.inputs and self.model.proto.ir_version >= 4
+
     def constant(self, name: str) -> Array:
         """Value of a constant; `Stays` where it is none."""
         if not name:
@@ -171,7 +175,7 @@ class Scope:
         if name in self.initializers or name in self.sparse:
             if self.model.proto.training_info:
                 raise Stays(f"the model's training_info may change {name}")
-            if name in self.inputs and self.model.proto.ir_version >= 4:
+            if self.is_overridable(name):
                 raise Stays(f"{name} is an input of the graph, too: a caller may override it")
             return self.model.value(self.initializers[name]) if name in self.initializers else self.model.dense(self.sparse[name])
         if name in self.inputs:
@@ -270,7 +274,7 @@ class Scope:
         """
         old = node.input(index)
         own, new = self.initializers.get(old), numpy_helper.from_array(value, old)
-        alike = own is not None and (own.dims, own.data_type) == (new.dims, new.data_type)
+        alike = own is not None and (own.dims, own.data_type) == (new.dims, new.data_type) and not self.is_overridable(old)
         if own is not None and alike and old not in self.elsewhere and len(self.readers[old]) == 1:
             own.CopyFrom(new)
         else:
@@ -370,7 +374,8 @@ class Model:
         """The ModelProto, without the constants that nobody reads any more."""
         for scope in reversed(self.scopes):
             scope.close()
-        while dropped := self.read_before - names_read(self.proto):
+        kept = {value.name for value in self.proto.graph.input} if self.proto.ir_version >= 4 else set()  # a caller may give them
+        while dropped := self.read_before - kept - names_read(self.proto):
             if not sum([_drop(body, dropped) for _, body in everything(self.proto)]):
                 break
         return self.proto

@@ -35,7 +35,7 @@ _raised: dict[int, BaseException] = {}
 
 def _batch_norm(x: Array, scale: Array, bias: Array, mean: Array, var: Array, epsilon: float) -> Array:
     try:
-        return batch_norm(x, mean, var, scale, bias, eps=epsilon)
+        return batch_norm(x[:, None] if x.ndim == 1 else x, mean, var, scale, bias, eps=epsilon).reshape(x.shape)
     except BaseException as error:
         _raised[get_ident()] = error
         return np.full_like(x, np.nan)
