@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, core, functional, parts
+from fastbn import checks, core, functional, parts, parts_gradient
 from fastbn.composed import update_running
 from fastbn.dtypes import lookup
 from fastbn.floating import default_mode
@@ -88,13 +88,13 @@ def _gradients(call: Call, dy: Array, saved: SavedParts, wanted: tuple[str, ...]
     shape, compute = call.shape, call.dtype.compute
     dx, written, dresidual, written_residual = targets(call, dy, wanted, out)
     zero = np.zeros(shape.channels, compute)
-    sums = parts.Sums(zero, zero.copy())
+    sums = parts_gradient.Sums(zero, zero.copy())
     if call.x.size:
         norm = parts.Norm(saved.weight, saved.bias, 0.0, call.kind != "rms_norm", compute, call.threads)
         vectors = parts.Vectors(saved.mean, saved.mean_lo, saved.invstd)
         kernels = core.calls_of(call.dtype, call.activation)
         arrays = call.dense(dy), call.dense(call.x), written
-        sums = parts.backward(kernels, *arrays, shape, norm, vectors, call.undone(saved.residual, written_residual))
+        sums = parts_gradient.backward(kernels, *arrays, shape, norm, vectors, call.undone(saved.residual, written_residual))
     if dresidual is not None and written_residual is not None:
         dresidual = call.deliver(dresidual, written_residual, None)
     if dx is not None and written is not None:

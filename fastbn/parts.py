@@ -21,9 +21,9 @@ import numpy as np
 
 from fastbn import extremes, memory, reference
 from fastbn.activations import Epilogue
-from fastbn.composed import fold, lost, split
+from fastbn.composed import fold, split
 from fastbn.floating import default_mode
-from fastbn.kernels.protocol import Affine, Grouping, Statistics
+from fastbn.kernels.protocol import Affine, Grouping
 from fastbn.layout import Array, View, view
 
 if TYPE_CHECKING:
@@ -131,21 +131,22 @@ def rows_of(x: Array, ndim: int) -> Shape:
     return Shape(prod(x.shape[:at]), 1, long, 1, long, None, x.flags.c_contiguous and x.flags.aligned)
 
 
-def _repeated(v: Array, shape: Shape) -> Array:
+def repeated(v: Array, shape: Shape) -> Array:
     """Vectors of parts as vectors of channels, of shape (batch, channels)."""
     return v if shape.group == 1 else np.repeat(v, shape.group, 1)
 
 
-def _tiled(v: Array | None, batch: int) -> Array | None:
+def tiled(v: Array | None, batch: int) -> Array | None:
+    """A vector of channels once for each image."""
     return None if v is None else np.tile(v, batch)
 
 
-def _images(a: Array | None, b: int) -> Any:
+def images(a: Array | None, b: int) -> Any:
     """One image, as (outer, channels, inner)."""
     return None if a is None else a[b]
 
 
-def _planes(a: Array | None, shape: Shape) -> Any:
+def planes(a: Array | None, shape: Shape) -> Any:
     """All images as planes of so many channels."""
     return None if a is None else a.reshape(1, shape.batch * shape.channels, shape.inner)
 
@@ -265,20 +266,20 @@ def _normalize(
     if shape.is_rows:
         scale, shift = fold(rest.ravel(), invstd.ravel(), None, None, compute)
         if norm.weight is None and norm.bias is None and epilogue is None:
-            module.normalize(_as_rows(x, shape), _as_rows(y, shape), high.ravel(), scale, shift, n)
+            module.normalize(as_rows(x, shape), as_rows(y, shape), high.ravel(), scale, shift, n)
             return
         wide = x if x.dtype == compute else x.astype(compute)
         z = y if y.dtype == compute and residual is None else memory.empty_like(wide)
-        module.normalize(_as_rows(wide, shape), _as_rows(z, shape), high.ravel(), scale, shift, n)
-        after = None if epilogue is None else epilogue._replace(residual=_as_columns(residual, shape, compute))
+        module.normalize(as_rows(wide, shape), as_rows(z, shape), high.ravel(), scale, shift, n)
+        after = None if epilogue is None else epilogue._replace(residual=as_columns(residual, shape, compute))
         done = z if y.dtype != compute else y
-        module.normalize(_as_columns(z, shape), _as_columns(done, shape), *_affine(shape, norm), n, after)
+        module.normalize(as_columns(z, shape), as_columns(done, shape), *affine_of(shape, norm), n, after)
         if done is not y:
             y[...] = done
         return
-    means = _repeated(high, shape)
-    rests, invstds = _repeated(rest, shape).ravel(), _repeated(invstd, shape).ravel()
-    weight, bias = _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch)
+    means = repeated(high, shape)
+    rests, invstds = repeated(rest, shape).ravel(), repeated(invstd, shape).ravel()
+    weight, bias = tiled(norm.weight, shape.batch), tiled(norm.bias, shape.batch)
     normalize(module, x, y, shape, (means.ravel(), *fold(rests, invstds, weight, bias, compute)), n, epilogue)
 
 
@@ -288,26 +289,26 @@ def normalize(
     """Map with a mean, a scale and a shift of each channel of each image."""
     residual = None if epilogue is None else epilogue.residual
     if shape.outer == 1:
-        after = None if epilogue is None else epilogue._replace(residual=_planes(residual, shape))
-        module.normalize(_planes(x, shape), _planes(y, shape), *vectors, threads, after)
+        after = None if epilogue is None else epilogue._replace(residual=planes(residual, shape))
+        module.normalize(planes(x, shape), planes(y, shape), *vectors, threads, after)
         return
     each = [v.reshape(shape.batch, shape.channels) for v in vectors]
     for b in range(shape.batch):
-        after = None if epilogue is None else epilogue._replace(residual=_images(residual, b))
+        after = None if epilogue is None else epilogue._replace(residual=images(residual, b))
         module.normalize(x[b], y[b], each[0][b], each[1][b], each[2][b], threads, after)
 
 
-def _as_rows(a: Array, shape: Shape) -> Array:
+def as_rows(a: Array, shape: Shape) -> Array:
     """Each part as a channel of one run."""
     return a.reshape(1, shape.batch * shape.parts, shape.group)
 
 
-def _as_columns(a: Array | None, shape: Shape, dtype: np.dtype[Any] | None = None) -> Any:
+def as_columns(a: Array | None, shape: Shape, dtype: np.dtype[Any] | None = None) -> Any:
     """Each image as a row of channels."""
     return None if a is None else a.reshape(shape.batch, shape.channels, 1).astype(dtype or a.dtype, copy=False)
 
 
-def _affine(shape: Shape, norm: Norm) -> tuple[Array, Array, Array]:
+def affine_of(shape: Shape, norm: Norm) -> tuple[Array, Array, Array]:
     """Mean 0, the weight and the bias of each channel."""
     zero = np.zeros(shape.channels, norm.compute)
     return zero, np.ones_like(zero) if norm.weight is None else norm.weight, zero if norm.bias is None else norm.bias
@@ -367,147 +368,6 @@ def _gather(a: Array, shape: Shape, at: tuple[Array, ...]) -> Array:
     """Some parts, in float64: of shape (number, outer, group, inner)."""
     k = shape.group
     return np.array([a[b, :, g * k : (g + 1) * k] for b, g in zip(*at, strict=True)], np.float64)
-
-
-class Sums(NamedTuple):
-    """Gradients of weight and bias."""
-
-    dweight: Array
-    dbias: Array
-
-
-@default_mode
-def backward(
-    module: Any, dy: Array, x: Array, dx: Array | None, shape: Shape, norm: Norm, vectors: Vectors, epilogue: Epilogue | None
-) -> Sums:
-    """Gradients through the statistics of parts; dx may be dy or x."""
-    if hasattr(module, "parts_backward"):
-        mean, low, invstd = (np.ascontiguousarray(v).reshape(-1) for v in vectors)
-        grouping = Grouping(shape.group, norm.centered)
-        made = module.parts_backward(dy, x, dx, Statistics(mean, low, invstd), norm.affine, grouping, norm.threads, epilogue)
-        if made is not None:
-            return Sums(*made)
-    if shape.is_rows:
-        return _backward_of_rows(module, (dy, x, dx), shape, norm, vectors, epilogue)
-    low, invstd = (v.astype(np.float64) for v in vectors[1:])
-    weight = np.ones(shape.channels) if norm.weight is None else norm.weight.astype(np.float64)
-    wide = _repeated(low, shape).ravel(), _repeated(invstd, shape).ravel()
-    scale, shift = fold(*wide, _tiled(norm.weight, shape.batch), _tiled(norm.bias, shape.batch), norm.compute)
-    means = np.ascontiguousarray(_repeated(vectors.mean, shape)).ravel()
-    lay = Maps(module, shape, norm, means, scale, shift, epilogue)
-    first, second = lay.sums(dy, x)
-    second = second - lost(_repeated(low, shape), first)
-    by_parts = (shape.batch, shape.parts, shape.group)
-    g0 = (weight * first).reshape(by_parts).sum(2) / shape.values
-    g1 = invstd * (invstd * ((weight * second).reshape(by_parts).sum(2) / shape.values))
-    if dx is not None:
-        lay.gradient(dy, x, dx, (lost(low, g1) - g0, -g1, invstd), weight)
-    return Sums((second * _repeated(invstd, shape)).sum(0).astype(norm.compute), first.sum(0).astype(norm.compute))
-
-
-class Maps(NamedTuple):
-    """The operations of a backward, over planes or over the columns of each image."""
-
-    module: Any
-    shape: Shape
-    norm: Norm
-    means: Array  # these vectors have an element for each channel of each image
-    scale: Array
-    shift: Array
-    epilogue: Epilogue | None
-
-    def _each(self) -> list[tuple[Any, slice]]:
-        """How to see an array, and which of the vectors go with it."""
-        s, c = self.shape, self.shape.channels
-        if s.outer == 1:
-            return [(lambda a: _planes(a, s), slice(None))]
-        return [(lambda a, b=b: _images(a, b), slice(b * c, (b + 1) * c)) for b in range(s.batch)]
-
-    def _epilogue(self, see: Any, at: slice, dresidual: Array | None) -> Epilogue | None:
-        after = self.epilogue
-        return after and after._replace(residual=see(after.residual), scale=self.scale[at], shift=self.shift[at], dresidual=see(dresidual))
-
-    def sums(self, dy: Array, x: Array) -> tuple[Array, Array]:
-        """Sums of each channel of each image, of shape (batch, channels)."""
-        found = [
-            self.module.grad_sums(see(dy), see(x), self.means[at], self.norm.threads, self._epilogue(see, at, None))
-            for see, at in self._each()
-        ]
-        first, second = (np.concatenate(v).reshape(self.shape.batch, self.shape.channels) for v in zip(*found, strict=True))
-        return first, second
-
-    def gradient(self, dy: Array, x: Array, dx: Array, of_parts: tuple[Array, Array, Array], weight: Array) -> None:
-        """``dx = scale * dz + factor * (offset + slope * (x - mean))``; offset, slope and factor are those of the parts.
-
-        A deviation far from 1 is in the slope and in the factor: their product may leave the range of a number.
-        """
-        offset, slope, factor = (_repeated(v, self.shape)[:, None, :, None] for v in of_parts)
-        scale, mean = (v.reshape(offset.shape).astype(np.float64) for v in (self.scale, self.means))
-        share = factor / scale
-        line = -offset * share, -slope * share
-        finite = np.isfinite(offset) & np.isfinite(slope) & np.isfinite(scale)  # what is not cannot be helped
-        epilogue, outside = self.epilogue, (finite & (np.abs(line) > np.finfo(self.norm.compute).max)).any()
-        if not (np.abs(weight) <= 2.0**-40).any() and scale.all() and not outside:
-            self._map(dy, x, dx, line, None if epilogue is None else epilogue.dresidual)
-            return
-        # A kernel's line is in units of the scale: where that is nearly 0, kernels give dz alone.
-        dz = dy if epilogue is None else self._of_activation(dy, x, epilogue)
-        dx[...] = scale * dz + factor * (offset + slope * (x - mean))
-        if epilogue is not None and epilogue.dresidual is not None:
-            epilogue.dresidual[...] = dz
-
-    def _map(self, dy: Array, x: Array, dx: Array, line: tuple[Array, Array], dresidual: Array | None) -> None:
-        """``dx = scale * (dz - line[0] - line[1] * (x - mean))``."""
-        g0, g1 = (v.ravel().astype(self.norm.compute) for v in line)
-        for see, at in self._each():
-            after = self._epilogue(see, at, dresidual)
-            self.module.grad_input(see(dy), see(x), see(dx), self.means[at], self.scale[at], (g0[at], g1[at]), self.norm.threads, after)
-
-    def _of_activation(self, dy: Array, x: Array, epilogue: Epilogue) -> Array:
-        """The gradient of what the activation was given, in the type of the arithmetic."""
-        compute, zero = self.norm.compute, np.zeros_like(self.means)
-        residual = None if epilogue.residual is None else epilogue.residual.astype(compute, copy=False)
-        dz = np.empty(x.shape, compute)
-        wide = self._replace(epilogue=epilogue._replace(residual=residual))
-        wide._map(dy.astype(compute, copy=False), x.astype(compute, copy=False), np.empty_like(dz), (zero, zero), dz)
-        return dz
-
-
-def _backward_of_rows(
-    module: Any, arrays: tuple[Array, Array, Array | None], shape: Shape, norm: Norm, vectors: Vectors, epilogue: Epilogue | None
-) -> Sums:
-    """Gradients where weights run along the parts."""
-    (dy, x, dx), compute, n = arrays, norm.compute, norm.threads
-    mean, low, invstd = (v.ravel() for v in vectors)
-    scale, shift = fold(low.astype(np.float64), invstd, None, None, compute)
-    wide = x.astype(compute, copy=False)
-    z, zero = np.empty(x.shape, compute), np.zeros(shape.batch * shape.parts, compute)
-    module.normalize(_as_rows(wide, shape), _as_rows(z, shape), mean, scale, shift, n)  # normalized, without weight and bias
-    none, weight, bias = _affine(shape, norm)
-    columns = _as_columns(z, shape)
-    d = _as_columns(dy, shape, compute)
-    dresidual = None if epilogue is None else epilogue.dresidual
-    target = None if dresidual is None else dresidual if dresidual.dtype == compute else np.empty(x.shape, compute)
-    after = epilogue and epilogue._replace(
-        residual=_as_columns(epilogue.residual, shape, compute), scale=weight, shift=bias, dresidual=None
-    )
-    first, second = module.grad_sums(d, columns, none, n, after)
-    if dx is not None:
-        g = np.empty(x.shape, compute)
-        map_after = None if after is None else after._replace(dresidual=_as_columns(target, shape))
-        module.grad_input(d, columns, _as_columns(g, shape), none, weight, (none, none), n, map_after)
-        if target is not None and target is not dresidual and dresidual is not None:
-            dresidual[...] = target
-        rows, normal = _as_rows(g, shape), _as_rows(z, shape)
-        sums, dots = module.grad_sums(rows, normal, zero, n, None)
-        g0 = sums / shape.values if norm.centered else np.zeros_like(sums)
-        g1 = dots / shape.values
-        out = dx if dx.dtype == compute else g
-        line = g0.astype(compute), g1.astype(compute)
-        module.grad_input(rows, normal, _as_rows(out, shape), zero, invstd, line, n, None)
-        if out is not dx:
-            dx[...] = out
-    return Sums(second.astype(compute), first.astype(compute))
 
 
 @default_mode

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, core, extremes, functional, memory, norm_calls, parts
+from fastbn import checks, core, extremes, functional, memory, norm_calls, parts, parts_gradient
 from fastbn.activations import Epilogue
 from fastbn.composed import split, update_running
 from fastbn.floating import default_mode
@@ -329,7 +329,7 @@ def _mixed_gradients(
     w, m, s, t = saved.weight, saved.mix, saved.invstd, saved.layer_invstd
     norm = parts.Norm(None, None, 0.0, True, compute, call.threads)
     kernels = core.calls_of(call.dtype, saved.activation)
-    maps = parts.Maps(kernels, shape, norm, *saved.vectors(compute), call.undone(saved.residual, written_residual))
+    maps = parts_gradient.Maps(kernels, shape, norm, *saved.vectors(compute), call.undone(saved.residual, written_residual))
     from_batch, from_layer = saved.offsets(maps.means.reshape(shape.batch, shape.channels))
     arrays = call.dense(dy), call.dense(call.x)
     first, second = maps.sums(*arrays)

@@ -27,6 +27,7 @@ ORDER = (
     {"dispatch"},
     {"introspection", "composed"},
     {"parts"},
+    {"parts_gradient"},
     {"core"},
     {"functional"},
     {"norm_calls"},

@@ -201,7 +201,7 @@ cdef class Calls:
         self, cnp.ndarray dy not None, cnp.ndarray x not None, dx, kept, affine, grouping,
         threads, epilogue=None
     ):
-        """Gradients through the statistics of parts; as `parts.backward`: those of weight and bias, or None where this cannot."""
+        """Gradients through the statistics of parts; as `parts_gradient.backward`: those of weight and bias, or None where this cannot."""
         cdef Call call
         cdef Py_ssize_t group
         cdef bint centered
