@@ -136,7 +136,7 @@ def direct(function: F) -> F:
     return function if library is None else cast("F", update_wrapper(_calls.Direct(function, library), function))
 
 
-def _dense(a: Array, v: View) -> Array:
+def dense(a: Array, v: View) -> Array:
     """`a` as (outer, channels, inner); a copy where its memory is not dense."""
     return v.of(a if v.dense else copied(a))
 
@@ -199,7 +199,7 @@ def inference(r: Request, mean: Array, spread: Array, weight: Array | None, bias
     y, compute = _target(r), r.dtype.compute
     if r.x.size:
         module = calls_of(r.dtype, r.activation)
-        x, n = _dense(r.x, r.view), r.team("normalize")
+        x, n = dense(r.x, r.view), r.team("normalize")
         epilogue = _epilogue(r)
         wide = (weight is not None and weight.dtype != compute) or (bias is not None and bias.dtype != compute)
         if not wide and mean.dtype == compute and spread.dtype == compute:
@@ -252,7 +252,7 @@ class Folded:
         if r.x.size:
             module = calls_of(r.dtype, r.activation)
             vectors = self.parameters(r.dtype.compute)
-            module.normalize(_dense(r.x, r.view), r.view.of(y), *vectors, r.team("normalize"), _epilogue(r))
+            module.normalize(dense(r.x, r.view), r.view.of(y), *vectors, r.team("normalize"), _epilogue(r))
             if library is not None and hasattr(module, "prepared"):
                 prepared = module.prepared(*vectors, r.activation, r.x, r.axis)
                 self.ready = None if prepared is None else (prepared, library.pinned())
@@ -263,7 +263,7 @@ class Folded:
 def stats(r: Request, dtype: np.dtype[Any] | None = None) -> Stats:
     """Statistics of x, of which only the positions in the mask count; in the type of the arithmetic, or in float64."""
     dtype = dtype or r.dtype.compute
-    rows = _dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
+    rows = dense(r.x, r.view) if r.mask is None else _counted(r.x, r.axis, r.mask)
     if rows.size == 0:
         return Stats.identity(r.x.shape[r.axis], dtype)
     count = rows.shape[0] * rows.shape[2]
@@ -296,7 +296,7 @@ def forward(
     if r.mask is not None:
         rows = _counted(x, r.axis, r.mask)
         module, count = ComposedKernel(_kernel(r.dtype, r.activation).module(), rows), len(rows)
-    arrays, own = (_dense(x, r.view), r.view.of(y)), Running(mean, var, running.momentum, running.correction)
+    arrays, own = (dense(x, r.view), r.view.of(y)), Running(mean, var, running.momentum, running.correction)
     vectors = module.forward(*arrays, Affine(weight, bias), eps, own, compute, n, _epilogue(r))
     saved = _saved(r, vectors, count, True, kept) if keep else None
     y = deliver(y, r.out)
@@ -320,7 +320,7 @@ def forward_with(
     vectors = high, low.astype(compute), invstd.astype(compute), *fold(low, invstd, weight, bias, compute)
     kept = kept_residual(r.residual, r.activation) if keep else None
     if r.x.size:
-        arrays, n = (_dense(r.x, r.view), r.view.of(y)), r.team("normalize")
+        arrays, n = (dense(r.x, r.view), r.view.of(y)), r.team("normalize")
         calls_of(r.dtype, r.activation).normalize(*arrays, high, *vectors[3:], n, _epilogue(r))
     saved = _saved(r, vectors, batch.count, True, kept) if keep else None
     y = deliver(y, r.out)
@@ -449,7 +449,7 @@ def backward(
         residual = None if saved.residual is None else _like(saved.residual, r)
         target = None if dresidual is None else r.view.of(dresidual)
         epilogue = Epilogue(saved.activation, residual, saved.scale, saved.shift, target, from_output)
-    arrays = _like(dy, r), _dense(x, r.view)
+    arrays = _like(dy, r), dense(x, r.view)
     found = _Pass(r, dy, saved, calls_of(r.dtype, saved.activation), arrays, kept, epilogue, r.team("backward"))
 
     sums = None
@@ -492,7 +492,7 @@ def backward_reduce(r: Request, dy: Array, mean: Array, invstd: Array) -> tuple[
     if r.x.size == 0:
         return np.zeros_like(high), np.zeros_like(high)
     n = r.team("backward")
-    sums = calls_of(r.dtype).backward(_like(dy, r), _dense(r.x, r.view), None, Statistics(high, low, invstd), None, n, None)
+    sums = calls_of(r.dtype).backward(_like(dy, r), dense(r.x, r.view), None, Statistics(high, low, invstd), None, n, None)
     return sums[0].astype(compute), sums[1].astype(compute)
 
 
@@ -506,6 +506,6 @@ def backward_elemt(
         high, low = centered(mean, r.dtype.compute)
         n = r.team("backward")
         scale, _ = fold(None, invstd, weight, None, r.dtype.compute)
-        arrays = _like(dy, r), _dense(r.x, r.view), r.view.of(dx)
+        arrays = _like(dy, r), dense(r.x, r.view), r.view.of(dx)
         input_gradient(calls_of(r.dtype), arrays, Statistics(high, low, invstd), scale, (sum_dy, sum_dy_xmu), count, n)
     return deliver(dx, r.out)

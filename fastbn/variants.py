@@ -18,7 +18,7 @@ from fastbn.activations import Epilogue
 from fastbn.composed import split, update_running
 from fastbn.floating import default_mode
 from fastbn.functional import USUAL, ActivationLike, Number
-from fastbn.layout import Array, LayoutName
+from fastbn.layout import Array, LayoutName, view
 from fastbn.results import Function, Gradients, MixedGradients, Saved, variance
 
 
@@ -431,7 +431,8 @@ def batch_renorm_forward(
         return y, SavedRenorm(saved, None, None)
     options["stats"] = stats = functional.wide_stats(x, layout, axis, None, threads)
     array, dtype = checks.array(x)
-    channels = checks.channels_of(array, checks.channel(array, layout, axis))
+    at = checks.channel(array, layout, axis)
+    channels = checks.channels_of(array, at)
     e, wide = checks.number("eps", eps, 0.0), np.dtype(np.float64)
     mean, var = checks.vector("running_mean", running_mean, channels, wide), checks.vector("running_var", running_var, channels, wide)
     w = np.ones_like(mean) if weight is None else checks.vector("weight", weight, channels, wide)
@@ -439,8 +440,8 @@ def batch_renorm_forward(
     of_batch = variance(stats)
     r, d = correct((stats.mean, stats.mean_lo, of_batch), (mean, var), e, (most_r, most_d))
     scale, shift = w * r, b + w * d
-    usual = extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute)
-    if stats.count < 2 or not usual.all():
+    usual = extremes.are_usual(of_batch * stats.count, of_batch + e, scale / np.sqrt(of_batch + e), dtype.compute) | ~np.isfinite(w)
+    if stats.count < 2 or (not usual.all() and extremes.unusual(core.dense(array, view(array, at)), usual, e) is not None):
         options["stats"] = None  # it finds them itself: in units, or it says what x lacks
     y, saved = functional.batch_norm_forward(x, scale, shift, running_mean, running_var, **options)
     return y, SavedRenorm(saved, r, d)

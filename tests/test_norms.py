@@ -349,6 +349,26 @@ def test_what_is_no_number_changes_no_bit_of_what_does_not_depend_on_it(
         np.testing.assert_array_equal(after[name][~fixed], before[name][~fixed], err_msg=name, strict=True)
 
 
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("where", ["x", "weight"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_number_stays_in_its_channel_of_a_renorm(
+    kernel: Kernel, dtype: np.dtype[Any], where: str, value: float, last: bool
+) -> None:
+    x, found = _random((4, 5, 6, 6) if last else (4, 6, 5, 6), dtype), []
+    weight = np.ones(6, np.float64 if dtype == np.float64 else np.float32)
+    for changed in (None, weight if where == "weight" else x):
+        if changed is not None:
+            changed.reshape(-1)[0] = value
+        running = np.zeros_like(weight), np.ones_like(weight)
+        with np.errstate(all="ignore"):
+            y, saved = fastbn.batch_renorm_forward(x, *running, weight, None, True, axis=-1 if last else 1, rmax=3.0, dmax=5.0)
+            dx = fastbn.batch_renorm_backward(x, x, saved).dx if where == "weight" else y
+        found.append([*running, *(np.moveaxis(a, -1 if last else 1, 0).astype(np.float64) for a in (y, dx))])
+    for before, after in zip(*found, strict=True):
+        np.testing.assert_array_equal(after[1:], before[1:])
+
+
 @pytest.mark.parametrize("values", [1, 2, 64])
 def test_rms_norm_of_large_numbers_is_one_also_where_all_are_alike(kernel: Kernel, values: int) -> None:
     x = np.full((3, values), 1e200)
