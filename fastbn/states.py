@@ -204,6 +204,8 @@ class Tracking(Layer):
             return
         if isinstance(n, np.ndarray) and not n.flags.writeable:
             raise ValueError("num_batches_tracked is updated in place but is read-only")
+        if type(n) is np.ndarray and n.dtype is LONG and n.shape == () and 0 <= n.item() < LONGEST:  # as it was made
+            return
         dtype = getattr(n, "dtype", LONG)
         most = np.iinfo(dtype).max if dtype.kind in "iu" else LONGEST
         checks.integer("num_batches_tracked", n, 0, most - 1)
