@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import collections
 import copy
 import dataclasses
@@ -1372,6 +1373,47 @@ class Own(nn.BatchNorm2d):
     def forward(self, x: Any) -> Any:
         z = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
         return F.relu(z) if self.other is None else self.other(x, z)
+
+
+class Asks(nn.Module):
+    """Does something else with a tensor than with a stand-in for one."""
+
+    def __init__(self, asks: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.asks = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), asks
+
+    def forward(self, x: Any) -> Any:
+        y = self.conv(x)
+        if self.asks(y):
+            y = y * 2
+        y = self.bn(y)
+        if self.asks(y):
+            y = y * 2
+        return torch.relu(y)
+
+
+ASKS: dict[str, Callable[[Any], bool]] = {
+    "for one class": lambda y: isinstance(y, torch.Tensor),
+    "for several": lambda y: isinstance(y, (str, torch.Tensor)),
+    "by PyTorch's function": torch.is_tensor,
+}
+
+
+@pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS.keys())
+def test_where_code_asks_whether_something_is_a_tensor_nothing_waits_or_is_folded(asks: Callable[[Any], bool]) -> None:
+    usual, model, x = builtins.isinstance, Asks(asks), image()
+    own = copy.deepcopy(model)
+    own(x), model(x)
+    assert fastbn.torch.fold(model.eval()).left == {"bn": "what calls it cannot be traced"}
+    found = fastbn.torch.convert(model.train())
+    assert found[0].fused == ()
+    torch.testing.assert_close(model(x), own(x))
+    assert builtins.isinstance is usual
+
+
+def test_code_that_asks_for_something_else_is_fused_still() -> None:
+    model = Asks(lambda y: isinstance(y, (list, tuple)))
+    assert fastbn.torch.convert(model)[0].fused == ("relu",)
 
 
 def owns(monkeypatch: pytest.MonkeyPatch, other: Callable[..., Any]) -> tuple[Any, Any]:

@@ -7,12 +7,14 @@ processes: what is in them is traced by itself.
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -165,6 +167,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.codes = function_codes()
+        self.asked = False  # the model's code has asked whether a stand-in is a tensor
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -174,6 +177,40 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, NORMS) or has_hooks(m) or _is_parallel(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Asking:
+    """While code is traced: notes who asks whether a stand-in is a tensor. It is told no, and might do something else with a tensor."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.usual = threading.Lock(), 0, builtins.isinstance
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.blocks:
+                self.usual = builtins.isinstance
+                vars(builtins)["isinstance"] = self.isinstance
+            self.blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if not self.blocks:
+                vars(builtins)["isinstance"] = self.usual
+
+    def isinstance(self, value: Any, kind: Any) -> bool:
+        """What it is always; torch's own code and ours may ask what they want to."""
+        answer = self.usual(value, kind)
+        if not answer and issubclass(type(value), fx.Proxy) and type(value.tracer) is _Tracer:
+            frame: Any = sys._getframe(1)
+            frame = frame.f_back if frame.f_code is torch.is_tensor.__code__ else frame
+            place = str(frame.f_globals.get("__name__"))
+            with suppress(TypeError):  # of kinds that only objects can be of
+                value.tracer.asked |= not place.startswith(("torch.", "fastbn.")) and issubclass(torch.Tensor, kind)
+        return answer
+
+
+_asking = _Asking()
 
 
 def has_hooks(module: Any) -> bool:
@@ -295,10 +332,13 @@ def traced(piece: nn.Module, prefix: str = "", *, defaults: bool = False) -> Pie
             elif p.default is not p.empty:
                 optional[p.name] = p.default
     for concrete in [None, optional] if optional else [None]:
-        with _untouched(piece), _Reads(piece) as reads:
+        tracer = _Tracer()
+        with _untouched(piece), _asking, _Reads(piece) as reads:
             try:
-                nodes = list(_Tracer().trace(piece, concrete).nodes)
+                nodes = list(tracer.trace(piece, concrete).nodes)
             except Exception:  # noqa: S112  the model's own code, which was not written for stand-ins, may raise anything
+                continue
+            if tracer.asked:
                 continue
             return Piece(piece, prefix, nodes, _stored(piece), reads.found)
     return None
